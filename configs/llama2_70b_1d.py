@@ -1,0 +1,13 @@
+"""Llama-2-70B, GPTVQ 1D: a row of the paper's Table 2.
+
+  python scripts/quantize.py --config=configs/llama2_70b_1d.py:2.125b --config.model=DIR_OR_HUB_NAME
+
+Bits per value: 2.125b, 2.25b, 3.125b, 4.125b. The paper's WikiText-2 perplexities at these bits: 5.03 / 4.85 / 3.64 / 3.39
+(arXiv 2402.15319, Table 2, context 2048); its time on one H100: 3 to 11 h. Not yet run with this code.
+"""
+
+from gptvq_jax.paper import table2_config
+
+
+def get_config(arg: str = "2.125b"):
+    return table2_config("meta-llama/Llama-2-70b-hf", dim=1, bits=arg)

@@ -1,0 +1,13 @@
+"""Llama-2-7B, GPTVQ 2D: a row of the paper's Table 2.
+
+  python scripts/quantize.py --config=configs/llama2_7b_2d.py:2.125b --config.model=DIR_OR_HUB_NAME
+
+Bits per value: 2.125b, 2.25b, 3.125b, 4.125b. The paper's WikiText-2 perplexities at these bits: 7.77 / 7.61 / 5.83 / 5.59
+(arXiv 2402.15319, Table 2, context 2048); its time on one H100: 0.5 to 1 h (4D 2.5 h). Not yet run with this code.
+"""
+
+from gptvq_jax.paper import table2_config
+
+
+def get_config(arg: str = "2.125b"):
+    return table2_config("meta-llama/Llama-2-7b-hf", dim=2, bits=arg)

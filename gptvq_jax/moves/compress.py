@@ -1,0 +1,75 @@
+"""Codebooks in few bits: int8 or int4 centroids, and SVD of 1D codebooks (GPTVQ, section 3.3)."""
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax import packing
+from gptvq_jax.vq_tensor import DenseCodebook, FactoredCodebook
+
+
+def quantize_centroids(centroids: jax.Array, bits: int) -> DenseCodebook:
+    """Symmetric rounding with one float16 scale per codebook.
+
+    Args:
+      centroids: (M, S, G, K, D) float32.
+      bits: 16 (float16, no scale), 8 or 4.
+    """
+    size, dim = centroids.shape[-2:]
+    if bits == 16:
+        return DenseCodebook(centroids.astype(jnp.float16), None, 16, size, dim)
+    if bits not in (4, 8):
+        raise ValueError(f"codebook bits={bits} must be 16, 8 or 4")
+    top = 2 ** (bits - 1) - 1
+    peak = jnp.max(jnp.abs(centroids), axis=(-2, -1))
+    scale = jnp.maximum(peak / top, _SMALLEST).astype(jnp.float16)
+    codes = jnp.round(centroids / scale[..., None, None].astype(jnp.float32))
+    codes = jnp.clip(codes, -top - 1, top).astype(jnp.int8)
+    if bits == 4:
+        flat = codes.reshape(*scale.shape, size * dim).astype(jnp.int32) + 8
+        return DenseCodebook(packing.pack(flat, 4), scale, 4, size, dim)
+    return DenseCodebook(codes, scale, 8, size, dim)
+
+
+_SMALLEST = 1e-7  # near float16's smallest number: scales below it would be stored as 0
+
+
+def sort_codebook(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """1D centroids in rising order, which is what makes many codebooks one low-rank matrix.
+
+    Args:
+      centroids: (..., K, 1).
+
+    Returns:
+      Sorted centroids and `rank` (..., K): the new index of each old one.
+    """
+    order = jnp.argsort(centroids[..., 0], axis=-1)
+    return jnp.take_along_axis(centroids, order[..., None], axis=-2), jnp.argsort(order, axis=-1)
+
+
+def svd_factors(centroids: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Best rank-p factors of all 1D codebooks together: (M, S, G, p) and (p, K).
+
+    Args:
+      centroids: (M, S, G, K, 1), each sorted.
+      rank: p, at most K.
+    """
+    *lead, size, _ = centroids.shape
+    left, singular, right = jnp.linalg.svd(centroids.reshape(-1, size), full_matrices=False)
+    rank = min(rank, singular.shape[0])
+    # The root of the singular values on both sides keeps the factors of like magnitude.
+    root = jnp.sqrt(singular[:rank])
+    return (left[:, :rank] * root).reshape(*lead, rank), root[:, None] * right[:rank]
+
+
+def quantize_factors(left: jax.Array, right: jax.Array, bits: int) -> FactoredCodebook:
+    """Stores the many left factors in int8 (or float16) and the few right factors in float16."""
+    if bits == 16:
+        return FactoredCodebook(left.astype(jnp.float16), None, right.astype(jnp.float16))
+    if bits != 8:
+        raise ValueError(f"codebook bits={bits} must be 16 or 8 for SVD-compressed codebooks")
+    peak = jnp.max(jnp.abs(left), axis=tuple(range(left.ndim - 1)))
+    scale = jnp.maximum(peak / 127, _SMALLEST).astype(jnp.float16)
+    codes = jnp.round(left / scale.astype(jnp.float32))
+    return FactoredCodebook(
+        jnp.clip(codes, -128, 127).astype(jnp.int8), scale, right.astype(jnp.float16)
+    )

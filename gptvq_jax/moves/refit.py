@@ -1,0 +1,149 @@
+"""Codebooks given codes: the loss is a convex quadratic in the centroids.
+
+Q is linear in the centroids, so L(c) = |W - A c|_H^2 and its normal equations are
+A^T (A c H) = A^T (W H). Cost per step: one 2 R C^2 matmul, one lookup, one scatter-add.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gptvq_jax.grid import GroupGrid
+from gptvq_jax.moves.nearest import lookup
+
+
+def decode(
+    centroids: jax.Array, codes: jax.Array, scales: jax.Array | None, grid: GroupGrid
+) -> jax.Array:
+    """The weight that codes stand for.
+
+    Args:
+      centroids: (S, G, K, D).
+      codes: (S * c / D, G * r) int32.
+      scales: (S * c / D, G * r) or None.
+
+    Returns:
+      (S * c, G * r), 0 in rows and columns of padding.
+    """
+    strips, groups, positions = grid.col_strips, grid.row_strips, grid.strip_vectors
+    index = codes.reshape(strips, positions, groups, grid.strip_rows)
+    index = jnp.swapaxes(index, 1, 2).reshape(strips, groups, -1)
+    vectors = lookup(centroids, index)  # (S, G, D, J * r)
+    vectors = vectors.reshape(strips, groups, grid.dim, positions, grid.strip_rows)
+    vectors = jnp.transpose(vectors, (0, 3, 2, 1, 4))  # (S, J, D, G, r)
+    if scales is not None:
+        vectors = vectors * scales.reshape(strips, positions, 1, groups, grid.strip_rows)
+    weight = vectors.reshape(grid.padded_cols, grid.padded_rows)
+    inside = (jnp.arange(grid.padded_cols) < grid.cols)[:, None]
+    return weight * (inside & (jnp.arange(grid.padded_rows) < grid.rows))
+
+
+def codebook_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
+    """L(Q) in the transposed layout: weight, quantized (S * c, G * r), hessian (S * c, S * c)."""
+    error = weight - quantized
+    return jnp.vdot(error, jnp.matmul(hessian, error, precision="highest"))
+
+
+def refit(
+    weight: jax.Array,
+    hessian: jax.Array,
+    centroids: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array | None,
+    grid: GroupGrid,
+    iterations: int,
+) -> jax.Array:
+    """Least-squares centroids by conjugate gradients, never worse than those it starts from.
+
+    Args:
+      weight: (S * c, G * r), transposed and padded with zeros.
+      hessian: (S * c, S * c) mean x x^T, zero on the padding.
+      centroids: (S, G, K, D).
+      codes: (S * c / D, G * r).
+      scales: (S * c / D, G * r) or None.
+      iterations: conjugate-gradient steps; each costs 2 R C^2 flops.
+    """
+
+    def forward(c):
+        return decode(c, codes, scales, grid)
+
+    adjoint = jax.linear_transpose(forward, centroids)
+
+    def normal(c):
+        return adjoint(jnp.matmul(hessian, forward(c), precision="highest"))[0]
+
+    # Jacobi preconditioner: the diagonal of A^T H A with the cross terms of a centroid left out.
+    ones = jnp.broadcast_to(jnp.diagonal(hessian)[:, None], weight.shape)
+    square = None if scales is None else jnp.square(scales)
+    diagonal = jax.linear_transpose(lambda c: decode(c, codes, square, grid), centroids)(ones)[0]
+    precondition = 1 / jnp.where(diagonal > 0, diagonal, 1.0)
+
+    residual = adjoint(
+        jnp.matmul(hessian, weight - forward(centroids), precision="highest")
+    )[0]
+
+    def step(_, state):
+        solution, residual, direction, energy = state
+        image = normal(direction)
+        curvature = jnp.vdot(direction, image)
+        # A converged (or null) direction has nothing left to gain: stand still.
+        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1.0), 0.0)
+        solution = solution + length * direction
+        residual = residual - length * image
+        scaled = precondition * residual
+        new_energy = jnp.vdot(residual, scaled)
+        ratio = jnp.where(energy > 0, new_energy / jnp.where(energy > 0, energy, 1.0), 0.0)
+        return solution, residual, scaled + ratio * direction, new_energy
+
+    start = precondition * residual
+    state = (centroids, residual, start, jnp.vdot(residual, start))
+    solution = lax.fori_loop(0, iterations, step, state)[0]
+    better = codebook_loss(weight, forward(solution), hessian) < codebook_loss(
+        weight, forward(centroids), hessian
+    )
+    return jnp.where(better, solution, centroids)
+
+
+def gradient_update(
+    weight: jax.Array,
+    hessian: jax.Array,
+    params,
+    reconstruct,
+    *,
+    iterations: int,
+    learning_rate: float,
+):
+    """The paper's codebook update: Adam on L over the codebooks (GPTVQ, section 3.3), keep the best.
+
+    Args:
+      weight, hessian: as in `refit`.
+      params: pytree of what is tuned (centroids, or the factors of compressed codebooks).
+      reconstruct: params -> quantized (S * c, G * r).
+      iterations: Adam steps.
+      learning_rate: relative to the root mean square of each leaf, so one value fits every layer.
+
+    Returns:
+      The params with the lowest loss seen, those given included.
+    """
+    adam = optax.adam(learning_rate)
+    size = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))) + 1e-12, params)
+    loss_and_grad = jax.value_and_grad(
+        lambda unit: codebook_loss(
+            weight, reconstruct(jax.tree.map(jnp.multiply, unit, size)), hessian
+        )
+    )
+
+    def step(state, _):
+        unit, opt_state, best, lowest = state
+        loss, grad = loss_and_grad(unit)
+        best, lowest = lax.cond(
+            loss < lowest, lambda: (unit, loss), lambda: (best, lowest)
+        )
+        updates, opt_state = adam.update(grad, opt_state, unit)
+        return (optax.apply_updates(unit, updates), opt_state, best, lowest), None
+
+    unit = jax.tree.map(jnp.divide, params, size)
+    state = (unit, adam.init(unit), unit, jnp.float32(jnp.inf))
+    (_, _, best, _), _ = lax.scan(step, state, length=iterations + 1)
+    return jax.tree.map(jnp.multiply, best, size)

@@ -1,0 +1,49 @@
+"""Block-wise data normalization: 4-bit log-domain scales (GPTVQ, section 3.3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax.vq_tensor import block_scale_values
+
+_LEVELS = 15  # 4-bit codes 0..15
+
+
+class StripScales(NamedTuple):
+    """Scales of one column strip, s = 2^(offset + step * code), as they will be stored."""
+
+    codes: jax.Array  # (B, G, r) int32, B blocks of weights along the inputs
+    offset: jax.Array  # () float16
+    step: jax.Array  # () float16
+    repeats: jax.Array  # (c,) int32: the block of each column
+
+    def per_column(self) -> jax.Array:
+        """(c, G, r) float32."""
+        return block_scale_values(self.codes, self.offset, self.step)[self.repeats]
+
+    def per_vector(self, dim: int) -> jax.Array:
+        """(c / D, G, r) float32: a vector never straddles two blocks."""
+        return self.per_column()[::dim]
+
+
+def normalize_strip(weight: jax.Array, block_size: int) -> StripScales:
+    """Scales that bring the largest weight of every block near 1.
+
+    Args:
+      weight: (c, G, r), one column strip; each row is cut into blocks of `block_size` inputs.
+      block_size: weights per scale; the last block of a strip may be shorter.
+    """
+    cols = weight.shape[0]
+    blocks = -(-cols // block_size)
+    padded = jnp.pad(weight, ((0, blocks * block_size - cols), (0, 0), (0, 0)))
+    peak = jnp.max(jnp.abs(padded.reshape(blocks, block_size, *weight.shape[1:])), axis=1)
+    # An all-zero block (rows of padding, dead columns) takes the smallest real scale.
+    floor = jnp.min(jnp.where(peak > 0, peak, jnp.inf))
+    log = jnp.log2(jnp.maximum(peak, jnp.where(jnp.isfinite(floor), floor, 1.0)))
+    offset = jnp.min(log).astype(jnp.float16)
+    step = ((jnp.max(log) - jnp.min(log)) / _LEVELS).astype(jnp.float16)
+    spacing = jnp.where(step > 0, step.astype(jnp.float32), 1.0)
+    codes = jnp.round((log - offset.astype(jnp.float32)) / spacing)
+    codes = jnp.clip(codes, 0, _LEVELS).astype(jnp.int32)
+    return StripScales(codes, offset, step, jnp.arange(cols) // block_size)

@@ -1,0 +1,79 @@
+"""Starting centroids for EM. All take the vectors of G groups and return (G, K, D)."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptvq_jax.moves.em import GroupData
+
+
+def mahalanobis(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+    """K points evenly spaced in order of Mahalanobis distance to the mean (GPTVQ, section 3.2)."""
+    del key
+    points, valid = _flatten(data)  # (G, D, N), (G, N)
+    count = jnp.sum(valid, axis=1)
+    mean = jnp.sum(points * valid[:, None], axis=2) / count[:, None]
+    centered = (points - mean[..., None]) * valid[:, None]
+    covariance = jnp.einsum("gdn,gen->gde", centered, centered, precision="highest")
+    covariance = covariance / count[:, None, None]
+    floor = 1e-6 * jnp.trace(covariance, axis1=1, axis2=2)[:, None, None] + 1e-30
+    factor = jnp.linalg.inv(covariance + floor * jnp.eye(points.shape[1]))
+    distance = jnp.einsum("gdn,gde,gen->gn", centered, factor, centered, precision="highest")
+    order = jnp.argsort(jnp.where(valid, distance, jnp.inf), axis=1)
+    return _pick(points, order, count, codebook_size)
+
+
+def cdf(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+    """1D: the quantiles (k + 1/2) / K of the weights."""
+    del key
+    if data.points.shape[2] != 1:
+        raise ValueError("cdf seeding orders scalars: it needs dim=1")
+    points, valid = _flatten(data)
+    order = jnp.argsort(jnp.where(valid, points[:, 0], jnp.inf), axis=1)
+    return _pick(points, order, jnp.sum(valid, axis=1), codebook_size)
+
+
+def kmeans_plus_plus(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+    """k-means++ in the EM metric: each new seed is drawn with probability weight x distance^2."""
+    groups, positions, dim, rows = data.points.shape
+    white = jnp.einsum("gjdr,jde->gjer", data.points, data.whiten, precision="highest")
+    keys = jax.random.uniform(key, (codebook_size, groups, 2))
+
+    def draw(mass, uniform):  # mass (G, J, r): a point in two stages, so that no long sum is needed
+        row_of = jax.vmap(lambda m, u: jnp.searchsorted(jnp.cumsum(m), u * jnp.sum(m)))
+        position = row_of(jnp.sum(mass, axis=2), uniform[:, 0])
+        position = jnp.minimum(position, positions - 1)
+        row = row_of(jnp.take_along_axis(mass, position[:, None, None], 1)[:, 0], uniform[:, 1])
+        return position, jnp.minimum(row, rows - 1)
+
+    def seed_at(mass, uniform):
+        position, row = draw(mass, uniform)
+        seed = data.points[jnp.arange(groups), position, :, row]  # (G, D)
+        center = jnp.einsum("gd,jde->gje", seed, data.whiten, precision="highest")
+        distance = sum(jnp.square(white[:, :, d] - center[:, :, d, None]) for d in range(dim))
+        return seed, distance
+
+    def step(distance, uniform):
+        seed, new = seed_at(data.weight * distance, uniform)
+        return jnp.minimum(distance, new), seed
+
+    first, distance = seed_at(data.weight, keys[0])
+    _, seeds = lax.scan(step, distance, keys[1:])
+    return jnp.concatenate([first[:, None], jnp.swapaxes(seeds, 0, 1)], axis=1)
+
+
+def _flatten(data: GroupData) -> tuple[jax.Array, jax.Array]:
+    groups, _, dim, _ = data.points.shape
+    points = jnp.moveaxis(data.points, 2, 1).reshape(groups, dim, -1)
+    return points, data.weight.reshape(groups, -1) > 0
+
+
+def _pick(points: jax.Array, order: jax.Array, count: jax.Array, codebook_size: int) -> jax.Array:
+    """Points at K evenly spaced ranks of the `count` valid ones, (G, K, D)."""
+    spaced = (jnp.arange(codebook_size) + 0.5) / codebook_size
+    rank = jnp.floor(spaced * count[:, None]).astype(jnp.int32)
+    index = jnp.take_along_axis(order, rank, axis=1)
+    return jnp.swapaxes(jnp.take_along_axis(points, index[:, None], axis=2), 1, 2)
+
+
+SEEDS = {"mahalanobis": mahalanobis, "kmeans++": kmeans_plus_plus, "cdf": cdf}

@@ -1,0 +1,160 @@
+"""The column sweep: quantize D columns at a time, feed their error into the columns to the right.
+
+With U upper triangular, U^T U = H^-1, and P the D columns in turn, the best choice of the columns
+after P makes the loss |E|^2 with E = (W_P - Q_P) U_PP^-1, and moves them by -E U_{P,rest}
+(GPTVQ, Algorithm 1, in exact block form). Updates beyond a block of columns are applied lazily,
+one matmul per block. Cost: 2 R C^2 flops of matmul and R C / D nearest-centroid searches.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptvq_jax.grid import GroupGrid
+from gptvq_jax.moves.em import GroupData
+from gptvq_jax.moves.nearest import lookup, nearest
+from gptvq_jax.moves.scales import StripScales
+
+# Codebooks (G, K, D) for the vectors of one column strip, drawn or fitted when it is reached.
+Fit = Callable[[GroupData, jax.Array], jax.Array]
+# Scales for the weights (c, G, r) of one column strip.
+Normalize = Callable[[jax.Array], StripScales]
+
+
+class SweepResult(NamedTuple):
+    """Everything in the transposed, padded layout of grid.py."""
+
+    codes: jax.Array  # (S * c / D, G * r) int32
+    centroids: jax.Array  # (S, G, K, D) float32
+    scales: StripScales | None  # stacked over strips
+    quantized: jax.Array  # (S * c, G * r)
+    loss: jax.Array  # () float32: sum |E|^2 = L(Q) with the damped Hessian, rows of padding left out
+
+
+def pad_identity(hinv_chol: jax.Array, grid: GroupGrid) -> jax.Array:
+    """U (C, C) with the identity on columns of padding, which keeps them out of the feedback."""
+    pad = grid.padded_cols - grid.cols
+    return jax.scipy.linalg.block_diag(hinv_chol, jnp.eye(pad)) if pad else hinv_chol
+
+
+def whitening(hinv_chol: jax.Array, grid: GroupGrid) -> jax.Array:
+    """T_j = U_jj^-1 for every vector position, zero on columns of padding.
+
+    Args:
+      hinv_chol: U (S * c, S * c).
+
+    Returns:
+      (S * c / D, D, D).
+    """
+    blocks = hinv_chol.reshape(-1, grid.dim, hinv_chol.shape[0] // grid.dim, grid.dim)
+    diagonal = jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), -1, 0)  # (J, D, D)
+    valid = (jnp.arange(grid.padded_cols) < grid.cols).reshape(-1, grid.dim).astype(jnp.float32)
+    return jnp.linalg.inv(diagonal) * valid[:, :, None] * valid[:, None, :]
+
+
+def diagonal_only(whiten: jax.Array, hinv_chol: jax.Array) -> jax.Array:
+    """The paper's metric: each coordinate of a vector weighted alone, by 1 / U_jj."""
+    dim = whiten.shape[-1]
+    inverse = (1 / jnp.diagonal(hinv_chol)).reshape(-1, dim)
+    valid = jnp.diagonal(whiten, axis1=1, axis2=2) != 0
+    return jnp.where(valid, inverse, 0.0)[:, :, None] * jnp.eye(dim)
+
+
+def sweep(
+    weight: jax.Array,
+    hinv_chol: jax.Array,
+    grid: GroupGrid,
+    fit: Fit,
+    key: jax.Array,
+    *,
+    block_size: int = 128,
+    exact_metric: bool = True,
+    normalize: Normalize | None = None,
+) -> SweepResult:
+    """Quantizes a weight column by column with error feedback.
+
+    Args:
+      weight: transposed and padded (S * c, G * r).
+      hinv_chol: U (S * c, S * c), identity on the padding. The identity everywhere turns error
+        feedback off (round to nearest).
+      grid: geometry of the groups.
+      fit: makes the codebooks of a column strip when the sweep reaches it.
+      key: random key for `fit`.
+      block_size: columns per lazy update, at most a strip.
+      exact_metric: assign codes in the metric of the whole D x D block; False: its diagonal.
+      normalize: makes block scales of a column strip, or None.
+    """
+    dim, rows = grid.dim, grid.strip_rows
+    weight = weight.reshape(grid.padded_cols, grid.row_strips, rows)
+    feedback = whitening(hinv_chol, grid)
+    metric = feedback if exact_metric else diagonal_only(feedback, hinv_chol)
+    row_index = jnp.arange(grid.padded_rows).reshape(grid.row_strips, rows)
+    row_mask = (row_index < grid.rows).astype(jnp.float32)
+    block = grid.block_cols(block_size)
+    column = jnp.arange(grid.padded_cols)
+
+    def strip_step(weight, strip):
+        start = strip * grid.strip_cols
+        current = lax.dynamic_slice_in_dim(weight, start, grid.strip_cols)
+        first = start // dim
+        whiten = lax.dynamic_slice_in_dim(metric, first, grid.strip_vectors)
+        scales = None if normalize is None else normalize(current)
+        per_vector = jnp.ones((grid.strip_vectors, *row_mask.shape))  # (J, G, r)
+        if scales is not None:
+            per_vector = scales.per_vector(dim)
+        points = current.reshape(grid.strip_vectors, dim, grid.row_strips, rows)
+        points = jnp.moveaxis(points / per_vector[:, None], 2, 0)  # (G, J, D, r)
+        point_weight = jnp.moveaxis(jnp.square(per_vector) * row_mask, 1, 0)
+        data = GroupData(points, whiten, point_weight)
+        centroids = fit(data, jax.random.fold_in(key, strip))
+        (weight, loss), codes = lax.scan(
+            lambda carry, b: block_step(carry, b, start, centroids, per_vector),
+            (weight, jnp.float32(0)),
+            jnp.arange(grid.strip_cols // block),
+        )
+        return weight, (codes.reshape(-1, *row_mask.shape), centroids, scales, loss)
+
+    def block_step(carry, index, strip_start, centroids, per_vector):
+        weight, loss = carry
+        start = strip_start + index * block
+        u_rows = lax.dynamic_slice_in_dim(hinv_chol, start, block)  # (B, S * c)
+        u_local = lax.dynamic_slice_in_dim(u_rows, start, block, axis=1)
+
+        def vector_step(local, j):
+            u = lax.dynamic_slice_in_dim(u_local, j * dim, dim)  # (D, B)
+            x = lax.dynamic_slice_in_dim(local, j * dim, dim)  # (D, G, r)
+            t = lax.dynamic_index_in_dim(feedback, start // dim + j, keepdims=False)
+            m = lax.dynamic_index_in_dim(metric, start // dim + j, keepdims=False)
+            s = lax.dynamic_index_in_dim(
+                per_vector, index * (block // dim) + j, keepdims=False
+            )
+            white = jnp.einsum("dgr,de->ger", x / s, m, precision="highest")
+            codes, _ = nearest(white, jnp.matmul(centroids, m, precision="highest"))
+            q = jnp.moveaxis(lookup(centroids, codes), 1, 0) * s
+            error = jnp.einsum("dgr,de->egr", x - q, t, precision="highest")
+            rest = u * (jnp.arange(block) >= (j + 1) * dim)
+            local = local - jnp.einsum("eb,egr->bgr", rest, error, precision="highest")
+            local = lax.dynamic_update_slice_in_dim(local, q, j * dim, axis=0)
+            return local, (codes, error)
+
+        local = lax.dynamic_slice_in_dim(weight, start, block)
+        local, (codes, error) = lax.scan(vector_step, local, jnp.arange(block // dim))
+        error = error.reshape(block, -1)
+        rest = u_rows * (column >= start + block)
+        update = jnp.matmul(rest.T, error, precision="highest").reshape(weight.shape)
+        weight = lax.dynamic_update_slice_in_dim(weight - update, local, start, axis=0)
+        return (weight, loss + jnp.sum(jnp.square(error * row_mask.reshape(-1)))), codes
+
+    weight, (codes, centroids, scales, loss) = lax.scan(
+        strip_step, weight, jnp.arange(grid.col_strips)
+    )
+    return SweepResult(
+        codes.reshape(-1, grid.padded_rows),
+        centroids,
+        scales,
+        weight.reshape(grid.padded_cols, grid.padded_rows),
+        jnp.sum(loss),
+    )

@@ -1,0 +1,61 @@
+"""Uniform grids as codebooks: what round-to-nearest and GPTQ place the weights on.
+
+Centroid k of a group is scale * k + offset, or scale * (k - (K - 1) / 2) when symmetric: a rank-2
+or rank-1 product, so a uniform tensor is stored as one with factored codebooks.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax.grid import GroupGrid
+from gptvq_jax.moves.em import GroupData
+from gptvq_jax.moves.sweep import Fit
+from gptvq_jax.vq_tensor import FactoredCodebook
+
+
+def uniform_grid(rows: int, cols: int, group_size: int) -> GroupGrid:
+    """Groups of one row; its columns are cut evenly into groups of at least `group_size`."""
+    groups = max(1, cols // group_size) if group_size else 1
+    return GroupGrid(rows, cols, dim=1, strip_rows=1, strip_cols=-(-cols // groups))
+
+
+def basis(size: int, symmetric: bool) -> jax.Array:
+    """Right factor (p, K): [k - (K - 1) / 2], or [k, 1]."""
+    level = jnp.arange(size, dtype=jnp.float32)
+    if symmetric:
+        return (level - (size - 1) / 2)[None]
+    return jnp.stack([level, jnp.ones_like(level)])
+
+
+def uniform_fit(size: int, symmetric: bool) -> Fit:
+    """Grids that span the weights of each group; scale and offset are already float16 values."""
+
+    def fit(data: GroupData, key: jax.Array) -> jax.Array:
+        del key
+        points, used = data.points[:, :, 0], data.weight > 0
+        high = jnp.max(jnp.where(used, points, -jnp.inf), axis=(1, 2))
+        low = jnp.min(jnp.where(used, points, jnp.inf), axis=(1, 2))
+        if symmetric:
+            high = jnp.maximum(jnp.abs(high), jnp.abs(low))
+            low = -high
+        # Equal weights in a group leave no range; any positive scale represents them.
+        scale = jnp.where(high > low, (high - low) / (size - 1), 1e-4)[:, None]
+        left = scale if symmetric else jnp.concatenate([scale, low[:, None]], axis=1)
+        left = left.astype(jnp.float16).astype(jnp.float32)
+        return jnp.matmul(left, basis(size, symmetric), precision="highest")[..., None]
+
+    return fit
+
+
+def factored(centroids: jax.Array, symmetric: bool) -> FactoredCodebook:
+    """The factors that `uniform_fit` multiplied; exact, since both are float16 values.
+
+    Args:
+      centroids: (M, S, G, K, 1).
+    """
+    size = centroids.shape[-2]
+    first, last = centroids[..., 0, :], centroids[..., -1, :]
+    scale = (last - first) / (size - 1)
+    left = scale if symmetric else jnp.concatenate([scale, first], axis=-1)
+    right = basis(size, symmetric)
+    return FactoredCodebook(left.astype(jnp.float16), None, right.astype(jnp.float16))

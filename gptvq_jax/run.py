@@ -1,0 +1,148 @@
+"""The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptvq_jax import report
+from gptvq_jax.checkpoint import PackedCheckpoint
+from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_dict
+from gptvq_jax.data.documents import documents
+from gptvq_jax.data.windows import calibration_windows, evaluation_windows
+from gptvq_jax.evaluate import passes, perplexity
+from gptvq_jax.models.llama import LINEAR_LAYERS
+from gptvq_jax.models.source import ModelSource, open_source
+from gptvq_jax.pipeline import quantize_model
+from gptvq_jax.progress import Progress
+from gptvq_jax.stopwatch import Stopwatch, peak_memory_bytes
+from gptvq_jax.workdir import WorkDir
+
+
+def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
+    """Runs one config to its end and returns the summary, which is also printed.
+
+    Args:
+      config: ConfigDict, as from `default_config`.
+      workdir_path: directory for everything the run writes; an earlier run in it is resumed.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input, in one line that names the field or file.
+    """
+    stopwatch = Stopwatch()
+    settings = from_config(config)
+    workdir = WorkDir(workdir_path, to_dict(settings))
+    with stopwatch.stage("open model"):
+        source = open_source(settings.model)
+    check_seqlen(source, "calibration", settings.calibration.seqlen)
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    # Both texts are read before hours of work: what is wrong with them shows at once.
+    with stopwatch.stage("read text"):
+        held_out = evaluation_tokens(source, settings)
+        tokens = workdir.load_tokens()
+        if tokens is None:
+            tokens = calibration_tokens(source, settings)
+            workdir.save_tokens(tokens)
+    steps = source.config.num_hidden_layers * len(LINEAR_LAYERS)
+    with Progress(steps, "quantize", "layer") as progress:
+        quantize_model(source, settings, workdir, tokens, progress, stopwatch)
+
+    packed = PackedCheckpoint(workdir.checkpoint)
+    with stopwatch.stage("evaluate"):
+        before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
+        after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
+    rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
+    manifest = packed.manifest
+    summary = {
+        "kind": "summary",
+        "bits_per_value": manifest["bits_per_value"],
+        "num_layers": len(rows),
+        "quantized_bytes": manifest["quantized_bytes"],
+        "dense_bytes": manifest["dense_bytes"],
+        "checkpoint_bytes": directory_bytes(workdir.checkpoint),
+        "perplexity_float": before,
+        "perplexity_quantized": after,
+        "evaluation": describe(settings.evaluation.dataset, held_out),
+        "calibration": describe(settings.calibration.dataset, tokens),
+        "seconds": stopwatch.total,
+        "compile_seconds": stopwatch.compile_seconds,
+        "stages": dict(stopwatch.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    workdir.keep_metrics([*rows, summary])
+    report.plot(rows, f"{source.name}, {summary['bits_per_value']:.3f} bits per value",
+                workdir.path / "report.png")  # fmt: skip
+    print(report.layer_table(rows))
+    print()
+    print(report.summary_text(summary))
+    print(f"{'written to':>15s}  {workdir.path}")
+    return summary
+
+
+def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:
+    """Prints and returns the perplexity of a packed checkpoint or of a float model.
+
+    Args:
+      checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
+      overrides: fields of EvaluationSettings; None leaves what the checkpoint was made with.
+    """
+    if (checkpoint is None) == (model is None):
+        raise ValueError("pass either --checkpoint=DIR or --model=NAME")
+    source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
+    made_with = source.manifest["config"]["evaluation"] if checkpoint else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    settings = RunSettings(evaluation=EvaluationSettings(**{**made_with, **given}))
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    windows = evaluation_tokens(source, settings)
+    value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)
+    print(f"perplexity {value:.4f} on {describe(settings.evaluation.dataset, windows)}")
+    return value
+
+
+def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
+    """Random windows (n, T) of the calibration text."""
+    c = settings.calibration
+    return calibration_windows(
+        source.tokenizer,
+        documents(c.dataset, "train"),
+        num_windows=c.num_windows,
+        seqlen=c.seqlen,
+        seed=c.seed,
+        vocab_size=source.config.vocab_size,
+    )
+
+
+def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
+    """Consecutive windows (n, T) of the held-out text."""
+    e = settings.evaluation
+    return evaluation_windows(
+        source.tokenizer,
+        documents(e.dataset, "test"),
+        seqlen=e.seqlen,
+        max_windows=e.num_windows or None,
+        vocab_size=source.config.vocab_size,
+    )
+
+
+def evaluate_source(source: ModelSource, windows: np.ndarray, batch_size: int, name: str) -> float:
+    """Perplexity with a progress bar."""
+    steps = passes(source.config, windows) * source.config.num_hidden_layers
+    with Progress(steps, f"evaluate {name}", "block") as progress:
+        return perplexity(source, windows, batch_size, progress.advance)
+
+
+def check_seqlen(source: ModelSource, section: str, seqlen: int) -> None:
+    limit = source.config.max_position_embeddings
+    if seqlen > limit:
+        raise ValueError(
+            f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
+            f"set --config.{section}.seqlen={limit} or less"
+        )
+
+
+def describe(dataset: str, windows: np.ndarray) -> str:
+    return f"{len(windows)} x {windows.shape[1]} tokens of {dataset}"
+
+
+def directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
