@@ -10,6 +10,7 @@ The manifest holds no dates, so the same run on the same machine writes the same
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -94,7 +95,7 @@ class CheckpointWriter:
         model_config: ModelConfig,
         source_name: str,
         source_fingerprint: str,
-        summary: Mapping[str, Any],
+        summary: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Writes and returns the manifest, which makes the checkpoint complete.
 
@@ -114,7 +115,7 @@ class CheckpointWriter:
             "model": model_config.to_hf(),
             "source": {"name": source_name, "fingerprint": source_fingerprint},
             **self._inventory(model_config.num_hidden_layers),
-            "summary": summary,
+            "summary": summary or {},
         }
         try:
             text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
@@ -129,23 +130,26 @@ class CheckpointWriter:
         """What is stored, counted from the descriptions beside the arrays."""
         if not (self.directory / "tokenizer").is_dir():
             raise ValueError(f"{self.directory} lacks the tokenizer: call write_tokenizer first")
-        records = {"": read_record(self.directory / "outer")}
+        paths = {"outer": self.directory / "outer"}
         for index in range(num_blocks):
-            records[f"layers_{index}/"] = read_record(_block_path(self.directory, index))
-        for prefix, record in records.items():
+            paths[f"layers_{index}"] = _block_path(self.directory, index)
+        layers, dense = {}, {}
+        for part, path in paths.items():
+            record = read_record(path)
             if record is None:
-                raise ValueError(f"{self.directory} lacks {prefix[:-1] or 'outer'}: write it first")
+                raise ValueError(f"{self.directory} lacks {part}: write it first")
+            part_layers, part_dense = _listed(record, "" if part == "outer" else f"{part}/")
+            layers |= part_layers
+            dense |= part_dense
 
-        layers = {p + _layer(n): m for p, r in records.items() for n, m in r["quantized"].items()}
-        dense = {p + n: m["num_bytes"] for p, r in records.items() for n, m in r["dense"].items()}
         quantized_bytes = sum(meta["num_bytes"] for meta in layers.values())
-        weights = sum(int(np.prod(meta["shape"])) for meta in layers.values())
+        weights = sum(math.prod(meta["shape"]) for meta in layers.values())
         return {
             "bits_per_value": 8 * quantized_bytes / weights if weights else None,
             "quantized_bytes": quantized_bytes,
-            "dense_bytes": sum(dense.values()),
+            "dense_bytes": sum(meta["num_bytes"] for meta in dense.values()),
             "layers": layers,
-            "dense": list(dense),
+            "dense": dense,
         }
 
     def _reopen(self) -> None:
@@ -156,8 +160,8 @@ class CheckpointWriter:
 class PackedCheckpoint:
     """A complete checkpoint, readable as a float32 model (a ModelSource) or in packed form.
 
-    Arrays are on the host. `fingerprint` is the SHA-256 of the manifest, which covers every
-    quantized array; `manifest` is its content as a dict.
+    Arrays are on the host. `fingerprint` is the SHA-256 of the manifest, and through the sums in it
+    of every array; `manifest` is its content as a dict.
 
     Raises:
       FileNotFoundError: the directory is missing or the run that fills it has not finished.
@@ -194,9 +198,12 @@ class PackedCheckpoint:
         return AutoTokenizer.from_pretrained(self.directory / "tokenizer")
 
     def outer(self) -> Tree:
-        """Parameters outside the blocks, float32."""
-        tree, _ = load_tree(self.directory / "outer")
-        return _densify(tree)
+        """Parameters outside the blocks, float32.
+
+        Raises:
+          ValueError: they are damaged; the message names the array.
+        """
+        return dequantize_tree(self._load(self.directory / "outer", ""))
 
     def block(self, index: int) -> Tree:
         """Block `index` in float32, kernels (in, out): the model that the packed one stands for.
@@ -204,7 +211,7 @@ class PackedCheckpoint:
         Raises:
           ValueError: there is no such block, or it is damaged; the message names the layer.
         """
-        return _densify(self.packed_block(index))
+        return dequantize_tree(self.packed_block(index))
 
     def packed_block(self, index: int) -> Tree:
         """Block `index` with a VQTensor of the (out, in) weight as each quantized kernel.
@@ -214,14 +221,17 @@ class PackedCheckpoint:
         """
         if not 0 <= index < self.config.num_hidden_layers:
             raise ValueError(f"block {index=} must be in 0..{self.config.num_hidden_layers - 1}")
-        tree, record = _load_block(self.directory, index)
-        for name, meta in record["quantized"].items():
-            layer = f"layers_{index}/{_layer(name)}"
-            if self.manifest["layers"].get(layer, {}).get("sha256") != meta["sha256"]:
-                raise ValueError(
-                    f"{layer} in {self.directory} is not the one its manifest lists; delete "
-                    f"{_block_path(self.directory, index)} and rerun scripts/quantize.py"
-                )
+        return self._load(_block_path(self.directory, index), f"layers_{index}/")
+
+    def _load(self, path: Path, prefix: str) -> Tree:
+        tree, record = load_tree(path)
+        for section, listed in zip(("layers", "dense"), _listed(record, prefix), strict=True):
+            for name, meta in listed.items():
+                if self.manifest[section].get(name) != meta:
+                    raise ValueError(
+                        f"{name} in {path} is not the one listed in {self.directory / _MANIFEST}: "
+                        "it comes from another run; delete both and rerun scripts/quantize.py"
+                    )
         return tree
 
 
@@ -232,37 +242,30 @@ def read_block(directory: str | os.PathLike, index: int) -> Tree:
       FileNotFoundError: the block is not finished.
       ValueError: it is damaged.
     """
-    tree, _ = _load_block(Path(directory).absolute(), index)
+    tree, _ = load_tree(_block_path(Path(directory).absolute(), index))
     return tree
 
 
-def dense_block(block: Mapping[str, Any]) -> Tree:
-    """A block in float32 on the host, VQTensors dequantized to kernels (in, out)."""
-    return _densify(block)
+def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
+    """Every leaf as a float32 host array; a VQTensor of an (out, in) weight becomes (in, out)."""
+
+    def dense(leaf):
+        return np.asarray(_kernel(leaf) if isinstance(leaf, VQTensor) else leaf, np.float32)
+
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return traverse_util.unflatten_dict({n: dense(v) for n, v in flat.items()}, sep="/")
 
 
-def _load_block(directory: Path, index: int) -> tuple[Tree, Record]:
-    return load_tree(_block_path(directory, index))
+@jax.jit
+def _kernel(tensor: VQTensor) -> jax.Array:
+    return dequantize(tensor).T
 
 
 def _block_path(directory: Path, index: int) -> Path:
     return directory / "blocks" / f"{index:05d}"
 
 
-def _layer(name: str) -> str:
-    return name.removesuffix("/kernel")
-
-
-@jax.jit
-def _dense_kernel(tensor: VQTensor) -> jax.Array:
-    return dequantize(tensor).T
-
-
-def _densify(tree: Mapping[str, Any]) -> Tree:
-    def densify(leaf):
-        if isinstance(leaf, VQTensor):
-            leaf = _dense_kernel(leaf)
-        return np.asarray(leaf, np.float32)
-
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    return traverse_util.unflatten_dict({n: densify(v) for n, v in flat.items()}, sep="/")
+def _listed(record: Record, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of the manifest, `layers` and `dense`, for one stored tree."""
+    layers = {prefix + n.removesuffix("/kernel"): m for n, m in record["quantized"].items()}
+    return layers, {prefix + name: meta for name, meta in record["dense"].items()}

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gptvq_jax.grid import GroupGrid, make_grid
 from gptvq_jax.moves.compress import (
@@ -138,17 +139,19 @@ def quantize(
     grid = settings.grid(*weight.shape)
     target = grid.pad_transpose(weight)
     hessian = jnp.pad(hessian, ((0, grid.padded_cols - grid.cols),) * 2)
-    state = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
-    scales = state.scales and _stacked_per_vector(state.scales, grid)
-    centroids, codes = state.centroids, state.codes
+    swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
+    scales = swept.scales and _stacked_per_vector(swept.scales, grid)
     update = partial(_update_codebooks, target, hessian, scales, grid, settings)
 
-    centroids = update(centroids, codes)
-    for _ in range(settings.polish_rounds):
+    def polish(_, state):
+        centroids, codes = state
         codes = recode(
             target, hessian, centroids, codes, scales, grid, block_size=settings.block_size
         )
-        centroids = update(centroids, codes)
+        return update(centroids, codes), codes
+
+    state = update(swept.centroids, swept.codes), swept.codes
+    centroids, codes = lax.fori_loop(0, settings.polish_rounds, polish, state)
 
     if settings.svd_rank:
         centroids, rank = sort_codebook(centroids)
@@ -159,7 +162,7 @@ def quantize(
     return VQTensor(
         codes=pack_codes(codes[None], settings.index_bits, grid),
         codebook=codebook,
-        block_scales=_stored_scales(state.scales, grid, settings.scale_block_size),
+        block_scales=_stored_scales(swept.scales, grid, settings.scale_block_size),
         index_bits=settings.index_bits,
         grid=grid,
     )

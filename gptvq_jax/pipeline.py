@@ -119,6 +119,7 @@ def quantize_model(
         model_config=source.config,
         source_name=source.name,
         source_fingerprint=source.fingerprint,
+        summary={},
     )
 
 

@@ -54,6 +54,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         blocks = [row["block"] for row in of_layer]
         axes.plot(blocks, [row["relative_error"] for row in of_layer], ".-", label=name)
     axes.set(yscale="log", xlabel="block", ylabel="relative output error", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)

@@ -8,7 +8,7 @@ import numpy as np
 from gptvq_jax import report
 from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_dict
-from gptvq_jax.data.documents import documents
+from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
 from gptvq_jax.evaluate import passes, perplexity
 from gptvq_jax.models.llama import LINEAR_LAYERS
@@ -31,11 +31,27 @@ def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
     """
     stopwatch = Stopwatch()
     settings = from_config(config)
-    workdir = WorkDir(workdir_path, to_dict(settings))
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
     check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
+        summary = _quantize(source, settings, workdir, stopwatch)
+        rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
+        workdir.keep_metrics([*rows, summary])
+    title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
+    report.plot(rows, title, workdir.path / "report.png")
+    print(report.layer_table(rows))
+    print()
+    print(report.summary_text(summary))
+    print(f"{'written to':>15s}  {workdir.path}")
+    return summary
+
+
+def _quantize(
+    source: ModelSource, settings: RunSettings, workdir: WorkDir, stopwatch: Stopwatch
+) -> dict[str, Any]:
+    """Quantizes and evaluates; returns the summary."""
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out = evaluation_tokens(source, settings)
@@ -51,12 +67,11 @@ def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
     with stopwatch.stage("evaluate"):
         before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
         after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
-    rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
     manifest = packed.manifest
-    summary = {
+    return {
         "kind": "summary",
         "bits_per_value": manifest["bits_per_value"],
-        "num_layers": len(rows),
+        "num_layers": len(manifest["layers"]),
         "quantized_bytes": manifest["quantized_bytes"],
         "dense_bytes": manifest["dense_bytes"],
         "checkpoint_bytes": directory_bytes(workdir.checkpoint),
@@ -69,14 +84,6 @@ def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
         "stages": dict(stopwatch.seconds),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    workdir.keep_metrics([*rows, summary])
-    report.plot(rows, f"{source.name}, {summary['bits_per_value']:.3f} bits per value",
-                workdir.path / "report.png")  # fmt: skip
-    print(report.layer_table(rows))
-    print()
-    print(report.summary_text(summary))
-    print(f"{'written to':>15s}  {workdir.path}")
-    return summary
 
 
 def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:
@@ -108,6 +115,7 @@ def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray
         num_windows=c.num_windows,
         seqlen=c.seqlen,
         seed=c.seed,
+        per_document=c.dataset == "c4",
         vocab_size=source.config.vocab_size,
     )
 

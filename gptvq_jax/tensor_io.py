@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from gptvq_jax.grid import GroupGrid
-from gptvq_jax.packing import packed_length
 from gptvq_jax.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
 
 FORMAT_VERSION = 1
@@ -24,8 +23,9 @@ def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
 
     Returns:
       {"codes", "codebook.<field>", "block_scales.<field>"}, host arrays without those that are
-      None, and a dict of JSON types: format_version, kind of codebook, index_bits, grid, and the
-      static fields of the codebook and of the block scales (None if there are none).
+      None, and a dict of JSON types: format_version, kind of codebook, index_bits, grid, the static
+      fields of the codebook and of the block scales (None if there are none), and the dtype and
+      shape of every array as in {"codes": "uint8[1,576,216]"}.
 
     Raises:
       ValueError: no format is defined for this type of codebook.
@@ -36,6 +36,7 @@ def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
     scales, scales_meta = {}, None
     if tensor.block_scales is not None:
         scales, scales_meta = _split(tensor.block_scales, "block_scales.")
+    arrays = {"codes": np.asarray(tensor.codes), **codebook, **scales}
     meta = {
         "format_version": FORMAT_VERSION,
         "kind": _KINDS[type(tensor.codebook)],
@@ -43,41 +44,37 @@ def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
         "grid": dataclasses.asdict(tensor.grid),
         "codebook": codebook_meta,
         "block_scales": scales_meta,
+        "arrays": {name: _signature(array) for name, array in arrays.items()},
     }
-    return {"codes": np.asarray(tensor.codes), **codebook, **scales}, meta
+    return arrays, meta
 
 
 def state_to_tensor(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> VQTensor:
     """Inverse of `tensor_to_state`; the tensor holds `arrays` themselves.
 
     Raises:
-      ValueError: the format version or kind is unknown, a field or array is missing, or the codes
-        do not fit the grid.
+      ValueError: the format version or kind is unknown, a field is missing, or the arrays are not
+        those that `meta` lists.
     """
     check_format_version(meta.get("format_version"), "the quantized tensor")
     if meta.get("kind") not in _CODEBOOKS:
         raise ValueError(
             f"kind={meta.get('kind')!r} of a quantized tensor must be one of {sorted(_CODEBOOKS)}"
         )
+    signatures = {name: _signature(array) for name, array in arrays.items()}
+    if signatures != meta.get("arrays"):
+        raise ValueError(f"a quantized tensor has arrays {signatures}, not {meta.get('arrays')}")
     try:
-        grid = GroupGrid(**meta["grid"])
-        scales_meta = meta["block_scales"]
-        tensor = VQTensor(
+        scales = meta["block_scales"]
+        return VQTensor(
             codes=arrays["codes"],
             codebook=_join(_CODEBOOKS[meta["kind"]], arrays, meta["codebook"], "codebook."),
-            block_scales=scales_meta and _join(BlockScales, arrays, scales_meta, "block_scales."),
+            block_scales=scales and _join(BlockScales, arrays, scales, "block_scales."),
             index_bits=meta["index_bits"],
-            grid=grid,
+            grid=GroupGrid(**meta["grid"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a quantized tensor is stored incompletely: {error}") from error
-    stored = (grid.rows, packed_length(grid.num_vectors, tensor.index_bits))
-    if tensor.codes.shape[1:] != stored:
-        raise ValueError(
-            f"codes of shape {tensor.codes.shape} must be (M, {stored[0]}, {stored[1]}) for {grid} "
-            f"and {tensor.index_bits} index bits"
-        )
-    return tensor
+        raise ValueError(f"a quantized tensor is described incompletely: {error}") from error
 
 
 def check_format_version(version: Any, what: str) -> None:
@@ -94,7 +91,7 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     sha = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        sha.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        sha.update(f"{name} {_signature(array)}\n".encode())
         sha.update(array.reshape(-1).view(np.uint8))
     return sha.hexdigest()
 
@@ -114,9 +111,10 @@ def _split(part: Any, prefix: str) -> tuple[State, Meta]:
 def _join(cls: type, arrays: Mapping[str, np.ndarray], static: Meta, prefix: str) -> Any:
     values = dict(static)
     for field in dataclasses.fields(cls):
-        if field.metadata.get("static"):
-            continue
-        optional = "None" in str(field.type)
-        name = prefix + field.name
-        values[field.name] = arrays.get(name) if optional else arrays[name]
+        if not field.metadata.get("static"):
+            values[field.name] = arrays.get(prefix + field.name)
     return cls(**values)
+
+
+def _signature(array: np.ndarray) -> str:
+    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"

@@ -58,12 +58,8 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             quantized[name] = counts | meta
         else:
             array = stored[name] = cast_dense(leaf, dense_dtype, name)
-            dense[name] = {
-                "shape": list(array.shape),
-                "num_bytes": array.nbytes,
-                "dtype": dense_dtype,
-                "sha256": digest({"": array}),
-            }
+            counts = {"shape": list(array.shape), "num_bytes": array.nbytes}
+            dense[name] = counts | {"dtype": dense_dtype, "sha256": digest({"": array})}
     record = {"format_version": FORMAT_VERSION, "quantized": quantized, "dense": dense}
 
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from gptvq_jax.config import difference
 
 
 class WorkDir:
-    """Opens (or makes) a work directory and locks it for this process.
+    """Opens (or makes) a work directory and locks it for this process until it is closed.
 
     Raises:
       ValueError: it cannot be written, another process uses it, or it belongs to another config.
@@ -40,13 +40,30 @@ class WorkDir:
                 "pass another one with --workdir"
             ) from error
         try:
+            self._claim()
+            self._check_config(config)
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes use the directory."""
+        self._lock.close()
+
+    def _claim(self) -> None:
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
                 f"another process is using the work directory {self.path}; wait for it or pass "
                 "another --workdir"
             ) from error
-        self._check_config(config)
 
     @property
     def checkpoint(self) -> Path:

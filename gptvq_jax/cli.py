@@ -1,0 +1,67 @@
+"""What every script shares: flags, quiet logs, and errors of one line instead of a traceback."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+# Raised with a message that names the field or file and the fix; anything else is a bug of ours.
+_USER_ERRORS = (ValueError, NotImplementedError, OSError)
+
+
+def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
+    """Parses the flags, calls main(argv) and exits: 0, 1 after an error, 130 after Ctrl-C.
+
+    A ValueError, NotImplementedError or OSError (a missing file, a full disk) is printed as one
+    line; --verbosity=1 shows its traceback.
+
+    Args:
+      main: the script's job; what it returns is ignored.
+      doc: printed by --help above the flags; default: the docstring of the script.
+    """
+    if doc is not None:
+        sys.modules["__main__"].__doc__ = doc
+
+    def guarded(argv: list[str]) -> int:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+        # The libraries below log through absl or the root logger; their prefix helps nobody.
+        plain = logging.Formatter("%(levelname)s: %(message)s")
+        absl_logging.get_absl_handler().setFormatter(plain)
+        try:
+            main(argv)
+        except _USER_ERRORS as error:
+            if flags.FLAGS.verbosity > 0:
+                raise
+            _print_error(error)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_name(flag: str = "config") -> str:
+    """Name of the file that a config flag was given, with its argument: x.py:4d -> x_4d."""
+    from ml_collections import config_flags
+
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS[flag]).partition(":")
+    return f"{Path(path).stem}_{argument}" if argument else Path(path).stem
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # --config.field=value without such a field
+        _print_error(error.args[0])
+        sys.exit(1)
+
+
+def _print_error(error: Any) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

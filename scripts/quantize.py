@@ -1,0 +1,37 @@
+"""Quantizes a language model to 2-4 bits per weight and measures it.
+
+  python scripts/quantize.py --config=configs/smollm2_135m_2d.py            # 3 bits, about 10 min
+  python scripts/quantize.py --config=configs/smollm2_135m_2d.py:2b --workdir=runs/mine
+  python scripts/quantize.py --config=configs/llama2_7b_2d.py:2.125b --config.model=/models/llama2
+
+Everything goes to the work directory: the packed checkpoint, metrics.jsonl, report.png. A run that
+was stopped goes on where it was when the same command is given again. Any field of the config can
+be set on the command line, as in --config.vq.group_size=4096; gptvq_jax/config.py lists them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+from ml_collections import config_flags
+
+from gptvq_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with its argument after a colon.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default: runs/<config name>.")
+flags.mark_flag_as_required("config")
+
+
+def main(_) -> None:
+    from gptvq_jax.run import quantize
+
+    workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
+    quantize(_CONFIG.value, workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

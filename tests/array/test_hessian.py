@@ -1,0 +1,141 @@
+"""hessian: second moment, damping, dead columns, the factor U of the inverse."""
+
+import array_reference as ref
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptvq_jax.hessian import (
+    add_inputs,
+    damp,
+    factorize,
+    init_moment,
+    inverse_cholesky,
+    mean,
+    zero_dead,
+)
+from gptvq_jax.metrics import quadratic_loss, relative_error, sqnr_db
+
+
+def test_mean_over_all_tokens_of_all_batches():
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=shape).astype(np.float32) for shape in [(2, 5, 6), (7, 6), (6,)]]
+    moment = init_moment(6)
+    for batch in batches:
+        moment = add_inputs(moment, jnp.asarray(batch))
+    tokens = np.concatenate([b.reshape(-1, 6) for b in batches]).astype(np.float64)
+    assert moment.count == len(tokens) == 18
+    expected = np.mean([np.outer(x, x) for x in tokens], axis=0)
+    np.testing.assert_allclose(mean(moment), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mean(moment), mean(moment).T)
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+    x = jnp.full((1000, 2), 1.0, jnp.bfloat16)
+    moment = add_inputs(add_inputs(init_moment(2), x), x)
+    assert moment.total.dtype == jnp.float32
+    np.testing.assert_array_equal(moment.total, np.full((2, 2), 2000.0))
+
+
+def test_mean_of_nothing_is_zero():
+    np.testing.assert_array_equal(mean(init_moment(3)), np.zeros((3, 3)))
+
+
+def test_damping_is_a_fraction_of_the_mean_diagonal():
+    h = np.array([[2.0, 1.0], [1.0, 4.0]], np.float32)
+    np.testing.assert_allclose(damp(jnp.asarray(h), 0.1), h + 0.3 * np.eye(2), rtol=1e-6)
+    weight = jnp.ones((3, 2))
+    np.testing.assert_array_equal(zero_dead(weight, h), weight)
+
+
+def test_dead_columns_get_zero_weight_and_unit_diagonal():
+    h = np.zeros((3, 3), np.float32)
+    h[np.ix_([0, 2], [0, 2])] = [[2.0, 1.0], [1.0, 4.0]]
+    np.testing.assert_array_equal(zero_dead(jnp.ones((2, 3)), h), [[1, 0, 1], [1, 0, 1]])
+    damped = damp(jnp.asarray(h), 0.01)
+    np.testing.assert_allclose(damped, h + np.diag([0.02, 1.0, 0.02]), rtol=1e-6)
+    assert np.isfinite(inverse_cholesky(damped)).all()
+
+
+def test_all_dead_is_the_identity():
+    h = jnp.zeros((3, 3))
+    np.testing.assert_array_equal(damp(h, 0.01), np.eye(3))
+    assert not zero_dead(jnp.ones((2, 3)), h).any()
+
+
+def test_low_rank_hessian_is_positive_definite_once_damped():
+    x = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    hinv_chol, damping = factorize(jnp.asarray(x.T @ x / 3), 0.01)
+    assert np.isfinite(hinv_chol).all() and damping == 0.01
+
+
+def test_factorize_is_the_factor_of_the_damped_hessian():
+    p = ref.problem(1, 8)
+    hinv_chol, damping = factorize(jnp.asarray(p.hessian), 0.01)
+    assert damping == 0.01
+    np.testing.assert_allclose(hinv_chol, p.hinv_chol, atol=1e-4 * np.abs(p.hinv_chol).max())
+
+
+def test_factorize_raises_damping_tenfold_until_it_is_enough(caplog):
+    h = jnp.array([[1.0, 1.003], [1.003, 1.0]])  # lowest eigenvalue -0.003
+    hinv_chol, damping = factorize(h, 0.0002, "layer 3")
+    np.testing.assert_allclose(damping, 0.02, rtol=1e-6)  # 0.002 is too little
+    assert np.isfinite(hinv_chol).all()
+    assert "layer 3" in caplog.text and "0.02" in caplog.text
+
+
+def test_factorize_starts_from_no_damping():
+    hinv_chol, damping = factorize(jnp.eye(2), 0.0)
+    assert damping == 0.0
+    np.testing.assert_array_equal(hinv_chol, np.eye(2))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_factorize_rejects_a_hessian_that_is_not_finite(bad):
+    with pytest.raises(ValueError, match="layer 3.*NaN or infinite"):
+        factorize(jnp.array([[1.0, 0.0], [0.0, bad]]), 0.01, "layer 3")
+
+
+def test_factorize_gives_up_on_a_hopeless_hessian():
+    with pytest.raises(ValueError, match="layer 3"):
+        factorize(jnp.array([[1.0, 9.0], [9.0, 1.0]]), 0.01, "layer 3")
+
+
+def test_inverse_cholesky_against_float64():
+    damped = ref.problem(1, 24).damped
+    u = np.asarray(inverse_cholesky(jnp.asarray(damped)))
+    np.testing.assert_array_equal(u, np.triu(u))
+    assert (np.diag(u) > 0).all()
+    expected = ref.inverse_cholesky(damped)
+    np.testing.assert_allclose(u, expected, atol=2e-4 * np.abs(expected).max())
+    with jax.enable_x64(True):
+        h = jnp.asarray(damped.astype(np.float64))
+        u = np.asarray(inverse_cholesky(h))
+        assert u.dtype == np.float64
+        np.testing.assert_allclose(u.T @ u @ h, np.eye(24), atol=1e-10)
+        np.testing.assert_allclose(u, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_inverse_cholesky_by_hand():
+    # H = [[1, 1/2], [1/2, 1]]: H^-1 = 4/3 [[1, -1/2], [-1/2, 1]]
+    u = inverse_cholesky(jnp.array([[1.0, 0.5], [0.5, 1.0]]))
+    np.testing.assert_allclose(u, [[2 / 3**0.5, -1 / 3**0.5], [0, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("h", [[[1.0, 2.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+def test_not_positive_definite_gives_nan(h):
+    assert not np.isfinite(inverse_cholesky(jnp.array(h))).all()
+
+
+def test_metrics_against_float64():
+    p = ref.problem(5, 8)
+    q = np.round(p.weight * 2) / 2
+    expected = ref.loss(p.weight, q, p.hessian)
+    np.testing.assert_allclose(quadratic_loss(p.weight, q, p.hessian), expected, rtol=1e-5)
+    relative = expected / ref.loss(p.weight, 0 * q, p.hessian)
+    np.testing.assert_allclose(relative_error(p.weight, q, p.hessian), relative, rtol=1e-5)
+    assert relative_error(p.weight, p.weight, p.hessian) == 0
+    np.testing.assert_allclose(relative_error(p.weight, 0 * q, p.hessian), 1, rtol=1e-6)
+    assert relative_error(p.weight, q, 0 * p.hessian) == 0
+    np.testing.assert_allclose(sqnr_db(0.01), 20, rtol=1e-6)

@@ -1,0 +1,121 @@
+"""Windows of tokens: a tokenizer of one id per character makes every case countable by hand."""
+
+import logging
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from gptvq_jax.data import calibration_windows, evaluation_windows
+
+BOS = 0
+LETTERS = "abcdefghijklmnopqrstuvwxyz\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocab = {"<s>": BOS} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single=["<s>", "$A"], special_tokens=[("<s>", BOS)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", model_max_length=8)
+
+
+def ids(text):
+    return [LETTERS.index(letter) + 1 for letter in text]
+
+
+def test_evaluation_windows_are_consecutive(tokenizer):
+    # One BOS, the texts joined by a blank line, the remainder "gh" dropped.
+    windows = evaluation_windows(tokenizer, iter(["ab", "cdefgh"]), 4)
+    assert windows.dtype == np.int32
+    assert windows.tolist() == [[BOS, *ids("ab\n")], ids("\ncde")]
+    assert evaluation_windows(tokenizer, ["ab", "cdefgh"], 4, max_windows=1).tolist() == [
+        [BOS, *ids("ab\n")]
+    ]
+    assert len(evaluation_windows(tokenizer, ["ab", "cdefgh"], 4, max_windows=9)) == 2
+
+
+def test_calibration_windows_are_random_slices(tokenizer):
+    text = LETTERS[:26]
+    stream = [BOS, *ids(text)]
+    windows = calibration_windows(tokenizer, [text], 200, 5, seed=0)
+    assert windows.shape == (200, 5) and windows.dtype == np.int32
+    starts = [stream.index(first) for first in windows[:, 0]]
+    assert [stream[start : start + 5] for start in starts] == windows.tolist()
+    # Every offset is possible, the first and the last included.
+    assert set(starts) == set(range(len(stream) - 5 + 1))
+
+
+def test_calibration_windows_are_deterministic(tokenizer):
+    text = LETTERS * 20
+    first = calibration_windows(tokenizer, [text], 8, 16, seed=3)
+    np.testing.assert_array_equal(calibration_windows(tokenizer, [text], 8, 16, seed=3), first)
+    assert (calibration_windows(tokenizer, [text], 8, 16, seed=4) != first).any()
+
+
+def test_calibration_windows_per_document(tokenizer):
+    texts = ["a", "bcde", "fg", "hijklmn"]
+    windows = calibration_windows(tokenizer, texts, 60, 4, seed=0, per_document=True)
+    streams = [[BOS, *ids(text)] for text in texts]
+    possible = {
+        tuple(stream[start : start + 4]) for stream in streams for start in range(len(stream) - 3)
+    }
+    assert {tuple(window) for window in windows.tolist()} == possible
+
+
+def test_exactly_one_window(tokenizer):
+    for windows in (
+        evaluation_windows(tokenizer, ["abc"], 4),
+        calibration_windows(tokenizer, ["abc"], 1, 4, seed=0),
+        calibration_windows(tokenizer, ["abc"], 1, 4, seed=0, per_document=True),
+    ):
+        assert windows.tolist() == [[BOS, *ids("abc")]]
+
+
+def test_text_too_short(tokenizer):
+    message = r"only 4 tokens, fewer than one window of 5; pass more text or seqlen <= 4"
+    with pytest.raises(ValueError, match="the text has " + message):
+        evaluation_windows(tokenizer, ["abc"], 5)
+    with pytest.raises(ValueError, match="the text has " + message):
+        calibration_windows(tokenizer, ["abc"], 2, 5, seed=0)
+    with pytest.raises(ValueError, match="the longest of 2 documents has " + message):
+        calibration_windows(tokenizer, ["abc", "d"], 2, 5, seed=0, per_document=True)
+    with pytest.raises(ValueError, match="the longest of 0 documents has only 0 tokens"):
+        calibration_windows(tokenizer, [], 2, 5, seed=0, per_document=True)
+
+
+def test_ids_outside_the_vocabulary(tokenizer):
+    message = "token id 26 is outside the model's vocabulary of 26"
+    for per_document in (False, True):
+        with pytest.raises(ValueError, match=message):
+            calibration_windows(
+                tokenizer, ["xyz"], 1, 2, seed=0, per_document=per_document, vocab_size=26
+            )
+    with pytest.raises(ValueError, match=message):
+        evaluation_windows(tokenizer, ["xyz"], 2, vocab_size=26)
+    assert len(evaluation_windows(tokenizer, ["xyz"], 2, vocab_size=27)) == 2
+
+
+def test_bad_sizes(tokenizer):
+    with pytest.raises(ValueError, match="seqlen must be at least 1"):
+        evaluation_windows(tokenizer, ["abc"], 0)
+    with pytest.raises(ValueError, match="max_windows must be at least 1"):
+        evaluation_windows(tokenizer, ["abc"], 2, max_windows=0)
+    with pytest.raises(ValueError, match="num_windows must be at least 1"):
+        calibration_windows(tokenizer, ["abc"], 0, 2, seed=0)
+
+
+def test_no_warning_about_length(tokenizer, caplog):
+    logging.getLogger("transformers").propagate = True
+    try:
+        with caplog.at_level(logging.WARNING):
+            evaluation_windows(tokenizer, ["abc" * 50], 4)
+            assert not caplog.records
+            tokenizer("abc" * 50)  # the warning this is about
+            assert "longer than the specified maximum" in caplog.text
+    finally:
+        logging.getLogger("transformers").propagate = False

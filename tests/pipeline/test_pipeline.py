@@ -1,0 +1,162 @@
+"""The streaming driver against a plain computation, and the effect of its options."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptvq_jax import run
+from gptvq_jax.checkpoint import PackedCheckpoint
+from gptvq_jax.config import from_config
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    LINEAR_LAYERS,
+    block_forward,
+    block_forward_with_inputs,
+    embed,
+    get_layer,
+)
+from gptvq_jax.models.source import open_source
+
+
+@pytest.fixture
+def quantize(tiny_config, tmp_path, capsys):
+    """Runs the tiny config with overrides; returns the work directory's metrics by layer."""
+
+    def run_with(name, **overrides):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict(overrides)
+        summary = run.quantize(config, str(tmp_path / name))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        layers = {(r["block"], r["layer"]): r for r in rows if r["kind"] == "layer"}
+        return summary, layers, tmp_path / name
+
+    return run_with
+
+
+def relative_error(weight, quantized, hessian):
+    error = weight - quantized
+    return np.sum(error @ hessian * error) / np.sum(weight @ hessian * weight)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+def test_hessians_and_errors_equal_a_plain_computation(quantize, tiny_config, inputs):
+    """Walks the model again in NumPy float64 with the blocks that the checkpoint holds."""
+    _, layers, path = quantize("run", **{"calibration.inputs": inputs})
+    source = open_source(tiny_config.model)
+    packed = PackedCheckpoint(path / "checkpoint")
+    tokens = np.load(path / "tokens.npy")
+    x = embed(source.outer(), tokens)
+    for index in range(source.config.num_hidden_layers):
+        x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+        dense, quantized = source.block(index), packed.block(index)
+        y, read = block_forward_with_inputs(source.config, dense, x)
+        for group in LINEAR_GROUPS:
+            flat = np.asarray(read[group[0]], np.float64)
+            flat = flat.reshape(-1, flat.shape[-1])
+            hessian = flat.T @ flat / len(flat)
+            for name in group:
+                weight = np.asarray(get_layer(dense, name)["kernel"], np.float64).T
+                approximation = np.asarray(get_layer(quantized, name)["kernel"], np.float64).T
+                expected = relative_error(weight, approximation, hessian)
+                assert layers[index, name]["relative_error"] == pytest.approx(expected, rel=1e-3)
+        x = y if inputs == "float" else block_forward(source.config, quantized, x)
+
+
+def test_true_sequential_changes_only_what_comes_after_the_first_group(quantize):
+    _, plain, _ = quantize("plain", num_blocks=1)
+    _, sequential, _ = quantize("sequential", num_blocks=1, true_sequential=True)
+    for name in LINEAR_GROUPS[0]:
+        assert plain[0, name]["relative_error"] == sequential[0, name]["relative_error"]
+    for name in LINEAR_GROUPS[3]:
+        assert plain[0, name]["relative_error"] != sequential[0, name]["relative_error"]
+
+
+def test_num_blocks_leaves_the_rest_dense(quantize, tiny_config):
+    summary, layers, path = quantize("run", num_blocks=1)
+    assert {block for block, _ in layers} == {0}
+    assert summary["num_layers"] == len(LINEAR_LAYERS)
+    source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
+    for name in LINEAR_LAYERS:
+        same = get_layer(packed.block(2), name)["kernel"]
+        np.testing.assert_allclose(same, get_layer(source.block(2), name)["kernel"], atol=1e-3)
+
+
+def test_methods_rank_as_the_field_knows_them(quantize):
+    errors = {}
+    for method in ("rtn", "gptq", "gptvq"):
+        _, layers, _ = quantize(
+            method,
+            method=method,
+            num_blocks=1,
+            **{
+                "uniform.bits": 2,
+                "uniform.group_size": 32,
+                "vq.bits": 2.0,
+                "vq.group_size": 512,
+                "vq.em_iterations": 10,
+                "vq.codebook_update": "least_squares",
+            },
+        )
+        errors[method] = sum(row["relative_error"] for row in layers.values())
+    assert errors["gptvq"] < errors["gptq"] < errors["rtn"]
+
+
+def test_bits_per_value_are_those_of_the_stored_arrays(quantize):
+    summary, layers, path = quantize("run")
+    packed = PackedCheckpoint(path / "checkpoint")
+    stored = values = 0
+    for index in range(packed.config.num_hidden_layers):
+        block = packed.packed_block(index)
+        for name in LINEAR_LAYERS:
+            tensor = get_layer(block, name)["kernel"]
+            stored += tensor.num_bytes
+            values += tensor.shape[0] * tensor.shape[1]
+            assert layers[index, name]["bits_per_value"] == tensor.bits_per_value
+    assert summary["bits_per_value"] == pytest.approx(8 * stored / values, rel=1e-12)
+    assert 1.0 < summary["bits_per_value"] < 1.2
+
+
+def test_evaluate_prints_what_quantize_printed(quantize, capsys):
+    summary, _, path = quantize("run", num_blocks=1)
+    again = run.evaluate(str(path / "checkpoint"), None)
+    assert again == summary["perplexity_quantized"]
+    assert f"{again:.4f}" in capsys.readouterr().out
+    fewer = run.evaluate(str(path / "checkpoint"), None, num_windows=1)
+    assert fewer != again
+
+
+def test_rerun_of_a_finished_run_changes_nothing(quantize):
+    first, _, path = quantize("run")
+    manifest = (path / "checkpoint/manifest.json").read_bytes()
+    second, layers, _ = quantize("run")
+    assert (path / "checkpoint/manifest.json").read_bytes() == manifest
+    assert second["perplexity_quantized"] == first["perplexity_quantized"]
+    assert len(layers) == first["num_layers"]
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("evaluation.seqlen", 4096, r"evaluation\.seqlen=4096 is beyond the 2048 positions"),
+        ("calibration.dataset", "nothing.txt", "nothing.txt"),
+        ("model", "/no/such/model", "/no/such/model"),
+    ],
+)
+def test_bad_input_is_named(quantize, field, value, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        quantize("run", **{field: value})
+
+
+def test_short_text_is_named(quantize, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("only a few words")
+    with pytest.raises(ValueError, match="16 tokens"):
+        quantize("run", **{"calibration.dataset": str(short)})
+
+
+def test_lists_of_settings_reach_the_method(tiny_config):
+    tiny_config.method = "gptq"
+    assert from_config(tiny_config).method_settings == from_config(tiny_config).uniform

@@ -1,0 +1,59 @@
+"""The work directory: what survives a kill, and what is refused."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gptvq_jax.workdir import WorkDir
+
+CONFIG = {"vq": {"dim": 2}, "seed": 0}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    with WorkDir(tmp_path / "run", CONFIG) as opened:
+        yield opened
+
+
+def test_changed_config_is_refused_with_the_difference(workdir):
+    workdir.close()
+    WorkDir(workdir.path, CONFIG).close()
+    with pytest.raises(ValueError, match="vq.dim: 2 -> 4"):
+        WorkDir(workdir.path, {"vq": {"dim": 4}, "seed": 0})
+
+
+def test_unwritable_path_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--workdir"):
+        WorkDir(tmp_path / "file" / "run", CONFIG)
+
+
+def test_second_process_is_refused(workdir):
+    with pytest.raises(ValueError, match="another process"):
+        WorkDir(workdir.path, CONFIG)
+
+
+def test_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ValueError, match="no work directory"):
+        WorkDir(tmp_path, CONFIG)
+
+
+def test_activations_round_trip_and_drop(workdir):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
+    workdir.save_activations(0, x)
+    workdir.save_activations(1, x + x)
+    np.testing.assert_array_equal(workdir.load_activations(0), x)
+    workdir.drop_activations(before=1)
+    np.testing.assert_array_equal(workdir.load_activations(1), x + x)
+    with pytest.raises(ValueError, match=r"00000\.npy is missing"):
+        workdir.load_activations(0)
+
+
+def test_half_written_files_do_not_count(workdir):
+    (workdir.path / "tokens.npy.partial").write_bytes(b"half")
+    assert workdir.load_tokens() is None
+    workdir.append_metrics([{"kind": "layer", "block": 0}])
+    with open(workdir.path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "lay')
+    assert workdir.metrics() == [{"kind": "layer", "block": 0}]

@@ -1,0 +1,292 @@
+"""The packed checkpoint: bit identity, honest sizes, kills, damage."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_checkpoint as tiny
+from orbax.checkpoint import v1 as ocp
+
+from gptvq_jax.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_tree, read_block
+from gptvq_jax.gptvq import quantize
+from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
+from gptvq_jax.tensor_io import state_to_tensor, tensor_to_state
+from gptvq_jax.tree_io import load_tree, read_record, save_tree
+from gptvq_jax.vq_tensor import dequantize
+
+ROWS, COLS = 13, 43  # divided by nothing
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("complete") / "checkpoint")
+
+
+@pytest.fixture
+def copy(complete, tmp_path):
+    return shutil.copytree(complete, tmp_path / "checkpoint")
+
+
+def _signature(array):
+    return array.shape, array.dtype
+
+
+# --- tensors ---
+
+
+@pytest.mark.parametrize("kind", tiny.SETTINGS)
+def test_tensor_survives_state_and_disk(kind, tmp_path):
+    tensor = tiny.random_tensor(kind, ROWS, COLS)
+    arrays, meta = tensor_to_state(tensor)
+    assert all(type(array) is np.ndarray for array in arrays.values())
+    assert sum(array.nbytes for array in arrays.values()) == tensor.num_bytes
+    tiny.assert_same_tree(state_to_tensor(arrays, json.loads(json.dumps(meta))), tensor)
+
+    save_tree(tmp_path / "tree", {"layer": {"kernel": tensor}}, "float16")
+    tree, record = load_tree(tmp_path / "tree")
+    tiny.assert_same_tree(tree["layer"]["kernel"], tensor)
+    raw = ocp.load(tmp_path / "tree")["layer"]["kernel"]
+    counted = 8 * sum(array.nbytes for array in raw.values()) / (ROWS * COLS)
+    assert record["quantized"]["layer/kernel"]["bits_per_value"] == counted
+
+
+@pytest.mark.parametrize("kind", ["svd int8", "int4"])
+def test_tensor_of_quantize_survives(kind, tmp_path):
+    settings = dataclasses.replace(
+        tiny.settings(kind), em_iterations=1, seed="mahalanobis", codebook_update="none"
+    )
+    weight = jax.random.normal(jax.random.key(1), (ROWS, COLS))
+    tensor = quantize(weight, jnp.eye(COLS), jnp.eye(COLS), jax.random.key(0), settings)
+    expected = tiny.random_tensor(kind, ROWS, COLS)
+    assert jax.tree.map(_signature, tensor) == jax.tree.map(_signature, expected)
+
+    save_tree(tmp_path / "tree", {"kernel": tensor}, "float16")
+    tiny.assert_same_tree(load_tree(tmp_path / "tree")[0]["kernel"], tensor)
+
+
+def test_state_is_checked():
+    arrays, meta = tensor_to_state(tiny.random_tensor("int8", ROWS, COLS))
+    with pytest.raises(ValueError, match="format_version=2, but this gptvq_jax reads 1"):
+        state_to_tensor(arrays, meta | {"format_version": 2})
+    with pytest.raises(ValueError, match=r"kind='lattice' .* must be one of \['dense', 'fact"):
+        state_to_tensor(arrays, meta | {"kind": "lattice"})
+    with pytest.raises(ValueError, match="incompletely: 'grid'"):
+        state_to_tensor(arrays, {k: v for k, v in meta.items() if k != "grid"})
+    for broken in (
+        {k: v for k, v in arrays.items() if k != "codebook.scale"},
+        arrays | {"codes": arrays["codes"][..., :-1]},
+        arrays | {"codes": arrays["codes"].astype(np.int16)},
+    ):
+        with pytest.raises(ValueError, match=r"has arrays {.*}, not {'codes': 'uint8\[1,13,14\]'"):
+            state_to_tensor(broken, meta)
+
+
+# --- whole checkpoints ---
+
+
+def test_checkpoint_returns_what_was_written(complete):
+    checkpoint = PackedCheckpoint(complete)
+    assert checkpoint.config == tiny.MODEL
+    assert checkpoint.name == "checkpoint"
+    assert checkpoint.tokenizer("w3 w5").input_ids == [3, 5]
+    outer = jax.tree.map(lambda a: a.astype(np.float16).astype(np.float32), tiny.random_outer(7))
+    tiny.assert_same_tree(checkpoint.outer(), outer)
+
+    for index in range(2):
+        expected = tiny.random_block(index)
+        packed, block = checkpoint.packed_block(index), checkpoint.block(index)
+        norm = expected["input_layernorm"]["scale"].astype(np.float16)
+        np.testing.assert_array_equal(packed["input_layernorm"]["scale"], norm)
+        np.testing.assert_array_equal(block["input_layernorm"]["scale"], norm.astype(np.float32))
+        for name in LINEAR_LAYERS:
+            tensor = get_layer(expected, name)["kernel"]
+            tiny.assert_same_tree(get_layer(packed, name)["kernel"], tensor)
+            kernel = get_layer(block, name)["kernel"]
+            assert (type(kernel), kernel.dtype) == (np.ndarray, np.float32)
+            np.testing.assert_allclose(kernel, jax.jit(dequantize)(tensor).T, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"index=2 must be in 0\.\.1"):
+        checkpoint.block(2)
+
+
+def test_manifest_counts_the_stored_arrays(complete):
+    manifest = PackedCheckpoint(complete).manifest
+    blocks = [ocp.load(complete / "blocks" / f"{index:05d}") for index in range(2)]
+    quantized = weights = 0
+    for index, block in enumerate(blocks):
+        for name in LINEAR_LAYERS:
+            stored = sum(array.nbytes for array in get_layer(block, name)["kernel"].values())
+            entry = manifest["layers"][f"layers_{index}/{name}"]
+            assert entry["num_bytes"] == stored
+            assert entry["bits_per_value"] == 8 * stored / np.prod(entry["shape"])
+            quantized += stored
+            weights += np.prod(entry["shape"])
+    stored = jax.tree.leaves([blocks, ocp.load(complete / "outer")])
+    assert manifest["quantized_bytes"] == quantized
+    assert manifest["dense_bytes"] == sum(array.nbytes for array in stored) - quantized
+    assert manifest["bits_per_value"] == 8 * quantized / weights
+    assert len(manifest["layers"]) == 14
+    assert {"embed_tokens/embedding", "layers_1/input_layernorm/scale"} <= manifest["dense"].keys()
+    assert manifest["source"] == {"name": "tiny", "fingerprint": "0123"}
+    assert manifest["summary"] == {"perplexity": 12.5}
+
+
+def test_manifest_is_reproducible(complete, tmp_path):
+    again = tiny.write_checkpoint(tmp_path / "again")
+    assert (again / "manifest.json").read_bytes() == (complete / "manifest.json").read_bytes()
+    assert PackedCheckpoint(again).fingerprint == PackedCheckpoint(complete).fingerprint
+
+
+def test_dense_kernels_may_stay(tmp_path):
+    writer = CheckpointWriter(tmp_path / "c", "bfloat16")
+    kernel = np.linspace(-1e6, 1e6, 6, dtype=np.float32).reshape(2, 3)
+    block = with_layer(tiny.random_block(0), "mlp/up_proj", jnp.asarray(kernel))
+    writer.write_block(0, block)
+    loaded = read_block(tmp_path / "c", 0)
+    rounded = kernel.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(get_layer(loaded, "mlp/up_proj")["kernel"], rounded)
+    dense = get_layer(dequantize_tree(loaded), "mlp/up_proj")["kernel"]
+    np.testing.assert_array_equal(dense, rounded.astype(np.float32))
+    tiny.assert_same_tree(
+        get_layer(loaded, "self_attn/q_proj"), get_layer(block, "self_attn/q_proj")
+    )
+
+
+def test_overflow_names_leaf_and_dtype(tmp_path):
+    outer = tiny.random_outer(0)
+    outer["embed_tokens"]["embedding"][3, 4] = -70000
+    with pytest.raises(ValueError, match=r"embedding holds 7e\+04, .* float16; use bfloat16"):
+        CheckpointWriter(tmp_path / "c").write_outer(outer)
+    assert read_record(tmp_path / "c/outer") is None
+    CheckpointWriter(tmp_path / "c", "bfloat16").write_outer(outer)
+    with pytest.raises(ValueError, match="dtype='int8' must be one of float16, bfloat16, float32"):
+        CheckpointWriter(tmp_path / "c", "int8")
+
+
+# --- kills ---
+
+
+def test_half_written_blocks_are_ignored_and_replaced(tmp_path):
+    writer = CheckpointWriter(tmp_path / "c")
+    assert writer.finished_blocks() == 0
+    writer.write_block(0, tiny.random_block(0))
+    blocks = tmp_path / "c/blocks"
+    shutil.copytree(blocks / "00000", blocks / "00001.orbax-checkpoint-tmp")
+    shutil.copytree(blocks / "00000", blocks / "00001")
+    (blocks / "00001/_CHECKPOINT_METADATA").unlink()
+    assert CheckpointWriter(tmp_path / "c").finished_blocks() == 1
+    with pytest.raises(FileNotFoundError, match="00001 is missing or unfinished; rerun"):
+        read_block(tmp_path / "c", 1)
+
+    writer.write_block(1, tiny.random_block(1))
+    assert writer.finished_blocks() == 2
+    assert sorted(path.name for path in blocks.iterdir()) == ["00000", "00001"]
+    kernel = get_layer(read_block(tmp_path / "c", 1), "mlp/down_proj")["kernel"]
+    tiny.assert_same_tree(kernel, get_layer(tiny.random_block(1), "mlp/down_proj")["kernel"])
+
+
+def test_a_kill_while_a_block_is_renamed_leaves_none(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    writer = CheckpointWriter(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(f"os.{name}", killed)
+        with pytest.raises(BaseException):  # noqa: B017  Orbax may wrap it
+            writer.write_block(0, tiny.random_block(0))
+    assert any((tmp_path / "c/blocks").iterdir())
+    assert writer.finished_blocks() == 0
+    writer.write_block(0, tiny.random_block(0))
+    assert writer.finished_blocks() == 1
+
+
+def test_unfinished_checkpoint_is_refused(copy):
+    with pytest.raises(FileNotFoundError, match="no checkpoint directory .*nowhere"):
+        PackedCheckpoint(copy / "nowhere")
+    CheckpointWriter(copy).write_block(1, tiny.random_block(1))  # no longer as the manifest says
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing.* same --workdir"):
+        PackedCheckpoint(copy)
+
+
+@pytest.mark.parametrize("part", ["outer", "blocks/00001", "tokenizer"])
+def test_finalize_needs_every_part(copy, part):
+    shutil.rmtree(copy / part)
+    name = {"blocks/00001": "layers_1"}.get(part, part)
+    with pytest.raises(ValueError, match=f"lacks (the )?{name}"):
+        CheckpointWriter(copy).finalize({}, tiny.MODEL, "tiny", "0123")
+
+
+def test_finalize_refuses_what_is_not_json(copy):
+    before = (copy / "manifest.json").read_bytes()
+    for value in (float("nan"), np.float32(1)):
+        with pytest.raises(ValueError, match="config and summary must hold finite JSON types"):
+            CheckpointWriter(copy).finalize({"x": value}, tiny.MODEL, "tiny", "0123")
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_unwritable_directory(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to .*file/c: Not a directory; choose"):
+        CheckpointWriter(tmp_path / "file/c")
+
+
+# --- damage ---
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_file_is_found(copy, damage):
+    block = copy / "blocks/00001"
+    file = max(block.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.unlink()
+    if damage != "delete":
+        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    PackedCheckpoint(copy).block(0)
+    with pytest.raises(ValueError, match=r"blocks/00001 is damaged at .*; delete it and rerun"):
+        PackedCheckpoint(copy).block(1)
+
+
+def test_changed_array_is_found_by_its_sum(copy):
+    block = copy / "blocks/00001"
+    arrays, record = ocp.load(block), read_record(block)
+    arrays["mlp"]["up_proj"]["kernel"]["codes"][0, 2, 3] ^= 1
+    ocp.save(block, arrays, custom_metadata=record, overwrite=True)
+    with pytest.raises(ValueError, match="00001 is damaged at mlp/up_proj/kernel: its SHA-256"):
+        PackedCheckpoint(copy).packed_block(1)
+    arrays["mlp"]["up_proj"]["kernel"]["codes"][0, 2, 3] ^= 1
+    del arrays["mlp"]["down_proj"]
+    ocp.save(block, arrays, custom_metadata=record, overwrite=True)
+    with pytest.raises(ValueError, match="00001 is damaged at mlp/down_proj/kernel: missing"):
+        PackedCheckpoint(copy).packed_block(1)
+
+
+def test_block_of_another_run_is_found(copy):
+    other = tiny.random_block(1)
+    other = with_layer(other, "mlp/up_proj", get_layer(tiny.random_block(0), "mlp/up_proj"))
+    other["mlp"]["up_proj"] = get_layer(tiny.random_block(5), "mlp/up_proj")
+    save_tree(copy / "blocks/00001", other, "float16")
+    with pytest.raises(ValueError, match="layers_1/mlp/up_proj in .* comes from another run"):
+        PackedCheckpoint(copy).block(1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"format_version": 2}, "format_version=2, but this gptvq_jax reads 1"),
+        ({"format": "gguf"}, "is not the manifest of a gptvq_jax checkpoint"),
+    ],
+)
+def test_foreign_manifest_is_refused(copy, edit, message):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ValueError, match=message):
+        PackedCheckpoint(copy)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        PackedCheckpoint(copy)

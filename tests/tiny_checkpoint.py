@@ -1,0 +1,143 @@
+"""Random quantized tensors of every kind and a two-block checkpoint, made without any solving."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from gptvq_jax.checkpoint import CheckpointWriter
+from gptvq_jax.gptvq import GPTVQSettings
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
+from gptvq_jax.packing import packed_length
+from gptvq_jax.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
+
+# Every kind of codebook, D = 1, 2, 4, code widths that do not fill bytes, with and without scales.
+SETTINGS = {
+    "int8": {"dim": 2, "bits": 2.5, "codebook_bits": 8},
+    "int4": {"dim": 2, "bits": 1.5, "codebook_bits": 4, "scale_block_size": 8},
+    "float16": {"dim": 4, "bits": 1.25, "codebook_bits": 16, "scale_block_size": 16},
+    "svd int8": {"dim": 1, "bits": 3.0, "codebook_bits": 8, "svd_rank": 2},
+    "svd float16": {"dim": 1, "bits": 4.0, "codebook_bits": 16, "svd_rank": 3},
+    "1d int8": {"dim": 1, "bits": 3.0, "codebook_bits": 8, "scale_block_size": 8},
+}
+MODEL = ModelConfig(
+    model_type="llama",
+    vocab_size=40,
+    hidden_size=36,  # neither a vector of 8, a strip nor a scale block divides it
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    bos_token_id=None,
+    eos_token_id=(1, 2),
+)
+KINDS = dict(zip(LINEAR_LAYERS, [*SETTINGS, "int8"], strict=True))
+
+
+def settings(kind: str) -> GPTVQSettings:
+    return GPTVQSettings(group_size=256, max_group_cols=24, **SETTINGS[kind])
+
+
+def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> VQTensor:
+    """Stored arrays as `gptvq.quantize` returns them for settings(kind), with random contents."""
+    rng = np.random.default_rng(seed)
+    s = settings(kind)
+    grid = s.grid(rows, cols)
+    groups = (1, grid.col_strips, grid.row_strips)
+    size = s.codebook_size
+
+    def scale(*shape, low=0.002, high=0.004):
+        return rng.uniform(low, high, shape).astype(np.float16)
+
+    def integers(dtype, *shape):
+        info = np.iinfo(dtype)
+        return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
+
+    if s.svd_rank:
+        right = rng.normal(0, 0.5, (s.svd_rank, size)).astype(np.float16)
+        if s.codebook_bits == 16:
+            left = rng.normal(0, 0.3, (*groups, s.svd_rank)).astype(np.float16)
+            codebook = FactoredCodebook(left, None, right)
+        else:
+            left = integers(np.int8, *groups, s.svd_rank)
+            codebook = FactoredCodebook(left, scale(s.svd_rank), right)
+    elif s.codebook_bits == 16:
+        centroids = rng.normal(0, 0.2, (*groups, size, s.dim)).astype(np.float16)
+        codebook = DenseCodebook(centroids, None, 16, size, s.dim)
+    elif s.codebook_bits == 8:
+        centroids = integers(np.int8, *groups, size, s.dim)
+        codebook = DenseCodebook(centroids, scale(*groups), 8, size, s.dim)
+    else:
+        centroids = integers(np.uint8, *groups, packed_length(size * s.dim, 4))
+        codebook = DenseCodebook(centroids, scale(*groups, low=0.03, high=0.05), 4, size, s.dim)
+    scales = None
+    if s.scale_block_size:
+        blocks = -(-grid.strip_cols // s.scale_block_size)
+        codes = integers(np.uint8, rows, grid.col_strips, packed_length(blocks, 4))
+        offset, step = scale(grid.col_strips, low=-1, high=0), scale(grid.col_strips, high=0.1)
+        scales = BlockScales(codes, offset, step, s.scale_block_size, blocks)
+    codes = integers(np.uint8, 1, rows, packed_length(grid.num_vectors, s.index_bits))
+    return VQTensor(codes, codebook, scales, s.index_bits, grid)
+
+
+def random_block(seed: int, config: ModelConfig = MODEL) -> dict:
+    """A block whose seven kernels are VQTensors of all kinds."""
+    rng = np.random.default_rng(seed)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    q = config.num_attention_heads * config.head_dim
+    shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    block = {
+        "input_layernorm": {"scale": rng.uniform(0.5, 1.5, hidden).astype(np.float32)},
+        "self_attn": {f"{name}_proj": {} for name in "qkvo"},
+        "post_attention_layernorm": {"scale": rng.uniform(0.5, 1.5, hidden).astype(np.float32)},
+        "mlp": {f"{name}_proj": {} for name in ("gate", "up", "down")},
+    }
+    for name, shape in zip(LINEAR_LAYERS, shapes, strict=True):
+        block = with_layer(block, name, random_tensor(KINDS[name], *shape, seed=seed))
+        assert get_layer(block, name)["kernel"].shape == shape
+    return block
+
+
+def random_outer(seed: int, config: ModelConfig = MODEL) -> dict:
+    rng = np.random.default_rng(seed)
+    vocab, hidden = config.vocab_size, config.hidden_size
+    outer = {
+        "embed_tokens": {"embedding": rng.normal(size=(vocab, hidden)).astype(np.float32)},
+        "norm": {"scale": rng.uniform(0.5, 1.5, hidden).astype(np.float32)},
+    }
+    if not config.tie_word_embeddings:
+        outer["lm_head"] = {"kernel": rng.normal(size=(hidden, vocab)).astype(np.float32)}
+    return outer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(MODEL.vocab_size)}
+    model = WordLevel(words, unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="w1")
+
+
+def write_checkpoint(directory: Path, config: ModelConfig = MODEL) -> Path:
+    """A complete checkpoint; calls with the same config write the same model."""
+    writer = CheckpointWriter(directory)
+    writer.write_outer(random_outer(7, config))
+    writer.write_tokenizer(tiny_tokenizer())
+    for index in range(config.num_hidden_layers):
+        writer.write_block(index, random_block(index, config))
+    writer.finalize({"vq": {"dim": 2}}, config, "tiny", "0123", {"perplexity": 12.5})
+    return Path(directory)
+
+
+def assert_same_tree(actual, expected) -> None:
+    """Equal structure, static fields, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
