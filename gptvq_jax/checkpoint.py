@@ -2,8 +2,8 @@
 
     manifest.json    written last and atomically: its presence means complete
     tokenizer/       as transformers saves it
-    outer/           Orbax: embeddings, final norm and head
-    blocks/00000/    Orbax: one transformer block, quantized kernels packed; one directory per block
+    outer/           a stored tree (tree_io.py): embeddings, final norm and head
+    blocks/00000/    one for each transformer block, quantized kernels packed
 
 The manifest holds no dates, so the same run on the same machine writes the same bytes.
 """
@@ -30,6 +30,7 @@ from gptvq_jax.tree_io import (
     load_tree,
     read_record,
     save_tree,
+    write_json,
 )
 from gptvq_jax.vq_tensor import VQTensor, dequantize
 
@@ -117,13 +118,7 @@ class CheckpointWriter:
             **self._inventory(model_config.num_hidden_layers),
             "summary": summary or {},
         }
-        try:
-            text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"config and summary must hold finite JSON types: {error}") from error
-        temporary = self.directory / f"{_MANIFEST}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.directory / _MANIFEST)
+        write_json(self.directory / _MANIFEST, manifest)
         return manifest
 
     def _inventory(self, num_blocks: int) -> dict[str, Any]:
@@ -230,7 +225,7 @@ class PackedCheckpoint:
                 if self.manifest[section].get(name) != meta:
                     raise ValueError(
                         f"{name} in {path} is not the one listed in {self.directory / _MANIFEST}: "
-                        "it comes from another run; delete both and rerun scripts/quantize.py"
+                        "it comes from another run; restore the one that belongs here"
                     )
         return tree
 

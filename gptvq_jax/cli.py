@@ -1,11 +1,13 @@
 """What every script shares: flags, quiet logs, and errors of one line instead of a traceback."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
@@ -29,9 +31,8 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
     def guarded(argv: list[str]) -> int:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-        # The libraries below log through absl or the root logger; their prefix helps nobody.
-        plain = logging.Formatter("%(levelname)s: %(message)s")
-        absl_logging.get_absl_handler().setFormatter(plain)
+        _quiet_logs()
+        _keep_compiled_programs()
         try:
             main(argv)
         except _USER_ERRORS as error:
@@ -53,6 +54,22 @@ def config_name(flag: str = "config") -> str:
 
     path, _, argument = config_flags.get_config_filename(flags.FLAGS[flag]).partition(":")
     return f"{Path(path).stem}_{argument}" if argument else Path(path).stem
+
+
+def _quiet_logs() -> None:
+    """Warnings only, unless --verbosity asks for more; libraries below raise their own levels."""
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.INFO if flags.FLAGS.verbosity >= 0 else logging.WARNING)
+
+
+def _keep_compiled_programs() -> None:
+    """Compiles each program once per machine; JAX_COMPILATION_CACHE_DIR chooses another place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "gptvq_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -24,7 +24,9 @@ class CalibrationSettings:
     seqlen: int = 1024  # tokens per window
     seed: int = 0  # of the random windows
     batch_size: int = 4  # windows per forward pass
-    inputs: str = "quantized"  # a block sees the outputs of the 'quantized' blocks before, or 'float'
+    inputs: str = (
+        "quantized"  # a block sees the outputs of the 'quantized' blocks before, or 'float'
+    )
 
 
 @dataclasses.dataclass(frozen=True)

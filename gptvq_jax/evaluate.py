@@ -14,7 +14,7 @@ from gptvq_jax.models.llama import block_forward, embed, head_logits
 from gptvq_jax.models.source import ModelSource
 
 _TIME_CHUNK = 256  # tokens whose logits are in memory at once
-_CACHE_BYTES = 1 << 30  # activations held at once; more text makes more passes over the blocks
+_CACHE_BYTES = 2 << 30  # activations held at once; more text makes more passes over the blocks
 
 
 def perplexity(
@@ -25,7 +25,7 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood of tokens 2..T of every window.
 
-    Activations are float32, of as many windows as fit in 1 GiB; each group of windows costs one
+    Activations are float32, of as many windows as fit in 2 GiB; each group of windows costs one
     pass over the model's blocks.
 
     Args:

@@ -205,9 +205,7 @@ def _update_codebooks(target, hessian, scales, grid, settings, centroids, codes)
     )
 
 
-def _svd_codebook(
-    target, hessian, scales, grid, settings, centroids, codes
-) -> FactoredCodebook:
+def _svd_codebook(target, hessian, scales, grid, settings, centroids, codes) -> FactoredCodebook:
     """Rank-reduced codebooks, factors tuned on the loss before they are rounded."""
 
     def reconstruct(factors):

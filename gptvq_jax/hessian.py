@@ -24,9 +24,7 @@ def init_moment(cols: int) -> Moment:
 def add_inputs(moment: Moment, inputs: jax.Array) -> Moment:
     """Adds the inputs of one batch, shape (..., C)."""
     x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
-    return Moment(
-        moment.total + jnp.matmul(x.T, x, precision="highest"), moment.count + x.shape[0]
-    )
+    return Moment(moment.total + jnp.matmul(x.T, x, precision="highest"), moment.count + x.shape[0])
 
 
 def mean(moment: Moment) -> jax.Array:

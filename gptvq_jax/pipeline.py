@@ -27,7 +27,6 @@ from gptvq_jax.models.llama import (
     Params,
     block_forward,
     block_forward_with_inputs,
-    embed,
     get_layer,
     with_layer,
 )
@@ -83,9 +82,10 @@ def quantize_model(
             outer = source.outer()
             writer.write_outer(outer)
             writer.write_tokenizer(source.tokenizer)
-            activations = np.asarray(embed(outer, tokens)).astype(ml_dtypes.bfloat16)
+            table = outer["embed_tokens"]["embedding"].astype(ml_dtypes.bfloat16)
+            activations = table[tokens]
             workdir.save_activations(0, activations)
-            del outer
+            del outer, table
     elif finished < depth:
         activations = workdir.load_activations(finished)
     kept = [row for row in workdir.metrics() if row["kind"] == "layer" and row["block"] < finished]

@@ -59,3 +59,21 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def time_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    """Seconds by stage and by kind of layer, with their share of the whole run."""
+    total = summary["seconds"]
+    by_layer: dict[str, float] = {}
+    for row in rows:
+        by_layer[row["layer"]] = by_layer.get(row["layer"], 0.0) + row["seconds"]
+    parts = [*summary["stages"].items(), ("elsewhere", total - sum(summary["stages"].values()))]
+    lines = [f"{'stage':24s} seconds   share"]
+    lines += [f"{name:24s} {s:7.1f}  {s / total:6.1%}" for name, s in parts]
+    lines += [
+        f"{'  quantize ' + name:24s} {s:7.1f}  {s / total:6.1%}" for name, s in by_layer.items()
+    ]
+    compiling = summary["compile_seconds"]
+    lines.append(f"{'compilation, in these':24s} {compiling:7.1f}  {compiling / total:6.1%}")
+    lines.append(f"{'total':24s} {total:7.1f}")
+    return "\n".join(lines)

@@ -1,7 +1,14 @@
-"""One Orbax directory: a nested dict of arrays and VQTensors, with a description to check it by."""
+"""One stored tree: a nested dict of arrays and VQTensors, with a description to check it by.
+
+arrays/        Orbax
+record.json    written last: its presence means complete
+"""
 
 import functools
+import hashlib
+import json
 import operator
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,14 +34,16 @@ DENSE_DTYPES = {
     "float32": np.dtype(np.float32),
 }
 
+_RECORD = "record.json"
+
 Tree = dict[str, Any]
 Record = dict[str, Any]
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Record:
-    """Writes a tree under a temporary name and renames it, so `directory` is whole or absent.
+    """Writes a tree; until that is done, `directory` does not count as one.
 
-    Whatever an interrupted run left under either name is replaced.
+    Whatever an interrupted run left there is replaced.
 
     Args:
       directory: to be created.
@@ -43,8 +52,8 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
 
     Returns:
       The description stored with it: {"format_version", "quantized": {name: meta}, "dense":
-      {name: meta}}, where a name joins the keys by "/" and a meta holds at least shape, num_bytes
-      and sha256.
+      {name: meta}, "files": {path: sha256}}, where a name joins the keys by "/" and a meta holds at
+      least shape, num_bytes and sha256 of the array or arrays.
 
     Raises:
       ValueError: a value is too large for `dense_dtype`.
@@ -60,13 +69,19 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             array = stored[name] = cast_dense(leaf, dense_dtype, name)
             counts = {"shape": list(array.shape), "num_bytes": array.nbytes}
             dense[name] = counts | {"dtype": dense_dtype, "sha256": digest({"": array})}
-    record = {"format_version": FORMAT_VERSION, "quantized": quantized, "dense": dense}
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    leftovers = directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*")
-    for leftover in (directory, *leftovers):
-        shutil.rmtree(leftover, ignore_errors=True)
-    ocp.save(directory, traverse_util.unflatten_dict(stored, sep="/"), custom_metadata=record)
+    if directory.exists():
+        (directory / _RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    ocp.save(directory / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
+    record = {
+        "format_version": FORMAT_VERSION,
+        "quantized": quantized,
+        "dense": dense,
+        "files": _file_sums(directory),
+    }
+    write_json(directory / _RECORD, record)
     return record
 
 
@@ -74,17 +89,16 @@ def read_record(directory: Path) -> Record | None:
     """The description of a tree, without its arrays; None if `directory` is absent or unfinished.
 
     Raises:
-      ValueError: another format version wrote it.
+      ValueError: it is damaged or of another format version.
     """
-    if not ocp.is_orbax_checkpoint(directory):
+    path = directory / _RECORD
+    if not path.exists():
         return None
     try:
-        record = ocp.metadata(directory).custom_metadata
-    except Exception:  # Orbax names no common base class of its errors
-        return None
-    if not record:
-        return None
-    check_format_version(record.get("format_version"), str(directory))
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(directory, _RECORD, str(error)) from error
+    check_format_version(record.get("format_version"), str(path))
     return record
 
 
@@ -101,10 +115,12 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
             f"{directory} is missing or unfinished; rerun scripts/quantize.py with the same "
             "--workdir to complete it"
         )
-    try:
-        arrays = ocp.load(directory)
-    except Exception as error:  # Orbax names no common base class of its errors
-        raise _damaged(directory, "its arrays", str(error).split("\n")[0][:200]) from error
+    # Before Orbax reads them: what it says of a damaged file is long and does not name the block.
+    found = _file_sums(directory)
+    for path, sha256 in record["files"].items():
+        if found.get(path) != sha256:
+            raise _damaged(directory, path, "changed or truncated" if path in found else "missing")
+    arrays = ocp.load(directory / "arrays")
 
     tree = {}
     for name, meta in (record["quantized"] | record["dense"]).items():
@@ -117,6 +133,21 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
             raise _damaged(directory, name, "its SHA-256 is not the one recorded")
         tree[name] = state_to_tensor(leaf, meta) if packed else leaf
     return traverse_util.unflatten_dict(tree, sep="/"), record
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is whole or absent.
+
+    Raises:
+      ValueError: `value` is not made of finite JSON types.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold finite JSON types: {error}") from error
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def cast_dense(values: Any, dtype: str, name: str) -> np.ndarray:
@@ -143,8 +174,17 @@ def check_dense_dtype(dtype: str) -> None:
         raise ValueError(f"{dtype=} must be one of {', '.join(DENSE_DTYPES)}")
 
 
+def _file_sums(directory: Path) -> dict[str, str]:
+    """{path below `directory`: SHA-256} of Orbax's files."""
+    sums = {}
+    for path in sorted(path for path in (directory / "arrays").rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            sums[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
 def _damaged(directory: Path, name: str, why: str) -> ValueError:
     return ValueError(
-        f"{directory} is damaged at {name}: {why}; delete it and rerun scripts/quantize.py with "
-        "the same --workdir"
+        f"{directory} is damaged at {name}: {why}; restore it from a copy, or quantize again in "
+        "another --workdir"
     )

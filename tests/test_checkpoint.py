@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +21,12 @@ from gptvq_jax.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_
 from gptvq_jax.gptvq import quantize
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
 from gptvq_jax.tensor_io import state_to_tensor, tensor_to_state
-from gptvq_jax.tree_io import load_tree, read_record, save_tree
+from gptvq_jax.tree_io import load_tree, read_record, save_tree, write_json
 from gptvq_jax.vq_tensor import dequantize
 
 ROWS, COLS = 13, 43  # divided by nothing
+DATA_FILE = r"arrays/\S+/d/\w+"
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +39,12 @@ def copy(complete, tmp_path):
     return shutil.copytree(complete, tmp_path / "checkpoint")
 
 
-def _signature(array):
+def signature(array):
     return array.shape, array.dtype
+
+
+def half(tree):
+    return jax.tree.map(lambda array: array.astype(np.float16), tree)
 
 
 # --- tensors ---
@@ -50,7 +61,7 @@ def test_tensor_survives_state_and_disk(kind, tmp_path):
     save_tree(tmp_path / "tree", {"layer": {"kernel": tensor}}, "float16")
     tree, record = load_tree(tmp_path / "tree")
     tiny.assert_same_tree(tree["layer"]["kernel"], tensor)
-    raw = ocp.load(tmp_path / "tree")["layer"]["kernel"]
+    raw = ocp.load(tmp_path / "tree/arrays")["layer"]["kernel"]
     counted = 8 * sum(array.nbytes for array in raw.values()) / (ROWS * COLS)
     assert record["quantized"]["layer/kernel"]["bits_per_value"] == counted
 
@@ -63,7 +74,7 @@ def test_tensor_of_quantize_survives(kind, tmp_path):
     weight = jax.random.normal(jax.random.key(1), (ROWS, COLS))
     tensor = quantize(weight, jnp.eye(COLS), jnp.eye(COLS), jax.random.key(0), settings)
     expected = tiny.random_tensor(kind, ROWS, COLS)
-    assert jax.tree.map(_signature, tensor) == jax.tree.map(_signature, expected)
+    assert jax.tree.map(signature, tensor) == jax.tree.map(signature, expected)
 
     save_tree(tmp_path / "tree", {"kernel": tensor}, "float16")
     tiny.assert_same_tree(load_tree(tmp_path / "tree")[0]["kernel"], tensor)
@@ -94,28 +105,25 @@ def test_checkpoint_returns_what_was_written(complete):
     assert checkpoint.config == tiny.MODEL
     assert checkpoint.name == "checkpoint"
     assert checkpoint.tokenizer("w3 w5").input_ids == [3, 5]
-    outer = jax.tree.map(lambda a: a.astype(np.float16).astype(np.float32), tiny.random_outer(7))
+    outer = dequantize_tree(half(tiny.random_outer(7)))
     tiny.assert_same_tree(checkpoint.outer(), outer)
 
     for index in range(2):
-        expected = tiny.random_block(index)
-        packed, block = checkpoint.packed_block(index), checkpoint.block(index)
-        norm = expected["input_layernorm"]["scale"].astype(np.float16)
-        np.testing.assert_array_equal(packed["input_layernorm"]["scale"], norm)
-        np.testing.assert_array_equal(block["input_layernorm"]["scale"], norm.astype(np.float32))
-        for name in LINEAR_LAYERS:
-            tensor = get_layer(expected, name)["kernel"]
-            tiny.assert_same_tree(get_layer(packed, name)["kernel"], tensor)
-            kernel = get_layer(block, name)["kernel"]
-            assert (type(kernel), kernel.dtype) == (np.ndarray, np.float32)
-            np.testing.assert_allclose(kernel, jax.jit(dequantize)(tensor).T, rtol=1e-6)
+        written = tiny.random_block(index)
+        expected = {**written, **{norm: half(written[norm]) for norm in NORMS}}
+        tiny.assert_same_tree(checkpoint.packed_block(index), expected)
+        tiny.assert_same_tree(checkpoint.block(index), dequantize_tree(expected))
+    kernel = checkpoint.block(0)["self_attn"]["q_proj"]["kernel"]
+    weight = dequantize(tiny.random_block(0)["self_attn"]["q_proj"]["kernel"])
+    assert (type(kernel), kernel.dtype) == (np.ndarray, np.float32)
+    np.testing.assert_allclose(kernel, weight.T, rtol=1e-6)
     with pytest.raises(ValueError, match=r"index=2 must be in 0\.\.1"):
         checkpoint.block(2)
 
 
 def test_manifest_counts_the_stored_arrays(complete):
     manifest = PackedCheckpoint(complete).manifest
-    blocks = [ocp.load(complete / "blocks" / f"{index:05d}") for index in range(2)]
+    blocks = [ocp.load(complete / f"blocks/{index:05d}/arrays") for index in range(2)]
     quantized = weights = 0
     for index, block in enumerate(blocks):
         for name in LINEAR_LAYERS:
@@ -125,7 +133,7 @@ def test_manifest_counts_the_stored_arrays(complete):
             assert entry["bits_per_value"] == 8 * stored / np.prod(entry["shape"])
             quantized += stored
             weights += np.prod(entry["shape"])
-    stored = jax.tree.leaves([blocks, ocp.load(complete / "outer")])
+    stored = jax.tree.leaves([blocks, ocp.load(complete / "outer/arrays")])
     assert manifest["quantized_bytes"] == quantized
     assert manifest["dense_bytes"] == sum(array.nbytes for array in stored) - quantized
     assert manifest["bits_per_value"] == 8 * quantized / weights
@@ -170,43 +178,69 @@ def test_overflow_names_leaf_and_dtype(tmp_path):
 # --- kills ---
 
 
-def test_half_written_blocks_are_ignored_and_replaced(tmp_path):
+def test_half_written_block_is_ignored_and_replaced(tmp_path):
     writer = CheckpointWriter(tmp_path / "c")
     assert writer.finished_blocks() == 0
     writer.write_block(0, tiny.random_block(0))
-    blocks = tmp_path / "c/blocks"
-    shutil.copytree(blocks / "00000", blocks / "00001.orbax-checkpoint-tmp")
-    shutil.copytree(blocks / "00000", blocks / "00001")
-    (blocks / "00001/_CHECKPOINT_METADATA").unlink()
+    half_written = tmp_path / "c/blocks/00001"
+    half_written.mkdir()
+    shutil.copytree(
+        tmp_path / "c/blocks/00000/arrays", half_written / "arrays.orbax-checkpoint-tmp"
+    )
+    (half_written / "record.json.tmp").touch()
     assert CheckpointWriter(tmp_path / "c").finished_blocks() == 1
     with pytest.raises(FileNotFoundError, match="00001 is missing or unfinished; rerun"):
         read_block(tmp_path / "c", 1)
 
     writer.write_block(1, tiny.random_block(1))
     assert writer.finished_blocks() == 2
-    assert sorted(path.name for path in blocks.iterdir()) == ["00000", "00001"]
+    assert sorted(path.name for path in half_written.iterdir()) == ["arrays", "record.json"]
     kernel = get_layer(read_block(tmp_path / "c", 1), "mlp/down_proj")["kernel"]
     tiny.assert_same_tree(kernel, get_layer(tiny.random_block(1), "mlp/down_proj")["kernel"])
 
 
-def test_a_kill_while_a_block_is_renamed_leaves_none(tmp_path, monkeypatch):
-    def killed(*_):
+def test_replacing_a_block_unfinishes_it_first(tmp_path, monkeypatch):
+    def killed(path):
+        (path / "arrays/_METADATA").unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     writer = CheckpointWriter(tmp_path / "c")
-    with monkeypatch.context() as patch:
-        for name in ("rename", "replace"):
-            patch.setattr(f"os.{name}", killed)
-        with pytest.raises(BaseException):  # noqa: B017  Orbax may wrap it
-            writer.write_block(0, tiny.random_block(0))
-    assert any((tmp_path / "c/blocks").iterdir())
-    assert writer.finished_blocks() == 0
     writer.write_block(0, tiny.random_block(0))
-    assert writer.finished_blocks() == 1
+    monkeypatch.setattr("gptvq_jax.tree_io.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_block(0, tiny.random_block(1))
+    assert writer.finished_blocks() == 0
+
+
+def test_killed_process_leaves_whole_blocks(tmp_path):
+    program = (
+        "import itertools, tiny_checkpoint as tiny\n"
+        f"writer = tiny.CheckpointWriter({str(tmp_path / 'c')!r})\n"
+        "for index in itertools.count(): writer.write_block(index, tiny.random_block(index))\n"
+    )
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}
+    )
+    writer = CheckpointWriter(tmp_path / "c")
+    while writer.finished_blocks() < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+    finished = writer.finished_blocks()
+    for index in range(finished):
+        written = tiny.random_block(index)
+        expected = {**written, **{norm: half(written[norm]) for norm in NORMS}}
+        tiny.assert_same_tree(read_block(tmp_path / "c", index), expected)
+    writer.write_block(finished, tiny.random_block(0))
+    assert writer.finished_blocks() == finished + 1
 
 
 def test_unfinished_checkpoint_is_refused(copy):
-    with pytest.raises(FileNotFoundError, match="no checkpoint directory .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint directory .*nowhere"):
         PackedCheckpoint(copy / "nowhere")
     CheckpointWriter(copy).write_block(1, tiny.random_block(1))  # no longer as the manifest says
     with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing.* same --workdir"):
@@ -224,54 +258,58 @@ def test_finalize_needs_every_part(copy, part):
 def test_finalize_refuses_what_is_not_json(copy):
     before = (copy / "manifest.json").read_bytes()
     for value in (float("nan"), np.float32(1)):
-        with pytest.raises(ValueError, match="config and summary must hold finite JSON types"):
+        with pytest.raises(ValueError, match=r"manifest\.json must hold finite JSON types"):
             CheckpointWriter(copy).finalize({"x": value}, tiny.MODEL, "tiny", "0123")
     assert (copy / "manifest.json").read_bytes() == before
 
 
 def test_unwritable_directory(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot write to .*file/c: Not a directory; choose"):
+    with pytest.raises(ValueError, match=r"cannot write to .*file/c: Not a directory; choose"):
         CheckpointWriter(tmp_path / "file/c")
 
 
 # --- damage ---
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
 def test_damaged_file_is_found(copy, damage):
     block = copy / "blocks/00001"
     file = max(block.rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x10
     file.unlink()
-    if damage != "delete":
-        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    PackedCheckpoint(copy).block(0)
-    with pytest.raises(ValueError, match=r"blocks/00001 is damaged at .*; delete it and rerun"):
-        PackedCheckpoint(copy).block(1)
+    if damage != "missing":
+        file.write_bytes(content if damage == "changed" else content[: len(content) // 2])
+    PackedCheckpoint(copy).packed_block(0)
+    with pytest.raises(
+        ValueError, match=rf"00001 is damaged at {DATA_FILE}: .*{damage}.*; restore"
+    ):
+        PackedCheckpoint(copy).packed_block(1)
 
 
-def test_changed_array_is_found_by_its_sum(copy):
-    block = copy / "blocks/00001"
-    arrays, record = ocp.load(block), read_record(block)
-    arrays["mlp"]["up_proj"]["kernel"]["codes"][0, 2, 3] ^= 1
-    ocp.save(block, arrays, custom_metadata=record, overwrite=True)
-    with pytest.raises(ValueError, match="00001 is damaged at mlp/up_proj/kernel: its SHA-256"):
-        PackedCheckpoint(copy).packed_block(1)
-    arrays["mlp"]["up_proj"]["kernel"]["codes"][0, 2, 3] ^= 1
-    del arrays["mlp"]["down_proj"]
-    ocp.save(block, arrays, custom_metadata=record, overwrite=True)
-    with pytest.raises(ValueError, match="00001 is damaged at mlp/down_proj/kernel: missing"):
-        PackedCheckpoint(copy).packed_block(1)
+def test_changed_array_is_found_by_its_sum(copy, tmp_path):
+    block, record = copy / "blocks/00001", read_record(copy / "blocks/00001")
+    damaged = ocp.load(block / "arrays")
+    damaged["mlp"]["up_proj"]["kernel"]["codes"][0, 2, 3] ^= 1
+    missing = ocp.load(block / "arrays")
+    del missing["mlp"]["up_proj"]
+    for arrays, why in ((damaged, "its SHA-256"), (missing, "missing")):
+        shutil.rmtree(block / "arrays")
+        ocp.save(block / "arrays", arrays)
+        write_json(block / "record.json", record | {"files": {}})
+        with pytest.raises(ValueError, match=f"00001 is damaged at mlp/up_proj/kernel: {why}"):
+            PackedCheckpoint(copy).packed_block(1)
 
 
 def test_block_of_another_run_is_found(copy):
-    other = tiny.random_block(1)
-    other = with_layer(other, "mlp/up_proj", get_layer(tiny.random_block(0), "mlp/up_proj"))
-    other["mlp"]["up_proj"] = get_layer(tiny.random_block(5), "mlp/up_proj")
+    other = with_layer(
+        tiny.random_block(1),
+        "mlp/up_proj",
+        get_layer(tiny.random_block(5), "mlp/up_proj")["kernel"],
+    )
     save_tree(copy / "blocks/00001", other, "float16")
-    with pytest.raises(ValueError, match="layers_1/mlp/up_proj in .* comes from another run"):
+    with pytest.raises(ValueError, match=r"layers_1/mlp/up_proj in .* comes from another run"):
         PackedCheckpoint(copy).block(1)
 
 

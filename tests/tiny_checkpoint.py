@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.checkpoint import CheckpointWriter
@@ -120,8 +121,9 @@ def random_outer(seed: int, config: ModelConfig = MODEL) -> dict:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(MODEL.vocab_size)}
-    model = WordLevel(words, unk_token="w0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="w1")
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
 
 
 def write_checkpoint(directory: Path, config: ModelConfig = MODEL) -> Path:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  dashes and quotation marks are meant as they are
 """Turns MediaWiki markup into running prose: headings and paragraphs, one per line.
 
 Tables, lists of short items, references, files and boxes are left out. A paragraph that would read
@@ -13,15 +14,17 @@ from mwparserfromhell.nodes import Node, Tag, Template
 from mwparserfromhell.wikicode import Wikicode
 
 # Sections that list other works instead of telling something.
-_APPENDICES = frozenset(
-    "see also|references|external links|further reading|notes|bibliography|sources|footnotes"
-    "|citations|works cited|literature|gallery|publications|notes and references|filmography"
-    "|references and notes|discography|selected works|general references|works".split("|")
-)
+_APPENDICES = {
+    "bibliography", "citations", "discography", "external links", "filmography", "footnotes",
+    "further reading", "gallery", "general references", "literature", "notes",
+    "notes and references", "publications", "references", "references and notes", "see also",
+    "selected works", "sources", "works", "works cited",
+}  # fmt: skip
 _DROPPED_LINKS = re.compile(r"\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)?)\s*:", re.I)
-_DROPPED_TAGS = frozenset(
-    "ref references table gallery timeline imagemap score syntaxhighlight source pre div".split()
-)
+_DROPPED_TAGS = {
+    "div", "gallery", "imagemap", "pre", "ref", "references", "score", "source",
+    "syntaxhighlight", "table", "timeline",
+}  # fmt: skip
 # Templates that add nothing to a sentence: citations, doubts, pronunciation, pointers, icons.
 _DROPPED_TEMPLATES = re.compile(
     r"(cit(e|ation)|vcite|sfn|harv|rp$|refn|efn|#tag|ref|note|ipa|respell|pron|audio|lang-|coord"
@@ -131,7 +134,7 @@ def _render_tag(tag: Tag) -> str:
     if name in ("math", "chem", "code"):
         return _HOLE
     contents = _render(tag.contents)
-    if name == "sup" and contents[:1] in "0123456789-−–+n":
+    if name == "sup" and contents.startswith(tuple("0123456789-−–+n")):
         return _HOLE  # 10<sup>6</sup> is not 106
     if name in ("blockquote", "p", "center", "ul", "ol", "dl"):
         return f"\n{contents}\n"

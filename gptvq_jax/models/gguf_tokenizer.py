@@ -1,7 +1,8 @@
 """A tokenizer built from the metadata of a GGUF file.
 
-transformers can do this too, but only with PyTorch installed, and its GGUF reader knows no "smollm":
-it splits digits as GPT-2 does. The two differ only where several spaces or newlines precede a digit.
+transformers can do this too, but only with PyTorch installed, and it splits the text of a "smollm"
+vocabulary as GPT-2 does, where llama.cpp and the model's own tokenizer.json first set every numeral
+apart. The ids differ only where several spaces or newlines precede a digit, or a space one like ½.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 
-
 def write_random_llama(
     directory: Path, tokenizer, num_blocks: int, hidden: int, head_dim: int = 64, seed: int = 0
 ) -> None:

@@ -79,9 +79,7 @@ def refit(
     diagonal = jax.linear_transpose(lambda c: decode(c, codes, square, grid), centroids)(ones)[0]
     precondition = 1 / jnp.where(diagonal > 0, diagonal, 1.0)
 
-    residual = adjoint(
-        jnp.matmul(hessian, weight - forward(centroids), precision="highest")
-    )[0]
+    residual = adjoint(jnp.matmul(hessian, weight - forward(centroids), precision="highest"))[0]
 
     def step(_, state):
         solution, residual, direction, energy = state
@@ -137,9 +135,7 @@ def gradient_update(
     def step(state, _):
         unit, opt_state, best, lowest = state
         loss, grad = loss_and_grad(unit)
-        best, lowest = lax.cond(
-            loss < lowest, lambda: (unit, loss), lambda: (best, lowest)
-        )
+        best, lowest = lax.cond(loss < lowest, lambda: (unit, loss), lambda: (best, lowest))
         updates, opt_state = adam.update(grad, opt_state, unit)
         return (optax.apply_updates(unit, updates), opt_state, best, lowest), None
 

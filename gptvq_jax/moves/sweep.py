@@ -31,7 +31,9 @@ class SweepResult(NamedTuple):
     centroids: jax.Array  # (S, G, K, D) float32
     scales: StripScales | None  # stacked over strips
     quantized: jax.Array  # (S * c, G * r)
-    loss: jax.Array  # () float32: sum |E|^2 = L(Q) with the damped Hessian, rows of padding left out
+    loss: (
+        jax.Array
+    )  # () float32: sum |E|^2 = L(Q) with the damped Hessian, rows of padding left out
 
 
 def pad_identity(hinv_chol: jax.Array, grid: GroupGrid) -> jax.Array:
@@ -128,9 +130,7 @@ def sweep(
             x = lax.dynamic_slice_in_dim(local, j * dim, dim)  # (D, G, r)
             t = lax.dynamic_index_in_dim(feedback, start // dim + j, keepdims=False)
             m = lax.dynamic_index_in_dim(metric, start // dim + j, keepdims=False)
-            s = lax.dynamic_index_in_dim(
-                per_vector, index * (block // dim) + j, keepdims=False
-            )
+            s = lax.dynamic_index_in_dim(per_vector, index * (block // dim) + j, keepdims=False)
             white = jnp.einsum("dgr,de->ger", x / s, m, precision="highest")
             codes, _ = nearest(white, jnp.matmul(centroids, m, precision="highest"))
             q = jnp.moveaxis(lookup(centroids, codes), 1, 0) * s

@@ -10,10 +10,6 @@ import numpy as np
 import pytest
 
 from gptvq_jax.gptvq import GPTVQSettings, quantize
-from gptvq_jax.moves.em import em
-from gptvq_jax.moves.scales import normalize_strip
-from gptvq_jax.moves.seed import SEEDS
-from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.vq_tensor import dequantize
 
 ROWS, COLS = 32, 64
@@ -22,19 +18,11 @@ BASE = dict(bits=2.0, group_size=512, max_group_cols=32, block_size=16, em_itera
 P = ref.problem(ROWS, COLS)
 
 
-@functools.cache
-def compiled(settings):
-    """Fast to compile rather than to run; one program per setting for all tests of this file."""
-    shapes = [(ROWS, COLS), (COLS, COLS), (COLS, COLS)]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    lowered = quantize.lower(*arrays, jax.random.key(0), settings=settings)
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-
-
 def tensor_of(problem=P, **kw):
-    program = compiled(GPTVQSettings(**{**BASE, **kw}))
-    arrays = problem.weight, problem.hessian, problem.hinv_chol
-    return program(*map(jnp.asarray, arrays), jax.random.key(0))
+    settings = GPTVQSettings(**{**BASE, **kw})
+    return quantize(
+        problem.weight, problem.hessian, problem.hinv_chol, jax.random.key(0), settings=settings
+    )
 
 
 run_dequantize = jax.jit(dequantize)
@@ -53,63 +41,34 @@ PAPER = dict(seed="mahalanobis", exact_metric=False, codebook_update="none", cod
 
 
 def paper_sweep(weight, hinv_chol, settings):
-    """Sections 3.2 and Algorithm 1 in float64: Mahalanobis seeds, EM and sweep, diagonal metric."""
+    """Section 3.2 and Algorithm 1 in float64: Mahalanobis seeds, EM, sweep, diagonal metric."""
 
     def fit(group, scales, u, strip, g):
-        dim = settings.dim
-        rows, cols = group.shape
-        points = group.reshape(-1, dim)
-        metric = np.stack([np.diag(t) for t in (1 / np.diag(u)).reshape(-1, dim)])
-        whiten = np.tile(metric, (rows, 1, 1))
-        # The package lists points position by position, which decides ties of distance.
-        order = np.arange(len(points)).reshape(rows, -1).T.reshape(-1)
-        seeds = ref.mahalanobis(points[order], settings.codebook_size)
-        return ref.em(points, whiten, np.ones(len(points)), seeds, settings.em_iterations)
+        # Vectors are listed position by position, as in the package: it decides ties of distance.
+        points = (group / scales).reshape(len(group), -1, settings.dim)
+        points = points.swapaxes(0, 1).reshape(-1, settings.dim)
+        weight = np.square(scales[:, :: settings.dim]).T.reshape(-1)
+        metric = [np.diag(t) for t in (1 / np.diag(u)).reshape(-1, settings.dim)]
+        whiten = np.repeat(metric, len(group), axis=0)
+        seeds = ref.mahalanobis(points, settings.codebook_size)
+        return ref.em(points, whiten, weight, seeds, settings.em_iterations)
 
-    grid = settings.grid(*weight.shape)
-    return ref.sweep(weight, hinv_chol, grid, fit, exact_metric=False)
+    grid, scale = settings.grid(*weight.shape), None
+    if settings.scale_block_size:
+        scale = functools.partial(ref.block_scales, block_size=settings.scale_block_size)
+    return ref.sweep(weight, hinv_chol, grid, fit, exact_metric=False, scale=scale)
 
 
-def test_the_paper_in_float64():
-    settings = GPTVQSettings(**{**BASE, **PAPER})
-    tensor = tensor_of(**PAPER)
-    expected = paper_sweep(P.weight, P.hinv_chol, settings)
+@pytest.mark.parametrize("scale_block_size", [0, 8])
+def test_the_paper_in_float64(scale_block_size):
+    kw = dict(PAPER, scale_block_size=scale_block_size)
+    tensor = tensor_of(**kw)
+    expected = paper_sweep(P.weight, P.hinv_chol, GPTVQSettings(**{**BASE, **kw}))
     codes = np.asarray(tensor.unpack_codes())[0]
     assert np.mean(codes == expected.codes) > 0.98  # float32 may break a near tie the other way
     quantized = np.asarray(run_dequantize(tensor))
-    close = np.abs(quantized - expected.quantized) < 5e-3
-    assert np.mean(close) > 0.98
-    np.testing.assert_allclose(
-        ref.loss(P.weight, quantized, P.damped), expected.loss, rtol=1e-2
-    )
-
-
-def test_dequantize_is_what_the_moves_made():
-    """With nothing after the sweep, the tensor is the sweep's weight up to float16 centroids."""
-    kw = dict(codebook_update="none", codebook_bits=16, scale_block_size=8)
-    settings = GPTVQSettings(**{**BASE, **kw})
-    grid = settings.grid(ROWS, COLS)
-
-    def fit(data, key):
-        return em(data, SEEDS[settings.seed](data, settings.codebook_size, key), 5)
-
-    @jax.jit
-    def moves(weight, hinv_chol, key):
-        result = sweep(
-            grid.pad_transpose(weight),
-            pad_identity(hinv_chol, grid),
-            grid,
-            fit,
-            key,
-            block_size=16,
-            normalize=functools.partial(normalize_strip, block_size=8),
-        )
-        return grid.unpad_transpose(result.quantized)
-
-    made = np.asarray(moves(P.weight, P.hinv_chol, jax.random.key(0)))
-    stored = np.asarray(run_dequantize(tensor_of(**kw)))
-    same = np.abs(stored - made) <= 2.0**-10 * np.abs(made) + 1e-6
-    assert np.mean(same) > 0.98
+    assert np.mean(np.abs(quantized - expected.quantized) < 5e-3) > 0.98
+    np.testing.assert_allclose(ref.loss(P.weight, quantized, P.damped), expected.loss, rtol=1e-2)
 
 
 def test_bits_per_value_by_hand():
@@ -120,13 +79,13 @@ def test_bits_per_value_by_hand():
     assert tensor.bits_per_value == 8 * 648 / 2048 == 2.53125
     assert (tensor.grid.row_strips, tensor.grid.col_strips) == (2, 2)
     # and 4 bits per 8 weights, two float16 per column strip
-    scaled = tensor_of(codebook_update="none", codebook_bits=16, scale_block_size=8)
+    scaled = tensor_of(**PAPER, scale_block_size=8)
     assert scaled.num_bytes == 512 + 256 + 2048 // 8 // 2 + 2 * 2 * 2
 
 
 def test_golden_relative_errors():
     """Numbers of this file's problem; a change of method shows here before it shows in a model."""
-    golden = {"base": 0.0, "paper": 0.0}
+    golden = {"base": 0.0312, "paper": 0.0392}
     measured = {"base": error_of(), "paper": error_of(**PAPER)}
     for name, value in measured.items():
         assert value == pytest.approx(golden[name], rel=0.03), measured
@@ -145,6 +104,8 @@ def test_permuting_rows_permutes_the_result():
 
 # directions
 
+EXACT = dict(codebook_update="none", codebook_bits=16)  # k-means++, exact metric, nothing after it
+
 
 def test_error_falls_with_bits():
     errors = [error_of(bits=bits) for bits in (1.0, 2.0, 2.5)]
@@ -155,9 +116,10 @@ def test_error_falls_with_bits():
 
 
 def test_error_falls_with_dim_at_equal_bits():
-    kw = dict(bits=1.0, group_size=512)
-    errors = [error_of(dim=dim, **kw) for dim in (1, 2, 4)]
-    assert errors[1] < 0.97 * errors[0] and errors[2] < 0.97 * errors[1]
+    # At one bit a plane of Gaussian weights has no better codebook than two lines: 1D against 2D
+    # is compared at two bits, 2D against 4D at one.
+    assert error_of(dim=2) < 0.97 * error_of(dim=1)
+    assert error_of(dim=4, bits=1.0) < 0.97 * error_of(dim=2, bits=1.0)
 
 
 def test_smaller_groups_cost_bits_and_lower_the_error():
@@ -168,18 +130,15 @@ def test_smaller_groups_cost_bits_and_lower_the_error():
 
 
 def test_em_lowers_the_error():
-    assert error_of(codebook_update="none") < 0.95 * error_of(
-        codebook_update="none", em_iterations=0
-    )
+    assert error_of(**EXACT) < 0.95 * error_of(**EXACT, em_iterations=0)
 
 
 def test_codebook_updates_lower_the_error():
-    none, adam, exact = (
-        error_of(codebook_update=name) for name in ("none", "adam", "least_squares")
-    )
-    assert exact < 0.95 * none
-    assert adam < none
-    assert exact < adam
+    none, adam = error_of(**EXACT), error_of(**dict(EXACT, codebook_update="adam"))
+    assert adam < 0.999 * none
+    # The exact solution wins even when its centroids are rounded to 8 bits.
+    assert error_of() < 0.95 * none
+    assert error_of() < adam
 
 
 def test_polish_lowers_the_error():
@@ -187,12 +146,9 @@ def test_polish_lowers_the_error():
 
 
 def test_codebook_bits():
-    names = {bits: dict(codebook_update="none", codebook_bits=bits) for bits in (16, 8, 4)}
-    errors = [error_of(**names[bits]) for bits in (16, 8, 4)]
-    assert errors[1] == pytest.approx(errors[0], rel=0.02)
-    assert errors[2] > 1.02 * errors[0]
-    sizes = [tensor_of(**names[bits]).num_bytes for bits in (16, 8, 4)]
-    assert sizes == [512 + 256, 512 + 128 + 8, 512 + 64 + 8]
+    assert error_of(**EXACT) < error_of(**dict(EXACT, codebook_bits=4)) < 1.3 * error_of(**EXACT)
+    rows = [EXACT, dict(), dict(EXACT, codebook_bits=4)]  # 16, 8 and 4 bits
+    assert [tensor_of(**kw).num_bytes for kw in rows] == [512 + 256, 512 + 128 + 8, 512 + 64 + 8]
 
 
 def test_svd_rank():
@@ -204,28 +160,40 @@ def test_svd_rank():
     assert tensor.num_bytes == 512 + 4 + 2 + 8
 
 
+def pairs_correlated(seed):
+    """Inputs 2j and 2j + 1 nearly equal: the case that a diagonal metric cannot see."""
+    p = ref.problem(ROWS, COLS, seed=seed)
+    pair = np.linalg.cholesky(np.kron(np.eye(COLS // 2), [[1, 0.8], [0.8, 1]]))
+    noise = p.hessian / np.mean(np.diag(p.hessian))
+    hessian = (pair @ (0.9 * np.eye(COLS) + 0.1 * noise) @ pair.T).astype(np.float32)
+    damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(COLS, dtype=np.float32)
+    hinv_chol = ref.inverse_cholesky(damped).astype(np.float32)
+    return ref.Problem(p.weight, hessian, damped, hinv_chol)
+
+
 def test_exact_metric_is_better_on_correlated_inputs():
-    exact = np.mean([error_of(ref.problem(ROWS, COLS, seed=s)) for s in range(4)])
-    diagonal = np.mean(
-        [error_of(ref.problem(ROWS, COLS, seed=s), exact_metric=False) for s in range(4)]
-    )
-    assert exact < 0.99 * diagonal
+    for seed in range(3):
+        p = pairs_correlated(seed)
+        exact = error_of(p, **dict(PAPER, exact_metric=True))
+        assert exact < 0.7 * error_of(p, **PAPER)
 
 
 def test_kmeans_seeds_are_better_on_uneven_columns():
-    kw = dict(codebook_update="none", em_iterations=0)
-    assert error_of(**kw) != error_of(seed="mahalanobis", **kw)
+    size = np.exp(np.random.default_rng(0).normal(size=COLS) * 1.5).astype(np.float32)
+    hessian = P.hessian * np.outer(1 / size, 1 / size)  # large weights on small inputs
+    damped = P.damped * np.outer(1 / size, 1 / size)
+    hinv_chol = ref.inverse_cholesky(damped).astype(np.float32)
+    p = ref.Problem(P.weight * size, hessian, damped, hinv_chol)
+    assert error_of(p, **EXACT) < 0.9 * error_of(p, **dict(PAPER, exact_metric=True))
 
 
 def test_block_scales_pay_on_rows_of_uneven_size():
-    size = 2.0 ** np.random.default_rng(0).uniform(-4, 4, (ROWS, COLS // 8)).repeat(8, 1)
-    uneven = P._replace(weight=(P.weight * size).astype(np.float32))
-    kw = dict(codebook_update="none", codebook_bits=16)
-    plain, wide, narrow = (
-        error_of(uneven, scale_block_size=block, **kw) for block in (0, 32, 8)
-    )
-    assert narrow < 0.7 * plain
-    assert narrow < wide < plain
+    rng = np.random.default_rng(0)
+    by_row = 2.0 ** rng.uniform(-4, 4, (ROWS, 1))
+    by_block = 2.0 ** rng.uniform(-4, 4, (ROWS, COLS // 8)).repeat(8, 1)
+    for size in (by_row, by_block):
+        uneven = P._replace(weight=(P.weight * size).astype(np.float32))
+        assert error_of(uneven, **PAPER, scale_block_size=8) < 0.8 * error_of(uneven, **PAPER)
 
 
 def test_low_rank_hessian_and_dead_inputs_stay_finite():
@@ -239,7 +207,7 @@ def test_low_rank_hessian_and_dead_inputs_stay_finite():
         np.where(dead, 0, P.weight), hessian, damped, ref.inverse_cholesky(damped)
     )
     problem = ref.Problem(*(a.astype(np.float32) for a in problem))
-    for kw in ({}, dict(polish_rounds=3), dict(codebook_update="adam")):
+    for kw in ({}, dict(polish_rounds=3), dict(EXACT, codebook_update="adam")):
         assert np.isfinite(run_dequantize(tensor_of(problem, **kw))).all()
         assert error_of(problem, **kw) < 0.05  # 60 columns serve 5 directions
 
@@ -315,7 +283,7 @@ def test_smallest_group_keeps_the_codebook_overhead():
     assert GPTVQSettings(bits=2.0, codebook_bits=16).smallest_group() == 4096
     assert GPTVQSettings(dim=1, bits=3.0, svd_rank=4).smallest_group() == 256
     for kw in (dict(), dict(bits=2.5), dict(dim=4, bits=2.0), dict(codebook_bits=4)):
-        settings = GPTVQSettings(codebook_overhead=0.3, **kw)
+        settings = GPTVQSettings(codebook_overhead=0.25, **kw)
         stored = settings.codebook_size * settings.dim * settings.codebook_bits + 16
         size = settings.smallest_group()
-        assert stored / size <= 0.3 < stored / (size - 1)
+        assert stored / size <= 0.25 < stored / (size - 1)

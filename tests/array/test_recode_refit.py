@@ -19,8 +19,12 @@ GRIDS = {  # both axes padded; with dim=3 the edge cuts the last vector
 SIZE = 4
 
 
-@partial(jax.jit, static_argnames="grid")
 def run_recode(weight, hessian, centroids, codes, scales, passes=1, *, grid):
+    return jitted_recode(weight, hessian, centroids, codes, scales, passes, grid)
+
+
+@partial(jax.jit, static_argnames="grid")
+def jitted_recode(weight, hessian, centroids, codes, scales, passes, grid):
     return recode(weight, hessian, centroids, codes, scales, grid, passes=passes, block_size=4)
 
 
@@ -60,19 +64,20 @@ def state(grid, seed, rank=400, scaled=True):
 
 def plain_decode(centroids, codes, scales, grid):
     """(R, C) float64, weight by weight."""
+    centroids, codes = np.asarray(centroids), np.asarray(codes)
+    scales = np.ones(codes.shape) if scales is None else np.asarray(scales)
     out = np.zeros((grid.rows, grid.cols))
     for r in range(grid.rows):
         for c in range(grid.cols):
             book = centroids[c // grid.strip_cols, r // grid.strip_rows]
             j = c // grid.dim
-            s = 1.0 if scales is None else float(scales[j, r])
-            out[r, c] = s * float(book[codes[j, r], c % grid.dim])
+            out[r, c] = float(scales[j, r]) * float(book[codes[j, r], c % grid.dim])
     return out
 
 
 def loss_of(weight, hessian, centroids, codes, scales, grid):
     """float64 loss on the unpadded matrix."""
-    quantized = plain_decode(*map(np.asarray, (centroids, codes)), scales, grid)
+    quantized = plain_decode(centroids, codes, scales, grid)
     h = np.asarray(hessian)[: grid.cols, : grid.cols]
     return ref.loss(np.asarray(grid.unpad_transpose(weight)), quantized, h)
 
@@ -82,7 +87,7 @@ def test_decode_against_a_loop(dim):
     grid = GRIDS[dim]
     weight, hessian, centroids, codes, scales = state(grid, 0)
     padded = run_decode(centroids, codes, scales, grid=grid)
-    expected = plain_decode(*map(np.asarray, (centroids, codes, scales)), grid)
+    expected = plain_decode(centroids, codes, scales, grid)
     np.testing.assert_allclose(grid.unpad_transpose(padded), expected, rtol=1e-6)
     outside = np.array(padded)
     outside[: grid.cols, : grid.rows] = 0
@@ -154,10 +159,10 @@ def test_recode_reaches_a_coordinate_wise_optimum():
 def test_recode_of_one_vector_is_brute_force():
     grid = GroupGrid(50, 2, 2, strip_rows=50, strip_cols=2)
     weight, hessian, centroids, codes, scales = state(grid, 0)
-    found = run_recode(weight, hessian, centroids, codes, scales, grid=grid)[0]
-    h = np.asarray(hessian, np.float64)
+    found = np.asarray(run_recode(weight, hessian, centroids, codes, scales, grid=grid))[0]
+    h, weight, scales = (np.asarray(a, np.float64) for a in (hessian, weight, scales))
     for r in range(50):
-        e = np.asarray(weight[:, r]) - float(scales[0, r]) * np.asarray(centroids[0, 0], np.float64)
+        e = weight[:, r] - scales[0, r] * np.asarray(centroids[0, 0], np.float64)
         assert found[r] == np.einsum("kd,de,ke->k", e, h, e).argmin()
 
 
@@ -181,12 +186,13 @@ def design(codes, scales, grid):
     """Q.reshape(-1) = A @ centroids.reshape(-1), built weight by weight."""
     shape = (grid.col_strips, grid.row_strips, SIZE, grid.dim)
     matrix = np.zeros((grid.rows, grid.cols, *shape))
+    codes = np.asarray(codes)
+    scales = np.ones(codes.shape) if scales is None else np.asarray(scales)
     for r in range(grid.rows):
         for c in range(grid.cols):
             j = c // grid.dim
-            s = 1.0 if scales is None else float(scales[j, r])
-            k = int(codes[j, r])
-            matrix[r, c, c // grid.strip_cols, r // grid.strip_rows, k, c % grid.dim] = s
+            k = codes[j, r]
+            matrix[r, c, c // grid.strip_cols, r // grid.strip_rows, k, c % grid.dim] = scales[j, r]
     return matrix.reshape(grid.rows, grid.cols, -1)
 
 

@@ -21,8 +21,14 @@ def grid_of(dim: int) -> GroupGrid:
     return GroupGrid(ROWS, COLS, dim, strip_rows=3, strip_cols=9 if dim == 3 else 8)
 
 
-@partial(jax.jit, static_argnames=("grid", "block_size", "exact_metric", "scale_block_size"))
 def run(weight, hinv_chol, book, mix, *, grid, block_size=4, exact_metric=True, scale_block_size=0):
+    """`jitted` with every setting spelled out: jit compiles anew for one that is left out."""
+    arrays = weight, hinv_chol, book, jnp.float32(mix)
+    return jitted(*arrays, grid, block_size, exact_metric, scale_block_size)
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def jitted(weight, hinv_chol, book, mix, grid, block_size, exact_metric, scale_block_size):
     """Sweeps with the codebook `book` + mix * (vectors of the group's first row), (J, D).
 
     With mix != 0 the codebooks show what the sweep hands to `fit`.
@@ -97,9 +103,7 @@ def test_exact_and_diagonal_metric_differ():
     grid, p = grid_of(2), ref.problem(ROWS, COLS, seed=3)
     book = book_of(grid)
     exact = run(p.weight, p.hinv_chol, book, 0.0, grid=grid)[0]
-    diagonal = run(
-        p.weight, p.hinv_chol, book, 0.0, grid=grid, block_size=8, exact_metric=False
-    )[0]
+    diagonal = run(p.weight, p.hinv_chol, book, 0.0, grid=grid, block_size=8, exact_metric=False)[0]
     assert (exact != diagonal).any()
 
 
@@ -131,7 +135,9 @@ def test_identity_rounds_to_nearest():
     expected = np.square(vectors - book).sum(-1).argmin(-1)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_array_equal(quantized, book[expected].reshape(ROWS, COLS))
-    np.testing.assert_allclose(loss, np.sum((p.weight - book[expected].reshape(ROWS, -1)) ** 2), 1e-5)
+    np.testing.assert_allclose(
+        loss, np.sum((p.weight - book[expected].reshape(ROWS, -1)) ** 2), 1e-5
+    )
 
 
 def test_feedback_beats_no_feedback():

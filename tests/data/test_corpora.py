@@ -50,7 +50,7 @@ def test_parquet_without_text(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         documents(str(tmp_path / "absent.txt"), "train")
-    with pytest.raises(ValueError, match="unknown corpus 'wiki'; name one of .*wikitext2"):
+    with pytest.raises(ValueError, match=r"unknown corpus 'wiki'; name one of .*wikitext2"):
         documents("wiki", "train")
     with pytest.raises(ValueError, match="split must be one of"):
         documents("wikipedia", "validation")
@@ -82,6 +82,6 @@ def test_no_network(monkeypatch, name):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="name 'wikipedia' or a local .txt") as caught:
+    with pytest.raises(ValueError, match=r"name 'wikipedia' or a local \.txt") as caught:
         documents(name, "test")
     assert "\n" not in str(caught.value)

