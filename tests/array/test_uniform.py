@@ -15,6 +15,12 @@ SHAPES = [(20, 5, 5), (22, 6, 8)]
 run_dequantize = jax.jit(dequantize)
 
 
+def problem(cols):
+    """Weights far from 0, which a grid must not be stretched to: padding is 0."""
+    p = ref.problem(ROWS, cols)
+    return p._replace(weight=p.weight + np.float32(6))
+
+
 def levels(group, size, symmetric):
     """The grid (K,) of one group of weights, from its own range, in float16 steps."""
     low, high = group.min(), group.max()
@@ -35,7 +41,7 @@ def quantized(method, p, **kw):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("cols, group_size, width", SHAPES)
 def test_rtn_is_plain_rounding(cols, group_size, width, symmetric):
-    p = ref.problem(ROWS, cols)
+    p = problem(cols)
     tensor, got = quantized(rtn, p, bits=3, group_size=group_size, symmetric=symmetric)
     expected = np.empty((ROWS, cols))
     for r in range(ROWS):
@@ -53,7 +59,7 @@ def test_rtn_is_plain_rounding(cols, group_size, width, symmetric):
 
 @pytest.mark.parametrize("cols, group_size, width", SHAPES)
 def test_gptq_against_float64(cols, group_size, width):
-    p = ref.problem(ROWS, cols)
+    p = problem(cols)
     tensor, got = quantized(gptq, p, bits=3, group_size=group_size)
     assert (tensor.grid.strip_rows, tensor.grid.strip_cols) == (1, width)
 
