@@ -2,8 +2,10 @@
 
   python scripts/quantize.py --config=configs/llama2_13b_2d.py:2.125b --config.model=DIR_OR_HUB_NAME
 
-Bits per value: 2.125b, 2.25b, 3.125b, 4.125b. The paper's WikiText-2 perplexities at these bits: 6.52 / 6.41 / 5.12 / 4.94
-(arXiv 2402.15319, Table 2, context 2048). Not yet run with this code.
+Bits per value: 2.125b, 2.25b, 3.125b, 4.125b.
+The paper's WikiText-2 perplexity at these bits: 6.52 / 6.41 / 5.12 / 4.94
+(arXiv 2402.15319, Table 2, context 2048).
+This code has not run it yet.
 """
 
 from gptvq_jax.paper import table2_config

@@ -2,8 +2,10 @@
 
   python scripts/quantize.py --config=configs/llama2_70b_4d.py:2.125b --config.model=DIR_OR_HUB_NAME
 
-Bits per value: 2.125b, 2.25b. The paper's WikiText-2 perplexities at these bits: 4.44 / 4.36
-(arXiv 2402.15319, Table 2, context 2048); its time on one H100: 3 to 11 h. Not yet run with this code.
+Bits per value: 2.125b, 2.25b.
+The paper's WikiText-2 perplexity at these bits: 4.44 / 4.36
+(arXiv 2402.15319, Table 2, context 2048; one H100: 3 to 11 h).
+This code has not run it yet.
 """
 
 from gptvq_jax.paper import table2_config

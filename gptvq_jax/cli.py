@@ -60,7 +60,8 @@ def _quiet_logs() -> None:
     """Warnings only, unless --verbosity asks for more; libraries below raise their own levels."""
     handler = absl_logging.get_absl_handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    handler.setLevel(logging.INFO if flags.FLAGS.verbosity >= 0 else logging.WARNING)
+    if not flags.FLAGS["verbosity"].present:
+        handler.setLevel(logging.WARNING)
 
 
 def _keep_compiled_programs() -> None:

@@ -1,4 +1,4 @@
-"""The table of quantization methods. Each is (weight, hessian, hinv_chol, key, settings) -> VQTensor."""
+"""The table of methods, each (weight, hessian, hinv_chol, key, settings) -> VQTensor."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Fixed-width bit packing: n codes of b bits in ceil(n * b / 8) bytes, least significant bit first."""
+"""Fixed-width bit packing: n codes of b bits in ceil(n b / 8) bytes, least significant first."""
 
 import jax
 import jax.numpy as jnp

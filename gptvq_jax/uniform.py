@@ -1,4 +1,4 @@
-"""The baselines on uniform grids with groups: GPTQ (arXiv 2210.17323) and round-to-nearest (RTN)."""
+"""The baselines on uniform grids with groups: GPTQ (arXiv 2210.17323) and round-to-nearest."""
 
 import dataclasses
 from functools import partial

@@ -33,7 +33,7 @@ class WorkDir:
         self.path = Path(path)
         try:
             self._activations.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until close
         except OSError as error:
             raise ValueError(
                 f"cannot write to the work directory {self.path} ({error.strerror}); "

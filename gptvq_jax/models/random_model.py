@@ -1,4 +1,4 @@
-"""Random Llama-style models in Hugging Face's format, for benchmarks that need a shape, not a mind."""
+"""Random Llama-style models in Hugging Face's format: a shape without a mind, for benchmarks."""
 
 import json
 from pathlib import Path

@@ -112,7 +112,7 @@ def gradient_update(
     iterations: int,
     learning_rate: float,
 ):
-    """The paper's codebook update: Adam on L over the codebooks (GPTVQ, section 3.3), keep the best.
+    """The paper's codebook update: Adam on L (GPTVQ, section 3.3), of which the best step is kept.
 
     Args:
       weight, hessian: as in `refit`.
