@@ -151,7 +151,9 @@ def quantize(
         return update(centroids, codes), codes
 
     state = update(swept.centroids, swept.codes), swept.codes
-    centroids, codes = lax.fori_loop(0, settings.polish_rounds, polish, state)
+    if settings.polish_rounds:  # without it, nothing of it is compiled
+        state = lax.fori_loop(0, settings.polish_rounds, polish, state)
+    centroids, codes = state
 
     if settings.svd_rank:
         centroids, rank = sort_codebook(centroids)

@@ -59,7 +59,7 @@ class GroupGrid:
         return self.strip_cols // self.dim
 
     def block_cols(self, block_size: int) -> int:
-        """Columns of a lazy block: the most, up to `block_size`, that tile a strip in whole vectors."""
+        """Columns of a lazy block: the most up to `block_size` that tile a strip in whole vectors."""
         blocks = -(-self.strip_cols // max(block_size, self.dim))
         while self.strip_vectors % blocks:
             blocks += 1
@@ -93,10 +93,9 @@ def make_grid(
     if group_size < 1 or max_group_cols < dim:
         raise ValueError(f"need {group_size=} >= 1 and {max_group_cols=} >= {dim=}")
     codebooks = max(1, rows * cols // group_size)
-    col_strips = min(-(-cols // max_group_cols), codebooks)
+    widest = max_group_cols // dim * dim
+    col_strips = min(-(-cols // widest), codebooks)
     strip_cols = _round_up(-(-cols // col_strips), dim)
-    if strip_cols > max_group_cols and codebooks > col_strips:
-        strip_cols = max_group_cols // dim * dim
     row_strips = max(1, codebooks // -(-cols // strip_cols))
     # Groups must keep at least group_size weights: too many row strips would overspend the budget.
     strip_rows = -(-rows // min(row_strips, rows))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gptvq_jax.vq_tensor import block_scale_values
 
 _LEVELS = 15  # 4-bit codes 0..15
+_SMALLEST_RATIO = 2.0**-15  # of the scales of a strip: a level is at most one octave
 
 
 class StripScales(NamedTuple):
@@ -38,9 +39,11 @@ def normalize_strip(weight: jax.Array, block_size: int) -> StripScales:
     blocks = -(-cols // block_size)
     padded = jnp.pad(weight, ((0, blocks * block_size - cols), (0, 0), (0, 0)))
     peak = jnp.max(jnp.abs(padded.reshape(blocks, block_size, *weight.shape[1:])), axis=1)
-    # An all-zero block (rows of padding, dead columns) takes the smallest real scale.
-    floor = jnp.min(jnp.where(peak > 0, peak, jnp.inf))
-    log = jnp.log2(jnp.maximum(peak, jnp.where(jnp.isfinite(floor), floor, 1.0)))
+    # An all-zero block (rows of padding, dead columns) takes the smallest real scale, and an almost
+    # zero one must not stretch the 16 levels.
+    top, bottom = jnp.max(peak), jnp.min(jnp.where(peak > 0, peak, jnp.inf))
+    floor = jnp.where(top > 0, jnp.maximum(bottom, top * _SMALLEST_RATIO), 1.0)
+    log = jnp.log2(jnp.maximum(peak, floor))
     offset = jnp.min(log).astype(jnp.float16)
     step = ((jnp.max(log) - jnp.min(log)) / _LEVELS).astype(jnp.float16)
     spacing = jnp.where(step > 0, step.astype(jnp.float32), 1.0)

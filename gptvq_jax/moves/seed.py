@@ -40,7 +40,8 @@ def kmeans_plus_plus(data: GroupData, codebook_size: int, key: jax.Array) -> jax
     keys = jax.random.uniform(key, (codebook_size, groups, 2))
 
     def draw(mass, uniform):  # mass (G, J, r): a point in two stages, so that no long sum is needed
-        row_of = jax.vmap(lambda m, u: jnp.searchsorted(jnp.cumsum(m), u * jnp.sum(m)))
+        # Just below 1, so that rounding never lands beyond the last point that has mass.
+        row_of = jax.vmap(lambda m, u: jnp.searchsorted(jnp.cumsum(m), (1 - 1e-5) * u * jnp.sum(m)))
         position = row_of(jnp.sum(mass, axis=2), uniform[:, 0])
         position = jnp.minimum(position, positions - 1)
         row = row_of(jnp.take_along_axis(mass, position[:, None, None], 1)[:, 0], uniform[:, 1])

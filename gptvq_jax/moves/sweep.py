@@ -109,7 +109,8 @@ def sweep(
             per_vector = scales.per_vector(dim)
         points = current.reshape(grid.strip_vectors, dim, grid.row_strips, rows)
         points = jnp.moveaxis(points / per_vector[:, None], 2, 0)  # (G, J, D, r)
-        point_weight = jnp.moveaxis(jnp.square(per_vector) * row_mask, 1, 0)
+        used = jnp.any(whiten != 0, axis=(1, 2))[:, None, None]  # not a vector of padding
+        point_weight = jnp.moveaxis(jnp.square(per_vector) * row_mask * used, 1, 0)
         data = GroupData(points, whiten, point_weight)
         centroids = fit(data, jax.random.fold_in(key, strip))
         (weight, loss), codes = lax.scan(
@@ -134,7 +135,7 @@ def sweep(
             white = jnp.einsum("dgr,de->ger", x / s, m, precision="highest")
             codes, _ = nearest(white, jnp.matmul(centroids, m, precision="highest"))
             q = jnp.moveaxis(lookup(centroids, codes), 1, 0) * s
-            error = jnp.einsum("dgr,de->egr", x - q, t, precision="highest")
+            error = jnp.einsum("dgr,de->egr", x - q, t, precision="highest") * row_mask
             rest = u * (jnp.arange(block) >= (j + 1) * dim)
             local = local - jnp.einsum("eb,egr->bgr", rest, error, precision="highest")
             local = lax.dynamic_update_slice_in_dim(local, q, j * dim, axis=0)
@@ -146,7 +147,7 @@ def sweep(
         rest = u_rows * (column >= start + block)
         update = jnp.matmul(rest.T, error, precision="highest").reshape(weight.shape)
         weight = lax.dynamic_update_slice_in_dim(weight - update, local, start, axis=0)
-        return (weight, loss + jnp.sum(jnp.square(error * row_mask.reshape(-1)))), codes
+        return (weight, loss + jnp.sum(jnp.square(error))), codes
 
     weight, (codes, centroids, scales, loss) = lax.scan(
         strip_step, weight, jnp.arange(grid.col_strips)
