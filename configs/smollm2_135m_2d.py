@@ -22,7 +22,6 @@ def get_config(arg: str = "3b"):
     config.vq.dim = 2
     config.vq.bits = float(width[0])
     config.vq.group_size = GROUP_SIZE[width]
-    config.vq.polish_rounds = 2
     if smoke:
         config.num_blocks = 2
         config.calibration.num_windows = 8

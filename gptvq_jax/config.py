@@ -34,7 +34,7 @@ class EvaluationSettings:
     """The held-out text for perplexity."""
 
     dataset: str = "wikipedia"
-    num_windows: int = 16  # 0: all of the text
+    num_windows: int = 12  # 0: all of the text
     seqlen: int = 1024
     batch_size: int = 4
 

@@ -36,14 +36,14 @@ class GPTVQSettings:
     codebook_overhead: float = 0.125  # most bits per weight spent on codebooks, if group_size is 0
     max_group_cols: int = 256  # widest group
     seed: str = "kmeans++"  # 'mahalanobis' (paper), 'kmeans++', 'cdf' (1D)
-    em_iterations: int = 10  # the paper uses 100
+    em_iterations: int = 20  # the paper uses 100
     exact_metric: bool = True  # False: the diagonal of the block metric (paper)
     block_size: int = 128  # columns per lazy update
     scale_block_size: int = 0  # weights per 4-bit block scale, 8 to 128; 0: no normalization
     codebook_update: str = "least_squares"  # 'adam' (paper), 'none'
-    update_iterations: int = 16  # conjugate-gradient or Adam steps
+    update_iterations: int = 6  # steps of conjugate gradients, or of Adam (the paper: 25)
     learning_rate: float = 1e-3  # of Adam, relative to the root mean square of the codebooks
-    polish_rounds: int = 0  # alternations of recode and codebook update after the sweep
+    polish_rounds: int = 3  # then alternations of recode and codebook update (the paper: 0)
     codebook_bits: int = 8  # 16, 8 or 4 bits per stored centroid coordinate
     svd_rank: int = 0  # 1D: rank of all codebooks together; 0: stored one by one
 
@@ -143,17 +143,21 @@ def quantize(
     scales = swept.scales and _stacked_per_vector(swept.scales, grid)
     update = partial(_update_codebooks, target, hessian, scales, grid, settings)
 
-    def polish(_, state):
+    def better_codes(state):
         centroids, codes = state
-        codes = recode(
+        return recode(
             target, hessian, centroids, codes, scales, grid, block_size=settings.block_size
         )
-        return update(centroids, codes), codes
 
-    state = update(swept.centroids, swept.codes), swept.codes
-    if settings.polish_rounds:  # without it, nothing of it is compiled
-        state = lax.fori_loop(0, settings.polish_rounds, polish, state)
-    centroids, codes = state
+    def polish(round_, state):  # round 0 is the paper's codebook update after the sweep
+        codes = lax.cond(round_ > 0, better_codes, lambda state: state[1], state)
+        return update(state[0], codes), codes
+
+    if settings.polish_rounds:
+        state = swept.centroids, swept.codes
+        centroids, codes = lax.fori_loop(0, settings.polish_rounds + 1, polish, state)
+    else:  # recode is not compiled
+        centroids, codes = update(swept.centroids, swept.codes), swept.codes
 
     if settings.svd_rank:
         centroids, rank = sort_codebook(centroids)

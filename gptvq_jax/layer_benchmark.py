@@ -34,7 +34,7 @@ def settings_of(method: str) -> dict[str, Any]:
     """{name: settings} that a method is measured with."""
     if METHODS[method].settings is UniformSettings:
         return {name: UniformSettings(**s) for name, s in UNIFORM_SETTINGS.items()}
-    return {name: GPTVQSettings(polish_rounds=2, **s) for name, s in VQ_SETTINGS.items()}
+    return {name: GPTVQSettings(**s) for name, s in VQ_SETTINGS.items()}
 
 
 def load_layer(path: Path) -> tuple[jax.Array, jax.Array]:

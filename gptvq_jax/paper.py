@@ -35,7 +35,6 @@ def table2_config(model: str, dim: int, bits: str) -> config_dict.ConfigDict:
     config.model = model
     config.vq.dim = dim
     config.vq.bits, config.vq.group_size = GROUP_SIZES[dim, bits]
-    config.vq.polish_rounds = 2
     config.calibration.dataset = "wikitext2"
     config.calibration.num_windows = 128
     config.calibration.seqlen = 2048

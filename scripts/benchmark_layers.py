@@ -24,7 +24,9 @@ _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 def main(_) -> None:
     from gptvq_jax.layer_benchmark import measure_all
 
-    print("layer                method  setting     rel. error  SQNR dB  bits/value   cold s   warm s")
+    print(
+        "layer                method  setting     rel. error  SQNR dB  bits/value   cold s   warm s"
+    )
     rows = []
     for row in measure_all(Path(_LAYERS.value), _METHODS.value, _SETTINGS.value):
         rows.append(row)

@@ -113,7 +113,7 @@ def causal_attention(
     k: jax.Array,
     v: jax.Array,
     sliding_window: int | None = None,
-    chunk_size: int = 256,
+    chunk_size: int = 128,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(head_dim)) v over the current and earlier positions.
 

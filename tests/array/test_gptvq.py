@@ -16,6 +16,7 @@ from gptvq_jax.vq_tensor import dequantize
 ROWS, COLS = 32, 64
 # 2 x 2 groups of 16 rows x 32 columns
 BASE = dict(bits=2.0, group_size=512, max_group_cols=32, block_size=16, em_iterations=5)
+BASE |= dict(update_iterations=16, polish_rounds=0)
 P = ref.problem(ROWS, COLS)
 
 

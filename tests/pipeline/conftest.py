@@ -45,7 +45,7 @@ def tiny_config(model_dir, text_files):
     config = default_config()
     config.model = str(model_dir)
     config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1
-    config.vq.codebook_update = "none"
+    config.vq.codebook_update, config.vq.polish_rounds = "none", 0
     config.calibration.dataset, config.evaluation.dataset = text_files
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
     config.calibration.batch_size = 4

@@ -22,7 +22,7 @@ def command(tmp_path, model_dir, text_files):
         "    config = default_config()\n"
         f"    config.model = {str(model_dir)!r}\n"
         "    config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1\n"
-        "    config.vq.codebook_update = 'none'\n"
+        "    config.vq.codebook_update, config.vq.polish_rounds = 'none', 0\n"
         f"    config.calibration.dataset, config.evaluation.dataset = {text_files!r}\n"
         "    config.calibration.num_windows, config.calibration.seqlen = 6, 32\n"
         "    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32\n"
