@@ -3,7 +3,8 @@
   python scripts/quantize.py --config=configs/smollm2_135m_2d.py        # 3 bits; also :2b and :4b
   python scripts/quantize.py --config=configs/smollm2_135m_2d.py:smoke  # first two blocks, quick
 
-FIGURES
+On 2 CPU cores, calibrated on 32 x 1024 tokens of Wikipedia, float perplexity 14.59 on 12 x 1024
+others: 3 bits (3.085 bits per value) 21.31 in 9.4 min; smoke in about 70 s.
 """
 
 from gptvq_jax.config import default_config

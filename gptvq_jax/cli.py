@@ -75,10 +75,14 @@ def _keep_compiled_programs() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:  # --config.field=value without such a field
-        _print_error(error.args[0])
-        sys.exit(1)
+        text = str(error.args[0]).replace("\\n", ". ").replace("\\'", "'").strip("'")
+        _print_error(f"no such field of the config: '{text}; gptvq_jax/config.py lists all")
+    except flags.Error as error:
+        # What a config file raised comes with its traceback, of which the last line says it all.
+        _print_error([line for line in str(error).splitlines() if line.strip()][-1])
+    sys.exit(1)
 
 
 def _print_error(error: Any) -> None:

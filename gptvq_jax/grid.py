@@ -59,7 +59,7 @@ class GroupGrid:
         return self.strip_cols // self.dim
 
     def block_cols(self, block_size: int) -> int:
-        """Columns of a lazy block: the most, to `block_size`, that tile a strip in whole vectors."""
+        """Columns of a lazy block: as many up to `block_size` as tile a strip in whole vectors."""
         blocks = -(-self.strip_cols // max(block_size, self.dim))
         while self.strip_vectors % blocks:
             blocks += 1

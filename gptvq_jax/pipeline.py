@@ -140,9 +140,9 @@ def _quantize_block(
     for number, groups in enumerate(passes):
         with stopwatch.stage("hessians"):
             progress.note(f"block {index} Hessians")
-            hessians, outputs = _collect(
-                config, dense, activations, groups, settings, keep_output and number == 0, outputs
-            )
+            keep = keep_output and number == 0  # only in the first pass are all layers float
+            hessians, y = _collect(config, dense, activations, groups, settings, keep)
+            outputs = y if keep else outputs
         for group in groups:
             with stopwatch.stage("factorize"):
                 hessian = hessians.pop(group[0])
@@ -190,11 +190,10 @@ def _quantize_layer(weight, hessian, hinv_chol, settings: RunSettings, index: in
     return tensor, quantized.T, row
 
 
-def _collect(config, block, activations, groups, settings, keep_output, outputs):
+def _collect(config, block, activations, groups, settings, keep_output):
     """Hessians {group[0]: (C, C)} over all calibration windows, and the outputs if asked for."""
     moments = {group[0]: init_moment(_inputs_of(block, group[0])) for group in groups}
-    if keep_output:
-        outputs = np.empty_like(activations)
+    outputs = np.empty_like(activations) if keep_output else None
     for part in _batches(len(activations), settings.calibration.batch_size):
         x = jnp.asarray(activations[part], jnp.float32)
         y, moments = accumulate(config, block, x, moments, keep_output=keep_output)

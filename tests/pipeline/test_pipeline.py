@@ -157,6 +157,13 @@ def test_short_text_is_named(quantize, tmp_path):
         quantize("run", **{"calibration.dataset": str(short)})
 
 
-def test_lists_of_settings_reach_the_method(tiny_config):
+def test_damping_is_raised_where_the_hessian_is_singular(quantize, caplog):
+    """32 tokens cannot excite the 128 inputs of down_proj."""
+    _, layers, _ = quantize("run", num_blocks=1, damping=0.0, **{"calibration.num_windows": 1})
+    assert layers[0, "mlp/down_proj"]["damping"] > 0
+    assert "layers_0/mlp/down_proj: the Hessian is not positive definite" in caplog.text
+
+
+def test_the_method_gets_its_own_section(tiny_config):
     tiny_config.method = "gptq"
     assert from_config(tiny_config).method_settings == from_config(tiny_config).uniform
