@@ -77,6 +77,8 @@ def quantize_model(
     writer = CheckpointWriter(workdir.checkpoint, settings.dense_dtype)
     finished = writer.finished_blocks()
     depth = source.config.num_hidden_layers
+    last = min(settings.num_blocks or depth, depth)
+    activations = None
     if finished == 0:
         with stopwatch.stage("embed"):
             outer = source.outer()
@@ -86,13 +88,12 @@ def quantize_model(
             activations = table[tokens]
             workdir.save_activations(0, activations)
             del outer, table
-    elif finished < depth:
+    elif finished < last:
         activations = workdir.load_activations(finished)
     kept = [row for row in workdir.metrics() if row["kind"] == "layer" and row["block"] < finished]
     workdir.keep_metrics(kept)
     progress.skip(finished * len(LINEAR_LAYERS))
 
-    last = min(settings.num_blocks or depth, depth)
     for index in range(finished, depth):
         with stopwatch.stage("load block"):
             block = jax.device_put(source.block(index))

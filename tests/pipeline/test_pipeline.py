@@ -137,6 +137,15 @@ def test_rerun_of_a_finished_run_changes_nothing(quantize):
     assert len(layers) == first["num_layers"]
 
 
+def test_resumes_among_the_blocks_that_stay_dense(quantize):
+    path = quantize("run", num_blocks=1)[2] / "checkpoint"
+    manifest = (path / "manifest.json").read_bytes()
+    (path / "manifest.json").unlink()
+    (path / "blocks/00002/record.json").unlink()
+    quantize("run", num_blocks=1)
+    assert (path / "manifest.json").read_bytes() == manifest
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
