@@ -24,9 +24,8 @@ class CalibrationSettings:
     seqlen: int = 1024  # tokens per window
     seed: int = 0  # of the random windows
     batch_size: int = 4  # windows per forward pass
-    inputs: str = (
-        "quantized"  # a block sees the outputs of the 'quantized' blocks before, or 'float'
-    )
+    inputs: str = "quantized"  # of a block: outputs of the 'quantized' or 'float' blocks before it
+    asymmetry: float = 0.0  # 0 to 1: how far to aim at what the float model outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,12 @@ class RunSettings:
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
         check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
         check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
+        check(0 <= c.asymmetry <= 1, "calibration.asymmetry", "from 0 to 1")
+        check(
+            c.asymmetry == 0 or c.inputs == "quantized",
+            "calibration.asymmetry",
+            "0 unless calibration.inputs is 'quantized'",
+        )
         check(e.num_windows >= 0, "evaluation.num_windows", "at least 0")
         check(e.seqlen >= 2, "evaluation.seqlen", "at least 2")
         check(e.batch_size >= 1, "evaluation.batch_size", "at least 1")

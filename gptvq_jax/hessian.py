@@ -23,14 +23,51 @@ def init_moment(cols: int) -> Moment:
 
 def add_inputs(moment: Moment, inputs: jax.Array) -> Moment:
     """Adds the inputs of one batch, shape (..., C)."""
-    x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
-    return Moment(moment.total + jnp.matmul(x.T, x, precision="highest"), moment.count + x.shape[0])
+    return add_products(moment, inputs, inputs)
+
+
+def add_products(moment: Moment, left: jax.Array, right: jax.Array) -> Moment:
+    """Adds x y^T over the tokens of one batch; left and right are (..., C)."""
+    x = left.reshape(-1, left.shape[-1]).astype(jnp.float32)
+    y = right.reshape(-1, right.shape[-1]).astype(jnp.float32)
+    return Moment(moment.total + jnp.matmul(x.T, y, precision="highest"), moment.count + x.shape[0])
 
 
 def mean(moment: Moment) -> jax.Array:
     """H = mean x x^T (C, C), made symmetric."""
-    h = moment.total / jnp.maximum(moment.count, 1.0)
+    h = mean_product(moment)
     return (h + h.T) / 2
+
+
+def mean_product(moment: Moment) -> jax.Array:
+    """mean x y^T (C, C)."""
+    return moment.total / jnp.maximum(moment.count, 1.0)
+
+
+@jax.jit
+def asymmetric_target(
+    weight: jax.Array,
+    hessian: jax.Array,
+    cross: jax.Array,
+    hinv_chol: jax.Array,
+    strength: float | jax.Array,
+) -> jax.Array:
+    """W* = W + strength * W (C - H) H^-1, what to quantize when the inputs are quantized upstream.
+
+    A layer gets inputs y where the float model has x. |W x - Q y|^2, averaged over tokens, is
+    (W* - Q) H (W* - Q)^T plus a constant, with H = mean y y^T, C = mean x y^T and strength 1:
+    completing the square gives W* H = W C.
+
+    Args:
+      weight: W (R, C).
+      hessian: H (C, C).
+      cross: C (C, C).
+      hinv_chol: U of the damped H, which pulls W* towards W where H is weak.
+      strength: 0 (ignore the difference) to 1.
+    """
+    gap = jnp.matmul(weight, cross - hessian, precision="highest")
+    solved = jnp.matmul(gap, hinv_chol.T, precision="highest")
+    return weight + strength * jnp.matmul(solved, hinv_chol, precision="highest")
 
 
 def damp(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:

@@ -7,8 +7,6 @@ block. Neither grows with depth. A finished block is on disk before the next one
 """
 
 import time
-from collections.abc import Iterator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +14,16 @@ import ml_dtypes
 import numpy as np
 
 from gptvq_jax import metrics
+from gptvq_jax.calibrate import advance, calibrate
 from gptvq_jax.checkpoint import CheckpointWriter
 from gptvq_jax.config import RunSettings, to_dict
-from gptvq_jax.hessian import Moment, add_inputs, factorize, init_moment, mean, zero_dead
+from gptvq_jax.hessian import asymmetric_target, factorize, zero_dead
 from gptvq_jax.methods import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
     Params,
-    block_forward,
-    block_forward_with_inputs,
     get_layer,
     with_layer,
 )
@@ -37,23 +34,6 @@ from gptvq_jax.vq_tensor import dequantize
 from gptvq_jax.workdir import WorkDir
 
 _dequantize = jax.jit(dequantize)
-
-
-@partial(jax.jit, static_argnames=("config", "keep_output"), donate_argnames="moments")
-def accumulate(
-    config: ModelConfig,
-    block: Params,
-    x: jax.Array,
-    moments: dict[str, Moment],
-    keep_output: bool = False,
-) -> tuple[jax.Array | None, dict[str, Moment]]:
-    """Adds one batch of block inputs x (batch, T, hidden) to the moments of the groups named.
-
-    What neither the moments nor the output need is not computed.
-    """
-    y, inputs = block_forward_with_inputs(config, block, x)
-    moments = {name: add_inputs(moment, inputs[name]) for name, moment in moments.items()}
-    return (y if keep_output else None), moments
 
 
 def quantize_model(
@@ -78,7 +58,8 @@ def quantize_model(
     finished = writer.finished_blocks()
     depth = source.config.num_hidden_layers
     last = min(settings.num_blocks or depth, depth)
-    activations = None
+    asymmetric = settings.calibration.asymmetry > 0
+    activations = float_activations = None
     if finished == 0:
         with stopwatch.stage("embed"):
             outer = source.outer()
@@ -87,9 +68,14 @@ def quantize_model(
             table = outer["embed_tokens"]["embedding"].astype(ml_dtypes.bfloat16)
             activations = table[tokens]
             workdir.save_activations(0, activations)
+            if asymmetric:
+                float_activations = activations
+                workdir.save_activations(0, float_activations, "float")
             del outer, table
     elif finished < last:
         activations = workdir.load_activations(finished)
+        if asymmetric:
+            float_activations = workdir.load_activations(finished, "float")
     kept = [row for row in workdir.metrics() if row["kind"] == "layer" and row["block"] < finished]
     workdir.keep_metrics(kept)
     progress.skip(finished * len(LINEAR_LAYERS))
@@ -100,16 +86,28 @@ def quantize_model(
         rows = []
         if index < last:
             packed, dense, rows, outputs = _quantize_block(
-                source.config, block, activations, settings, index, progress, stopwatch
+                source.config,
+                block,
+                activations,
+                float_activations,
+                settings,
+                index,
+                progress,
+                stopwatch,
             )
         else:
             packed, dense, outputs = block, block, None
             progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
         if index + 1 < last:  # beyond it, nothing is calibrated any more
             with stopwatch.stage("advance"):
-                if outputs is None:
-                    outputs = _advance(source.config, dense, activations, settings)
-                activations = outputs
+                if asymmetric:
+                    float_activations = outputs
+                    workdir.save_activations(index + 1, float_activations, "float")
+                if settings.calibration.inputs == "float":
+                    activations = outputs
+                else:
+                    batch_size = settings.calibration.batch_size
+                    activations = advance(source.config, dense, activations, batch_size)
                 workdir.save_activations(index + 1, activations)
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
@@ -128,6 +126,7 @@ def _quantize_block(
     config: ModelConfig,
     block: Params,
     activations: np.ndarray,
+    float_activations: np.ndarray | None,
     settings: RunSettings,
     index: int,
     progress: Progress,
@@ -136,23 +135,38 @@ def _quantize_block(
     """Returns the block with packed and with dequantized kernels, metric rows, float outputs."""
     packed = dense = block
     rows, outputs = [], None
-    keep_output = settings.calibration.inputs == "float"
+    strength = settings.calibration.asymmetry
+    reference = (block, float_activations) if strength > 0 else None
+    wants_outputs = reference is not None or settings.calibration.inputs == "float"
     passes = [[group] for group in LINEAR_GROUPS] if settings.true_sequential else [LINEAR_GROUPS]
-    for number, groups in enumerate(passes):
+    for groups in passes:
+        first = groups is passes[0]  # where all layers are float still
         with stopwatch.stage("hessians"):
             progress.note(f"block {index} Hessians")
-            keep = keep_output and number == 0  # only in the first pass are all layers float
-            hessians, y = _collect(config, dense, activations, groups, settings, keep)
-            outputs = y if keep else outputs
+            seen = calibrate(
+                config,
+                dense,
+                activations,
+                groups,
+                settings.calibration.batch_size,
+                reference=reference,
+                keep_output=wants_outputs and first,
+            )
+            outputs = seen.outputs if first else outputs
         for group in groups:
             with stopwatch.stage("factorize"):
-                hessian = hessians.pop(group[0])
+                hessian = seen.hessians.pop(group[0])
                 factor = factorize(hessian, settings.damping, f"layers_{index}/{group[0]}")
             for name in group:
                 with stopwatch.stage("quantize"):
                     weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+                    target = weight
+                    if reference is not None:
+                        cross = seen.crosses[group[0]]
+                        u = factor.hinv_chol
+                        target = asymmetric_target(weight, hessian, cross, u, strength)
                     tensor, kernel, row = _quantize_layer(
-                        weight, hessian, factor.hinv_chol, settings, index, name
+                        weight, target, hessian, factor.hinv_chol, settings, index, name
                     )
                 packed = with_layer(packed, name, tensor)
                 dense = with_layer(dense, name, kernel)
@@ -161,14 +175,14 @@ def _quantize_block(
     return packed, dense, rows, outputs
 
 
-def _quantize_layer(weight, hessian, hinv_chol, settings: RunSettings, index: int, name: str):
+def _quantize_layer(weight, target, hessian, hinv_chol, settings: RunSettings, index, name):
     """One linear layer: the packed tensor, its dense kernel (in, out), its row of metrics."""
     start = time.perf_counter()
     method = METHODS[settings.method]
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     key = jax.random.fold_in(key, LINEAR_LAYERS.index(name))
     tensor = method.quantize(
-        zero_dead(weight, hessian), hessian, hinv_chol, key, settings.method_settings
+        zero_dead(target, hessian), hessian, hinv_chol, key, settings.method_settings
     )
     quantized = _dequantize(tensor)
     error = float(metrics.relative_error(weight, quantized, hessian))
@@ -189,34 +203,3 @@ def _quantize_layer(weight, hessian, hinv_chol, settings: RunSettings, index: in
         "seconds": time.perf_counter() - start,
     }
     return tensor, quantized.T, row
-
-
-def _collect(config, block, activations, groups, settings, keep_output):
-    """Hessians {group[0]: (C, C)} over all calibration windows, and the outputs if asked for."""
-    moments = {group[0]: init_moment(_inputs_of(block, group[0])) for group in groups}
-    outputs = np.empty_like(activations) if keep_output else None
-    for part in _batches(len(activations), settings.calibration.batch_size):
-        x = jnp.asarray(activations[part], jnp.float32)
-        y, moments = accumulate(config, block, x, moments, keep_output=keep_output)
-        if keep_output:
-            outputs[part] = np.asarray(y.astype(jnp.bfloat16))
-    hessians = {name: mean(moment) for name, moment in moments.items()}
-    return jax.block_until_ready(hessians), outputs
-
-
-def _advance(config, block, activations, settings) -> np.ndarray:
-    outputs = np.empty_like(activations)
-    for part in _batches(len(activations), settings.calibration.batch_size):
-        y = block_forward(config, block, jnp.asarray(activations[part], jnp.float32))
-        outputs[part] = np.asarray(y.astype(jnp.bfloat16))
-    return outputs
-
-
-def _inputs_of(block: Params, name: str) -> int:
-    return get_layer(block, name)["kernel"].shape[0]
-
-
-def _batches(count: int, batch_size: int) -> Iterator[slice]:
-    """Slices of equal size, so that one compiled step serves them all."""
-    size = next(s for s in range(min(batch_size, count), 0, -1) if count % s == 0)
-    return (slice(start, start + size) for start in range(0, count, size))

@@ -31,7 +31,7 @@ def summary_text(summary: dict[str, Any]) -> str:
          f"{summary['quantized_bytes'] * mib:.1f} MiB, dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
         ("perplexity", f"float {before:.3f} -> quantized {after:.3f}  "
-         f"(log-perplexity +{np.log(after / before):.4f}; {summary['evaluation']})"),
+         f"(log-perplexity {np.log(after / before):+.4f}; {summary['evaluation']})"),
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "
          f"{summary['compile_seconds']:.0f} s"),

@@ -2,7 +2,8 @@
 
     config.json             the run's settings; a run with others is refused
     tokens.npy              calibration windows (n, T) int32
-    activations/00007.npy   inputs of block 7 (n, T, hidden), bfloat16 bits
+    activations/            00007.quantized.npy: inputs of block 7 (n, T, hidden), bfloat16 bits;
+                            00007.float.npy: the float model's, where the target is asymmetric
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
 
@@ -103,9 +104,9 @@ class WorkDir:
     def save_tokens(self, tokens: np.ndarray) -> None:
         self._replace(self.path / "tokens.npy", lambda tmp: _save(tmp, tokens))
 
-    def load_activations(self, block: int) -> np.ndarray:
-        """Inputs of a block (n, T, hidden), bfloat16."""
-        path = self._activations / f"{block:05d}.npy"
+    def load_activations(self, block: int, stream: str = "quantized") -> np.ndarray:
+        """Inputs of a block (n, T, hidden), bfloat16, in the quantized or the float model."""
+        path = self._activations / f"{block:05d}.{stream}.npy"
         if not path.exists():
             raise ValueError(
                 f"{path} is missing, so the run cannot go on after block {block - 1}; "
@@ -113,14 +114,16 @@ class WorkDir:
             )
         return np.load(path).view(ml_dtypes.bfloat16)
 
-    def save_activations(self, block: int, activations: np.ndarray) -> None:
-        path = self._activations / f"{block:05d}.npy"
+    def save_activations(
+        self, block: int, activations: np.ndarray, stream: str = "quantized"
+    ) -> None:
+        path = self._activations / f"{block:05d}.{stream}.npy"
         self._replace(path, lambda tmp: _save(tmp, activations.view(np.uint16)))
 
     def drop_activations(self, before: int) -> None:
         """Removes the inputs of blocks that will not run again."""
         for path in self._activations.glob("*.npy"):
-            if int(path.stem) < before:
+            if int(path.name.partition(".")[0]) < before:
                 path.unlink()
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from gptvq_jax.hessian import (
     add_inputs,
+    asymmetric_target,
     damp,
     factorize,
     init_moment,
@@ -139,3 +140,18 @@ def test_metrics_against_float64():
     np.testing.assert_allclose(relative_error(p.weight, 0 * q, p.hessian), 1, rtol=1e-6)
     assert relative_error(p.weight, q, 0 * p.hessian) == 0
     np.testing.assert_allclose(sqnr_db(0.01), 20, rtol=1e-6)
+
+
+def test_asymmetric_target_minimises_the_output_error_on_other_inputs():
+    """W* is the float64 least-squares solution of |W x - Q y|^2 over Q, and strength 0 is W."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(200, 6))
+    y = x + 0.3 * rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6))
+    weight = rng.normal(size=(4, 6))
+    hessian, cross = y.T @ y / 200, x.T @ y / 200
+    expected = np.linalg.lstsq(y, x @ weight.T, rcond=None)[0].T
+    args = [jnp.asarray(a, jnp.float32) for a in (weight, hessian, cross)]
+    hinv_chol = inverse_cholesky(args[1])
+    target = asymmetric_target(*args, hinv_chol, 1.0)
+    np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(asymmetric_target(*args, hinv_chol, 0.0), args[0])

@@ -33,6 +33,7 @@ def test_config_refuses_unknown_fields_and_wrong_types():
         (None, "dense_dtype", "int8"),
         ("calibration", "inputs", "both"),
         ("calibration", "seqlen", 1),
+        ("calibration", "asymmetry", 1.5),
         ("vq", "bits", 2.25),
         ("vq", "seed", "random"),
         ("uniform", "bits", 9),

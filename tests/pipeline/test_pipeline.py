@@ -65,6 +65,22 @@ def test_hessians_and_errors_equal_a_plain_computation(quantize, tiny_config, in
         x = y if inputs == "float" else block_forward(source.config, quantized, x)
 
 
+def test_asymmetric_target_brings_outputs_closer_to_the_float_model(quantize, tiny_config):
+    """The outputs of the last block, on the calibration text."""
+    distance = {}
+    fine = {"vq.bits": 2.0, "vq.em_iterations": 5, "calibration.num_windows": 24}
+    for strength in (0.0, 1.0):
+        _, _, path = quantize(f"run{strength}", **fine, **{"calibration.asymmetry": strength})
+        source = open_source(tiny_config.model)
+        packed = PackedCheckpoint(path / "checkpoint")
+        x = x_hat = embed(source.outer(), np.load(path / "tokens.npy"))
+        for index in range(source.config.num_hidden_layers):
+            x = block_forward(source.config, source.block(index), x)
+            x_hat = block_forward(source.config, packed.block(index), x_hat)
+        distance[strength] = float(jnp.mean(jnp.square(x - x_hat)))
+    assert distance[1.0] < distance[0.0]
+
+
 def test_true_sequential_changes_only_what_comes_after_the_first_group(quantize):
     _, plain, _ = quantize("plain", num_blocks=1)
     _, sequential, _ = quantize("sequential", num_blocks=1, true_sequential=True)

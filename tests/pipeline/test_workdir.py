@@ -46,7 +46,7 @@ def test_activations_round_trip_and_drop(workdir):
     np.testing.assert_array_equal(workdir.load_activations(0), x)
     workdir.drop_activations(before=1)
     np.testing.assert_array_equal(workdir.load_activations(1), x + x)
-    with pytest.raises(ValueError, match=r"00000\.npy is missing"):
+    with pytest.raises(ValueError, match=r"00000\.quantized\.npy is missing"):
         workdir.load_activations(0)
 
 
