@@ -26,7 +26,8 @@ def get_config(arg: str = "3b"):
     if smoke:
         config.num_blocks = 2
         config.vq.polish_rounds = 0
-        config.calibration.num_windows = 4
-        config.evaluation.num_windows = 2
-        config.evaluation.seqlen = 512
+        config.calibration.num_windows, config.evaluation.num_windows = 8, 2
+        # Equal shapes: the forward pass of a block is compiled once.
+        config.calibration.seqlen = config.evaluation.seqlen = 512
+        config.calibration.batch_size = config.evaluation.batch_size = 2
     return config
