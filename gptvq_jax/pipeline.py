@@ -17,7 +17,7 @@ from gptvq_jax import metrics
 from gptvq_jax.calibrate import advance, calibrate
 from gptvq_jax.checkpoint import CheckpointWriter
 from gptvq_jax.config import RunSettings, to_dict
-from gptvq_jax.hessian import asymmetric_target, factorize, zero_dead
+from gptvq_jax.hessian import Factor, asymmetric_target, factorize, zero_dead
 from gptvq_jax.methods import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
@@ -118,7 +118,6 @@ def quantize_model(
         model_config=source.config,
         source_name=source.name,
         source_fingerprint=source.fingerprint,
-        summary={},
     )
 
 
@@ -166,23 +165,23 @@ def _quantize_block(
                         u = factor.hinv_chol
                         target = asymmetric_target(weight, hessian, cross, u, strength)
                     tensor, kernel, row = _quantize_layer(
-                        weight, target, hessian, factor.hinv_chol, settings, index, name
+                        weight, target, hessian, factor, settings, index, name
                     )
                 packed = with_layer(packed, name, tensor)
                 dense = with_layer(dense, name, kernel)
-                rows.append({**row, "damping": factor.damping})
+                rows.append(row)
                 progress.advance(f"block {index} {name}")
     return packed, dense, rows, outputs
 
 
-def _quantize_layer(weight, target, hessian, hinv_chol, settings: RunSettings, index, name):
+def _quantize_layer(weight, target, hessian, factor: Factor, settings: RunSettings, index, name):
     """One linear layer: the packed tensor, its dense kernel (in, out), its row of metrics."""
     start = time.perf_counter()
     method = METHODS[settings.method]
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     key = jax.random.fold_in(key, LINEAR_LAYERS.index(name))
     tensor = method.quantize(
-        zero_dead(target, hessian), hessian, hinv_chol, key, settings.method_settings
+        zero_dead(target, hessian), hessian, factor.hinv_chol, key, settings.method_settings
     )
     quantized = _dequantize(tensor)
     error = float(metrics.relative_error(weight, quantized, hessian))
@@ -200,6 +199,7 @@ def _quantize_layer(weight, target, hessian, hinv_chol, settings: RunSettings, i
         "num_bytes": tensor.num_bytes,
         "num_values": weight.size,
         "dead_inputs": int(jnp.sum(jnp.diagonal(hessian) <= 0)),
+        "damping": factor.damping,
         "seconds": time.perf_counter() - start,
     }
     return tensor, quantized.T, row

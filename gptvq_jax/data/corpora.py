@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptvq_jax.data.wikipedia import wikipedia_articles
+from gptvq_jax.errors import first_line
 
 SPLITS = ("train", "test")
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -141,7 +142,7 @@ def _download(repository: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return datasets.load_dataset(repository, *args, **kwargs)
     except Exception as error:  # its HTTP client's exceptions share no public base class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(
             f"cannot get {repository} from the Hugging Face hub; name 'wikipedia' or a local "
             f".txt, .jsonl or .parquet file instead ({reason})"

