@@ -2,10 +2,11 @@
 
 Activations live on the host in bfloat16 and pass through the device a batch at a time. With an
 asymmetric target there are two streams of them: what the quantized model computes, and what the
-float model computes on the same tokens.
+float model computes on the same tokens. With token weights (gradients.py) every layer has moments
+of its own, one for each group of its rows; without, layers that read the same input share one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,17 +16,33 @@ import numpy as np
 
 from gptvq_jax.hessian import Moment, add_inputs, add_products, init_moment, mean, mean_product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import Params, block_forward, block_forward_with_inputs, get_layer
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    Params,
+    block_forward,
+    block_forward_with_inputs,
+    get_layer,
+)
 
 Groups = Sequence[Sequence[str]]  # names of layers that share one input
+Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
+
+_READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
 
 
 class Calibrated(NamedTuple):
-    """Statistics of the layer groups, by the first name of each."""
+    """Statistics of the layers, by owner."""
 
-    hessians: dict[str, jax.Array]  # (C, C) mean x^ x^T^ of the inputs x^ that a layer will get
-    crosses: dict[str, jax.Array]  # (C, C) mean x x^^T, x of the float model; empty with one stream
+    hessians: dict[Owner, jax.Array]  # (C, C) mean x^ x^^T of the inputs x^ that a layer will get
+    crosses: dict[Owner, jax.Array]  # (C, C) mean x x^^T, x of the float model; or empty
     outputs: np.ndarray | None  # of the float block, if asked for
+
+
+def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
+    """Whose moments the row groups of a layer use, in their order."""
+    if weights is None:
+        return [(_READS[name], 0)]
+    return [(name, k) for k in range(weights[name].shape[-1])]
 
 
 @partial(
@@ -37,27 +54,37 @@ def accumulate(
     config: ModelConfig,
     block: Params,
     x: jax.Array,
-    moments: dict[str, Moment],
+    moments: dict[Owner, Moment],
+    weights: dict[str, jax.Array] | None = None,
     reference: tuple[Params, jax.Array] | None = None,
-    crosses: dict[str, Moment] | None = None,
+    crosses: dict[Owner, Moment] | None = None,
     keep_output: bool = False,
-) -> tuple[jax.Array | None, dict[str, Moment], dict[str, Moment] | None]:
-    """Adds one batch of block inputs x (batch, T, hidden) to the moments of the groups named.
+) -> tuple[jax.Array | None, dict[Owner, Moment], dict[Owner, Moment] | None]:
+    """Adds one batch of block inputs x (batch, T, hidden) to moments.
 
     Args:
       config: of the model.
       block: parameters, as far as they are quantized by now.
       x: inputs of the block.
-      moments: by the first name of each group; other groups are not computed.
+      moments: those wanted; others are not computed.
+      weights: of the tokens, {layer: (batch, T, g)}, or None.
       reference: the float block and its inputs on the same tokens, or None.
       crosses: sums of x x^^T, where there is a reference.
       keep_output: also return the outputs, of the reference where there is one.
     """
-    y, inputs = block_forward_with_inputs(config, block, x)
+
+    def weight_of(owner):
+        name, group = owner
+        return None if weights is None else weights[name][..., group]
+
+    y, read = block_forward_with_inputs(config, block, x)
     if reference is not None:
-        y, float_inputs = block_forward_with_inputs(config, *reference)
-        crosses = {n: add_products(c, float_inputs[n], inputs[n]) for n, c in crosses.items()}
-    moments = {n: add_inputs(m, inputs[n]) for n, m in moments.items()}
+        y, float_read = block_forward_with_inputs(config, *reference)
+        crosses = {
+            o: add_products(c, float_read[_READS[o[0]]], read[_READS[o[0]]], weight_of(o))
+            for o, c in crosses.items()
+        }
+    moments = {o: add_inputs(m, read[_READS[o[0]]], weight_of(o)) for o, m in moments.items()}
     return (y if keep_output else None), moments, crosses
 
 
@@ -68,6 +95,7 @@ def calibrate(
     groups: Groups,
     batch_size: int,
     *,
+    weights: Mapping[str, np.ndarray] | None = None,
     reference: tuple[Params, np.ndarray] | None = None,
     keep_output: bool = False,
 ) -> Calibrated:
@@ -79,26 +107,43 @@ def calibrate(
       activations: inputs of the block (n, T, hidden), bfloat16, on the host.
       groups: layer groups whose statistics are wanted.
       batch_size: most windows per forward pass.
+      weights: of the tokens, {layer: (n, T, g)}, or None.
       reference: the float block and its activations on the same tokens, or None.
       keep_output: also return the outputs (n, T, hidden), of the reference where there is one.
     """
+    wanted = dict.fromkeys(o for group in groups for name in group for o in owners(name, weights))
 
     def zeros():
-        cols = {g[0]: get_layer(block, g[0])["kernel"].shape[0] for g in groups}
-        return {name: init_moment(c) for name, c in cols.items()}
+        return {o: init_moment(get_layer(block, o[0])["kernel"].shape[0]) for o in wanted}
 
     moments, crosses = zeros(), None if reference is None else zeros()
     outputs = np.empty_like(activations) if keep_output else None
+    if weights is not None:
+        weights = {name: relative_weights(weights[name]) for name in {o[0] for o in wanted}}
     for part in batches(len(activations), batch_size):
         other = None if reference is None else (reference[0], _on_device(reference[1][part]))
+        of_part = None if weights is None else {n: jnp.asarray(w[part]) for n, w in weights.items()}
         y, moments, crosses = accumulate(
-            config, block, _on_device(activations[part]), moments, other, crosses, keep_output
+            config,
+            block,
+            _on_device(activations[part]),
+            moments,
+            of_part,
+            other,
+            crosses,
+            keep_output,
         )
         if keep_output:
             outputs[part] = np.asarray(y.astype(jnp.bfloat16))
-    hessians = {name: mean(moment) for name, moment in moments.items()}
-    crosses = {name: mean_product(moment) for name, moment in (crosses or {}).items()}
+    hessians = {owner: mean(moment) for owner, moment in moments.items()}
+    crosses = {owner: mean_product(moment) for owner, moment in (crosses or {}).items()}
     return jax.block_until_ready(Calibrated(hessians, crosses, None))._replace(outputs=outputs)
+
+
+def relative_weights(weights: np.ndarray) -> np.ndarray:
+    """Token weights (n, T, g) over their mean in each row group; 1 where all are 0."""
+    means = weights.mean(axis=(0, 1), dtype=np.float64)
+    return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 
 def advance(

@@ -2,7 +2,8 @@
 
     manifest.json    written last and atomically: its presence means complete
     tokenizer/       as transformers saves it
-    outer/           a stored tree (tree_io.py): embeddings, final norm and head
+    outer/           a stored tree (tree_io.py): embeddings, final norm and head; the embedding
+                     and the head dense, or rounded to int8 rows
     blocks/00000/    one for each transformer block, quantized kernels packed
 
 The manifest holds no dates, so the same run on the same machine writes the same bytes.
@@ -32,10 +33,14 @@ from gptvq_jax.tree_io import (
     save_tree,
     write_json,
 )
+from gptvq_jax.uniform import dequantize_rows, int8_rows
 from gptvq_jax.vq_tensor import VQTensor, dequantize
 
 FORMAT = "gptvq_jax"
+EMBEDDINGS = ("dense", "int8")  # how the embedding and an untied head may be stored
 _MANIFEST = "manifest.json"
+_EMBEDDING_MATRICES = ("embed_tokens/embedding", "lm_head/kernel")
+_dequantize = jax.jit(dequantize)
 
 
 class CheckpointWriter:
@@ -63,10 +68,27 @@ class CheckpointWriter:
                 f"cannot write to {self.directory}: {error.strerror}; choose another directory"
             ) from error
 
-    def write_outer(self, outer: Mapping[str, Any]) -> None:
-        """Stores the parameters outside the blocks, in `dense_dtype`."""
+    def write_outer(self, outer: Mapping[str, Any], embeddings: str = "dense") -> Tree:
+        """Stores the parameters outside the blocks.
+
+        Args:
+          outer: nested dict, float32, as a ModelSource returns it.
+          embeddings: of the embedding and an untied head: 'dense' (in `dense_dtype`, as the norm
+            is) or 'int8' (`uniform.int8_rows` of the (vocab, hidden) matrix).
+
+        Returns:
+          `outer`, with a VQTensor in place of each matrix that was rounded to int8.
+
+        Raises:
+          ValueError: `embeddings` is unknown, or a value is too large for its storage.
+        """
+        if embeddings not in EMBEDDINGS:
+            raise ValueError(f"{embeddings=} must be one of {', '.join(EMBEDDINGS)}")
+        if embeddings == "int8":
+            outer = _int8_outer(outer)
         self._reopen()
         save_tree(self.directory / "outer", outer, self.dense_dtype)
+        return outer
 
     def write_block(self, index: int, block: Mapping[str, Any]) -> None:
         """Stores block `index` (from 0), replacing what an interrupted run left of it.
@@ -96,7 +118,6 @@ class CheckpointWriter:
         model_config: ModelConfig,
         source_name: str,
         source_fingerprint: str,
-        summary: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Writes and returns the manifest, which makes the checkpoint complete.
 
@@ -104,10 +125,9 @@ class CheckpointWriter:
           config: the run's settings, JSON types only.
           model_config: of the quantized model.
           source_name, source_fingerprint: of the float model.
-          summary: anything worth keeping of the run, JSON types only.
 
         Raises:
-          ValueError: a part is missing, or `config` or `summary` is not JSON.
+          ValueError: a part is missing, or `config` is not JSON.
         """
         manifest = {
             "format": FORMAT,
@@ -116,7 +136,6 @@ class CheckpointWriter:
             "model": model_config.to_hf(),
             "source": {"name": source_name, "fingerprint": source_fingerprint},
             **self._inventory(model_config.num_hidden_layers),
-            "summary": summary or {},
         }
         write_json(self.directory / _MANIFEST, manifest)
         return manifest
@@ -128,23 +147,26 @@ class CheckpointWriter:
         paths = {"outer": self.directory / "outer"}
         for index in range(num_blocks):
             paths[f"layers_{index}"] = _block_path(self.directory, index)
-        layers, dense = {}, {}
+        sections = {"layers": {}, "embeddings": {}, "dense": {}}
         for part, path in paths.items():
             record = read_record(path)
             if record is None:
                 raise ValueError(f"{self.directory} lacks {part}: write it first")
-            part_layers, part_dense = _listed(record, "" if part == "outer" else f"{part}/")
-            layers |= part_layers
-            dense |= part_dense
+            prefix = "" if part == "outer" else f"{part}/"
+            for section, listed in _listed(record, prefix).items():
+                sections[section] |= listed
 
-        quantized_bytes = sum(meta["num_bytes"] for meta in layers.values())
-        weights = sum(math.prod(meta["shape"]) for meta in layers.values())
+        sizes = {
+            section: sum(meta["num_bytes"] for meta in listed.values())
+            for section, listed in sections.items()
+        }
+        weights = sum(math.prod(meta["shape"]) for meta in sections["layers"].values())
         return {
-            "bits_per_value": 8 * quantized_bytes / weights if weights else None,
-            "quantized_bytes": quantized_bytes,
-            "dense_bytes": sum(meta["num_bytes"] for meta in dense.values()),
-            "layers": layers,
-            "dense": dense,
+            "bits_per_value": 8 * sizes["layers"] / weights if weights else None,
+            "quantized_bytes": sizes["layers"],
+            "embedding_bytes": sizes["embeddings"],
+            "dense_bytes": sizes["dense"],
+            **sections,
         }
 
     def _reopen(self) -> None:
@@ -220,9 +242,11 @@ class PackedCheckpoint:
 
     def _load(self, path: Path, prefix: str) -> Tree:
         tree, record = load_tree(path)
-        for section, listed in zip(("layers", "dense"), _listed(record, prefix), strict=True):
+        for section, listed in _listed(record, prefix).items():
+            # Manifests written before embeddings could be int8 do not list that section.
+            expected = self.manifest.get(section, {})
             for name, meta in listed.items():
-                if self.manifest[section].get(name) != meta:
+                if expected.get(name) != meta:
                     raise ValueError(
                         f"{name} in {path} is not the one listed in {self.directory / _MANIFEST}: "
                         "it comes from another run; restore the one that belongs here"
@@ -230,37 +254,41 @@ class PackedCheckpoint:
         return tree
 
 
-def read_block(directory: str | os.PathLike, index: int) -> Tree:
-    """A finished block of a checkpoint that need not be complete, as `write_block` was given it.
-
-    Raises:
-      FileNotFoundError: the block is not finished.
-      ValueError: it is damaged.
-    """
-    tree, _ = load_tree(_block_path(Path(directory).absolute(), index))
-    return tree
-
-
 def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
-    """Every leaf as a float32 host array; a VQTensor of an (out, in) weight becomes (in, out)."""
+    """Every leaf as a float32 host array.
 
-    def dense(leaf):
-        return np.asarray(_kernel(leaf) if isinstance(leaf, VQTensor) else leaf, np.float32)
+    A VQTensor named 'kernel', of an (out, in) weight, becomes (in, out) as in Flax; under any other
+    name, such as 'embedding', it keeps its orientation.
+    """
+
+    def dense(name, leaf):
+        if not isinstance(leaf, VQTensor):
+            return np.asarray(leaf, np.float32)
+        by_rows = name in _EMBEDDING_MATRICES
+        weight = dequantize_rows(leaf) if by_rows else np.asarray(_dequantize(leaf))
+        return weight.T if name.endswith("kernel") else weight
 
     flat = traverse_util.flatten_dict(tree, sep="/")
-    return traverse_util.unflatten_dict({n: dense(v) for n, v in flat.items()}, sep="/")
+    return traverse_util.unflatten_dict({n: dense(n, v) for n, v in flat.items()}, sep="/")
 
 
-@jax.jit
-def _kernel(tensor: VQTensor) -> jax.Array:
-    return dequantize(tensor).T
+def _int8_outer(outer: Mapping[str, Any]) -> Tree:
+    """`outer` with its embedding, and its head if it has one, as int8 rows (vocab, hidden)."""
+    flat = traverse_util.flatten_dict(outer, sep="/")
+    for name in (name for name in _EMBEDDING_MATRICES if name in flat):
+        try:
+            flat[name] = int8_rows(flat[name].T if name.endswith("kernel") else flat[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; use embeddings='dense' instead") from error
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _block_path(directory: Path, index: int) -> Path:
     return directory / "blocks" / f"{index:05d}"
 
 
-def _listed(record: Record, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entries of the manifest, `layers` and `dense`, for one stored tree."""
-    layers = {prefix + n.removesuffix("/kernel"): m for n, m in record["quantized"].items()}
-    return layers, {prefix + name: meta for name, meta in record["dense"].items()}
+def _listed(record: Record, prefix: str) -> dict[str, dict[str, Any]]:
+    """The entries of the manifest for one stored tree, by section; `prefix` is '' for outer/."""
+    quantized = {prefix + n.removesuffix("/kernel"): m for n, m in record["quantized"].items()}
+    dense = {prefix + name: meta for name, meta in record["dense"].items()}
+    return {"layers" if prefix else "embeddings": quantized, "dense": dense}

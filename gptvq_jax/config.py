@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from gptvq_jax.checkpoint import EMBEDDINGS
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.methods import METHODS
 from gptvq_jax.uniform import UniformSettings
@@ -26,6 +27,17 @@ class CalibrationSettings:
     batch_size: int = 4  # windows per forward pass
     inputs: str = "quantized"  # of a block: outputs of the 'quantized' or 'float' blocks before it
     asymmetry: float = 0.0  # 0 to 1: how far to aim at what the float model outputs
+    gradient_groups: int = 0  # row groups of a layer whose tokens weigh by squared gradients; 0: no
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationSettings:
+    """Index bits and dimension for each layer, under a budget for all of them together."""
+
+    bits_per_value: float = 0.0  # true bits, codebooks included; 0: all layers as vq says
+    dims: tuple[int, ...] = (2,)  # candidates: every pair of these ...
+    bits: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # ... with dim * bits whole, 1 to 8
+    em_iterations: int = 5  # of the measured error curves, which are made without polish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +60,11 @@ class RunSettings:
     damping: float = 0.01  # added to the diagonal of H, as a fraction of its mean
     true_sequential: bool = False  # a layer sees the quantized layers before it in its own block
     dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
+    embeddings: str = "dense"  # the embedding and an untied head: 'dense', or 'int8' rows
     seed: int = 0  # of the codebook seeds
     vq: GPTVQSettings = GPTVQSettings()
     uniform: UniformSettings = UniformSettings()
+    allocation: AllocationSettings = AllocationSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -62,12 +76,28 @@ class RunSettings:
             if not ok:
                 raise ValueError(f"{field}={value!r} must be {allowed}")
 
-        c, e = self.calibration, self.evaluation
+        a, c, e = self.allocation, self.calibration, self.evaluation
         check(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         check(self.num_blocks >= 0, "num_blocks", "0 or the blocks to quantize")
         check(0 <= self.damping <= 1, "damping", "from 0 to 1")
         dtypes = ("float16", "bfloat16", "float32")
         check(self.dense_dtype in dtypes, "dense_dtype", f"one of {', '.join(dtypes)}")
+        check(self.embeddings in EMBEDDINGS, "embeddings", f"one of {', '.join(EMBEDDINGS)}")
+        check(a.bits_per_value >= 0, "allocation.bits_per_value", "0 or the bits to spend")
+        check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
+        if a.bits_per_value:
+            check(bool(self.candidates), "allocation.bits", "such that dim * bits is whole, 1 to 8")
+            check(self.method == "gptvq", "method", "'gptvq' if allocation.bits_per_value")
+            check(self.vq.group_size == 0, "vq.group_size", "0 if allocation.bits_per_value")
+            field = "calibration.gradient_groups"
+            check(c.gradient_groups > 0, field, "at least 1 if allocation.bits_per_value is set")
+        check(c.gradient_groups >= 0, "calibration.gradient_groups", "0 or the groups of rows")
+        shared = self.method == "gptvq" and (self.vq.svd_rank or self.vq.scale_block_size)
+        check(
+            c.gradient_groups <= 1 or not shared,
+            "calibration.gradient_groups",
+            "0 or 1 with vq.svd_rank or vq.scale_block_size, which all rows of a layer share",
+        )
         check(c.num_windows >= 1, "calibration.num_windows", "at least 1")
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
         check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
@@ -86,6 +116,16 @@ class RunSettings:
     def method_settings(self) -> Any:
         """The settings that the chosen method takes."""
         return getattr(self, METHODS[self.method].section)
+
+    @property
+    def candidates(self) -> list[GPTVQSettings]:
+        """What the allocation chooses from for each layer."""
+        return [
+            dataclasses.replace(self.vq, dim=dim, bits=bits)
+            for dim in self.allocation.dims
+            for bits in self.allocation.bits
+            if (dim * bits).is_integer() and 1 <= dim * bits <= 8
+        ]
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -132,6 +172,9 @@ def _build(kind: type, values: dict[str, Any], prefix: str):
         if dataclasses.is_dataclass(expected):
             fields[name] = _build(expected, value, f"{prefix}{name}.")
             continue
+        if typing.get_origin(expected) is tuple:
+            fields[name] = _build_tuple(typing.get_args(expected)[0], value, f"{prefix}{name}")
+            continue
         if expected is float and type(value) is int:
             value = float(value)
         if type(value) is not expected:
@@ -141,3 +184,9 @@ def _build(kind: type, values: dict[str, Any], prefix: str):
             )
         fields[name] = value
     return kind(**fields)
+
+
+def _build_tuple(kind: type, values: typing.Any, name: str) -> tuple:
+    if not isinstance(values, tuple | list) or not all(type(v) in (int, kind) for v in values):
+        raise ValueError(f"config.{name}={values!r} must be a tuple of {kind.__name__}")
+    return tuple(kind(value) for value in values)

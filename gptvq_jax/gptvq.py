@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from gptvq_jax.moves.compress import (
 )
 from gptvq_jax.moves.em import em
 from gptvq_jax.moves.recode import recode
-from gptvq_jax.moves.refit import decode, gradient_update, refit
+from gptvq_jax.moves.refit import codebook_loss, decode, gradient_update, refit
 from gptvq_jax.moves.scales import StripScales, normalize_strip
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import SweepResult, pad_identity, sweep
@@ -43,7 +44,8 @@ class GPTVQSettings:
     codebook_update: str = "least_squares"  # 'adam' (paper), 'none'
     update_iterations: int = 6  # steps of conjugate gradients, or of Adam (the paper: 25)
     learning_rate: float = 1e-3  # of Adam, relative to the root mean square of the codebooks
-    polish_rounds: int = 3  # then alternations of recode and codebook update (the paper: 0)
+    polish_rounds: int = 6  # most alternations of codebook update and recode (the paper: 0)
+    polish_tolerance: float = 0.005  # stop when a round lowers the loss by less than this fraction
     codebook_bits: int = 8  # 16, 8 or 4 bits per stored centroid coordinate
     svd_rank: int = 0  # 1D: rank of all codebooks together; 0: stored one by one
 
@@ -81,6 +83,7 @@ class GPTVQSettings:
         check(self.update_iterations >= 1, "update_iterations", "at least 1")
         check(self.learning_rate > 0, "learning_rate", "above 0")
         check(self.polish_rounds >= 0, "polish_rounds", "at least 0")
+        check(0 <= self.polish_tolerance < 1, "polish_tolerance", "from 0 to below 1")
         check(self.codebook_bits in (4, 8, 16), "codebook_bits", "16, 8 or 4")
         check(self.svd_rank >= 0, "svd_rank", "0 or the rank to keep")
         check(self.svd_rank == 0 or self.dim == 1, "svd_rank", "0 unless dim is 1")
@@ -129,6 +132,8 @@ def quantize(
 ) -> VQTensor:
     """Sweep with EM codebooks, codebook update, compression (GPTVQ, Algorithm 1 and section 3.3).
 
+    With `polish_rounds`, codebooks and codes are updated in turn instead of the codebooks once.
+
     Args:
       weight: (R, C), dead columns already 0.
       hessian: (C, C) mean x x^T, undamped.
@@ -141,23 +146,11 @@ def quantize(
     hessian = jnp.pad(hessian, ((0, grid.padded_cols - grid.cols),) * 2)
     swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
     scales = swept.scales and _stacked_per_vector(swept.scales, grid)
-    update = partial(_update_codebooks, target, hessian, scales, grid, settings)
-
-    def better_codes(state):
-        centroids, codes = state
-        return recode(
-            target, hessian, centroids, codes, scales, grid, block_size=settings.block_size
-        )
-
-    def polish(round_, state):  # round 0 is the paper's codebook update after the sweep
-        codes = lax.cond(round_ > 0, better_codes, lambda state: state[1], state)
-        return update(state[0], codes), codes
-
+    centroids, codes = swept.centroids, swept.codes
     if settings.polish_rounds:
-        state = swept.centroids, swept.codes
-        centroids, codes = lax.fori_loop(0, settings.polish_rounds + 1, polish, state)
-    else:  # recode is not compiled
-        centroids, codes = update(swept.centroids, swept.codes), swept.codes
+        centroids, codes = _polish(target, hessian, scales, grid, settings, centroids, codes)
+    else:
+        centroids = _update_codebooks(target, hessian, scales, grid, settings, centroids, codes)
 
     if settings.svd_rank:
         centroids, rank = sort_codebook(centroids)
@@ -194,6 +187,53 @@ def _sweep(target, hinv_chol, grid, key, settings) -> SweepResult:
         exact_metric=settings.exact_metric,
         normalize=normalize,
     )
+
+
+def _polish(target, hessian, scales, grid, settings, centroids, codes):
+    """Codebook update and recode in turn, until a round gains less than `polish_tolerance`.
+
+    Codes are chosen for the centroids as they will be stored. The best round is kept.
+    """
+
+    def stored(centroids):
+        if settings.svd_rank:  # compressed once, at the end
+            return centroids
+        return quantize_centroids(centroids[None], settings.codebook_bits).values()[0]
+
+    def loss_of(books, codes):
+        return codebook_loss(target, decode(books, codes, scales, grid), hessian)
+
+    def one_round(state):
+        centroids = _update_codebooks(
+            target, hessian, scales, grid, settings, state.centroids, state.codes
+        )
+        books = stored(centroids)
+        codes = recode(
+            target, hessian, books, state.codes, scales, grid, block_size=settings.block_size
+        )
+        loss = loss_of(books, codes)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(loss < state.loss, new, old),
+            (centroids, codes, loss),
+            (state.centroids, state.codes, state.loss),
+        )
+        gain = 1 - loss / jnp.where(state.loss > 0, state.loss, 1.0)
+        return _Polished(*kept, round=state.round + 1, gain=gain)
+
+    def goes_on(state):
+        return (state.round < settings.polish_rounds) & (state.gain > settings.polish_tolerance)
+
+    start = _Polished(centroids, codes, loss_of(stored(centroids), codes), 0, jnp.inf)
+    last = lax.while_loop(goes_on, one_round, start)
+    return last.centroids, last.codes
+
+
+class _Polished(NamedTuple):
+    centroids: jax.Array  # (S, G, K, D)
+    codes: jax.Array  # (S * c / D, G * r)
+    loss: jax.Array  # () with the centroids as stored
+    round: jax.Array  # () rounds done
+    gain: jax.Array  # () relative, of the last round
 
 
 def _update_codebooks(target, hessian, scales, grid, settings, centroids, codes):

@@ -82,7 +82,8 @@ def make_grid(
 
     The paper shares a codebook among `group_size` weights, at most 256 columns wide (section 4.1).
     Matrices that such groups do not tile are regrouped: strips of equal width first, then as many
-    row strips as the number of codebooks allows. A matrix smaller than a group has one codebook.
+    row strips as the number of codebooks allows, of equal height where a divisor is near. A matrix
+    smaller than a group has one codebook.
 
     Args:
       rows, cols: shape of the weight, outputs x inputs.
@@ -98,8 +99,11 @@ def make_grid(
     strip_cols = _round_up(-(-cols // col_strips), dim)
     row_strips = max(1, codebooks // -(-cols // strip_cols))
     # Groups must keep at least group_size weights: too many row strips would overspend the budget.
-    strip_rows = -(-rows // min(row_strips, rows))
-    return GroupGrid(rows, cols, dim, strip_rows, strip_cols)
+    row_strips = min(row_strips, rows)
+    even = next(n for n in range(row_strips, 0, -1) if rows % n == 0)
+    if 4 * even >= 3 * row_strips:  # equal strips, unless that costs many codebooks
+        row_strips = even
+    return GroupGrid(rows, cols, dim, -(-rows // row_strips), strip_cols)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,6 +1,7 @@
 """The calibration second moment H = mean_t x_t x_t^T and its factors.
 
-The papers write H = 2 X X^T; the factor 2 changes no minimiser and is dropped here.
+The papers write H = 2 X X^T; the factor 2 changes no minimiser and is dropped here. Tokens may be
+weighted by how much the model's loss depends on them (GuidedQuant, arXiv 2505.07004).
 """
 
 from typing import NamedTuple
@@ -11,36 +12,42 @@ from absl import logging
 
 
 class Moment(NamedTuple):
-    """Running sum of x x^T over calibration tokens."""
+    """Running sum of w x x^T over calibration tokens of weight w."""
 
     total: jax.Array  # (C, C) float32
-    count: jax.Array  # () float32, tokens so far
+    count: jax.Array  # () float32, sum of w: the tokens so far where none is weighted
 
 
 def init_moment(cols: int) -> Moment:
     return Moment(jnp.zeros((cols, cols), jnp.float32), jnp.zeros((), jnp.float32))
 
 
-def add_inputs(moment: Moment, inputs: jax.Array) -> Moment:
-    """Adds the inputs of one batch, shape (..., C)."""
-    return add_products(moment, inputs, inputs)
+def add_inputs(moment: Moment, inputs: jax.Array, weights: jax.Array | None = None) -> Moment:
+    """Adds the inputs of one batch, shape (..., C), with weights (...) or 1."""
+    return add_products(moment, inputs, inputs, weights)
 
 
-def add_products(moment: Moment, left: jax.Array, right: jax.Array) -> Moment:
-    """Adds x y^T over the tokens of one batch; left and right are (..., C)."""
+def add_products(
+    moment: Moment, left: jax.Array, right: jax.Array, weights: jax.Array | None = None
+) -> Moment:
+    """Adds w x y^T over the tokens of one batch; left and right are (..., C), weights (...)."""
     x = left.reshape(-1, left.shape[-1]).astype(jnp.float32)
     y = right.reshape(-1, right.shape[-1]).astype(jnp.float32)
-    return Moment(moment.total + jnp.matmul(x.T, y, precision="highest"), moment.count + x.shape[0])
+    count = x.shape[0]
+    if weights is not None:
+        y = y * weights.reshape(-1, 1)
+        count = jnp.sum(weights)
+    return Moment(moment.total + jnp.matmul(x.T, y, precision="highest"), moment.count + count)
 
 
 def mean(moment: Moment) -> jax.Array:
-    """H = mean x x^T (C, C), made symmetric."""
+    """H = sum w x x^T / sum w (C, C), made symmetric."""
     h = mean_product(moment)
     return (h + h.T) / 2
 
 
 def mean_product(moment: Moment) -> jax.Array:
-    """mean x y^T (C, C)."""
+    """sum w x y^T / sum w (C, C)."""
     return moment.total / jnp.maximum(moment.count, 1.0)
 
 

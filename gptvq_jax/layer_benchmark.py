@@ -1,7 +1,10 @@
 """Every method and setting on saved layers: error, bits, seconds cold and warm."""
 
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax import metrics
+from gptvq_jax.errors import first_line
 from gptvq_jax.gptvq import GPTVQSettings
-from gptvq_jax.hessian import factorize, zero_dead
+from gptvq_jax.hessian import factorize
+from gptvq_jax.layer import Objective, quantize_layer
 from gptvq_jax.methods import METHODS
+from gptvq_jax.sample_layers import random_layer
+from gptvq_jax.stopwatch import peak_memory_bytes
 from gptvq_jax.uniform import UniformSettings
-from gptvq_jax.vq_tensor import dequantize
+from gptvq_jax.vq_tensor import VQTensor, dequantize
 
 # Named by dimension and nominal bits; the groups are those of the published measurements on the
 # official code: 4 x 64, 32 x 64, 64 x 192 and 192 x 192 weights.
@@ -28,6 +35,7 @@ UNIFORM_SETTINGS = {
     f"int{bits}_g128": dict(bits=bits, group_size=128, symmetric=True) for bits in (2, 3, 4)
 }
 DAMPING = 0.01
+RATIO_FIELDS = ("relative_error", "seconds_cold", "seconds")
 
 
 def settings_of(method: str) -> dict[str, Any]:
@@ -45,23 +53,33 @@ def load_layer(path: Path) -> tuple[jax.Array, jax.Array]:
         return jnp.asarray(arrays["weight"]), jnp.asarray(arrays["hessian"])
 
 
+def quantize_once(
+    weight: jax.Array, hessian: jax.Array, method: str, setting: str, name: str
+) -> tuple[VQTensor, float]:
+    """The quantized layer, and seconds from its Hessian to the end.
+
+    Args:
+      weight: (R, C).
+      hessian: (C, C).
+      method: name in METHODS.
+      setting: name in settings_of(method).
+      name: the layer, for messages.
+    """
+    settings = settings_of(method)[setting]
+    start = time.perf_counter()
+    objective = Objective(hessian, factorize(hessian, DAMPING, name))
+    quantize = METHODS[method].quantize
+    tensor = quantize_layer(quantize, settings, weight, [objective], jax.random.key(0))
+    jax.block_until_ready(tensor)
+    return tensor, time.perf_counter() - start
+
+
 def measure(path: Path, method: str, setting: str) -> dict[str, Any]:
     """One row: the layer is quantized twice, with and without compilation."""
-    weight, hessian = load_layer(path)
-    settings = settings_of(method)[setting]
-
-    def once() -> tuple[Any, float]:
-        start = time.perf_counter()
-        factor = factorize(hessian, DAMPING, path.stem)
-        tensor = METHODS[method].quantize(
-            zero_dead(weight, hessian), hessian, factor.hinv_chol, jax.random.key(0), settings
-        )
-        jax.block_until_ready(tensor)
-        return tensor, time.perf_counter() - start
-
-    _, cold = once()
-    tensor, warm = once()
-    error = float(metrics.relative_error(weight, dequantize(tensor), hessian))
+    layer = load_layer(path)
+    _, cold = quantize_once(*layer, method, setting, path.stem)
+    tensor, warm = quantize_once(*layer, method, setting, path.stem)
+    error = _relative_error(tensor, *layer)
     return {
         "layer": path.stem,
         "method": method,
@@ -74,31 +92,163 @@ def measure(path: Path, method: str, setting: str) -> dict[str, Any]:
     }
 
 
-def measure_all(
-    directory: Path, methods: list[str], settings: list[str] | None
-) -> Iterator[dict[str, Any]]:
-    """Rows for every layer file of a directory.
+def measure_memory(rows: int, cols: int, method: str, setting: str) -> dict[str, Any]:
+    """One row for a random layer, with the largest resident memory of this process.
+
+    Only the first call in a process measures it: the system keeps one peak for the whole of a
+    process. What came before the quantization (Python, JAX, the making of the layer) is in it and
+    is also given alone.
 
     Args:
-      directory: holds .npz files with 'weight' and 'hessian'.
+      rows, cols: shape of the weight.
+      method: name in METHODS.
+      setting: name in settings_of(method).
+    """
+    layer = jax.block_until_ready(random_layer(rows, cols))
+    before = peak_memory_bytes()
+    tensor, cold = quantize_once(*layer, method, setting, "random layer")
+    peak = peak_memory_bytes()
+    return {
+        "method": method,
+        "setting": setting,
+        "memory_before_bytes": before,
+        "peak_memory_bytes": peak,
+        "seconds_cold": cold,
+        "relative_error": _relative_error(tensor, *layer),
+        "bits_per_value": tensor.bits_per_value,
+    }
+
+
+def _relative_error(tensor: VQTensor, weight: jax.Array, hessian: jax.Array) -> float:
+    return float(metrics.relative_error(weight, dequantize(tensor), hessian))
+
+
+def choose(methods: Sequence[str], settings: Sequence[str] | None) -> list[tuple[str, str]]:
+    """(method, setting) pairs to measure.
+
+    Args:
       methods: names in METHODS.
       settings: names to keep; None: all that a method has.
 
     Raises:
-      ValueError, FileNotFoundError: no layers, or an unknown method or setting.
+      ValueError: an unknown method or setting.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+    known = [(method, setting) for method in methods for setting in settings_of(method)]
+    names = {setting for _, setting in known}
+    for name in settings or ():
+        if name not in names:
+            raise ValueError(f"unknown setting {name!r}; choose from {', '.join(sorted(names))}")
+    return [pair for pair in known if settings is None or pair[1] in settings]
+
+
+def measure_all(directory: Path, chosen: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Rows for every layer file of a directory.
+
+    Args:
+      directory: holds .npz files with 'weight' and 'hessian'.
+      chosen: (method, setting) pairs, from `choose`.
+
+    Raises:
+      FileNotFoundError: no layers.
+      ValueError: a file of something else.
     """
     files = sorted(directory.glob("*.npz"))
     if not files:
-        raise FileNotFoundError(f"no .npz files in {directory}; pass --layers=DIR")
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
-    known = {name for method in methods for name in settings_of(method)}
-    for name in settings or []:
-        if name not in known:
-            raise ValueError(f"unknown setting {name!r}; choose from {', '.join(sorted(known))}")
+        raise FileNotFoundError(
+            f"no .npz files in {directory}; remove it or pass another one with --layers=DIR"
+        )
     for path in files:
-        for method in methods:
-            for name in settings_of(method):
-                if settings is None or name in settings:
-                    yield measure(path, method, name)
+        for method, setting in chosen:
+            yield measure(path, method, setting)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows that scripts/benchmark_layers.py wrote with --json.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}; make it with --json")
+    try:
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no list of rows")
+        for row in rows:
+            _ = row["layer"], row["method"], row["setting"], *(row[f] + 0.0 for f in RATIO_FIELDS)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} does not hold rows of this benchmark ({first_line(error)}); "
+            "pass a file made with --json"
+        ) from None
+    return rows
+
+
+def compare(row: dict[str, Any], baseline: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Ratios row / earlier row in RATIO_FIELDS, None where there is no earlier row.
+
+    The earlier row is of the same layer and setting, by any method; where several methods were
+    measured, by the same one.
+
+    Raises:
+      ValueError: several such rows.
+    """
+    found = [r for r in baseline if all(r[k] == row[k] for k in ("layer", "setting"))]
+    same = [r for r in found if r["method"] == row["method"]]
+    found = same or found
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} earlier rows compare with {row['layer']} {row['method']} "
+            f"{row['setting']}; keep one of them in the file"
+        )
+    return {field: _ratio(row[field], found[0][field]) for field in RATIO_FIELDS}
+
+
+def summarize(
+    rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, float] | None]
+) -> list[dict[str, Any]]:
+    """One row per (method, setting): mean error, total seconds, mean and largest ratios.
+
+    Args:
+      rows: of several layers.
+      ratios: of each row, from `compare`.
+
+    Returns:
+      Rows with the geometric mean of 'relative_error' over 'layers' layers, total 'seconds_cold'
+      and 'seconds', and over 'compared' layers 'ratios': {field: (geometric mean, largest)}.
+    """
+    groups = defaultdict(list)
+    for row, ratio in zip(rows, ratios, strict=True):
+        groups[row["method"], row["setting"]].append((row, ratio))
+    summary = []
+    for (method, setting), pairs in groups.items():
+        compared = [ratio for _, ratio in pairs if ratio is not None]
+        columns = {f: [r[f] for r in compared] for f in RATIO_FIELDS if compared}
+        summary.append({
+            "method": method,
+            "setting": setting,
+            "layers": len(pairs),
+            "relative_error": _geometric_mean([row["relative_error"] for row, _ in pairs]),
+            "seconds_cold": sum(row["seconds_cold"] for row, _ in pairs),
+            "seconds": sum(row["seconds"] for row, _ in pairs),
+            "compared": len(compared),
+            "ratios": {f: (_geometric_mean(c), max(c)) for f, c in columns.items()},
+        })  # fmt: skip
+    return summary
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    with np.errstate(divide="ignore"):  # an exact layer makes it 0
+        return float(np.exp(np.mean(np.log(values))))
+
+
+def _ratio(new: float, old: float) -> float:
+    if old == 0:
+        return 1.0 if new == 0 else math.inf
+    return new / old

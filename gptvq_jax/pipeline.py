@@ -7,6 +7,8 @@ block. Neither grows with depth. A finished block is on disk before the next one
 """
 
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from gptvq_jax import metrics
-from gptvq_jax.calibrate import advance, calibrate
-from gptvq_jax.checkpoint import CheckpointWriter
+from gptvq_jax.calibrate import Calibrated, Groups, Owner, advance, calibrate, owners
+from gptvq_jax.checkpoint import CheckpointWriter, dequantize_tree
 from gptvq_jax.config import RunSettings, to_dict
-from gptvq_jax.hessian import Factor, asymmetric_target, factorize, zero_dead
+from gptvq_jax.hessian import factorize
+from gptvq_jax.layer import Objective, quantize_layer, relative_error
 from gptvq_jax.methods import METHODS
-from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -35,10 +37,31 @@ from gptvq_jax.workdir import WorkDir
 
 _dequantize = jax.jit(dequantize)
 
+Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
+
+
+class Streams(NamedTuple):
+    """Calibration activations at the entrance of a block, (n, T, hidden) bfloat16 on the host."""
+
+    quantized: np.ndarray  # in the model as far as it is quantized
+    float: np.ndarray | None  # in the float model, where the target is asymmetric
+
+
+class _Job(NamedTuple):
+    """What stays the same from block to block."""
+
+    source: ModelSource
+    settings: RunSettings
+    plan: Plan
+    workdir: WorkDir
+    progress: Progress
+    stopwatch: Stopwatch
+
 
 def quantize_model(
     source: ModelSource,
     settings: RunSettings,
+    plan: Plan,
     workdir: WorkDir,
     tokens: np.ndarray,
     progress: Progress,
@@ -49,33 +72,18 @@ def quantize_model(
     Args:
       source: the float model.
       settings: of the run.
-      workdir: opened with these settings.
+      plan: settings of layers that differ from `settings.method_settings`.
+      workdir: opened with these settings; holds the token weights if there are any.
       tokens: calibration windows (n, T).
       progress: advanced by one per linear layer.
       stopwatch: receives the seconds of every stage.
     """
+    job = _Job(source, settings, plan, workdir, progress, stopwatch)
     writer = CheckpointWriter(workdir.checkpoint, settings.dense_dtype)
     finished = writer.finished_blocks()
     depth = source.config.num_hidden_layers
     last = min(settings.num_blocks or depth, depth)
-    asymmetric = settings.calibration.asymmetry > 0
-    activations = float_activations = None
-    if finished == 0:
-        with stopwatch.stage("embed"):
-            outer = source.outer()
-            writer.write_outer(outer)
-            writer.write_tokenizer(source.tokenizer)
-            table = outer["embed_tokens"]["embedding"].astype(ml_dtypes.bfloat16)
-            activations = table[tokens]
-            workdir.save_activations(0, activations)
-            if asymmetric:
-                float_activations = activations
-                workdir.save_activations(0, float_activations, "float")
-            del outer, table
-    elif finished < last:
-        activations = workdir.load_activations(finished)
-        if asymmetric:
-            float_activations = workdir.load_activations(finished, "float")
+    streams = _load_streams(job, writer, tokens, finished) if finished < last else None
     kept = [row for row in workdir.metrics() if row["kind"] == "layer" and row["block"] < finished]
     workdir.keep_metrics(kept)
     progress.skip(finished * len(LINEAR_LAYERS))
@@ -85,30 +93,14 @@ def quantize_model(
             block = jax.device_put(source.block(index))
         rows = []
         if index < last:
-            packed, dense, rows, outputs = _quantize_block(
-                source.config,
-                block,
-                activations,
-                float_activations,
-                settings,
-                index,
-                progress,
-                stopwatch,
-            )
+            packed, dense, rows, outputs = _quantize_block(job, index, block, streams)
         else:
-            packed, dense, outputs = block, block, None
+            packed = block
             progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
         if index + 1 < last:  # beyond it, nothing is calibrated any more
             with stopwatch.stage("advance"):
-                if asymmetric:
-                    float_activations = outputs
-                    workdir.save_activations(index + 1, float_activations, "float")
-                if settings.calibration.inputs == "float":
-                    activations = outputs
-                else:
-                    batch_size = settings.calibration.batch_size
-                    activations = advance(source.config, dense, activations, batch_size)
-                workdir.save_activations(index + 1, activations)
+                streams = _advance(job, dense, streams, outputs)
+                _save_streams(workdir, index + 1, streams)
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
             writer.write_block(index, packed)
@@ -121,70 +113,132 @@ def quantize_model(
     )
 
 
+def _load_streams(
+    job: _Job, writer: CheckpointWriter, tokens: np.ndarray, finished: int
+) -> Streams:
+    """Activations at the entrance of the first block that is not finished."""
+    asymmetric = job.settings.calibration.asymmetry > 0
+    if finished:
+        load = job.workdir.load_activations
+        return Streams(load(finished), load(finished, "float") if asymmetric else None)
+    with job.stopwatch.stage("embed"):
+        outer = job.source.outer()
+        stored = writer.write_outer(outer, job.settings.embeddings)
+        writer.write_tokenizer(job.source.tokenizer)
+        if job.settings.calibration.inputs == "float":
+            stored = outer
+        streams = Streams(
+            embed_tokens(dequantize_tree(stored), tokens),
+            embed_tokens(outer, tokens) if asymmetric else None,
+        )
+        _save_streams(job.workdir, 0, streams)
+    return streams
+
+
+def embed_tokens(outer: Params, tokens: np.ndarray) -> np.ndarray:
+    """Inputs of block 0 (n, T, hidden), bfloat16, on the host."""
+    return outer["embed_tokens"]["embedding"].astype(ml_dtypes.bfloat16)[tokens]
+
+
+def _save_streams(workdir: WorkDir, index: int, streams: Streams) -> None:
+    if streams.float is not None:
+        workdir.save_activations(index, streams.float, "float")
+    workdir.save_activations(index, streams.quantized)
+
+
+def _advance(job: _Job, block: Params, streams: Streams, outputs: np.ndarray | None) -> Streams:
+    """Activations at the exit of a block, given quantized; `outputs` are those of the float one."""
+    c = job.settings.calibration
+    if c.inputs == "float":
+        return Streams(outputs, None)
+    quantized = advance(job.source.config, block, streams.quantized, c.batch_size)
+    return Streams(quantized, outputs)
+
+
 def _quantize_block(
-    config: ModelConfig,
-    block: Params,
-    activations: np.ndarray,
-    float_activations: np.ndarray | None,
-    settings: RunSettings,
-    index: int,
-    progress: Progress,
-    stopwatch: Stopwatch,
+    job: _Job, index: int, block: Params, streams: Streams
 ) -> tuple[Params, Params, list[dict], np.ndarray | None]:
-    """Returns the block with packed and with dequantized kernels, metric rows, float outputs."""
+    """Returns the block with packed and with dequantized kernels, metric rows, float outputs.
+
+    The float outputs are there when there is a float stream or calibration inputs are float.
+    """
+    settings, c = job.settings, job.settings.calibration
+    weights = job.workdir.load_token_weights(index) if c.gradient_groups else None
+    reference = None if streams.float is None else (block, streams.float)
     packed = dense = block
     rows, outputs = [], None
-    strength = settings.calibration.asymmetry
-    reference = (block, float_activations) if strength > 0 else None
-    wants_outputs = reference is not None or settings.calibration.inputs == "float"
     passes = [[group] for group in LINEAR_GROUPS] if settings.true_sequential else [LINEAR_GROUPS]
     for groups in passes:
         first = groups is passes[0]  # where all layers are float still
-        with stopwatch.stage("hessians"):
-            progress.note(f"block {index} Hessians")
+        with job.stopwatch.stage("hessians"):
+            job.progress.note(f"block {index} Hessians")
             seen = calibrate(
-                config,
+                job.source.config,
                 dense,
-                activations,
+                streams.quantized,
                 groups,
-                settings.calibration.batch_size,
+                c.batch_size,
+                weights=weights,
                 reference=reference,
-                keep_output=wants_outputs and first,
+                keep_output=first and (reference is not None or c.inputs == "float"),
             )
             outputs = seen.outputs if first else outputs
-        for group in groups:
-            with stopwatch.stage("factorize"):
-                hessian = seen.hessians.pop(group[0])
-                factor = factorize(hessian, settings.damping, f"layers_{index}/{group[0]}")
-            for name in group:
-                with stopwatch.stage("quantize"):
-                    weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-                    target = weight
-                    if reference is not None:
-                        cross = seen.crosses[group[0]]
-                        u = factor.hinv_chol
-                        target = asymmetric_target(weight, hessian, cross, u, strength)
-                    tensor, kernel, row = _quantize_layer(
-                        weight, target, hessian, factor, settings, index, name
-                    )
-                packed = with_layer(packed, name, tensor)
-                dense = with_layer(dense, name, kernel)
-                rows.append(row)
-                progress.advance(f"block {index} {name}")
+        for name, objectives in objectives_of(seen, groups, weights, settings.damping, index):
+            with job.stopwatch.stage("quantize"):
+                weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+                tensor, kernel, row = _quantize_layer(job, index, name, weight, objectives)
+            packed = with_layer(packed, name, tensor)
+            dense = with_layer(dense, name, kernel)
+            rows.append(row)
+            job.progress.advance(f"block {index} {name}")
     return packed, dense, rows, outputs
 
 
-def _quantize_layer(weight, target, hessian, factor: Factor, settings: RunSettings, index, name):
+def objectives_of(
+    seen: Calibrated,
+    groups: Groups,
+    weights: Mapping[str, np.ndarray] | None,
+    damping: float,
+    index: int,
+) -> Iterator[tuple[str, list[Objective]]]:
+    """Layers and their objectives; a Hessian is factorized once and dropped after its last layer.
+
+    Args:
+      seen: statistics of the block, whose Hessians are taken out.
+      groups: layers that share one input.
+      weights: of the tokens, as given to `calibrate`.
+      damping: fraction of the mean diagonal.
+      index: of the block, for messages.
+    """
+    for group in groups:
+        made: dict[Owner, Objective] = {}
+        for name in group:
+            wanted = owners(name, weights)
+            made = {owner: o for owner, o in made.items() if owner in wanted}
+            for owner in wanted:
+                if owner not in made:
+                    hessian = seen.hessians.pop(owner)
+                    factor = factorize(hessian, damping, f"layers_{index}/{name}")
+                    made[owner] = Objective(hessian, factor, seen.crosses.get(owner))
+            yield name, [made[owner] for owner in wanted]
+
+
+def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objectives):
     """One linear layer: the packed tensor, its dense kernel (in, out), its row of metrics."""
     start = time.perf_counter()
-    method = METHODS[settings.method]
+    settings = job.settings
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     key = jax.random.fold_in(key, LINEAR_LAYERS.index(name))
-    tensor = method.quantize(
-        zero_dead(target, hessian), hessian, factor.hinv_chol, key, settings.method_settings
+    tensor = quantize_layer(
+        METHODS[settings.method].quantize,
+        job.plan.get((index, name), settings.method_settings),
+        weight,
+        objectives,
+        key,
+        settings.calibration.asymmetry,
     )
     quantized = _dequantize(tensor)
-    error = float(metrics.relative_error(weight, quantized, hessian))
+    error = relative_error(weight, quantized, objectives)
     if not np.isfinite(error):
         raise ValueError(
             f"layers_{index}/{name}: the quantized weight is not finite; raise config.damping"
@@ -193,13 +247,15 @@ def _quantize_layer(weight, target, hessian, factor: Factor, settings: RunSettin
         "kind": "layer",
         "block": index,
         "layer": name,
+        "dim": tensor.grid.dim,
+        "index_bits": tensor.index_bits,
         "relative_error": error,
         "sqnr_db": float(metrics.sqnr_db(error)) if error > 0 else None,
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
         "num_values": weight.size,
-        "dead_inputs": int(jnp.sum(jnp.diagonal(hessian) <= 0)),
-        "damping": factor.damping,
+        "dead_inputs": int(jnp.sum(jnp.diagonal(objectives[0].hessian) <= 0)),
+        "damping": max(objective.factor.damping for objective in objectives),
         "seconds": time.perf_counter() - start,
     }
     return tensor, quantized.T, row

@@ -24,11 +24,13 @@ def summary_text(summary: dict[str, Any]) -> str:
     """The last lines of a run."""
     before, after = summary["perplexity_float"], summary["perplexity_quantized"]
     mib = 1 / 2**20
+    embedding_bytes = summary["embedding_bytes"]
+    embeddings = f"int8 embeddings {embedding_bytes * mib:.1f} MiB, " if embedding_bytes else ""
     lines = [
         ("bits per value", f"{summary['bits_per_value']:.4f}  (codes, codebooks and scales of "
          f"{summary['num_layers']} layers)"),
         ("bytes on disk", f"{summary['checkpoint_bytes'] * mib:.1f} MiB, of which quantized layers "
-         f"{summary['quantized_bytes'] * mib:.1f} MiB, dense leaves "
+         f"{summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
         ("perplexity", f"float {before:.3f} -> quantized {after:.3f}  "
          f"(log-perplexity {np.log(after / before):+.4f}; {summary['evaluation']})"),

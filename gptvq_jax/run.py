@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gptvq_jax import report
+from gptvq_jax import allocation, gradients, report
 from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_dict
 from gptvq_jax.data.corpora import documents
@@ -13,18 +13,21 @@ from gptvq_jax.data.windows import calibration_windows, evaluation_windows
 from gptvq_jax.evaluate import passes, perplexity
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import ModelSource, open_source
-from gptvq_jax.pipeline import quantize_model
+from gptvq_jax.pipeline import Plan, quantize_model
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.workdir import WorkDir
 
 
-def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
+def quantize(
+    config: Any, workdir_path: str, perplexity_float: float | None = None
+) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
 
     Args:
       config: ConfigDict, as from `default_config`.
       workdir_path: directory for everything the run writes; an earlier run in it is resumed.
+      perplexity_float: of the float model on the same held-out text, if it is known already.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
@@ -36,7 +39,7 @@ def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
     check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
-        summary = _quantize(source, settings, workdir, stopwatch)
+        summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
         rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
         workdir.keep_metrics([*rows, summary])
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
@@ -49,7 +52,11 @@ def quantize(config: Any, workdir_path: str) -> dict[str, Any]:
 
 
 def _quantize(
-    source: ModelSource, settings: RunSettings, workdir: WorkDir, stopwatch: Stopwatch
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    stopwatch: Stopwatch,
+    perplexity_float: float | None,
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
     # Both texts are read before hours of work: what is wrong with them shows at once.
@@ -59,13 +66,16 @@ def _quantize(
         if tokens is None:
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
+    plan = _prepare(source, settings, workdir, tokens, stopwatch)
     steps = source.config.num_hidden_layers * len(LINEAR_LAYERS)
     with Progress(steps, "quantize", "layer") as progress:
-        quantize_model(source, settings, workdir, tokens, progress, stopwatch)
+        quantize_model(source, settings, plan, workdir, tokens, progress, stopwatch)
 
     packed = PackedCheckpoint(workdir.checkpoint)
     with stopwatch.stage("evaluate"):
-        before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
+        before = perplexity_float
+        if before is None:
+            before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
         after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
     manifest = packed.manifest
     return {
@@ -73,6 +83,7 @@ def _quantize(
         "bits_per_value": manifest["bits_per_value"],
         "num_layers": len(manifest["layers"]),
         "quantized_bytes": manifest["quantized_bytes"],
+        "embedding_bytes": manifest["embedding_bytes"],
         "dense_bytes": manifest["dense_bytes"],
         "checkpoint_bytes": directory_bytes(workdir.checkpoint),
         "perplexity_float": before,
@@ -84,6 +95,32 @@ def _quantize(
         "stages": dict(stopwatch.seconds),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _prepare(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    tokens: np.ndarray,
+    stopwatch: Stopwatch,
+) -> Plan:
+    """What comes before quantization, if asked for: token weights, and the allocation of bits."""
+    c = settings.calibration
+    if not c.gradient_groups:
+        return {}
+    with Progress(gradients.steps(source.config), "gradients", "block") as progress:
+        gradients.save_token_weights(
+            source, tokens, c.batch_size, c.gradient_groups, workdir, progress, stopwatch
+        )
+    if not settings.allocation.bits_per_value:
+        return {}
+    depth = source.config.num_hidden_layers
+    num_blocks = min(settings.num_blocks or depth, depth)
+    with Progress(allocation.steps(num_blocks), "allocate bits", "layer") as progress:
+        allocation.measure_curves(
+            source, settings, workdir, tokens, num_blocks, progress, stopwatch
+        )
+    return allocation.plan(settings, workdir, num_blocks)
 
 
 def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:

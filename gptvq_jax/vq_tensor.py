@@ -9,6 +9,7 @@ Axis letters are explained in grid.py.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -135,3 +136,41 @@ def pack_codes(codes: jax.Array, index_bits: int, grid: GroupGrid) -> jax.Array:
     """Codes of the sweep's layout (M, S * c / D, G * r) -> stored bytes (M, R, bytes)."""
     codes = codes[:, : grid.num_vectors, : grid.rows]
     return packing.pack(jnp.swapaxes(codes, 1, 2), index_bits)
+
+
+def concat_rows(tensors: Sequence[VQTensor]) -> VQTensor:
+    """Stacks quantized weights of the same columns, each with codebooks of its own.
+
+    Raises:
+      ValueError: a weight but the last ends inside a row strip.
+      NotImplementedError: something is shared by all rows: block scales, SVD-compressed codebooks.
+    """
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    for tensor in tensors[:-1]:
+        if tensor.grid.rows % tensor.grid.strip_rows:
+            raise ValueError(
+                f"{tensor.grid.rows} rows do not divide into strips of {tensor.grid.strip_rows}; "
+                "choose another vq.group_size or calibration.gradient_groups"
+            )
+    shared = first.block_scales is not None
+    if isinstance(first.codebook, FactoredCodebook):
+        rights = [tensor.codebook.right for tensor in tensors]
+        shared |= first.codebook.left_scale is not None
+        shared |= not all(jnp.array_equal(right, rights[0]) for right in rights)
+    if shared:
+        raise NotImplementedError(
+            "block scales and SVD-compressed codebooks are shared by all rows of a layer; "
+            "set calibration.gradient_groups to 1"
+        )
+
+    def by_group(*arrays):  # axis 2 of (M, S, G, ...)
+        return jnp.concatenate(arrays, axis=2) if arrays[0].ndim > 2 else arrays[0]
+
+    return dataclasses.replace(
+        first,
+        codes=jnp.concatenate([tensor.codes for tensor in tensors], axis=1),
+        codebook=jax.tree.map(by_group, *(tensor.codebook for tensor in tensors)),
+        grid=dataclasses.replace(first.grid, rows=sum(t.grid.rows for t in tensors)),
+    )

@@ -3,7 +3,14 @@
     config.json             the run's settings; a run with others is refused
     tokens.npy              calibration windows (n, T) int32
     activations/            00007.quantized.npy: inputs of block 7 (n, T, hidden), bfloat16 bits;
-                            00007.float.npy: the float model's, where the target is asymmetric
+                            00007.float.npy: the float model's, where the target is asymmetric;
+                            00007.curves.npy: likewise, while the curves are measured
+    gradients/              00007.npz: weights of the calibration tokens (n, T, g) float32 for each
+                            layer of block 7, where calibration.gradient_groups asks for them; until
+                            they are there also 00007.inputs.npy: the float model's inputs, and
+                            00007.gradient.npy: of the loss with respect to them, bfloat16 bits
+    curves/                 00007.json: measured errors of the candidates for each layer of block 7,
+                            where allocation.bits_per_value asks for them
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
 
@@ -21,6 +28,8 @@ import ml_dtypes
 import numpy as np
 
 from gptvq_jax.config import difference
+
+_BACKWARD = ("inputs", "gradient")  # streams of the backward pass, which live in gradients/
 
 
 class WorkDir:
@@ -74,6 +83,10 @@ class WorkDir:
     def _activations(self) -> Path:
         return self.path / "activations"
 
+    @property
+    def _gradients(self) -> Path:
+        return self.path / "gradients"
+
     def _check_config(self, config: dict[str, Any]) -> None:
         path = self.path / "config.json"
         new = json.loads(json.dumps(config))
@@ -105,26 +118,83 @@ class WorkDir:
         self._replace(self.path / "tokens.npy", lambda tmp: _save(tmp, tokens))
 
     def load_activations(self, block: int, stream: str = "quantized") -> np.ndarray:
-        """Inputs of a block (n, T, hidden), bfloat16, in the quantized or the float model."""
-        path = self._activations / f"{block:05d}.{stream}.npy"
-        if not path.exists():
-            raise ValueError(
-                f"{path} is missing, so the run cannot go on after block {block - 1}; "
-                f"restore the file or remove {self.path} to start again"
-            )
+        """One stream of bfloat16 arrays (n, T, hidden) at the entrance of a block.
+
+        Args:
+          block: its index; the number of blocks means the head.
+          stream: "quantized" or "float" for the inputs in that model, which quantization goes
+            through; "inputs" or "gradient" for those of the backward pass.
+        """
+        path = self._stream(block, stream)
+        self._must_exist(path)
         return np.load(path).view(ml_dtypes.bfloat16)
 
     def save_activations(
         self, block: int, activations: np.ndarray, stream: str = "quantized"
     ) -> None:
-        path = self._activations / f"{block:05d}.{stream}.npy"
+        path = self._stream(block, stream)
         self._replace(path, lambda tmp: _save(tmp, activations.view(np.uint16)))
 
-    def drop_activations(self, before: int) -> None:
-        """Removes the inputs of blocks that will not run again."""
-        for path in self._activations.glob("*.npy"):
+    def has_activations(self, block: int, stream: str = "quantized") -> bool:
+        return self._stream(block, stream).exists()
+
+    def drop_activations(self, before: int, stream: str = "*") -> None:
+        """Removes the inputs of blocks that will not run again; of one stream, or of all."""
+        for path in self._activations.glob(f"*.{stream}.npy"):
             if int(path.name.partition(".")[0]) < before:
                 path.unlink()
+
+    def load_token_weights(self, block: int) -> dict[str, np.ndarray]:
+        """{layer: weights of the calibration tokens (n, T, g) float32} of a block."""
+        path = self._token_weights(block)
+        self._must_exist(path)
+        with np.load(path) as file:
+            return dict(file)
+
+    def save_token_weights(self, block: int, weights: dict[str, np.ndarray]) -> None:
+        self._replace(self._token_weights(block), lambda tmp: _save_all(tmp, weights))
+
+    def has_token_weights(self, block: int) -> bool:
+        return self._token_weights(block).exists()
+
+    def drop_backward(self, done: int) -> None:
+        """Removes what the backward pass does not need once it is through block `done`."""
+        for path in self._gradients.glob("*.npy"):
+            block, stream, _ = path.name.split(".")
+            # The gradient at the entrance of block `done` is where the pass goes on.
+            if int(block) >= done + (stream == "gradient"):
+                path.unlink()
+
+    def _stream(self, block: int, stream: str) -> Path:
+        folder = self._gradients if stream in _BACKWARD else self._activations
+        return folder / f"{block:05d}.{stream}.npy"
+
+    def _token_weights(self, block: int) -> Path:
+        return self._gradients / f"{block:05d}.npz"
+
+    def _must_exist(self, path: Path) -> None:
+        if not path.exists():
+            # The backward pass is of the float model: it can be run again at any time.
+            again = self._gradients if path.parent == self._gradients else self.path
+            raise ValueError(
+                f"{path} is missing, so the run cannot go on; "
+                f"restore the file or remove {again} to start again"
+            )
+
+    def load_curves(self, block: int) -> list[dict[str, Any]]:
+        """Measured errors of the candidates of a block's layers."""
+        path = self._curves(block)
+        self._must_exist(path)
+        return json.loads(path.read_text())
+
+    def save_curves(self, block: int, rows: list[dict[str, Any]]) -> None:
+        self._replace(self._curves(block), lambda tmp: tmp.write_text(json.dumps(rows) + "\n"))
+
+    def has_curves(self, block: int) -> bool:
+        return self._curves(block).exists()
+
+    def _curves(self, block: int) -> Path:
+        return self.path / "curves" / f"{block:05d}.json"
 
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl."""
@@ -149,6 +219,7 @@ class WorkDir:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def _replace(self, path: Path, write) -> None:
+        path.parent.mkdir(exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         write(partial)
         os.replace(partial, path)
@@ -157,3 +228,8 @@ class WorkDir:
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:  # np.save would append .npy to a path
         np.save(file, array)
+
+
+def _save_all(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)

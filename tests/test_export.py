@@ -17,6 +17,8 @@ from safetensors import safe_open
 from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.export import hf_dense, hf_tensors
 from gptvq_jax.models.llama import Decoder
+from gptvq_jax.uniform import int8_rows
+from gptvq_jax.vq_tensor import dequantize
 
 SCRIPT = Path(__file__).parent.parent / "scripts/export.py"
 TIED = dataclasses.replace(tiny.MODEL, tie_word_embeddings=True)
@@ -30,6 +32,13 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     return PackedCheckpoint(tiny.write_checkpoint(tmp_path_factory.mktemp("tied") / "c", TIED))
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    return PackedCheckpoint(
+        tiny.write_checkpoint(tmp_path_factory.mktemp("int8") / "c", embeddings="int8")
+    )
 
 
 def read(directory):
@@ -62,7 +71,9 @@ def test_tensors_are_named_and_turned_as_in_hugging_face(checkpoint, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
 
 
-@pytest.mark.parametrize(("source", "shard_bytes"), [("checkpoint", 10**9), ("tied", 20_000)])
+@pytest.mark.parametrize(
+    ("source", "shard_bytes"), [("checkpoint", 10**9), ("tied", 20_000), ("int8", 10**9)]
+)
 def test_transformers_computes_the_same_logits(source, shard_bytes, tmp_path, request):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -85,6 +96,19 @@ def test_transformers_computes_the_same_logits(source, shard_bytes, tmp_path, re
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("w3 w5").input_ids == [3, 5]
+
+
+def test_int8_embeddings_are_exported_dequantized(int8, tmp_path):
+    hf_dense(int8, tmp_path / "out")
+    tensors, outer = read(tmp_path / "out"), tiny.random_outer(7)
+    for name, matrix in {
+        "model.embed_tokens.weight": outer["embed_tokens"]["embedding"],
+        "lm_head.weight": outer["lm_head"]["kernel"].T,
+    }.items():
+        expected = np.asarray(dequantize(int8_rows(matrix)))
+        assert tensors[name].dtype == np.float32
+        np.testing.assert_array_equal(tensors[name], expected)
+        np.testing.assert_allclose(tensors[name], matrix, rtol=0, atol=np.abs(matrix).max() / 250)
 
 
 def test_shards_are_indexed_and_small(checkpoint, tmp_path):

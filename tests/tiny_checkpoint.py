@@ -126,14 +126,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
 
 
-def write_checkpoint(directory: Path, config: ModelConfig = MODEL) -> Path:
-    """A complete checkpoint; calls with the same config write the same model."""
+def write_checkpoint(
+    directory: Path, config: ModelConfig = MODEL, embeddings: str = "dense"
+) -> Path:
+    """A complete checkpoint; calls with the same arguments write the same model."""
     writer = CheckpointWriter(directory)
-    writer.write_outer(random_outer(7, config))
+    writer.write_outer(random_outer(7, config), embeddings)
     writer.write_tokenizer(tiny_tokenizer())
     for index in range(config.num_hidden_layers):
         writer.write_block(index, random_block(index, config))
-    writer.finalize({"vq": {"dim": 2}}, config, "tiny", "0123", {"perplexity": 12.5})
+    writer.finalize({"vq": {"dim": 2}}, config, "tiny", "0123")
     return Path(directory)
 
 

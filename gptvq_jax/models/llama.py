@@ -56,7 +56,9 @@ class Linear(nn.Module):
 
     Its kernel is an array (in, features), or any pytree that implements `x @ kernel` through
     `__rmatmul__`: a quantized layer replaces a dense one by replacing this leaf.
-    Sowing is free unless the collection "intermediates" is mutable.
+    Sowing is free unless the collection "intermediates" is mutable. A variable "outputs" in the
+    collection "perturbations", in the shape of the outputs, is added to them: the gradient with
+    respect to it, at 0, is the gradient with respect to the outputs.
 
     Raises:
       ValueError: the kernel is an array of another shape.
@@ -74,6 +76,13 @@ class Linear(nn.Module):
         else:
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        y = self._matmul(x, kernel)
+        # Not self.perturb, with which init would return a collection of zeros.
+        if self.has_variable("perturbations", "outputs"):
+            y = y + self.get_variable("perturbations", "outputs")
+        return y
+
+    def _matmul(self, x: jax.Array, kernel: Any) -> jax.Array:
         out_dtype = x.dtype if self.out_dtype is None else self.out_dtype
         if isinstance(kernel, (jax.Array, np.ndarray)):
             if kernel.shape != (x.shape[-1], self.features):

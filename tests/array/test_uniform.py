@@ -1,4 +1,4 @@
-"""RTN and GPTQ on uniform grids: rounding written out, and GPTQ in float64."""
+"""RTN, GPTQ and int8 rows on uniform grids: rounding written out, and GPTQ in float64."""
 
 import array_reference as ref
 import jax
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptvq_jax.uniform import UniformSettings, gptq, rtn
+from gptvq_jax import uniform
+from gptvq_jax.uniform import UniformSettings, dequantize_rows, gptq, int8_rows, rtn
 from gptvq_jax.vq_tensor import FactoredCodebook, dequantize
 
 ROWS = 6
@@ -94,3 +95,82 @@ def test_whole_rows_and_equal_weights():
 def test_bad_settings_name_their_field_and_value(field, value):
     with pytest.raises(ValueError, match=rf"^uniform\.{field}={value} must be "):
         UniformSettings(**{field: value})
+
+
+# --- int8 rows ---
+
+STEP = 2.0**-24  # the smallest float16
+
+
+def rows_of_all_sizes(cols=37):
+    """Rows with peaks from beyond the smallest float16 scale to near the largest."""
+    rng = np.random.default_rng(0)
+    peaks = 10.0 ** np.array([-7, -5, -4, -3, -2, -1, 0, 2, 4, 6, 6.8])
+    rows = rng.uniform(-1, 1, (len(peaks), cols))
+    return (rows * (peaks / np.abs(rows).max(1))[:, None]).astype(np.float32)
+
+
+def test_int8_rows_take_the_nearest_level_of_the_smallest_spanning_scale():
+    weight = rows_of_all_sizes()
+    tensor = int8_rows(weight)
+    got, codes = dequantize_rows(tensor), np.asarray(tensor.unpack_codes())[0]
+    for r, row in enumerate(weight.astype(np.float64)):
+        scale = tensor.codebook.left[0, 0, r, 0]
+        assert 127.5 * float(scale) >= np.abs(row).max()
+        assert 127.5 * float(np.nextafter(scale, np.float16(0))) < np.abs(row).max()
+        levels = float(scale) * (np.arange(256) - 127.5)
+        np.testing.assert_array_equal(got[r], levels[codes[r]])
+        distance = np.abs(row[:, None] - levels)
+        assert np.all(distance.min(1) <= float(scale) / 2)
+        chosen = np.abs(row - got[r])
+        np.testing.assert_allclose(chosen, distance.min(1), rtol=0, atol=1e-5 * float(scale))
+    # a byte per entry, a float16 per row, and the 256 levels of scale 1
+    assert tensor.num_bytes == weight.size + 2 * len(weight) + 2 * 256
+
+
+def test_int8_rows_of_zeros_and_near_zeros():
+    peaks = np.array([0, 1e-30, STEP / 4.1, STEP / 3.9, 3e-6], np.float32)
+    weight = peaks[:, None] * np.array([1, -1, 0.5], np.float32)
+    tensor = int8_rows(weight)
+    np.testing.assert_array_equal(tensor.codebook.left.ravel(), [0, 0, 0, STEP, STEP])
+    got = dequantize_rows(tensor).astype(np.float64)
+    np.testing.assert_array_equal(got[:3], 0)
+    assert np.all(np.abs(got - weight) <= STEP / 2)
+    np.testing.assert_allclose(got[4], weight[4], rtol=0.02)  # rounded, not lost
+
+
+def test_int8_rows_are_the_symmetric_grid_of_rtn():
+    rng = np.random.default_rng(1)
+    level = rng.integers(-128, 128, (ROWS, 20)) + 0.5
+    level[:, 3] = -127.5  # then the scale needs no rounding, which rtn does to nearest
+    weight = level + rng.uniform(-0.4, 0.4, level.shape) * (np.abs(level) < 127)
+    weight = (weight * 2.0 ** -np.arange(ROWS)[:, None]).astype(np.float32)
+    p = ref.problem(ROWS, 20)._replace(weight=weight)
+    expected, values = quantized(rtn, p, bits=8, group_size=0, symmetric=True)
+    tensor = int8_rows(weight)
+    assert jax.tree.structure(tensor) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(tensor), jax.tree.leaves(expected), strict=True):
+        assert type(a) is np.ndarray and a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(dequantize_rows(tensor), values)
+
+
+@pytest.mark.parametrize("values", [1, 100, 10**6])
+def test_int8_rows_do_not_depend_on_chunks(values, monkeypatch):
+    weight = rows_of_all_sizes()
+    whole = int8_rows(weight)
+    monkeypatch.setattr(uniform, "_CHUNK_VALUES", values)
+    tensor = int8_rows(np.asfortranarray(weight))
+    for a, b in zip(jax.tree.leaves(tensor), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(dequantize_rows(tensor), run_dequantize(whole))
+
+
+@pytest.mark.parametrize("value", [127.6 * 65504, -1e30, np.nan, np.inf])
+def test_int8_rows_refuse_what_no_scale_spans(value):
+    weight = np.ones((3, 4), np.float32)
+    weight[1, 2] = 127.5 * 65504
+    assert dequantize_rows(int8_rows(weight))[1, 2] == 127.5 * 65504
+    weight[1, 2] = value
+    with pytest.raises(ValueError, match=r"is beyond the range of int8 rows, 8\.35e\+06"):
+        int8_rows(weight)

@@ -50,6 +50,35 @@ def test_activations_round_trip_and_drop(workdir):
         workdir.load_activations(0)
 
 
+def test_backward_pass_round_trips_and_keeps_apart_from_the_inputs(workdir):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
+    workdir.save_activations(1, x)
+    for block in range(3):
+        workdir.save_activations(block, x * block, "inputs")
+        workdir.save_activations(block, -x * block, "gradient")
+    np.testing.assert_array_equal(workdir.load_activations(2, "inputs"), x * 2)
+    np.testing.assert_array_equal(workdir.load_activations(2, "gradient"), -x * 2)
+    workdir.drop_activations(before=3)
+    assert not workdir.has_activations(1)
+    workdir.save_activations(1, x)
+    workdir.drop_backward(1)
+    assert [workdir.has_activations(block, "inputs") for block in range(3)] == [True, False, False]
+    assert [workdir.has_activations(block, "gradient") for block in range(3)] == [True, True, False]
+    assert workdir.has_activations(1)
+
+
+def test_token_weights_round_trip(workdir):
+    weights = {"mlp/up_proj": np.random.default_rng(0).random((2, 3, 4), np.float32)}
+    assert not workdir.has_token_weights(7)
+    with pytest.raises(ValueError, match=r"00007\.npz is missing.*remove .*gradients to start"):
+        workdir.load_token_weights(7)
+    workdir.save_token_weights(7, weights)
+    assert workdir.has_token_weights(7)
+    loaded = workdir.load_token_weights(7)
+    assert loaded.keys() == weights.keys()
+    np.testing.assert_array_equal(loaded["mlp/up_proj"], weights["mlp/up_proj"])
+
+
 def test_half_written_files_do_not_count(workdir):
     (workdir.path / "tokens.npy.partial").write_bytes(b"half")
     assert workdir.load_tokens() is None

@@ -1,0 +1,153 @@
+"""Index bits and dimension for each layer, under a budget for the whole model.
+
+Every layer is quantized with every candidate, and what the model's loss would rise by is estimated
+from its output error. With w_t the mean squared gradient of the loss with respect to the outputs of
+a row group at token t, it is to second order and up to a constant factor
+
+    rise = sum over row groups of (mean_t w_t) tr((W - Q) H_w (W - Q)^T)
+    H_w = sum_t w_t x_t x_t^T / sum_t w_t
+
+That makes layers comparable, and adds up over them: the best allocation is a knapsack, solved
+exactly (knapsack.py). The curves are measured on the float model, a block at a time, without
+polish.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax import knapsack
+from gptvq_jax.calibrate import calibrate
+from gptvq_jax.config import RunSettings
+from gptvq_jax.layer import losses, quantize_layer
+from gptvq_jax.methods import METHODS
+from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, get_layer
+from gptvq_jax.models.source import ModelSource
+from gptvq_jax.pipeline import Plan, embed_tokens, objectives_of
+from gptvq_jax.progress import Progress
+from gptvq_jax.stopwatch import Stopwatch
+from gptvq_jax.vq_tensor import dequantize
+from gptvq_jax.workdir import WorkDir
+
+_dequantize = jax.jit(dequantize)
+_STREAM = "curves"  # activations of the float model, of which a resumed measurement needs the last
+
+
+def steps(num_blocks: int) -> int:
+    """By how much `measure_curves` advances the progress."""
+    return num_blocks * len(LINEAR_LAYERS)
+
+
+def measure_curves(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    tokens: np.ndarray,
+    num_blocks: int,
+    progress: Progress,
+    stopwatch: Stopwatch,
+) -> None:
+    """Writes the error curves of every layer to the work directory, resuming where it can.
+
+    Args:
+      source: the float model.
+      settings: of the run, with candidates.
+      workdir: opened with these settings; holds the token weights.
+      tokens: calibration windows (n, T).
+      num_blocks: blocks to measure.
+      progress: advanced by one per layer, `steps` in all.
+      stopwatch: receives the seconds as stage "allocation".
+    """
+    with stopwatch.stage("allocation"):
+        done = next((i for i in range(num_blocks) if not workdir.has_curves(i)), num_blocks)
+        progress.skip(done * len(LINEAR_LAYERS))
+        if done == 0:
+            x = embed_tokens(source.outer(), tokens)
+        elif done < num_blocks:
+            x = workdir.load_activations(done, _STREAM)
+        for index in range(done, num_blocks):
+            rows, x = _block_curves(source, settings, workdir, index, x, progress)
+            workdir.save_activations(index + 1, x, _STREAM)
+            workdir.save_curves(index, rows)
+            workdir.drop_activations(before=index + 1, stream=_STREAM)
+        workdir.drop_activations(before=num_blocks + 1, stream=_STREAM)
+
+
+def _block_curves(
+    source, settings, workdir, index, x, progress
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """One row for every layer and candidate, and the outputs of the float block."""
+    block = jax.device_put(source.block(index))
+    weights = workdir.load_token_weights(index)
+    progress.note(f"block {index} Hessians")
+    seen = calibrate(
+        source.config,
+        block,
+        x,
+        LINEAR_GROUPS,
+        settings.calibration.batch_size,
+        weights=weights,
+        keep_output=True,
+    )
+    rows = []
+    for name, objectives in objectives_of(seen, LINEAR_GROUPS, weights, settings.damping, index):
+        weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+        sensitivity = weights[name].mean(axis=(0, 1), dtype=np.float64)
+        for candidate in settings.candidates:
+            quick = dataclasses.replace(
+                candidate, em_iterations=settings.allocation.em_iterations, polish_rounds=0
+            )
+            tensor = quantize_layer(
+                METHODS[settings.method].quantize,
+                quick,
+                weight,
+                objectives,
+                jax.random.key(settings.seed),
+            )
+            parts = losses(weight, _dequantize(tensor), objectives)
+            loss = float(np.dot(sensitivity, np.asarray(parts, np.float64)))
+            if not np.isfinite(loss):
+                raise ValueError(
+                    f"layers_{index}/{name}: the error with {candidate.bits} bits is not finite; "
+                    "raise config.damping"
+                )
+            rows.append({
+                "layer": name,
+                "dim": candidate.dim,
+                "bits": candidate.bits,
+                "loss": loss,
+                "num_bytes": tensor.num_bytes,
+                "num_values": weight.size,
+            })  # fmt: skip
+        progress.advance(f"block {index} {name}")
+    return rows, seen.outputs
+
+
+def plan(settings: RunSettings, workdir: WorkDir, num_blocks: int) -> Plan:
+    """Settings for every layer of the measured blocks.
+
+    Raises:
+      ValueError: no allocation meets the budget; the message names the fewest bits that one needs.
+    """
+    curves: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for index in range(num_blocks):
+        for row in workdir.load_curves(index):
+            curves.setdefault((index, row["layer"]), []).append(row)
+    values = sum(rows[0]["num_values"] for rows in curves.values())
+    fewest = sum(min(row["num_bytes"] for row in rows) for rows in curves.values())
+    budget = int(settings.allocation.bits_per_value * values / 8)
+    if fewest > budget:
+        raise ValueError(
+            f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: the "
+            f"smallest candidates take {8 * fewest / values:.4f} bits per value; raise it, or add "
+            "smaller ones to allocation.bits"
+        )
+    chosen = knapsack.choose(
+        [[row["loss"] for row in rows] for rows in curves.values()],
+        [[row["num_bytes"] for row in rows] for rows in curves.values()],
+        budget,
+    )
+    return {layer: settings.candidates[k] for layer, k in zip(curves, chosen, strict=True)}

@@ -1,0 +1,72 @@
+"""One linear layer under what its calibration found: from weight to packed tensor.
+
+Rows whose outputs matter at different tokens may have Hessians of their own (GuidedQuant, arXiv
+2505.07004): the layer is then cut into groups of rows, each quantized as a layer by itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax import metrics
+from gptvq_jax.hessian import Factor, asymmetric_target, zero_dead
+from gptvq_jax.vq_tensor import VQTensor, concat_rows
+
+
+class Objective(NamedTuple):
+    """What a group of rows minimises."""
+
+    hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get
+    factor: Factor  # of that Hessian
+    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model; None: symmetric
+
+
+def quantize_layer(
+    quantize: Callable[..., VQTensor],
+    settings: Any,
+    weight: jax.Array,
+    objectives: Sequence[Objective],
+    key: jax.Array,
+    asymmetry: float = 0.0,
+) -> VQTensor:
+    """Quantizes a weight.
+
+    Args:
+      quantize: of a method, and its settings.
+      settings: hashable.
+      weight: (R, C).
+      objectives: of g contiguous groups of R / g rows.
+      key: random key of the seeding.
+      asymmetry: strength of `asymmetric_target`, for objectives that have a cross moment.
+    """
+    tensors = []
+    for part, objective in zip(row_groups(weight, len(objectives)), objectives, strict=True):
+        hessian, hinv_chol = objective.hessian, objective.factor.hinv_chol
+        if objective.cross is not None:
+            part = asymmetric_target(part, hessian, objective.cross, hinv_chol, asymmetry)
+        tensors.append(quantize(zero_dead(part, hessian), hessian, hinv_chol, key, settings))
+    return concat_rows(tensors)
+
+
+def losses(
+    weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]
+) -> list[jax.Array]:
+    """L(Q) of every group of rows; weight and quantized are (R, C)."""
+    groups = len(objectives)
+    parts = zip(row_groups(weight, groups), row_groups(quantized, groups), objectives, strict=True)
+    return [metrics.quadratic_loss(w, q, objective.hessian) for w, q, objective in parts]
+
+
+def relative_error(
+    weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]
+) -> float:
+    """L(Q) / L(0), summed over the groups of rows; 0 where the layer's output is 0."""
+    signal = float(sum(losses(weight, jnp.zeros_like(weight), objectives)))
+    return float(sum(losses(weight, quantized, objectives))) / (signal if signal > 0 else 1.0)
+
+
+def row_groups(weight: jax.Array, groups: int) -> list[jax.Array]:
+    """A weight (R, C) as `groups` contiguous parts of equal height."""
+    return jnp.split(weight, groups)
