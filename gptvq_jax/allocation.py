@@ -4,15 +4,16 @@ Every layer is quantized with every candidate, and what the model's loss would r
 from its output error. With w_t the mean squared gradient of the loss with respect to the outputs of
 a row group at token t, it is to second order and up to a constant factor
 
-    rise = sum over row groups of (mean_t w_t) tr((W - Q) H_w (W - Q)^T)
-    H_w = sum_t w_t x_t x_t^T / sum_t w_t
+    rise = sum over row groups of (mean_t w_t) tr((W - Q) H (W - Q)^T)
 
+where H is the Hessian that the layer is quantized with, weighted by gradients or not.
 That makes layers comparable, and adds up over them: the best allocation is a knapsack, solved
 exactly (knapsack.py). The curves are measured on the float model, a block at a time, without
 polish.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax import knapsack
-from gptvq_jax.calibrate import calibrate
+from gptvq_jax.calibrate import calibrate, embed_tokens
 from gptvq_jax.config import RunSettings
 from gptvq_jax.layer import losses, quantize_layer
 from gptvq_jax.methods import METHODS
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, get_layer
-from gptvq_jax.models.source import ModelSource
-from gptvq_jax.pipeline import Plan, embed_tokens, objectives_of
+from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.pipeline import Plan, objectives_of
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch
 from gptvq_jax.vq_tensor import dequantize
@@ -39,6 +41,40 @@ _STREAM = "curves"  # activations of the float model, of which a resumed measure
 def steps(num_blocks: int) -> int:
     """By how much `measure_curves` advances the progress."""
     return num_blocks * len(LINEAR_LAYERS)
+
+
+def check_budget(config: ModelConfig, settings: RunSettings) -> None:
+    """Checks, before any work, that the smallest candidates are within the budget.
+
+    Raises:
+      ValueError: they are not; the message names the bits per value that they take.
+    """
+    fewest, values = 0, 0
+    for rows, cols in layer_shapes(config).values():
+        sizes = [_num_bytes(rows, cols, settings, candidate) for candidate in settings.candidates]
+        fewest += min(sizes)
+        values += rows * cols
+    if 8 * fewest > settings.allocation.bits_per_value * values:
+        raise ValueError(
+            f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: the "
+            f"smallest candidates take {8 * fewest / values:.4f} bits per value; raise it, or add "
+            "smaller ones to allocation.bits"
+        )
+
+
+def _num_bytes(rows: int, cols: int, settings: RunSettings, candidate) -> int:
+    """Of the packed tensor, from its shapes alone; nothing is computed."""
+    groups = settings.calibration.gradient_groups or 1
+    quick = dataclasses.replace(candidate, polish_rounds=0)
+    square = jax.ShapeDtypeStruct((cols, cols), jnp.float32)
+    tensor = jax.eval_shape(
+        partial(METHODS[settings.method].quantize, settings=quick),
+        jax.ShapeDtypeStruct((rows // groups, cols), jnp.float32),
+        square,
+        square,
+        jax.random.key(0),
+    )
+    return groups * tensor.num_bytes
 
 
 def measure_curves(
@@ -65,23 +101,23 @@ def measure_curves(
         done = next((i for i in range(num_blocks) if not workdir.has_curves(i)), num_blocks)
         progress.skip(done * len(LINEAR_LAYERS))
         if done == 0:
-            x = embed_tokens(source.outer(), tokens)
-        elif done < num_blocks:
-            x = workdir.load_activations(done, _STREAM)
+            shape = (*tokens.shape, source.config.hidden_size)
+            with workdir.write_activations(0, shape, _STREAM) as out:
+                embed_tokens(source.outer(), tokens, out)
         for index in range(done, num_blocks):
-            rows, x = _block_curves(source, settings, workdir, index, x, progress)
-            workdir.save_activations(index + 1, x, _STREAM)
+            x = workdir.load_activations(index, _STREAM)
+            with workdir.write_activations(index + 1, x.shape, _STREAM) as out:
+                rows = _block_curves(source, settings, workdir, index, x, out, progress)
             workdir.save_curves(index, rows)
             workdir.drop_activations(before=index + 1, stream=_STREAM)
         workdir.drop_activations(before=num_blocks + 1, stream=_STREAM)
 
 
-def _block_curves(
-    source, settings, workdir, index, x, progress
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """One row for every layer and candidate, and the outputs of the float block."""
+def _block_curves(source, settings, workdir, index, x, out, progress) -> list[dict[str, Any]]:
+    """One row for every layer and candidate; `out` receives the outputs of the float block."""
     block = jax.device_put(source.block(index))
-    weights = workdir.load_token_weights(index)
+    gradients = workdir.load_token_weights(index)
+    weights = gradients if settings.calibration.gradient_groups else None
     progress.note(f"block {index} Hessians")
     seen = calibrate(
         source.config,
@@ -90,12 +126,13 @@ def _block_curves(
         LINEAR_GROUPS,
         settings.calibration.batch_size,
         weights=weights,
-        keep_output=True,
+        power=settings.calibration.gradient_power,
+        out=out,
     )
     rows = []
     for name, objectives in objectives_of(seen, LINEAR_GROUPS, weights, settings.damping, index):
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-        sensitivity = weights[name].mean(axis=(0, 1), dtype=np.float64)
+        sensitivity = gradients[name].mean(axis=(0, 1), dtype=np.float64)
         for candidate in settings.candidates:
             quick = dataclasses.replace(
                 candidate, em_iterations=settings.allocation.em_iterations, polish_rounds=0
@@ -123,31 +160,19 @@ def _block_curves(
                 "num_values": weight.size,
             })  # fmt: skip
         progress.advance(f"block {index} {name}")
-    return rows, seen.outputs
+    return rows
 
 
 def plan(settings: RunSettings, workdir: WorkDir, num_blocks: int) -> Plan:
-    """Settings for every layer of the measured blocks.
-
-    Raises:
-      ValueError: no allocation meets the budget; the message names the fewest bits that one needs.
-    """
+    """Settings for every layer of the measured blocks: the least estimated rise of the loss."""
     curves: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for index in range(num_blocks):
         for row in workdir.load_curves(index):
             curves.setdefault((index, row["layer"]), []).append(row)
     values = sum(rows[0]["num_values"] for rows in curves.values())
-    fewest = sum(min(row["num_bytes"] for row in rows) for rows in curves.values())
-    budget = int(settings.allocation.bits_per_value * values / 8)
-    if fewest > budget:
-        raise ValueError(
-            f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: the "
-            f"smallest candidates take {8 * fewest / values:.4f} bits per value; raise it, or add "
-            "smaller ones to allocation.bits"
-        )
     chosen = knapsack.choose(
         [[row["loss"] for row in rows] for rows in curves.values()],
         [[row["num_bytes"] for row in rows] for rows in curves.values()],
-        budget,
+        int(settings.allocation.bits_per_value * values / 8),
     )
     return {layer: settings.candidates[k] for layer, k in zip(curves, chosen, strict=True)}

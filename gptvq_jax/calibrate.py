@@ -1,6 +1,6 @@
 """Calibration of one transformer block: the moments of what its linear layers read.
 
-Activations live on the host in bfloat16 and pass through the device a batch at a time. With an
+Activations live on disk in bfloat16 and pass through the device a batch at a time. With an
 asymmetric target there are two streams of them: what the quantized model computes, and what the
 float model computes on the same tokens. With token weights (gradients.py) every layer has moments
 of its own, one for each group of its rows; without, layers that read the same input share one.
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.activations import Activations, Writer
 from gptvq_jax.hessian import Moment, add_inputs, add_products, init_moment, mean, mean_product
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
@@ -35,7 +36,6 @@ class Calibrated(NamedTuple):
 
     hessians: dict[Owner, jax.Array]  # (C, C) mean x^ x^^T of the inputs x^ that a layer will get
     crosses: dict[Owner, jax.Array]  # (C, C) mean x x^^T, x of the float model; or empty
-    outputs: np.ndarray | None  # of the float block, if asked for
 
 
 def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
@@ -91,25 +91,27 @@ def accumulate(
 def calibrate(
     config: ModelConfig,
     block: Params,
-    activations: np.ndarray,
+    activations: Activations,
     groups: Groups,
     batch_size: int,
     *,
     weights: Mapping[str, np.ndarray] | None = None,
-    reference: tuple[Params, np.ndarray] | None = None,
-    keep_output: bool = False,
+    power: float = 1.0,
+    reference: tuple[Params, Activations] | None = None,
+    out: Writer | None = None,
 ) -> Calibrated:
     """Runs all calibration windows through a block.
 
     Args:
       config: of the model.
       block: parameters, as far as they are quantized by now.
-      activations: inputs of the block (n, T, hidden), bfloat16, on the host.
+      activations: inputs of the block (n, T, hidden).
       groups: layer groups whose statistics are wanted.
       batch_size: most windows per forward pass.
       weights: of the tokens, {layer: (n, T, g)}, or None.
+      power: that the weights are raised to.
       reference: the float block and its activations on the same tokens, or None.
-      keep_output: also return the outputs (n, T, hidden), of the reference where there is one.
+      out: receives the outputs (n, T, hidden), of the reference where there is one.
     """
     wanted = dict.fromkeys(o for group in groups for name in group for o in owners(name, weights))
 
@@ -117,9 +119,8 @@ def calibrate(
         return {o: init_moment(get_layer(block, o[0])["kernel"].shape[0]) for o in wanted}
 
     moments, crosses = zeros(), None if reference is None else zeros()
-    outputs = np.empty_like(activations) if keep_output else None
     if weights is not None:
-        weights = {name: relative_weights(weights[name]) for name in {o[0] for o in wanted}}
+        weights = {name: relative_weights(weights[name], power) for name in {o[0] for o in wanted}}
     for part in batches(len(activations), batch_size):
         other = None if reference is None else (reference[0], _on_device(reference[1][part]))
         of_part = None if weights is None else {n: jnp.asarray(w[part]) for n, w in weights.items()}
@@ -131,30 +132,43 @@ def calibrate(
             of_part,
             other,
             crosses,
-            keep_output,
+            out is not None,
         )
-        if keep_output:
-            outputs[part] = np.asarray(y.astype(jnp.bfloat16))
+        if out is not None:
+            out[part] = y
     hessians = {owner: mean(moment) for owner, moment in moments.items()}
     crosses = {owner: mean_product(moment) for owner, moment in (crosses or {}).items()}
-    return jax.block_until_ready(Calibrated(hessians, crosses, None))._replace(outputs=outputs)
+    return jax.block_until_ready(Calibrated(hessians, crosses))
 
 
-def relative_weights(weights: np.ndarray) -> np.ndarray:
-    """Token weights (n, T, g) over their mean in each row group; 1 where all are 0."""
-    means = weights.mean(axis=(0, 1), dtype=np.float64)
+def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
+    """weights^power over their mean in each row group; 1 where all are 0.
+
+    Squared gradients have long tails: in SmolLM2 half of their sum is often on 1 % of the tokens,
+    fewer than a layer has inputs. A power below 1 keeps such a Hessian from being that of noise.
+
+    Args:
+      weights: of the tokens (n, T, g).
+      power: above 0.
+    """
+    weights = np.power(weights, power, dtype=np.float64)
+    means = weights.mean(axis=(0, 1))
     return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 
+def embed_tokens(outer: Params, tokens: np.ndarray, out: Writer) -> None:
+    """Writes the inputs of block 0 (n, T, hidden)."""
+    table = outer["embed_tokens"]["embedding"]
+    for i in range(len(tokens)):
+        out[i : i + 1] = table[tokens[i : i + 1]]
+
+
 def advance(
-    config: ModelConfig, block: Params, activations: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """Outputs of a block (n, T, hidden) on activations of that shape, bfloat16, on the host."""
-    outputs = np.empty_like(activations)
+    config: ModelConfig, block: Params, activations: Activations, batch_size: int, out: Writer
+) -> None:
+    """Writes the outputs of a block (n, T, hidden) on activations of that shape."""
     for part in batches(len(activations), batch_size):
-        y = block_forward(config, block, _on_device(activations[part]))
-        outputs[part] = np.asarray(y.astype(jnp.bfloat16))
-    return outputs
+        out[part] = block_forward(config, block, _on_device(activations[part]))
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:

@@ -22,12 +22,13 @@ class CalibrationSettings:
 
     dataset: str = "wikipedia"  # 'wikipedia', 'wikitext2', 'c4', 'ptb', or a .txt/.jsonl/.parquet
     num_windows: int = 32
-    seqlen: int = 1024  # tokens per window
+    seqlen: int = 512  # tokens per window
     seed: int = 0  # of the random windows
     batch_size: int = 4  # windows per forward pass
     inputs: str = "quantized"  # of a block: outputs of the 'quantized' or 'float' blocks before it
-    asymmetry: float = 0.0  # 0 to 1: how far to aim at what the float model outputs
-    gradient_groups: int = 0  # row groups of a layer whose tokens weigh by squared gradients; 0: no
+    asymmetry: float = 0.25  # 0 to 1: how far to aim at what the float model outputs
+    gradient_groups: int = 0  # row groups of a layer, each with its own token weights; 0: none
+    gradient_power: float = 0.5  # token weight = squared gradient to this power (GuidedQuant: 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,15 @@ class RunSettings:
             check(bool(self.candidates), "allocation.bits", "such that dim * bits is whole, 1 to 8")
             check(self.method == "gptvq", "method", "'gptvq' if allocation.bits_per_value")
             check(self.vq.group_size == 0, "vq.group_size", "0 if allocation.bits_per_value")
-            field = "calibration.gradient_groups"
-            check(c.gradient_groups > 0, field, "at least 1 if allocation.bits_per_value is set")
+        # The default is left alone: it means "where there are codebooks".
+        polish = self.vq.polish_rounds
+        check(
+            METHODS[self.method].section == "vq" or polish in (0, GPTVQSettings.polish_rounds),
+            "vq.polish_rounds",
+            f"left out: polish refits codebooks, and method {self.method!r} has none; "
+            "use method 'gptvq'",
+        )
+        check(0 < c.gradient_power <= 1, "calibration.gradient_power", "above 0, to 1")
         check(c.gradient_groups >= 0, "calibration.gradient_groups", "0 or the groups of rows")
         shared = self.method == "gptvq" and (self.vq.svd_rank or self.vq.scale_block_size)
         check(
@@ -116,6 +124,11 @@ class RunSettings:
     def method_settings(self) -> Any:
         """The settings that the chosen method takes."""
         return getattr(self, METHODS[self.method].section)
+
+    @property
+    def weight_groups(self) -> int:
+        """Row groups whose token weights are computed; an allocation needs one at least."""
+        return self.calibration.gradient_groups or int(self.allocation.bits_per_value > 0)
 
     @property
     def candidates(self) -> list[GPTVQSettings]:

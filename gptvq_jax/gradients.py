@@ -15,7 +15,7 @@ Costs:
   flops: about three forward passes: one forward, one again inside each block on the way back, and
     one for the gradients of activations. Gradients of parameters are never formed.
   memory: device: a block, or the embedding and head, and what one batch keeps for its backward
-    pass. Host: two arrays (n, T, hidden) in bfloat16, the token weights of a block, a block.
+    pass. Host: a block, and its token weights, 28 bytes * g per token.
   disk: (blocks + 2) * n * T * hidden * 2 bytes at the peak, all gone at the end; it grows with
     depth. What stays is blocks * 7 * n * T * g * 4 bytes. For SmolLM2-135M on 32 x 1024 tokens:
     1.2 GB, then 28 MB * g. For Llama-2-7B on 128 x 2048 tokens: 73 GB, then 0.23 GB * g.
@@ -26,16 +26,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
-from gptvq_jax.calibrate import advance, batches
+from gptvq_jax.calibrate import batches, embed_tokens
 from gptvq_jax.evaluate import token_nll
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, DecoderBlock, Params
-from gptvq_jax.models.source import ModelSource, block_shapes
+from gptvq_jax.models.llama import LINEAR_LAYERS, DecoderBlock, Params, block_forward
+from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch
 from gptvq_jax.workdir import WorkDir
@@ -91,9 +90,8 @@ def save_token_weights(
             _start_backward(source, tokens, batch_size, workdir)
         # Also what a run that was killed before this line has left.
         workdir.drop_backward(done)
-        gradient = workdir.load_activations(done, "gradient") if done else None
         for index in reversed(range(done)):
-            _go_backward(source, index, gradient, batch_size, num_groups, workdir)
+            _go_backward(source, index, batch_size, num_groups, workdir)
             workdir.drop_backward(index)
             progress.advance(f"block {index} gradients")
 
@@ -104,15 +102,17 @@ def _go_forward(source, tokens, batch_size, workdir, progress) -> None:
     start = max((i for i in range(depth + 1) if workdir.has_activations(i, "inputs")), default=None)
     if start is None:
         start = 0
-        x = source.outer()["embed_tokens"]["embedding"].astype(ml_dtypes.bfloat16)[tokens]
-        workdir.save_activations(0, x, "inputs")
-    else:
-        x = workdir.load_activations(start, "inputs")
+        shape = (*tokens.shape, source.config.hidden_size)
+        with workdir.write_activations(0, shape, "inputs") as out:
+            embed_tokens(source.outer(), tokens, out)
     progress.skip(start)
     for index in range(start, depth):
-        x = advance(source.config, jax.device_put(source.block(index)), x, batch_size)
-        _check_finite(x, f"block {index}: an activation")
-        workdir.save_activations(index + 1, x, "inputs")
+        block = jax.device_put(source.block(index))
+        x = workdir.load_activations(index, "inputs")
+        with workdir.write_activations(index + 1, x.shape, "inputs") as out:
+            for part in batches(len(x), batch_size):
+                y = block_forward(source.config, block, _on_device(x[part]))
+                out[part] = _finite(y, f"block {index}: an activation")
         progress.advance(f"block {index} forward")
 
 
@@ -121,30 +121,27 @@ def _start_backward(source, tokens, batch_size, workdir) -> None:
     depth = source.config.num_hidden_layers
     outer = jax.device_put(source.outer())
     x = workdir.load_activations(depth, "inputs")
-    for part in batches(len(x), batch_size):
-        dx = head_backward(source.config, outer, _on_device(x[part]), tokens[part])
-        x[part] = np.asarray(dx.astype(jnp.bfloat16))  # in place: x is not read again
-    _check_finite(x, "head: the gradient of the loss")
-    workdir.save_activations(depth, x, "gradient")
+    with workdir.write_activations(depth, x.shape, "gradient") as out:
+        for part in batches(len(x), batch_size):
+            dx = head_backward(source.config, outer, _on_device(x[part]), tokens[part])
+            out[part] = _finite(dx, "head: the gradient of the loss")
 
 
-def _go_backward(source, index, gradient, batch_size, num_groups, workdir) -> None:
-    """Saves a block's token weights; takes `gradient` in place from its exit to its entrance."""
+def _go_backward(source, index, batch_size, num_groups, workdir) -> None:
+    """Takes the gradient from a block's exit to its entrance, saving the block's token weights."""
     block = jax.device_put(source.block(index))
     x = workdir.load_activations(index, "inputs")
+    gradient = workdir.load_activations(index + 1, "gradient")
     weights = {n: np.empty((*x.shape[:2], num_groups), np.float32) for n in LINEAR_LAYERS}
-    for part in batches(len(x), batch_size):
-        dx, of_batch = block_backward(
-            source.config, block, _on_device(x[part]), _on_device(gradient[part]), num_groups
-        )
-        gradient[part] = np.asarray(dx.astype(jnp.bfloat16))
-        for name, weight in weights.items():
-            weight[part] = np.asarray(of_batch[name])
-    _check_finite(gradient, f"block {index}: the gradient of the loss")
-    for name, weight in weights.items():
-        _check_finite(weight, f"block {index}: the squared gradient of {name}")
-    if index:  # nothing comes before block 0
-        workdir.save_activations(index, gradient, "gradient")
+    with workdir.write_activations(index, x.shape, "gradient") as out:
+        for part in batches(len(x), batch_size):
+            dx, of_batch = block_backward(
+                source.config, block, _on_device(x[part]), _on_device(gradient[part]), num_groups
+            )
+            out[part] = _finite(dx, f"block {index}: the gradient of the loss")
+            for name, weight in weights.items():
+                what = f"block {index}: the squared gradient of {name}"
+                weight[part] = _finite(of_batch[name], what)
     # Last: the block is finished once its weights are there.
     workdir.save_token_weights(index, weights)
 
@@ -240,17 +237,17 @@ def check_groups(config: ModelConfig, num_groups: int) -> None:
 
 
 def _layer_rows(config: ModelConfig) -> dict[str, int]:
-    shapes = block_shapes(config)
-    return {name: shapes[name.replace("/", ".") + ".weight"][0] for name in LINEAR_LAYERS}
+    return {name: rows for name, (rows, _) in layer_shapes(config).items()}
 
 
-def _check_finite(array: np.ndarray, what: str) -> None:
-    # Window by window, so that the mask stays small.
-    if not all(np.isfinite(window).all() for window in array):
+def _finite(array: jax.Array, what: str) -> np.ndarray:
+    array = np.asarray(array)
+    if not np.isfinite(array).all():
         raise ValueError(
             f"{what} is not finite; check the model's weights and the calibration text, "
             "or set calibration.gradient_groups=0"
         )
+    return array
 
 
 def _on_device(array: np.ndarray) -> jax.Array:

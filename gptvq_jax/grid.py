@@ -101,7 +101,7 @@ def make_grid(
     # Groups must keep at least group_size weights: too many row strips would overspend the budget.
     row_strips = min(row_strips, rows)
     even = next(n for n in range(row_strips, 0, -1) if rows % n == 0)
-    if 4 * even >= 3 * row_strips:  # equal strips, unless that costs many codebooks
+    if 2 * even >= row_strips:  # equal strips, unless that costs many codebooks
         row_strips = even
     return GroupGrid(rows, cols, dim, -(-rows // row_strips), strip_cols)
 

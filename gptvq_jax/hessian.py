@@ -48,7 +48,7 @@ def mean(moment: Moment) -> jax.Array:
 
 def mean_product(moment: Moment) -> jax.Array:
     """sum w x y^T / sum w (C, C)."""
-    return moment.total / jnp.maximum(moment.count, 1.0)
+    return moment.total / jnp.where(moment.count > 0, moment.count, 1.0)
 
 
 @jax.jit

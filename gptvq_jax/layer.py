@@ -4,7 +4,7 @@ Rows whose outputs matter at different tokens may have Hessians of their own (Gu
 2505.07004): the layer is then cut into groups of rows, each quantized as a layer by itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +65,30 @@ def relative_error(
     """L(Q) / L(0), summed over the groups of rows; 0 where the layer's output is 0."""
     signal = float(sum(losses(weight, jnp.zeros_like(weight), objectives)))
     return float(sum(losses(weight, quantized, objectives))) / (signal if signal > 0 else 1.0)
+
+
+def check_row_groups(
+    shapes: Mapping[str, tuple[int, int]], settings: Iterable[Any], groups: int
+) -> None:
+    """Checks, before any work, that quantized groups of rows can be stacked again.
+
+    Args:
+      shapes: {layer: (R, C)}, R a multiple of `groups`.
+      settings: of the method, every one that a layer may get.
+      groups: g.
+
+    Raises:
+      ValueError: the rows of a group are not whole row strips.
+    """
+    for name, (rows, cols) in shapes.items():
+        for of_layer in settings:
+            grid = of_layer.grid(rows // groups, cols)
+            if groups > 1 and grid.rows % grid.strip_rows:
+                raise ValueError(
+                    f"calibration.gradient_groups={groups}: the {grid.rows} rows of a group of "
+                    f"{name} are not whole strips of {grid.strip_rows} rows; choose another "
+                    "number of groups or vq.group_size"
+                )
 
 
 def row_groups(weight: jax.Array, groups: int) -> list[jax.Array]:

@@ -45,6 +45,20 @@ def settings_of(method: str) -> dict[str, Any]:
     return {name: GPTVQSettings(**s) for name, s in VQ_SETTINGS.items()}
 
 
+def layer_files(directory: Path) -> list[Path]:
+    """The .npz files of a directory.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    files = sorted(directory.glob("*.npz"))
+    if not files:
+        raise FileNotFoundError(
+            f"no .npz files in {directory}; remove it or pass another one with --layers=DIR"
+        )
+    return files
+
+
 def load_layer(path: Path) -> tuple[jax.Array, jax.Array]:
     """weight (R, C) and hessian (C, C) of a .npz; the scale of the Hessian does not matter."""
     with np.load(path) as arrays:
@@ -155,12 +169,7 @@ def measure_all(directory: Path, chosen: Sequence[tuple[str, str]]) -> Iterator[
       FileNotFoundError: no layers.
       ValueError: a file of something else.
     """
-    files = sorted(directory.glob("*.npz"))
-    if not files:
-        raise FileNotFoundError(
-            f"no .npz files in {directory}; remove it or pass another one with --layers=DIR"
-        )
-    for path in files:
+    for path in layer_files(directory):
         for method, setting in chosen:
             yield measure(path, method, setting)
 

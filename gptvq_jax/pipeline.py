@@ -2,21 +2,23 @@
 
 For each block: load its weights, collect the Hessians of its layers on the calibration activations,
 quantize the layers, write the packed block, advance the activations, drop the block. Device memory
-holds one block, its Hessians and a batch; host memory holds the activations (bfloat16) and one
-block. Neither grows with depth. A finished block is on disk before the next one starts.
+holds one block, its Hessians and a batch; host memory holds a block and the token embeddings, and
+the activations are on disk. Memory grows neither with depth nor with the calibration tokens. A
+finished block is on disk before the next one starts.
 """
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from gptvq_jax import metrics
-from gptvq_jax.calibrate import Calibrated, Groups, Owner, advance, calibrate, owners
+from gptvq_jax.activations import Activations
+from gptvq_jax.calibrate import Calibrated, Groups, Owner, advance, calibrate, embed_tokens, owners
 from gptvq_jax.checkpoint import CheckpointWriter, dequantize_tree
 from gptvq_jax.config import RunSettings, to_dict
 from gptvq_jax.hessian import factorize
@@ -41,10 +43,10 @@ Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
 
 
 class Streams(NamedTuple):
-    """Calibration activations at the entrance of a block, (n, T, hidden) bfloat16 on the host."""
+    """Calibration activations at the entrance of a block, (n, T, hidden)."""
 
-    quantized: np.ndarray  # in the model as far as it is quantized
-    float: np.ndarray | None  # in the float model, where the target is asymmetric
+    quantized: Activations  # in the model as far as it is quantized
+    float: Activations | None  # in the float model, where the target is asymmetric
 
 
 class _Job(NamedTuple):
@@ -93,14 +95,13 @@ def quantize_model(
             block = jax.device_put(source.block(index))
         rows = []
         if index < last:
-            packed, dense, rows, outputs = _quantize_block(job, index, block, streams)
+            packed, dense, rows = _quantize_block(job, index, block, streams, index + 1 < last)
         else:
             packed = block
             progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
         if index + 1 < last:  # beyond it, nothing is calibrated any more
             with stopwatch.stage("advance"):
-                streams = _advance(job, dense, streams, outputs)
-                _save_streams(workdir, index + 1, streams)
+                streams = _advance(job, index, dense, streams)
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
             writer.write_block(index, packed)
@@ -117,60 +118,61 @@ def _load_streams(
     job: _Job, writer: CheckpointWriter, tokens: np.ndarray, finished: int
 ) -> Streams:
     """Activations at the entrance of the first block that is not finished."""
+    if finished == 0:
+        with job.stopwatch.stage("embed"):
+            c, outer = job.settings.calibration, job.source.outer()
+            stored = writer.write_outer(outer, job.settings.embeddings)
+            writer.write_tokenizer(job.source.tokenizer)
+            shape = (*tokens.shape, job.source.config.hidden_size)
+            if c.asymmetry > 0:
+                with job.workdir.write_activations(0, shape, "float") as out:
+                    embed_tokens(outer, tokens, out)
+            stored = outer if c.inputs == "float" else dequantize_tree(stored)
+            with job.workdir.write_activations(0, shape) as out:
+                embed_tokens(stored, tokens, out)
+    return _streams(job, finished)
+
+
+def _streams(job: _Job, index: int) -> Streams:
+    load = job.workdir.load_activations
     asymmetric = job.settings.calibration.asymmetry > 0
-    if finished:
-        load = job.workdir.load_activations
-        return Streams(load(finished), load(finished, "float") if asymmetric else None)
-    with job.stopwatch.stage("embed"):
-        outer = job.source.outer()
-        stored = writer.write_outer(outer, job.settings.embeddings)
-        writer.write_tokenizer(job.source.tokenizer)
-        if job.settings.calibration.inputs == "float":
-            stored = outer
-        streams = Streams(
-            embed_tokens(dequantize_tree(stored), tokens),
-            embed_tokens(outer, tokens) if asymmetric else None,
-        )
-        _save_streams(job.workdir, 0, streams)
-    return streams
+    return Streams(load(index), load(index, "float") if asymmetric else None)
 
 
-def embed_tokens(outer: Params, tokens: np.ndarray) -> np.ndarray:
-    """Inputs of block 0 (n, T, hidden), bfloat16, on the host."""
-    return outer["embed_tokens"]["embedding"].astype(ml_dtypes.bfloat16)[tokens]
+def _advance(job: _Job, index: int, block: Params, streams: Streams) -> Streams:
+    """Activations at the exit of a block, given quantized."""
+    c, shape = job.settings.calibration, streams.quantized.shape
+    if c.inputs == "quantized":
+        with job.workdir.write_activations(index + 1, shape) as out:
+            advance(job.source.config, block, streams.quantized, c.batch_size, out)
+    return _streams(job, index + 1)
 
 
-def _save_streams(workdir: WorkDir, index: int, streams: Streams) -> None:
-    if streams.float is not None:
-        workdir.save_activations(index, streams.float, "float")
-    workdir.save_activations(index, streams.quantized)
-
-
-def _advance(job: _Job, block: Params, streams: Streams, outputs: np.ndarray | None) -> Streams:
-    """Activations at the exit of a block, given quantized; `outputs` are those of the float one."""
-    c = job.settings.calibration
-    if c.inputs == "float":
-        return Streams(outputs, None)
-    quantized = advance(job.source.config, block, streams.quantized, c.batch_size)
-    return Streams(quantized, outputs)
+def _float_outputs(job: _Job, index: int, streams: Streams):
+    """Where the outputs of the float block go, if another block needs them."""
+    if streams.float is None and job.settings.calibration.inputs == "quantized":
+        return nullcontext()
+    stream = "quantized" if streams.float is None else "float"
+    return job.workdir.write_activations(index + 1, streams.quantized.shape, stream)
 
 
 def _quantize_block(
-    job: _Job, index: int, block: Params, streams: Streams
-) -> tuple[Params, Params, list[dict], np.ndarray | None]:
-    """Returns the block with packed and with dequantized kernels, metric rows, float outputs.
+    job: _Job, index: int, block: Params, streams: Streams, goes_on: bool
+) -> tuple[Params, Params, list[dict]]:
+    """Returns the block with packed and with dequantized kernels, and metric rows.
 
-    The float outputs are there when there is a float stream or calibration inputs are float.
+    The outputs of the float block are written on the way, if the next block `goes_on` with them.
     """
     settings, c = job.settings, job.settings.calibration
     weights = job.workdir.load_token_weights(index) if c.gradient_groups else None
     reference = None if streams.float is None else (block, streams.float)
     packed = dense = block
-    rows, outputs = [], None
+    rows = []
     passes = [[group] for group in LINEAR_GROUPS] if settings.true_sequential else [LINEAR_GROUPS]
     for groups in passes:
         first = groups is passes[0]  # where all layers are float still
-        with job.stopwatch.stage("hessians"):
+        outputs = _float_outputs(job, index, streams) if first and goes_on else nullcontext()
+        with job.stopwatch.stage("hessians"), outputs as out:
             job.progress.note(f"block {index} Hessians")
             seen = calibrate(
                 job.source.config,
@@ -179,10 +181,10 @@ def _quantize_block(
                 groups,
                 c.batch_size,
                 weights=weights,
+                power=c.gradient_power,
                 reference=reference,
-                keep_output=first and (reference is not None or c.inputs == "float"),
+                out=out,
             )
-            outputs = seen.outputs if first else outputs
         for name, objectives in objectives_of(seen, groups, weights, settings.damping, index):
             with job.stopwatch.stage("quantize"):
                 weight = jnp.asarray(get_layer(block, name)["kernel"]).T
@@ -191,7 +193,7 @@ def _quantize_block(
             dense = with_layer(dense, name, kernel)
             rows.append(row)
             job.progress.advance(f"block {index} {name}")
-    return packed, dense, rows, outputs
+    return packed, dense, rows
 
 
 def objectives_of(

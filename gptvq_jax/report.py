@@ -5,17 +5,21 @@ from typing import Any
 
 import numpy as np
 
-_COLUMNS = "block  layer              rel. error   SQNR dB   bits/value   seconds"
+_COLUMNS = "block  layer              rel. error   SQNR dB  code   bits/value   seconds"
 
 
 def layer_table(rows: list[dict[str, Any]]) -> str:
-    """One line per layer: relative output error, SQNR, true bits per value, seconds."""
+    """One line per layer: relative output error, SQNR, code, true bits per value, seconds.
+
+    A code of 2x6 stands for two weights in 6 bits.
+    """
     lines = [_COLUMNS]
     for row in rows:
         sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
+        code = f"{row['dim']}x{row['index_bits']}"
         lines.append(
             f"{row['block']:5d}  {row['layer']:<17s} {row['relative_error']:11.5f} {sqnr:>9s} "
-            f"{row['bits_per_value']:12.4f} {row['seconds']:9.2f}"
+            f"{code:>5s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}"
         )
     return "\n".join(lines)
 
@@ -44,21 +48,28 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Relative output error against depth, one line per kind of layer."""
+    """Relative output error against depth, one line per kind of layer; also bits if they differ."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name in dict.fromkeys(row["layer"] for row in rows):
-        of_layer = [row for row in rows if row["layer"] == name]
-        blocks = [row["block"] for row in of_layer]
-        axes.plot(blocks, [row["relative_error"] for row in of_layer], ".-", label=name)
-    axes.set(yscale="log", xlabel="block", ylabel="relative output error", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    panels = [("relative_error", "relative output error", "log")]
+    if len({(row["dim"], row["index_bits"]) for row in rows}) > 1:
+        panels.append(("bits_per_value", "bits per value", "linear"))
+    figure, all_axes = plt.subplots(
+        len(panels), 1, figsize=(8, 4.2 * len(panels)), layout="constrained", squeeze=False
+    )
+    for axes, (field, label, scale) in zip(all_axes[:, 0], panels, strict=True):
+        for name in dict.fromkeys(row["layer"] for row in rows):
+            of_layer = [row for row in rows if row["layer"] == name]
+            blocks = [row["block"] for row in of_layer]
+            axes.plot(blocks, [row[field] for row in of_layer], ".-", label=name)
+        axes.set(yscale=scale, xlabel="block", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    all_axes[0, 0].legend(fontsize="small", ncols=2)
+    all_axes[0, 0].set_title(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -11,8 +11,9 @@ from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_di
 from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
 from gptvq_jax.evaluate import passes, perplexity
+from gptvq_jax.layer import check_row_groups
 from gptvq_jax.models.llama import LINEAR_LAYERS
-from gptvq_jax.models.source import ModelSource, open_source
+from gptvq_jax.models.source import ModelSource, layer_shapes, open_source
 from gptvq_jax.pipeline import Plan, quantize_model
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch, peak_memory_bytes
@@ -39,9 +40,11 @@ def quantize(
     check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
-        summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
+        summary = workdir.summary()
+        if summary is None:
+            summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
+            workdir.append_metrics([summary])
         rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
-        workdir.keep_metrics([*rows, summary])
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
     report.plot(rows, title, workdir.path / "report.png")
     print(report.layer_table(rows))
@@ -106,13 +109,20 @@ def _prepare(
 ) -> Plan:
     """What comes before quantization, if asked for: token weights, and the allocation of bits."""
     c = settings.calibration
-    if not c.gradient_groups:
+    groups = settings.weight_groups
+    if not groups:
         return {}
+    allocated = settings.allocation.bits_per_value > 0
+    gradients.check_groups(source.config, groups)
+    used = settings.candidates if allocated else [settings.method_settings]
+    check_row_groups(layer_shapes(source.config), used, groups)
+    if allocated:
+        allocation.check_budget(source.config, settings)
     with Progress(gradients.steps(source.config), "gradients", "block") as progress:
         gradients.save_token_weights(
-            source, tokens, c.batch_size, c.gradient_groups, workdir, progress, stopwatch
+            source, tokens, c.batch_size, groups, workdir, progress, stopwatch
         )
-    if not settings.allocation.bits_per_value:
+    if not allocated:
         return {}
     depth = source.config.num_hidden_layers
     num_blocks = min(settings.num_blocks or depth, depth)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.grid import GroupGrid
 from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.moves.uniform import basis, factored, uniform_fit, uniform_grid
 from gptvq_jax.vq_tensor import FactoredCodebook, VQTensor, dequantize, pack_codes
@@ -33,6 +34,10 @@ class UniformSettings:
         if self.block_size < 1:
             raise ValueError(f"uniform.block_size={self.block_size} must be at least 1")
 
+    def grid(self, rows: int, cols: int) -> GroupGrid:
+        """Groups of a rows x cols weight."""
+        return uniform_grid(rows, cols, self.group_size)
+
 
 @partial(jax.jit, static_argnames="settings")
 def gptq(
@@ -52,7 +57,7 @@ def gptq(
       settings: bits and groups.
     """
     del hessian
-    grid = uniform_grid(*weight.shape, settings.group_size)
+    grid = settings.grid(*weight.shape)
     result = sweep(
         grid.pad_transpose(weight),
         pad_identity(hinv_chol, grid),

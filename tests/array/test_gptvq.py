@@ -155,6 +155,33 @@ def test_polish_lowers_the_error():
     assert error_of(polish_rounds=3) < 0.95 * error_of()
 
 
+POLISH = dict(dim=1, update_iterations=3, polish_tolerance=0.0)
+
+
+def test_more_rounds_of_polish_lower_the_error_until_rounding_undoes_it():
+    """Of the tensor as it is stored; with 4-bit codebooks a round may lose, and is not kept."""
+    assert error_of(**POLISH, polish_rounds=3) < error_of(**POLISH, polish_rounds=1)
+    coarse = dict(POLISH, bits=3.0, group_size=128, codebook_bits=4)
+    two, three = (error_of(**coarse, polish_rounds=rounds) for rounds in (2, 3))
+    assert three <= two * (1 + 1e-6)
+
+
+def test_polish_stops_when_a_round_gains_less_than_its_tolerance():
+    one, two, three = (tensor_of(**POLISH, polish_rounds=rounds) for rounds in (1, 2, 3))
+
+    def same(a, b):
+        return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+    def stopped_at(tolerance):
+        return tensor_of(**dict(POLISH, polish_tolerance=tolerance), polish_rounds=3)
+
+    assert same(stopped_at(0.999), one) and not same(one, two)  # no round gains that much
+    # Just above what the second round gains: that round is the last, and is kept.
+    gain = 1 - error_of(**POLISH, polish_rounds=2) / error_of(**POLISH, polish_rounds=1)
+    assert 0 < gain < 0.5
+    assert same(stopped_at(1.01 * gain), two) and not same(two, three)
+
+
 def test_codebook_bits():
     assert error_of(**EXACT) < error_of(**dict(EXACT, codebook_bits=4)) < 1.6 * error_of(**EXACT)
     rows = [EXACT, dict(), dict(EXACT, codebook_bits=4)]  # 16, 8 and 4 bits
@@ -264,6 +291,8 @@ BAD = [
     ("update_iterations", dict(update_iterations=0)),
     ("learning_rate", dict(learning_rate=0.0)),
     ("polish_rounds", dict(polish_rounds=-1)),
+    ("polish_tolerance", dict(polish_tolerance=-0.1)),
+    ("polish_tolerance", dict(polish_tolerance=1.0)),
     ("codebook_bits", dict(codebook_bits=5)),
     ("svd_rank", dict(svd_rank=-1)),
     ("svd_rank", dict(svd_rank=2)),

@@ -59,6 +59,14 @@ def test_smollm_layer_by_hand():
     assert make_grid(576, 1536, dim=2, group_size=1344).strip_rows == 6
 
 
+@pytest.mark.parametrize("rows", [1024, 2048, 4096])
+def test_powers_of_two_are_cut_evenly(rows):
+    """So that row groups of Llama's layers can be stacked whatever the codebooks cost."""
+    for group_size in (2176, 4224, 8320, 16512, 32896):
+        grid = make_grid(rows, 4096, dim=2, group_size=group_size)
+        assert rows % grid.strip_rows == 0
+
+
 def test_seven_rows_per_group():
     grid = make_grid(49, 256, dim=2, group_size=7 * 256)
     assert (grid.strip_rows, grid.strip_cols, grid.row_strips, grid.col_strips) == (7, 256, 7, 1)
@@ -73,6 +81,32 @@ def test_every_codebook_count_is_spent_well():
     """Shapes that tile exactly waste nothing."""
     grid = make_grid(64, 512, dim=2, group_size=2048)
     assert grid.row_strips * grid.col_strips == 64 * 512 // 2048 == 16
+
+
+def test_rows_are_cut_evenly_where_that_costs_few_codebooks():
+    """No row is padding if some number of equal strips is within a quarter of the most allowed."""
+    even = 0
+    for rows, cols, dim, group_size, max_cols in CASES:
+        grid = make_grid(rows, cols, dim=dim, group_size=group_size, max_group_cols=max_cols)
+        codebooks = max(1, rows * cols // group_size)
+        most = min(rows, max(1, codebooks // grid.col_strips))
+        near = [n for n in range(1, most + 1) if rows % n == 0 and 2 * n >= most]
+        if near:
+            assert grid.row_strips == max(near) and grid.padded_rows == rows, grid
+            even += 1
+        else:  # the most strips that the number of codebooks allows, the last one shorter
+            assert grid.strip_rows == -(-rows // most), grid
+    assert 0 < even < len(CASES)
+
+
+def test_equal_strips_by_hand():
+    # 576 * 576 / 6144 = 54 codebooks, 18 row strips in each of 3 column strips: 32 rows each.
+    assert make_grid(576, 576, dim=2, group_size=6144).strip_rows == 32
+    # 17 row strips: 16 of 36 rows, not 16 of 34 and one of 32.
+    assert make_grid(576, 576, dim=2, group_size=6400).strip_rows == 36
+    # 13 rows in at most 6 strips: only 1 divides 13, so 5 strips of 3 rows, the last one of 1.
+    grid = make_grid(13, 64, dim=2, group_size=128)
+    assert (grid.strip_rows, grid.row_strips, grid.padded_rows) == (3, 5, 15)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])

@@ -8,12 +8,14 @@ import pytest
 
 from gptvq_jax.hessian import (
     add_inputs,
+    add_products,
     asymmetric_target,
     damp,
     factorize,
     init_moment,
     inverse_cholesky,
     mean,
+    mean_product,
     zero_dead,
 )
 from gptvq_jax.metrics import quadratic_loss, relative_error, sqnr_db
@@ -37,6 +39,42 @@ def test_bfloat16_inputs_are_summed_in_float32():
     moment = add_inputs(add_inputs(init_moment(2), x), x)
     assert moment.total.dtype == jnp.float32
     np.testing.assert_array_equal(moment.total, np.full((2, 2), 2000.0))
+
+
+def weighted_batches():
+    """Inputs x, other inputs y and token weights of three batches; some weights are 0."""
+    rng = np.random.default_rng(1)
+    for shape in [(2, 5, 6), (7, 6), (6,)]:
+        x, y = rng.normal(size=(2, *shape)).astype(np.float32)
+        weights = rng.lognormal(sigma=2, size=shape[:-1]) * (rng.random(shape[:-1]) > 0.2)
+        yield x, y, weights.astype(np.float32)
+
+
+def test_weighted_means_in_float64():
+    batches = list(weighted_batches())
+    moment = cross = init_moment(6)
+    for x, y, weights in batches:
+        moment = add_inputs(moment, jnp.asarray(x), jnp.asarray(weights))
+        cross = add_products(cross, jnp.asarray(x), jnp.asarray(y), jnp.asarray(weights))
+    x, y = (
+        np.concatenate([b[k].reshape(-1, 6) for b in batches]).astype(np.float64) for k in (0, 1)
+    )
+    weights = np.concatenate([b[2].reshape(-1) for b in batches]).astype(np.float64)
+    np.testing.assert_allclose(moment.count, weights.sum(), rtol=1e-6)
+    expected = np.einsum("t,ti,tj->ij", weights, x, x) / weights.sum()
+    np.testing.assert_allclose(mean(moment), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mean(moment), mean(moment).T)
+    expected = np.einsum("t,ti,tj->ij", weights, x, y) / weights.sum()
+    np.testing.assert_allclose(mean_product(cross), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_one_change_nothing():
+    weighted = plain = init_moment(6)
+    for x, y, _ in weighted_batches():
+        weighted = add_products(weighted, jnp.asarray(x), jnp.asarray(y), jnp.ones(x.shape[:-1]))
+        plain = add_products(plain, jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_array_equal(weighted.total, plain.total)
+    assert weighted.count == plain.count == 18
 
 
 def test_mean_of_nothing_is_zero():

@@ -56,6 +56,14 @@ def test_unknown_names(tmp_path):
         documents("wikipedia", "validation")
 
 
+def test_news_is_one_text_for_evaluation_only():
+    (text,) = documents("news", "test")
+    assert len(text.splitlines()) == 300
+    assert text.startswith("Hundreds of people have been forced to vacate their homes")
+    with pytest.raises(ValueError, match="'news' is for evaluation only"):
+        next(documents("news", "train"))
+
+
 def test_downloads_follow_the_protocol(monkeypatch):
     calls = []
 

@@ -1,6 +1,7 @@
 """Config fields: wrong ones are refused with a line that names them."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -44,6 +45,85 @@ def test_impossible_values_are_named(section, field, value):
     setattr(config[section] if section else config, field, value)
     with pytest.raises(ValueError, match=field):
         from_config(config)
+
+
+BUDGET = {"allocation.bits_per_value": 2.5}
+
+
+@pytest.mark.parametrize(
+    "given, field",
+    [
+        ({"embeddings": "int4"}, "embeddings='int4'"),
+        ({"allocation.bits_per_value": -1.0}, "allocation.bits_per_value=-1.0"),
+        ({"allocation.em_iterations": -1}, "allocation.em_iterations=-1"),
+        ({**BUDGET, "allocation.bits": (1.25, 9.0)}, "allocation.bits=(1.25, 9.0)"),
+        ({**BUDGET, "allocation.dims": ()}, "allocation.bits"),
+        ({**BUDGET, "method": "gptq"}, "method='gptq'"),
+        ({**BUDGET, "vq.group_size": 2176}, "vq.group_size=2176"),
+        ({**BUDGET, "vq.seed": "cdf", "vq.dim": 1}, "vq.seed='cdf'"),  # not for dims=(2,)
+        ({"calibration.gradient_groups": -1}, "calibration.gradient_groups=-1"),
+        (
+            {"calibration.gradient_groups": 2, "vq.scale_block_size": 32},
+            "calibration.gradient_groups=2",
+        ),
+        (
+            {"calibration.gradient_groups": 2, "vq.dim": 1, "vq.svd_rank": 4},
+            "calibration.gradient_groups=2",
+        ),
+        ({"calibration.gradient_power": 0.0}, "calibration.gradient_power=0.0"),
+        ({"calibration.gradient_power": 1.5}, "calibration.gradient_power=1.5"),
+        ({"vq.polish_tolerance": 1.0}, "vq.polish_tolerance=1.0"),
+        ({"method": "rtn", "vq.polish_rounds": 3}, "vq.polish_rounds=3"),
+    ],
+)
+def test_options_that_exclude_each_other_are_named(given, field):
+    config = default_config()
+    config.update_from_flattened_dict(given)
+    with pytest.raises(ValueError, match=rf"^{re.escape(field)}.* must be "):
+        from_config(config)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        BUDGET,
+        {**BUDGET, "calibration.gradient_groups": 4},
+        {"calibration.gradient_groups": 1, "vq.scale_block_size": 32},
+        {"method": "gptq", "vq.polish_rounds": 0},
+        {"method": "gptq", "calibration.gradient_groups": 2, "vq.scale_block_size": 32},
+    ],
+)
+def test_options_that_go_together(given):
+    config = default_config()
+    config.update_from_flattened_dict(given)
+    assert from_config(config)
+
+
+@pytest.mark.parametrize(
+    "field, value, kind",
+    [
+        ("bits", ("two",), "float"),
+        ("bits", (2.0, True), "float"),
+        ("dims", (1.5, 2), "int"),
+        ("dims", (True,), "int"),
+    ],
+)
+def test_tuples_of_the_wrong_type_are_named(field, value, kind):
+    config = default_config()
+    config.allocation[field] = value
+    message = rf"config\.allocation\.{field}={re.escape(repr(value))} must be a tuple of {kind}"
+    with pytest.raises(ValueError, match=message):
+        from_config(config)
+    with pytest.raises(TypeError):  # ml_collections itself refuses what is no sequence
+        config.allocation[field] = 2.0
+
+
+def test_tuples_take_whole_numbers_and_lists():
+    config = default_config()
+    config.update_from_flattened_dict({"allocation.bits": (2, 3.5), "allocation.dims": [1, 2]})
+    allocation = from_config(config).allocation
+    assert (allocation.bits, allocation.dims) == ((2.0, 3.5), (1, 2))
+    assert all(type(bits) is float for bits in allocation.bits)
 
 
 def test_difference_names_the_fields():

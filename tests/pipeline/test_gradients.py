@@ -318,8 +318,8 @@ def test_killed_before_any_change_of_files_redoes_at_most_one_block(
         assert progress.skipped + progress.advanced == steps(source.config)
         assert len(recorder.blocks) <= steps(source.config) + 1
         assert files(path) == files(tmp_path / "whole")
-    # 4 inputs, 3 gradients and, of 3 blocks, the weights.
-    assert count == {"replace": 10, "unlink": 7}[name]
+    # 4 inputs, 4 gradients and, of 3 blocks, the weights.
+    assert count == {"replace": 11, "unlink": 8}[name]
 
 
 def test_finished_weights_are_not_computed_again(source, tmp_path):
@@ -335,7 +335,7 @@ def test_finished_weights_are_not_computed_again(source, tmp_path):
 def test_weights_that_were_removed_are_named(source, tmp_path):
     save(source, tmp_path, random_tokens())
     (tmp_path / "gradients/00001.npz").unlink()
-    with pytest.raises(ValueError, match=r"00002\.gradient\.npy is missing.*remove .*gradients to"):
+    with pytest.raises(ValueError, match=r"00001\.inputs\.npy is missing.*remove .*gradients to"):
         save(source, tmp_path, random_tokens())
 
 

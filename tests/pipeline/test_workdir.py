@@ -39,28 +39,49 @@ def test_foreign_directory_is_refused(tmp_path):
         WorkDir(tmp_path, CONFIG)
 
 
+def save(workdir, block, x, stream="quantized"):
+    with workdir.write_activations(block, x.shape, stream) as out:
+        for i in range(len(x)):
+            out[i : i + 1] = x[i : i + 1].astype(np.float32)
+
+
+def test_activations_that_are_not_whole_do_not_count(workdir):
+    x = np.ones((2, 3, 4), ml_dtypes.bfloat16)
+    save(workdir, 1, x)
+    with pytest.raises(RuntimeError), workdir.write_activations(1, x.shape) as out:
+        out[0:1] = 2 * x[:1]
+        raise RuntimeError
+    with pytest.raises(RuntimeError), workdir.write_activations(2, x.shape):
+        raise RuntimeError
+    np.testing.assert_array_equal(workdir.load_activations(1)[:], x)
+    assert not workdir.has_activations(2)
+    assert not list(workdir.path.rglob("*.partial"))
+
+
 def test_activations_round_trip_and_drop(workdir):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
-    workdir.save_activations(0, x)
-    workdir.save_activations(1, x + x)
-    np.testing.assert_array_equal(workdir.load_activations(0), x)
+    save(workdir, 0, x)
+    save(workdir, 1, x + x)
+    loaded = workdir.load_activations(0)
+    assert loaded.shape == x.shape and len(loaded) == 2
+    np.testing.assert_array_equal(loaded[0:1], x[:1])
     workdir.drop_activations(before=1)
-    np.testing.assert_array_equal(workdir.load_activations(1), x + x)
+    np.testing.assert_array_equal(workdir.load_activations(1)[:], x + x)
     with pytest.raises(ValueError, match=r"00000\.quantized\.npy is missing"):
         workdir.load_activations(0)
 
 
 def test_backward_pass_round_trips_and_keeps_apart_from_the_inputs(workdir):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
-    workdir.save_activations(1, x)
+    save(workdir, 1, x)
     for block in range(3):
-        workdir.save_activations(block, x * block, "inputs")
-        workdir.save_activations(block, -x * block, "gradient")
-    np.testing.assert_array_equal(workdir.load_activations(2, "inputs"), x * 2)
-    np.testing.assert_array_equal(workdir.load_activations(2, "gradient"), -x * 2)
+        save(workdir, block, x * block, "inputs")
+        save(workdir, block, -x * block, "gradient")
+    np.testing.assert_array_equal(workdir.load_activations(2, "inputs")[:], x * 2)
+    np.testing.assert_array_equal(workdir.load_activations(2, "gradient")[:], -x * 2)
     workdir.drop_activations(before=3)
     assert not workdir.has_activations(1)
-    workdir.save_activations(1, x)
+    save(workdir, 1, x)
     workdir.drop_backward(1)
     assert [workdir.has_activations(block, "inputs") for block in range(3)] == [True, False, False]
     assert [workdir.has_activations(block, "gradient") for block in range(3)] == [True, True, False]

@@ -1,0 +1,76 @@
+"""Measures what each choice is worth, one field of the config at a time.
+
+  python scripts/ablate.py                  # everything, about two hours on 2 cores
+  python scripts/ablate.py --tables=layers  # layers only, about 15 min
+  python scripts/ablate.py --tables=model --rows="default,no polish"
+
+Layers: relative output error on six layers of SmolLM2-135M (those of scripts/benchmark_layers.py),
+at the settings named. Model: rise of log-perplexity of whole runs of --config. Each table starts
+with the default, and the others are compared with it; differences smaller than those between the
+rows "default" and "default (seed ...)" mean nothing. Rows, tables and a plot go to --directory; a
+model run that was stopped, or made before, goes on or is read from there.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+from ml_collections import config_flags
+
+from gptvq_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/smollm2_135m_2d.py:ablation", "What the model rows change."
+)
+_TABLES = flags.DEFINE_multi_enum("tables", ["layers", "model"], ["layers", "model"], "Which.")
+_SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Of the layer rows.")
+_ROWS = flags.DEFINE_list("rows", None, "Rows; default: all. A wrong name lists them.")
+_LAYERS = flags.DEFINE_string("layers", None, "Directory of .npz files; default: runs/layers.")
+_DIRECTORY = flags.DEFINE_string("directory", "runs/ablations", "Where the results go.")
+
+
+def main(_) -> None:
+    from gptvq_jax import ablations
+    from gptvq_jax.layer_benchmark import layer_files
+    from gptvq_jax.progress import Progress
+    from gptvq_jax.sample_layers import smollm2_layers
+
+    directory = Path(_DIRECTORY.value)
+    directory.mkdir(parents=True, exist_ok=True)
+    chosen = ablations.choose(_TABLES.value, _ROWS.value)
+    tables = {}
+    if "layers" in chosen:
+        if _LAYERS.value is None:
+            smollm2_layers(Path("runs/layers"))
+        files = layer_files(Path(_LAYERS.value or "runs/layers"))
+        with Progress(len(chosen["layers"]) * len(_SETTINGS.value), "layers", "row") as progress:
+            for setting in _SETTINGS.value:
+                rows = []
+                for name in chosen["layers"]:
+                    progress.note(name)
+                    rows.append(ablations.layer_row(name, setting, files))
+                    progress.advance(name)
+                tables[setting] = rows, "relative_error"
+    if "model" in chosen:
+        rows, known = [], None
+        for name in chosen["model"]:
+            print(name, flush=True)
+            rows.append(ablations.model_row(name, _CONFIG.value, directory, known))
+            known = rows[0]["perplexity_float"]
+        tables["model"] = rows, "rise"
+
+    text = "\n\n".join(f"{t}\n\n{ablations.table(*rows)}" for t, rows in tables.items())
+    print(text)
+    (directory / "tables.md").write_text(text + "\n")
+    (directory / "rows.json").write_text(
+        json.dumps({title: rows for title, (rows, _) in tables.items()}, indent=1) + "\n"
+    )
+    ablations.plot(tables, directory / "ablations.png")
+    print(f"written to {directory}")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
