@@ -122,12 +122,12 @@ def calibrate(
     if weights is not None:
         weights = {name: relative_weights(weights[name], power) for name in {o[0] for o in wanted}}
     for part in batches(len(activations), batch_size):
-        other = None if reference is None else (reference[0], _on_device(reference[1][part]))
+        other = None if reference is None else (reference[0], on_device(reference[1][part]))
         of_part = None if weights is None else {n: jnp.asarray(w[part]) for n, w in weights.items()}
         y, moments, crosses = accumulate(
             config,
             block,
-            _on_device(activations[part]),
+            on_device(activations[part]),
             moments,
             of_part,
             other,
@@ -168,7 +168,7 @@ def advance(
 ) -> None:
     """Writes the outputs of a block (n, T, hidden) on activations of that shape."""
     for part in batches(len(activations), batch_size):
-        out[part] = block_forward(config, block, _on_device(activations[part]))
+        out[part] = block_forward(config, block, on_device(activations[part]))
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
@@ -177,5 +177,6 @@ def batches(count: int, batch_size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _on_device(activations: np.ndarray) -> jax.Array:
+def on_device(activations: np.ndarray) -> jax.Array:
+    """A batch of activations in float32."""
     return jnp.asarray(activations, jnp.float32)

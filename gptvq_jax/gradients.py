@@ -30,7 +30,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
-from gptvq_jax.calibrate import batches, embed_tokens
+from gptvq_jax.calibrate import batches, embed_tokens, on_device
 from gptvq_jax.evaluate import token_nll
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, DecoderBlock, Params, block_forward
@@ -111,7 +111,7 @@ def _go_forward(source, tokens, batch_size, workdir, progress) -> None:
         x = workdir.load_activations(index, "inputs")
         with workdir.write_activations(index + 1, x.shape, "inputs") as out:
             for part in batches(len(x), batch_size):
-                y = block_forward(source.config, block, _on_device(x[part]))
+                y = block_forward(source.config, block, on_device(x[part]))
                 out[part] = _finite(y, f"block {index}: an activation")
         progress.advance(f"block {index} forward")
 
@@ -123,7 +123,7 @@ def _start_backward(source, tokens, batch_size, workdir) -> None:
     x = workdir.load_activations(depth, "inputs")
     with workdir.write_activations(depth, x.shape, "gradient") as out:
         for part in batches(len(x), batch_size):
-            dx = head_backward(source.config, outer, _on_device(x[part]), tokens[part])
+            dx = head_backward(source.config, outer, on_device(x[part]), tokens[part])
             out[part] = _finite(dx, "head: the gradient of the loss")
 
 
@@ -136,7 +136,7 @@ def _go_backward(source, index, batch_size, num_groups, workdir) -> None:
     with workdir.write_activations(index, x.shape, "gradient") as out:
         for part in batches(len(x), batch_size):
             dx, of_batch = block_backward(
-                source.config, block, _on_device(x[part]), _on_device(gradient[part]), num_groups
+                source.config, block, on_device(x[part]), on_device(gradient[part]), num_groups
             )
             out[part] = _finite(dx, f"block {index}: the gradient of the loss")
             for name, weight in weights.items():
@@ -248,7 +248,3 @@ def _finite(array: jax.Array, what: str) -> np.ndarray:
             "or set calibration.gradient_groups=0"
         )
     return array
-
-
-def _on_device(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array, jnp.float32)

@@ -206,7 +206,7 @@ def objectives_of(
     """Layers and their objectives; a Hessian is factorized once and dropped after its last layer.
 
     Args:
-      seen: statistics of the block, whose Hessians are taken out.
+      seen: statistics of the block, which are taken out.
       groups: layers that share one input.
       weights: of the tokens, as given to `calibrate`.
       damping: fraction of the mean diagonal.
@@ -221,7 +221,7 @@ def objectives_of(
                 if owner not in made:
                     hessian = seen.hessians.pop(owner)
                     factor = factorize(hessian, damping, f"layers_{index}/{name}")
-                    made[owner] = Objective(hessian, factor, seen.crosses.get(owner))
+                    made[owner] = Objective(hessian, factor, seen.crosses.pop(owner, None))
             yield name, [made[owner] for owner in wanted]
 
 
