@@ -9,7 +9,7 @@ Index bits are allocated to the layers under a budget of true bits per value (2b
 same bits.
 
 On 2 CPU cores, calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024 others (float
-14.59): 3b 3.085 bits per value, 17.93 in 9.9 min; 2b 2.125 bits, 33.29; smoke in about 75 s.
+14.59): 3b 3.085 bits per value, 17.93 in 9.9 min; 2b 2.125 bits, 33.29; smoke in about 40 s.
 """
 
 from gptvq_jax.config import default_config
