@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from gptvq_jax import run
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.hessian import factorize
 from gptvq_jax.layer import Objective, quantize_layer, relative_error
-from gptvq_jax.layer_benchmark import DAMPING, VQ_SETTINGS, load_layer
+from gptvq_jax.layer_benchmark import DAMPING, VQ_SETTINGS, geometric_mean, load_layer
 from gptvq_jax.methods import METHODS
 from gptvq_jax.vq_tensor import dequantize
 
@@ -140,7 +139,7 @@ def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
     return {
         "row": name,
         "setting": setting,
-        "relative_error": float(np.exp(np.mean(np.log(errors)))),
+        "relative_error": geometric_mean(errors),
         "bits_per_value": 8 * num_bytes / values,
         "seconds": seconds,
     }

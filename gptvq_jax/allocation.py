@@ -31,10 +31,9 @@ from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.pipeline import Plan, objectives_of
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch
-from gptvq_jax.vq_tensor import dequantize
+from gptvq_jax.vq_tensor import dequantize_compiled
 from gptvq_jax.workdir import WorkDir
 
-_dequantize = jax.jit(dequantize)
 _STREAM = "curves"  # activations of the float model, of which a resumed measurement needs the last
 
 
@@ -144,7 +143,7 @@ def _block_curves(source, settings, workdir, index, x, out, progress) -> list[di
                 objectives,
                 jax.random.key(settings.seed),
             )
-            parts = losses(weight, _dequantize(tensor), objectives)
+            parts = losses(weight, dequantize_compiled(tensor), objectives)
             loss = float(np.dot(sensitivity, np.asarray(parts, np.float64)))
             if not np.isfinite(loss):
                 raise ValueError(

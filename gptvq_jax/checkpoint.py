@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -34,13 +33,12 @@ from gptvq_jax.tree_io import (
     write_json,
 )
 from gptvq_jax.uniform import dequantize_rows, int8_rows
-from gptvq_jax.vq_tensor import VQTensor, dequantize
+from gptvq_jax.vq_tensor import VQTensor, dequantize_compiled
 
 FORMAT = "gptvq_jax"
 EMBEDDINGS = ("dense", "int8")  # how the embedding and an untied head may be stored
 _MANIFEST = "manifest.json"
 _EMBEDDING_MATRICES = ("embed_tokens/embedding", "lm_head/kernel")
-_dequantize = jax.jit(dequantize)
 
 
 class CheckpointWriter:
@@ -265,7 +263,7 @@ def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
         if not isinstance(leaf, VQTensor):
             return np.asarray(leaf, np.float32)
         by_rows = name in _EMBEDDING_MATRICES
-        weight = dequantize_rows(leaf) if by_rows else np.asarray(_dequantize(leaf))
+        weight = dequantize_rows(leaf) if by_rows else np.asarray(dequantize_compiled(leaf))
         return weight.T if name.endswith("kernel") else weight
 
     flat = traverse_util.flatten_dict(tree, sep="/")

@@ -243,16 +243,17 @@ def summarize(
             "method": method,
             "setting": setting,
             "layers": len(pairs),
-            "relative_error": _geometric_mean([row["relative_error"] for row, _ in pairs]),
+            "relative_error": geometric_mean([row["relative_error"] for row, _ in pairs]),
             "seconds_cold": sum(row["seconds_cold"] for row, _ in pairs),
             "seconds": sum(row["seconds"] for row, _ in pairs),
             "compared": len(compared),
-            "ratios": {f: (_geometric_mean(c), max(c)) for f, c in columns.items()},
+            "ratios": {f: (geometric_mean(c), max(c)) for f, c in columns.items()},
         })  # fmt: skip
     return summary
 
 
-def _geometric_mean(values: Sequence[float]) -> float:
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean logarithm; 0 if a value is."""
     with np.errstate(divide="ignore"):  # an exact layer makes it 0
         return float(np.exp(np.mean(np.log(values))))
 

@@ -34,10 +34,8 @@ from gptvq_jax.models.llama import (
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch
-from gptvq_jax.vq_tensor import dequantize
+from gptvq_jax.vq_tensor import dequantize_compiled
 from gptvq_jax.workdir import WorkDir
-
-_dequantize = jax.jit(dequantize)
 
 Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
 
@@ -239,7 +237,7 @@ def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objecti
         key,
         settings.calibration.asymmetry,
     )
-    quantized = _dequantize(tensor)
+    quantized = dequantize_compiled(tensor)
     error = relative_error(weight, quantized, objectives)
     if not np.isfinite(error):
         raise ValueError(

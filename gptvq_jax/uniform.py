@@ -11,10 +11,9 @@ import numpy as np
 from gptvq_jax.grid import GroupGrid
 from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.moves.uniform import basis, factored, uniform_fit, uniform_grid
-from gptvq_jax.vq_tensor import FactoredCodebook, VQTensor, dequantize, pack_codes
+from gptvq_jax.vq_tensor import FactoredCodebook, VQTensor, dequantize_compiled, pack_codes
 
 _CHUNK_VALUES = 2**20  # of an embedding, rounded or dequantized at once
-_dequantize = jax.jit(dequantize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,7 @@ def dequantize_rows(tensor: VQTensor) -> np.ndarray:
         chunk = dataclasses.replace(
             tensor, codes=tensor.codes[:, part], codebook=codebook, grid=grid
         )
-        weight[part] = _dequantize(chunk)
+        weight[part] = dequantize_compiled(chunk)
     return weight
 
 

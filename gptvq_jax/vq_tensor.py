@@ -132,6 +132,9 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     return weight.reshape(grid.rows, -1)[:, : grid.cols]
 
 
+dequantize_compiled = jax.jit(dequantize)  # where it is not part of a larger program
+
+
 def pack_codes(codes: jax.Array, index_bits: int, grid: GroupGrid) -> jax.Array:
     """Codes of the sweep's layout (M, S * c / D, G * r) -> stored bytes (M, R, bytes)."""
     codes = codes[:, : grid.num_vectors, : grid.rows]

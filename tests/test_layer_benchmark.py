@@ -3,7 +3,6 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -29,13 +28,7 @@ FIELDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """The layers here are tiny: nearly all the time is compile time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.fixture

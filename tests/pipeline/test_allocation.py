@@ -6,10 +6,10 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import Steps
 
 from gptvq_jax import allocation, run
 from gptvq_jax.checkpoint import PackedCheckpoint
@@ -31,25 +31,6 @@ BUDGET = 1.45
 MEASURED = 2  # blocks
 
 
-class Steps:
-    """Counts as Progress does; fails once it has counted to `limit`."""
-
-    def __init__(self, limit=None):
-        self.skipped = self.advanced = 0
-        self.limit = limit
-
-    def skip(self, steps):
-        self.skipped += steps
-
-    def note(self, text):
-        pass
-
-    def advance(self, text="", steps=1):
-        self.advanced += steps
-        if self.advanced == self.limit:
-            raise KeyboardInterrupt
-
-
 def allocating_config(model_dir, text_files, gradient_groups):
     """Candidates of 1D and 2D; a curve is measured just as the layer is quantized."""
     config = default_config()
@@ -67,14 +48,11 @@ def allocating_config(model_dir, text_files, gradient_groups):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """Nearly all the time is compile time: three candidates for three shapes of layers."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+def shorter_search(fast_compilation):
+    """The same search in a shorter program: three candidates for three shapes of layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest, "_UNROLL", 4)  # the same search in a shorter program
+        patch.setattr(nearest, "_UNROLL", 4)
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module", params=[0, 1])
@@ -125,6 +103,27 @@ def test_the_checkpoint_keeps_the_budget(finished):
     num_values = sum(row["num_values"] for row in finished.layers.values())
     assert manifest["bits_per_value"] == pytest.approx(8 * num_bytes / num_values, rel=1e-12)
     assert finished.summary["bits_per_value"] == manifest["bits_per_value"]
+
+
+def test_more_em_steps_lower_the_curves(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/curves")
+    settings = dataclasses.replace(
+        finished.settings,
+        allocation=dataclasses.replace(finished.settings.allocation, em_iterations=8),
+    )
+    source = open_source(settings.model)
+    with opened(tmp_path / "run") as workdir:
+        tokens = workdir.load_tokens()
+        allocation.measure_curves(source, settings, workdir, tokens, 1, Steps(), Stopwatch())
+    before, after = curves(finished.path, 1), curves(tmp_path / "run", 1)
+    assert before.keys() == after.keys()
+    ratios = [
+        new["loss"] / old["loss"]
+        for layer in before
+        for old, new in zip(before[layer], after[layer], strict=True)
+    ]
+    assert np.exp(np.mean(np.log(ratios))) < 0.97
 
 
 def test_layers_get_what_the_plan_says(finished):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from steps import Steps
 
 from gptvq_jax.gradients import (
     block_backward,
@@ -24,22 +25,6 @@ from gptvq_jax.stopwatch import Stopwatch
 from gptvq_jax.workdir import WorkDir
 
 GROUPS = 4
-
-
-class Steps:
-    """Counts as Progress does."""
-
-    def __init__(self):
-        self.skipped = self.advanced = 0
-
-    def skip(self, steps):
-        self.skipped += steps
-
-    def note(self, text):
-        pass
-
-    def advance(self, text="", steps=1):
-        self.advanced += steps
 
 
 class Recorder:

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,13 +23,7 @@ from gptvq_jax.workdir import WorkDir
 READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """Nearly all the time is compile time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.fixture(scope="module")
