@@ -1,5 +1,7 @@
 """Fixed-width bit packing: n codes of b bits in ceil(n b / 8) bytes, least significant first."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -45,9 +47,22 @@ def unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
             f"{packed.shape[-1]} bytes cannot hold {count} codes of {bits} bits, "
             f"which take {packed_length(count, bits)}"
         )
-    stream = jnp.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
-    planes = stream.reshape(*packed.shape[:-1], count, bits).astype(jnp.int32)
-    return jnp.sum(planes << jnp.arange(bits, dtype=jnp.int32), axis=-1)
+    # Codes fall on the same bits again after `period`, a few bytes: shifts cut them out.
+    period = math.lcm(bits, 8)
+    chunk_bytes, chunk_codes = period // 8, period // bits
+    chunks = -(-packed.shape[-1] // chunk_bytes)
+    pad = chunks * chunk_bytes - packed.shape[-1]
+    packed = jnp.pad(packed, [(0, 0)] * (packed.ndim - 1) + [(0, pad)]).astype(jnp.int32)
+    packed = packed.reshape(*packed.shape[:-1], chunks, chunk_bytes)
+    codes = jnp.stack([_cut(packed, i * bits, bits) for i in range(chunk_codes)], axis=-1)
+    return codes.reshape(*codes.shape[:-2], chunks * chunk_codes)[..., :count]
+
+
+def _cut(chunk: jax.Array, start: int, bits: int) -> jax.Array:
+    """The code at bit `start` of every chunk (..., bytes) int32."""
+    first, last = start // 8, (start + bits - 1) // 8
+    word = sum(chunk[..., byte] << 8 * (byte - first) for byte in range(first, last + 1))
+    return (word >> start % 8) & (2**bits - 1)
 
 
 def _check_bits(bits: int) -> None:

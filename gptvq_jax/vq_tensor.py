@@ -119,12 +119,15 @@ class VQTensor:
 def dequantize(tensor: VQTensor) -> jax.Array:
     """The weight (R, C) that the packed arrays stand for, float32."""
     grid = tensor.grid
-    codes = tensor.unpack_codes()  # (M, R, J)
     codebook = tensor.codebook.values()  # (M, S, G, K, D)
+    books, col_strips, row_strips, size, dim = codebook.shape
     row_group = jnp.arange(grid.rows) // grid.strip_rows
     col_group = jnp.arange(grid.num_vectors) // grid.strip_vectors
-    book = jnp.arange(codes.shape[0])[:, None, None]
-    vectors = codebook[book, col_group[None, None, :], row_group[None, :, None], codes]
+    group = col_group * row_strips + row_group[:, None]  # (R, J)
+    group = group + jnp.arange(books)[:, None, None] * (col_strips * row_strips)
+    # One flat index: XLA then loads the D values of a centroid together.
+    index = group * size + tensor.unpack_codes()  # (M, R, J)
+    vectors = codebook.reshape(-1, dim).at[index].get(mode="promise_in_bounds")
     weight = jnp.sum(vectors, axis=0)  # (R, J, D)
     if tensor.block_scales is not None:
         scales = tensor.block_scales.per_vector(grid)[:, : grid.num_vectors]

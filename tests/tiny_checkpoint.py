@@ -9,12 +9,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax import sample_tensors
 from gptvq_jax.checkpoint import CheckpointWriter
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
-from gptvq_jax.packing import packed_length
-from gptvq_jax.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
+from gptvq_jax.sample_tensors import TensorFormat
+from gptvq_jax.vq_tensor import VQTensor
 
 # Every kind of codebook, D = 1, 2, 4, code widths that do not fill bytes, with and without scales.
 SETTINGS = {
@@ -47,44 +48,15 @@ def settings(kind: str) -> GPTVQSettings:
 
 def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> VQTensor:
     """Stored arrays as `gptvq.quantize` returns them for settings(kind), with random contents."""
-    rng = np.random.default_rng(seed)
     s = settings(kind)
-    grid = s.grid(rows, cols)
-    groups = (1, grid.col_strips, grid.row_strips)
-    size = s.codebook_size
-
-    def scale(*shape, low=0.002, high=0.004):
-        return rng.uniform(low, high, shape).astype(np.float16)
-
-    def integers(dtype, *shape):
-        info = np.iinfo(dtype)
-        return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
-
-    if s.svd_rank:
-        right = rng.normal(0, 0.5, (s.svd_rank, size)).astype(np.float16)
-        if s.codebook_bits == 16:
-            left = rng.normal(0, 0.3, (*groups, s.svd_rank)).astype(np.float16)
-            codebook = FactoredCodebook(left, None, right)
-        else:
-            left = integers(np.int8, *groups, s.svd_rank)
-            codebook = FactoredCodebook(left, scale(s.svd_rank), right)
-    elif s.codebook_bits == 16:
-        centroids = rng.normal(0, 0.2, (*groups, size, s.dim)).astype(np.float16)
-        codebook = DenseCodebook(centroids, None, 16, size, s.dim)
-    elif s.codebook_bits == 8:
-        centroids = integers(np.int8, *groups, size, s.dim)
-        codebook = DenseCodebook(centroids, scale(*groups), 8, size, s.dim)
-    else:
-        centroids = integers(np.uint8, *groups, packed_length(size * s.dim, 4))
-        codebook = DenseCodebook(centroids, scale(*groups, low=0.03, high=0.05), 4, size, s.dim)
-    scales = None
-    if s.scale_block_size:
-        blocks = -(-grid.strip_cols // s.scale_block_size)
-        codes = integers(np.uint8, rows, grid.col_strips, packed_length(blocks, 4))
-        offset, step = scale(grid.col_strips, low=-1, high=0), scale(grid.col_strips, high=0.1)
-        scales = BlockScales(codes, offset, step, s.scale_block_size, blocks)
-    codes = integers(np.uint8, 1, rows, packed_length(grid.num_vectors, s.index_bits))
-    return VQTensor(codes, codebook, scales, s.index_bits, grid)
+    fmt = TensorFormat(
+        dim=s.dim,
+        index_bits=s.index_bits,
+        codebook_bits=s.codebook_bits,
+        rank=s.svd_rank,
+        scale_block_size=s.scale_block_size,
+    )
+    return sample_tensors.random_tensor(fmt, s.grid(rows, cols), seed)
 
 
 def random_block(seed: int, config: ModelConfig = MODEL) -> dict:

@@ -1,0 +1,1 @@
+"""Products with quantized weights, one file per implementation; the entry is vq_matmul.py."""

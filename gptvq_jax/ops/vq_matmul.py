@@ -1,0 +1,131 @@
+"""y = x @ dequantize(W)^T from the packed codes, by an implementation that is named or chosen.
+
+An implementation is a module of this package with three functions:
+
+    check(tensor)        raises NotImplementedError for a tensor it does not support
+    pack(tensor)         the tensor in the layout that its kernel reads, still packed; done once
+    matmul(x, packed)    x (N, C) -> (N, R) float32
+"""
+
+import dataclasses
+import importlib
+from functools import partial
+from typing import Any
+
+import jax
+from absl import logging
+
+from gptvq_jax.vq_tensor import VQTensor
+
+# Name -> (platform it runs on, or None for all; what it is).
+IMPLEMENTATIONS = {
+    "reference": (None, "plain jnp in float32"),
+    "xla": (None, "jnp, fused by the compiler"),
+    "pallas_tpu": ("tpu", "Pallas kernel for TPUs"),
+    "pallas_gpu": ("gpu", "Pallas kernel for NVIDIA GPUs"),
+    "cpu": ("cpu", "C++ kernel, float32 activations"),
+    "cpu_int8": ("cpu", "C++ kernel, activations rounded to int8 with one scale per row"),
+}
+# What 'auto' tries, in this order. On a GPU nothing has been measured to beat the compiler.
+_PREFERRED = {"cpu": ("cpu", "xla"), "tpu": ("pallas_tpu", "xla")}
+_static = partial(dataclasses.field, metadata={"static": True})
+
+
+def vq_matmul(x: jax.Array, tensor: VQTensor, *, implementation: str = "auto") -> jax.Array:
+    """x @ dequantize(tensor)^T, accumulated in float32.
+
+    Args:
+      x: (..., C) floating point; its dtype is that of the result.
+      tensor: of shape (R, C).
+      implementation: a key of IMPLEMENTATIONS, or 'auto': the first of those preferred on this
+        platform that supports the tensor, named once in the log.
+
+    Returns:
+      (..., R).
+
+    Raises:
+      ValueError: an unknown implementation, or x does not have C columns.
+      NotImplementedError: the named implementation does not support the tensor or the platform.
+    """
+    return x @ make_kernel(tensor, implementation)
+
+
+def make_kernel(tensor: VQTensor, implementation: str = "auto") -> "VQKernel":
+    """The tensor as a leaf that takes the place of a dense kernel (in, out): x @ leaf.
+
+    Args and errors are those of `vq_matmul`. Where it runs many times, make it once: some
+    implementations rearrange the codes.
+    """
+    name = _choose(tensor, implementation)
+    rows, cols = tensor.shape
+    return VQKernel(_module(name).pack(tensor), name, (cols, rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VQKernel:
+    """A quantized weight in the layout of one implementation; a pytree whose leaves are packed."""
+
+    packed: Any
+    implementation: str = _static()
+    shape: tuple[int, int] = _static()  # (C, R): (in, out), as of a dense kernel
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.packed))
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        """(..., C) -> (..., R) in the dtype of x."""
+        cols, rows = self.shape
+        if x.shape[-1] != cols:
+            raise ValueError(f"x has {x.shape[-1]} columns, the quantized weight {cols}")
+        y = _module(self.implementation).matmul(x.reshape(-1, cols), self.packed)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+def unsupported(tensor: VQTensor, implementation: str) -> str | None:
+    """Why an implementation cannot take a tensor on this platform; None if it can."""
+    platform = IMPLEMENTATIONS[implementation][0]
+    here = jax.default_backend()
+    if platform is not None and platform != here:
+        return f"it needs a {platform.upper()} and JAX runs on {here.upper()} here"
+    try:
+        _module(implementation).check(tensor)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def _choose(tensor: VQTensor, implementation: str) -> str:
+    if implementation == "auto":
+        preferred = _PREFERRED.get(jax.default_backend(), ("xla",))
+        reasons = {name: unsupported(tensor, name) for name in preferred}
+        name = next(name for name in preferred if reasons[name] is None)
+        passed_over = "".join(f"; not {n}: {why}" for n, why in reasons.items() if why)
+        _log_once(f"vq_matmul: auto chose {name} ({IMPLEMENTATIONS[name][1]}){passed_over}")
+        return name
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"{implementation=} must be one of {known}")
+    reason = unsupported(tensor, implementation)
+    if reason is not None:
+        raise NotImplementedError(
+            f"vq_matmul implementation {implementation!r} cannot run: {reason}; "
+            "use 'xla', which supports every tensor, or 'auto'"
+        )
+    return implementation
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logging.info(message)
+
+
+def _module(implementation: str):
+    # Imported on use: kernels for hardware that is not there cost nothing.
+    name = {"cpu": "cpu.exact", "cpu_int8": "cpu.int8"}.get(implementation, implementation)
+    return importlib.import_module(f"gptvq_jax.ops.{name}")

@@ -1,0 +1,37 @@
+"""x W^T in plain jnp, left to the compiler to fuse.
+
+With few rows of x the product is a sum over columns of decoded weight times x, which XLA makes one
+kernel on a GPU: no decoded weight reaches memory. With many rows the weight is decoded once, in the
+dtype of x, and multiplied.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax.vq_tensor import VQTensor, dequantize
+
+_FUSED_ROWS = 2  # of x, up to which decoding again for each row is cheaper than storing the weight
+
+
+def check(tensor: VQTensor) -> None:
+    """Supports every tensor."""
+
+
+def pack(tensor: VQTensor) -> VQTensor:
+    """Reads the stored form itself."""
+    return tensor
+
+
+def matmul(x: jax.Array, weight: VQTensor) -> jax.Array:
+    """x (N, C), weight of shape (R, C) -> (N, R) float32."""
+    if x.shape[0] <= _FUSED_ROWS:
+        decoded = dequantize(weight)
+        rows = [jnp.sum(decoded * row.astype(jnp.float32), axis=-1) for row in x]
+        return jnp.stack(rows) if rows else jnp.zeros((0, weight.shape[0]), jnp.float32)
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.matmul(
+        x,
+        dequantize(weight).astype(x.dtype).T,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
