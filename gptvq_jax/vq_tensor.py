@@ -34,7 +34,7 @@ class DenseCodebook:
 
     def values(self) -> jax.Array:
         """Centroids (M, S, G, K, D), float32."""
-        centroids = self.centroids
+        centroids = jnp.asarray(self.centroids)
         if self.bits == 4:
             count = self.codebook_size * self.dim
             centroids = packing.unpack(centroids, 4, count) - 8
@@ -56,7 +56,7 @@ class FactoredCodebook:
 
     def values(self) -> jax.Array:
         """Centroids (M, S, G, K, 1), float32."""
-        left = self.left.astype(jnp.float32)
+        left = jnp.asarray(self.left, jnp.float32)
         if self.left_scale is not None:
             left = left * self.left_scale.astype(jnp.float32)
         return jnp.matmul(left, self.right.astype(jnp.float32), precision="highest")[..., None]

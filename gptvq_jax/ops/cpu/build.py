@@ -1,0 +1,107 @@
+"""Builds the C++ kernels once with the system's compiler, and registers them with JAX.
+
+The library goes to the user's cache, under a name that changes with the sources, the compiler and
+the instruction set of this machine.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+from gptvq_jax.errors import first_line
+
+_SOURCES = ("kernels.cc", "simd.h")
+_TARGETS = ("vq_matmul", "vq_decode", "int4_matmul")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
+_COMPILERS = ("c++", "g++", "clang++")
+_SECONDS = 300
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, built if need be and registered as jax.ffi targets "gptvq_<name>".
+
+    Raises:
+      NotImplementedError: there is no compiler, or it fails; the message says why.
+    """
+    loaded = ctypes.CDLL(str(build(_cache())))
+    for name in _TARGETS:
+        target = jax.ffi.pycapsule(getattr(loaded, name))
+        jax.ffi.register_ffi_target(f"gptvq_{name}", target, platform="cpu")
+    loaded.simd_name.restype = ctypes.c_char_p
+    return loaded
+
+
+def instruction_set() -> str:
+    """What the kernels were compiled for: avx512, avx2, neon or scalar."""
+    return library().simd_name().decode()
+
+
+def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compiles the kernels into `cache`, unless it holds them.
+
+    Args:
+      cache: directory, made if missing.
+      extra_flags: for the compiler, such as -march=x86-64-v3; later flags win.
+
+    Returns:
+      Path of the shared library.
+
+    Raises:
+      NotImplementedError: as `library`.
+    """
+    flags = (*_FLAGS, *extra_flags)
+    compiler = find_compiler()
+    sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    # What the compiler defines tells its version and every instruction set in use.
+    defines = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256(repr((defines, flags, jax.__version__)).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    target = cache / f"kernels-{key.hexdigest()[:20]}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        include = ["-isystem", jax.ffi.include_dir()]
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            built = Path(scratch) / "kernels.so"
+            _run([compiler, *flags, *include, str(sources[0]), "-o", str(built)])
+            built.replace(target)
+    return target
+
+
+def find_compiler() -> str:
+    """$CXX, or the first C++ compiler on the path."""
+    for name in [os.environ.get("CXX"), *_COMPILERS]:
+        if name and shutil.which(name):
+            return name
+    wanted = os.environ.get("CXX") or " or ".join(_COMPILERS)
+    raise NotImplementedError(
+        f"it needs a C++ compiler and there is no {wanted} on the path (install g++, or set CXX)"
+    )
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotImplementedError(f"the C++ compiler failed: {first_line(error)}") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise NotImplementedError(
+            f"the C++ compiler {command[0]} failed: {line.strip()} (g++ 11 or clang++ 14 will do; "
+            "set CXX to choose another)"
+        )
+    return done.stdout
+
+
+def _cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "gptvq_jax" / "native"
