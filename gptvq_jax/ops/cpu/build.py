@@ -17,7 +17,7 @@ import jax
 
 from gptvq_jax.errors import first_line
 
-_SOURCES = ("kernels.cc", "simd.h")
+_SOURCES = ("kernels.cc", "products.h", "packed.h", "parallel.h", "simd.h")
 _TARGETS = ("vq_matmul", "vq_decode", "int4_matmul")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")

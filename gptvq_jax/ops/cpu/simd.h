@@ -1,34 +1,77 @@
 // Vectors of bytes in one instruction set, chosen at compile time:
 //
-//   kLanes        bytes in a vector            kFloatLanes   floats in a vector of floats
-//   kBias         what a table adds to its int8 entries, where the dot product wants unsigned weights
-//   Unpack(bits)  reads kLanes codes of `bits` bits, least significant bit first. It may read kSlack
-//                 bytes beyond them, and may leave other bits above the code: tables ignore them.
-//   Table<B>      2^B bytes, looked up by the low B bits of every lane
+//   kLanes        bytes in a vector
+//   kBias         what is added to the int8 entries of a table, where `dot` wants unsigned weights
+//   Unpack(bits)  reads kLanes codes of `bits` bits, least significant bit first. It may read
+//                 kSlack bytes beyond them.
+//   code(v, i, n) the code of n bits at bit i of every byte
+//                 Both may leave other bits above a code where tables ignore them.
+//   keep          its argument, in a register: otherwise compilers load again for each use
+//   mask, shift   the low n bits of every byte; bytes shifted down (mask what is left above)
+//   Split(K, D)   writes one plane for each d: entry [k, d] of a codebook at k, 0 <= k < 2^B, where
+//                 a codebook of fewer than 2^B entries repeats
+//   Table<B>      a plane in registers, looked up by the low B bits of every lane
 //   dot           adds products of neighbouring bytes, weight x int8, to int32 lanes
 //   dot_nibbles   the same for weights of 0 to 15
-//   widen<i>      the i-th kFloatLanes int8 lanes as floats
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace simd {
+inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  uint32_t rest = h & 0x7fffu, bits = (rest << 13) + (rest >= 0x7c00 ? 224u << 23 : 112u << 23);
+  float value;
+  std::memcpy(&value, &bits, 4);
+  if (rest < 0x400) value = rest * 5.9604644775390625e-8f;  // subnormal: an integer times 2^-24
+  return h & 0x8000u ? -value : value;
+#endif
+}
+inline void split_plane(const int8_t* book, int size, int dim, uint8_t bias, int plane_size,
+                        uint8_t* plane) {
+  for (int k = 0; k < size; k++) plane[k] = static_cast<uint8_t>(book[k * dim]) ^ bias;
+  for (int k = size; k < plane_size; k += size) std::memcpy(plane + k, plane, size);
+}
+struct PlainSplit {
+  PlainSplit(int size, int dim, uint8_t bias) : size(size), dim(dim), bias(bias) {}
+  template <int B>
+  void operator()(const int8_t* book, uint8_t* planes) const {
+    for (int d = 0; d < dim; d++) split_plane(book + d, size, dim, bias, 1 << B, planes + (d << B));
+  }
+  int size, dim;
+  uint8_t bias;
+};
+}  // namespace simd
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define SIMD_NAME "avx512"
-#include <immintrin.h>
 
 namespace simd {
-constexpr int kLanes = 64, kFloatLanes = 16, kSlack = 0;
+constexpr int kLanes = 64, kSlack = 0;
 constexpr uint8_t kBias = 128;
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
 
 inline Bytes load(const void* p) { return _mm512_loadu_si512(p); }
+inline Bytes keep(Bytes v) {
+  asm("" : "+v"(v));
+  return v;
+}
 inline Bytes fill(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
-inline Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, fill(15)); }
-inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+inline Bytes mask(Bytes v, int bits) { return _mm512_and_si512(v, fill((1 << bits) - 1)); }
+inline Bytes shift(Bytes v, int n) { return _mm512_srli_epi16(v, n); }
+// Tables repeat: bits above a code are ignored.
+inline Bytes code(Bytes v, int first, int) { return first ? shift(v, first) : v; }
 inline Ints dot(Ints acc, Bytes weight, Bytes x) { return _mm512_dpbusd_epi32(acc, weight, x); }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
 
@@ -41,11 +84,46 @@ struct Unpack {
   }
   Bytes operator()(const uint8_t* p) const {
     Bytes packed = _mm512_maskz_loadu_epi8(bytes, p);
-    return whole ? packed : _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, packed));
+    if (whole) return packed;
+    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, packed));
   }
   __mmask64 bytes;
   bool whole;
   Bytes spread, shift;
+};
+
+// Codebooks of at most 128 bytes are permuted as a whole.
+struct Split {
+  Split(int size, int dim, uint8_t bias) : size(size), dim(dim), bytes(size * dim), bias(bias) {
+    for (int d = 0; d < dim; d++) {
+      alignas(64) uint8_t at[64];
+      for (int i = 0; i < 64; i++) at[i] = i % size * dim + d;
+      from[d] = load(at);
+    }
+    auto mask = [&](int first) {
+      int count = bytes - first;
+      return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1;
+    };
+    low = mask(0), high = mask(64);
+  }
+  template <int B>
+  void operator()(const int8_t* book, uint8_t* planes) const {
+    if (B > 6 || bytes > 128) {
+      for (int d = 0; d < dim; d++)
+        split_plane(book + d, size, dim, bias, 1 << B, planes + (d << B));
+      return;
+    }
+    Bytes first = _mm512_maskz_loadu_epi8(low, book);
+    Bytes second = bytes > 64 ? _mm512_maskz_loadu_epi8(high, book + 64) : first;
+    for (int d = 0; d < dim; d++) {
+      Bytes plane = _mm512_permutex2var_epi8(first, from[d], second);
+      _mm512_storeu_si512(planes + 64 * d, _mm512_xor_si512(plane, fill(bias)));
+    }
+  }
+  int size, dim, bytes;
+  uint8_t bias;
+  __mmask64 low, high;
+  Bytes from[8];
 };
 
 template <int B>
@@ -67,36 +145,35 @@ struct Table {
 constexpr int kSmallTable = 6;  // bits of the smallest table
 
 inline Floats zero() { return _mm512_setzero_ps(); }
-inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats fma(Floats a, float b, Floats c) { return fma(a, _mm512_set1_ps(b), c); }
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
-template <int I>
-inline Floats widen(Bytes v) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(v, I)));
-}
 }  // namespace simd
 
 #elif defined(__AVX2__) && defined(__FMA__)
 #define SIMD_NAME "avx2"
-#include <immintrin.h>
 
 namespace simd {
-constexpr int kLanes = 32, kFloatLanes = 8, kSlack = 16;
+constexpr int kLanes = 32, kSlack = 16;
 constexpr uint8_t kBias = 0;
 using Bytes = __m256i;
 using Ints = __m256i;
 using Floats = __m256;
 
+using Split = PlainSplit;
+
 inline Bytes load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Bytes keep(Bytes v) {
+  asm("" : "+x"(v));
+  return v;
+}
 inline Bytes fill(uint8_t value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 inline Ints zero_ints() { return _mm256_setzero_si256(); }
 inline Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
-inline Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, fill(15)); }
-inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+inline Bytes mask(Bytes v, int bits) { return _mm256_and_si256(v, fill((1 << bits) - 1)); }
+inline Bytes shift(Bytes v, int n) { return _mm256_srli_epi16(v, n); }
+inline Bytes code(Bytes v, int first, int bits) { return mask(shift(v, first), bits); }
 // |w| as the unsigned operand, its sign moved to x: no pair of products leaves int16.
 inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
@@ -151,7 +228,7 @@ struct Table {
   Bytes operator()(Bytes code) const {
     if constexpr (B == 4) return _mm256_shuffle_epi8(part[0], code);
     // A shuffle takes 16 entries: choose between halves of the table bit by bit, from bit 4 up.
-    Bytes low = low_nibbles(code), found[kParts];
+    Bytes low = mask(code, 4), found[kParts];
     for (int i = 0; i < kParts; i++) found[i] = _mm256_shuffle_epi8(part[i], low);
     for (int bit = 4, n = kParts / 2; n; bit++, n /= 2) {
       Bytes high = _mm256_slli_epi16(code, 7 - bit);  // bit 7 of a byte chooses in a blend
@@ -166,10 +243,7 @@ struct Table {
 constexpr int kSmallTable = 4;
 
 inline Floats zero() { return _mm256_setzero_ps(); }
-inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats to_float(Ints v) { return _mm256_cvtepi32_ps(v); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats fma(Floats a, float b, Floats c) { return fma(a, _mm256_set1_ps(b), c); }
 inline float sum(Floats v) {
@@ -177,30 +251,31 @@ inline float sum(Floats v) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-template <int I>
-inline Floats widen(Bytes v) {
-  __m128i half = _mm256_extracti128_si256(v, I / 2);
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(I % 2 ? _mm_srli_si128(half, 8) : half));
-}
 }  // namespace simd
 
 #elif defined(__aarch64__)
 #define SIMD_NAME "neon"
-#include <arm_neon.h>
 
 namespace simd {
-constexpr int kLanes = 16, kFloatLanes = 4, kSlack = 16;
+constexpr int kLanes = 16, kSlack = 16;
 constexpr uint8_t kBias = 0;
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;
 using Floats = float32x4_t;
 
+using Split = PlainSplit;
+
 inline Bytes load(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+inline Bytes keep(Bytes v) {
+  asm("" : "+w"(v));
+  return v;
+}
 inline Bytes fill(uint8_t value) { return vdupq_n_u8(value); }
 inline Ints zero_ints() { return vdupq_n_s32(0); }
 inline Ints sub(Ints a, Ints b) { return vsubq_s32(a, b); }
-inline Bytes low_nibbles(Bytes v) { return vandq_u8(v, fill(15)); }
-inline Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
+inline Bytes mask(Bytes v, int bits) { return vandq_u8(v, fill((1 << bits) - 1)); }
+inline Bytes shift(Bytes v, int n) { return vshlq_u8(v, vdupq_n_s8(-n)); }
+inline Bytes code(Bytes v, int first, int bits) { return mask(shift(v, first), bits); }
 inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   int8x16_t a = vreinterpretq_s8_u8(weight), b = vreinterpretq_s8_u8(x);
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -254,26 +329,17 @@ struct Table {
 constexpr int kSmallTable = 4;
 
 inline Floats zero() { return vdupq_n_f32(0); }
-inline Floats load_floats(const float* p) { return vld1q_f32(p); }
-inline void store(float* p, Floats v) { vst1q_f32(p, v); }
 inline Floats to_float(Ints v) { return vcvtq_f32_s32(v); }
-inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 inline Floats fma(Floats a, float b, Floats c) { return vfmaq_n_f32(c, a, b); }
 inline float sum(Floats v) { return vaddvq_f32(v); }
-template <int I>
-inline Floats widen(Bytes v) {
-  int8x16_t s = vreinterpretq_s8_u8(v);
-  int16x8_t half = I / 2 ? vmovl_high_s8(s) : vmovl_s8(vget_low_s8(s));
-  return vcvtq_f32_s32(I % 2 ? vmovl_high_s16(half) : vmovl_s16(vget_low_s16(half)));
-}
 }  // namespace simd
 
 #else
 #define SIMD_NAME "scalar"
 
 namespace simd {
-constexpr int kLanes = 16, kFloatLanes = 4, kSlack = 1;
+constexpr int kLanes = 16, kSlack = 1;
 constexpr uint8_t kBias = 0;
 struct Bytes { uint8_t at[16]; };
 struct Ints { int32_t at[4]; };
@@ -285,16 +351,22 @@ inline V each(F f) {
   for (unsigned i = 0; i < sizeof v.at / sizeof v.at[0]; i++) v.at[i] = f(i);
   return v;
 }
+using Split = PlainSplit;
+
 inline Bytes load(const void* p) {
   Bytes v;
   std::memcpy(v.at, p, 16);
   return v;
 }
+inline Bytes keep(Bytes v) { return v; }
 inline Bytes fill(uint8_t value) { return each<Bytes>([=](int) { return value; }); }
 inline Ints zero_ints() { return each<Ints>([](int) { return 0; }); }
 inline Ints sub(Ints a, Ints b) { return each<Ints>([=](int i) { return a.at[i] - b.at[i]; }); }
-inline Bytes low_nibbles(Bytes v) { return each<Bytes>([=](int i) { return v.at[i] & 15; }); }
-inline Bytes high_nibbles(Bytes v) { return each<Bytes>([=](int i) { return v.at[i] >> 4; }); }
+inline Bytes mask(Bytes v, int bits) {
+  return each<Bytes>([=](int i) { return v.at[i] & ((1 << bits) - 1); });
+}
+inline Bytes shift(Bytes v, int n) { return each<Bytes>([=](int i) { return v.at[i] >> n; }); }
+inline Bytes code(Bytes v, int first, int bits) { return mask(shift(v, first), bits); }
 inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   for (int i = 0; i < 16; i++)
     acc.at[i / 4] += static_cast<int8_t>(weight.at[i]) * static_cast<int8_t>(x.at[i]);
@@ -305,7 +377,7 @@ inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x) { return dot(acc, weigh
 struct Unpack {
   explicit Unpack(int bits) : bits(bits) {}
   Bytes operator()(const uint8_t* p) const {
-    return each<Bytes>([=](int i) {
+    return each<Bytes>([&](int i) {
       int bit = i * bits, pair = p[bit / 8] | p[bit / 8 + 1] << 8;
       return (pair >> bit % 8) & ((1 << bits) - 1);
     });
@@ -317,19 +389,14 @@ template <int B>
 struct Table {
   explicit Table(const uint8_t* t) : entry(t) {}
   Bytes operator()(Bytes code) const {
-    return each<Bytes>([=](int i) { return entry[code.at[i]]; });
+    return each<Bytes>([&](int i) { return entry[code.at[i]]; });
   }
   const uint8_t* entry;
 };
 constexpr int kSmallTable = 4;
 
 inline Floats zero() { return each<Floats>([](int) { return 0.f; }); }
-inline Floats load_floats(const float* p) { return each<Floats>([=](int i) { return p[i]; }); }
-inline void store(float* p, Floats v) { std::memcpy(p, v.at, sizeof v.at); }
 inline Floats to_float(Ints v) { return each<Floats>([=](int i) { return float(v.at[i]); }); }
-inline Floats add(Floats a, Floats b) {
-  return each<Floats>([=](int i) { return a.at[i] + b.at[i]; });
-}
 inline Floats fma(Floats a, Floats b, Floats c) {
   return each<Floats>([=](int i) { return a.at[i] * b.at[i] + c.at[i]; });
 }
@@ -337,9 +404,5 @@ inline Floats fma(Floats a, float b, Floats c) {
   return each<Floats>([=](int i) { return a.at[i] * b + c.at[i]; });
 }
 inline float sum(Floats v) { return v.at[0] + v.at[1] + v.at[2] + v.at[3]; }
-template <int I>
-inline Floats widen(Bytes v) {
-  return each<Floats>([=](int i) { return float(static_cast<int8_t>(v.at[4 * I + i])); });
-}
 }  // namespace simd
 #endif

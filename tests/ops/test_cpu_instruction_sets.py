@@ -1,0 +1,46 @@
+"""The C++ kernels in every instruction set they are written for, compiled here or across.
+
+check_kernels.cc compares them with the definition in double precision, at every width of a code and
+every dimension. Programs for Arm run in an emulator.
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gptvq_jax.ops.cpu import build
+
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g0")
+# name -> (compiler, flags, emulator)
+_ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+TARGETS = {
+    "native": (None, ("-march=native", *_SANITIZE), None),
+    "avx2": (None, ("-march=x86-64-v3",), None),
+    "scalar": (None, ("-march=x86-64",), None),
+    "neon": (_ARM[0], ("-march=armv8-a", "-static"), _ARM[1]),
+    "neon dotprod": (_ARM[0], ("-march=armv8.2-a+dotprod", "-static"), _ARM[1]),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kernels_agree_with_the_definition(name, tmp_path):
+    compiler, flags, emulator = TARGETS[name]
+    if name in ("avx2", "scalar") and platform.machine() != "x86_64":
+        pytest.skip("for x86-64")
+    if name == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+    for program in filter(None, (compiler, emulator)):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    binary = tmp_path / "check"
+    source = Path(__file__).with_name("check_kernels.cc")
+    include = f"-I{Path(build.__file__).parent}"
+    command = [compiler or build.find_compiler(), "-O1", "-std=c++20", *flags, include]
+    subprocess.run([*command, str(source), "-o", str(binary)], check=True)
+    run = [emulator, str(binary)] if emulator else [str(binary)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert name == "native" or done.stdout.startswith(name.split()[0])
