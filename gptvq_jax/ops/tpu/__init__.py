@@ -1,0 +1,1 @@
+"""What the TPU kernel of ops/pallas_tpu.py reads: tiles, codes as words, tables as bytes."""

@@ -1,0 +1,42 @@
+"""Weights of the size of Llama's as shapes alone, to count bytes and to compile for."""
+
+import dataclasses
+
+import jax
+
+from gptvq_jax.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.vq_tensor import VQTensor
+
+SHAPES = (4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)
+FORMATS = {
+    "1d 3 bit": TensorFormat(1, 3, 512),
+    "2d 2 bit": TensorFormat(2, 4, 1024),
+    "2d 3 bit": TensorFormat(2, 6, 2048),
+    "2d 4 bit": TensorFormat(2, 8, 8192),
+    "4d 2 bit": TensorFormat(4, 8, 65536),
+    "2d 2 bit, int4 centroids": TensorFormat(2, 4, 512, codebook_bits=4),
+    "uniform 4 bit": TensorFormat(1, 4, 128, 128, codebook_bits=16, rank=2),
+    "aqlm 2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2),
+}
+
+
+def abstract_tensor(fmt: TensorFormat, rows: int, cols: int) -> VQTensor:
+    """A tensor of jax.ShapeDtypeStruct."""
+    grid = fmt.grid(rows, cols)
+    strip = random_tensor(fmt, dataclasses.replace(grid, rows=grid.strip_rows))  # one row strip
+
+    def with_rows(axis, size):
+        def change(array):
+            shape = list(array.shape)
+            if array.ndim > axis:
+                shape[axis] = size
+            return jax.ShapeDtypeStruct(shape, array.dtype)
+
+        return change
+
+    return dataclasses.replace(
+        strip,
+        grid=grid,
+        codes=with_rows(1, rows)(strip.codes),
+        codebook=jax.tree.map(with_rows(2, grid.row_strips), strip.codebook),
+    )

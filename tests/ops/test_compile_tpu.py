@@ -1,0 +1,74 @@
+"""The TPU kernel compiled for chips that are not there: needs the package libtpu, not a TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from real_shapes import FORMATS, abstract_tensor
+
+from gptvq_jax.ops import pallas_tpu
+
+pytest.importorskip("libtpu")
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+# (format, rows, columns, batch, dtype)
+PROGRAMS = [
+    ("2d 2 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 2 bit", 4096, 4096, 1, jnp.float32),
+    ("2d 2 bit", 4096, 11008, 16, jnp.bfloat16),
+    ("2d 2 bit", 8192, 28672, 64, jnp.bfloat16),
+    ("2d 2 bit", 4096, 4096, 600, jnp.bfloat16),
+    ("2d 3 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 3 bit", 576, 1536, 1, jnp.bfloat16),
+    ("2d 4 bit", 4096, 4096, 8, jnp.bfloat16),
+    ("4d 2 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("4d 2 bit", 11008, 4096, 64, jnp.float32),
+    ("1d 3 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("1d 3 bit", 8192, 28672, 1, jnp.float32),
+    ("aqlm 2x8", 4096, 4096, 1, jnp.bfloat16),
+    ("aqlm 2x8", 4096, 4096, 32, jnp.float32),
+    ("2d 2 bit, int4 centroids", 4096, 4096, 1, jnp.bfloat16),
+    ("uniform 4 bit", 4096, 4096, 1, jnp.bfloat16),
+]
+
+
+@functools.cache
+def chip(name):
+    """Placement on one chip that is described, not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name])
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize(("fmt", "rows", "cols", "batch", "dtype"), PROGRAMS)
+def test_compiles(fmt, rows, cols, batch, dtype, name):
+    sharding = chip(name)
+
+    def placed(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    tensor = abstract_tensor(FORMATS[fmt], rows, cols)
+    packed = jax.tree.map(placed, jax.eval_shape(pallas_tpu.pack, tensor))
+    x = placed(jax.ShapeDtypeStruct((batch, cols), dtype))
+    program = jax.jit(pallas_tpu.matmul).trace(x, packed).lower(lowering_platforms=("tpu",))
+    memory = program.compile().memory_analysis()
+    # Tiles of registers fill up no array: what is counted is what is there.
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, packed)))
+    assert memory.argument_size_in_bytes <= 1.01 * expected + 8 * x.dtype.itemsize * cols
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_pack_compiles(name):
+    tensor = abstract_tensor(FORMATS["2d 3 bit"], 4096, 4096)
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip(name)), tensor
+    )
+    pallas_tpu.pack.trace(placed).lower(lowering_platforms=("tpu",)).compile()

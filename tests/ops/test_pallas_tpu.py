@@ -1,0 +1,130 @@
+"""The TPU kernel in interpret mode: its arithmetic. test_compile_tpu.py compiles it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import real_shapes
+from base import CASES, MatmulTests, relative_error, tensor_of
+from float64 import decode
+from jax.experimental.pallas import tpu as pltpu
+
+from gptvq_jax.grid import GroupGrid
+from gptvq_jax.ops import pallas_tpu
+from gptvq_jax.ops.tpu import codes, layout
+from gptvq_jax.sample_tensors import TensorFormat, random_tensor
+
+REFUSED = ("block scales", "block scales, ragged", "aqlm 1x12", "aqlm 1x16")
+# In bfloat16 the tables and the order of rows differ, not how codes and centroids are read.
+BFLOAT16 = ("1d 4 bit, ragged", "2d 2 bit, strips of 192", "2d 3 bit", "4d 2 bit", "aqlm 2x8")
+# Formats and grids (rows, columns, D, rows and columns of a strip) that need what CASES do not.
+SHAPES = {
+    "several tiles of row strips": (TensorFormat(2, 4), GroupGrid(300, 256, 2, 2, 256)),
+    "several tiles of a strip's rows": (TensorFormat(1, 8), GroupGrid(600, 128, 1, 600, 128)),
+    "strips of 32 vectors": (TensorFormat(2, 6), GroupGrid(16, 1152, 2, 8, 64)),
+    "strips of 96 vectors": (TensorFormat(2, 6), GroupGrid(16, 768, 2, 8, 192)),
+    "more column strips than lanes": (TensorFormat(2, 2), GroupGrid(12, 1036, 2, 4, 8)),
+    "odd D": (TensorFormat(3, 4), GroupGrid(12, 390, 3, 4, 195)),
+    "odd D, int4": (TensorFormat(3, 4, codebook_bits=4), GroupGrid(12, 390, 3, 4, 195)),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """One block of columns in a step: an interpreter has no latency to hide."""
+    monkeypatch.setattr(pallas_tpu, "_LOOKUPS", 1)
+
+
+def interpreted(x, tensor, interpret=True):
+    # Of a program that runs once; a new function, because what it reads may be patched.
+    options = {"xla_backend_optimization_level": 0}
+    run = jax.jit(
+        lambda x, packed: pallas_tpu.matmul(x, packed, interpret=interpret),
+        compiler_options=options,
+    )
+    return run(x, pallas_tpu.pack(tensor))
+
+
+def error(tensor, dtype=jnp.float32, batch=2, interpret=True):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, tensor.shape[1])), dtype)
+    expected = np.asarray(x, np.float64) @ decode(tensor).T
+    return relative_error(interpreted(x, tensor, interpret), expected)
+
+
+class TestPallasTpu(MatmulTests):
+    implementation = "pallas_tpu"
+    supported = tuple(case for case in CASES if case not in REFUSED)
+
+    def run(self, x, tensor):
+        return interpreted(x, tensor)
+
+    @pytest.mark.parametrize("case", supported)
+    def test_float32_agrees_with_float64(self, case):
+        # A batch is padded to 8 rows, up to which all are one kernel.
+        self._compare(case, 3, jnp.float32, self.float32_error)
+
+    @pytest.mark.parametrize("case", BFLOAT16)
+    def test_bfloat16_agrees_with_float64(self, case):
+        self._compare(case, 2, jnp.bfloat16, self.bfloat16_error)
+
+    @pytest.mark.parametrize("batch", [0, 1, 20])
+    def test_batches(self, batch, monkeypatch):
+        monkeypatch.setattr(pallas_tpu, "_MAX_BATCH_TILE", 16)
+        y = self.run(jnp.ones((batch, 512)), tensor_of("2d 2 bit"))
+        assert y.shape == (batch, 24)
+        if batch:
+            self._compare("2d 2 bit", batch, jnp.float32, self.float32_error)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape):
+    assert error(random_tensor(*SHAPES[shape])) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["odd D", "several tiles of a strip's rows"])
+def test_shapes_in_bfloat16(shape):
+    assert error(random_tensor(*SHAPES[shape]), jnp.bfloat16) < 2e-2
+
+
+def test_steps_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "_LOOKUPS", 16)  # 5 blocks in steps of 2
+    tensor = random_tensor(TensorFormat(2, 4), GroupGrid(64, 1280, 2, 4, 256))
+    assert error(tensor) < 1e-5
+
+
+# Transfers between memories are simulated: what is read before it has arrived is nan.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", ["2d 2 bit, strips of 192", "4d 2 bit"])
+def test_simulated_memory(case, dtype):
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert error(tensor_of(case), dtype, interpret=pltpu.InterpretParams()) < tolerance
+
+
+def test_simulated_memory_keeps_tables():
+    tensor = random_tensor(*SHAPES["several tiles of a strip's rows"])
+    assert error(tensor, batch=9, interpret=pltpu.InterpretParams()) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [1, 7, 8])
+def test_words_hold_codes(bits):
+    tensor = random_tensor(TensorFormat(1, bits), GroupGrid(40, 130, 1, 5, 130))
+    geometry = layout.make_layout(tensor)
+    words = jax.jit(codes.pack_codes, static_argnums=1)(tensor.unpack_codes(), geometry)
+    tiles = [[codes.read_codes(tile[0], geometry) for tile in row] for row in words]
+    rows = codes.restore_rows(jnp.swapaxes(jnp.asarray(tiles), 2, 3), geometry)
+    np.testing.assert_array_equal(rows[:130].T, tensor.unpack_codes()[0])
+
+
+@pytest.mark.parametrize("fmt", real_shapes.FORMATS)
+@pytest.mark.parametrize("shape", real_shapes.SHAPES)
+def test_stays_packed(fmt, shape):
+    tensor = real_shapes.abstract_tensor(real_shapes.FORMATS[fmt], *shape)
+    packed = jax.eval_shape(pallas_tpu.pack, tensor)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
+    assert num_bytes <= 1.05 * tensor.num_bytes
+
+
+def test_tables_larger_than_vmem_are_refused():
+    tensor = real_shapes.abstract_tensor(TensorFormat(8, 8, 65536), 4096, 28672)
+    with pytest.raises(NotImplementedError, match="MiB of VMEM"):
+        pallas_tpu.check(tensor)
