@@ -1,0 +1,83 @@
+"""Measures products with packed weights against dense and 4-bit ones, on shapes of real layers.
+
+  python scripts/benchmark_decode.py                                 # two 7B layers, batch 1
+  python scripts/benchmark_decode.py --shapes=7b,70b --batches=1,8
+  python scripts/benchmark_decode.py --formats=2d_2.25,2d_3.125 --implementations=cpu_int8,xla
+  python scripts/benchmark_decode.py --json=rows.json --plot=decode.png
+
+Contenders are measured in turn, round after round; the ratios are medians over rounds. Each holds
+as many different weights as --working_set_mib asks for, so that they come from memory as in a
+model; with 0 it is one weight, which stays in the caches if it fits. Columns: bits per value and MB
+of the weight; microseconds of one product, with its quartiles; GB/s at which the weight is read,
+and that as a fraction of what a copy moves; time relative to dense float32 and to 4-bit integers in
+groups of 128 (on a CPU our own C++ kernel, with int8 activations).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from gptvq_jax import cli
+
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["4096x4096", "11008x4096"], "smollm2, 7b, 70b or ROWSxCOLS (outputs x inputs)."
+)
+_BATCHES = flags.DEFINE_list("batches", ["1"], "Rows of x.")
+_FORMATS = flags.DEFINE_list("formats", None, "Such as 2d_2.25; a wrong name lists them.")
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations", None, "Of vq_matmul; default: auto, and on a CPU cpu_int8."
+)
+_DENSE = flags.DEFINE_list(
+    "dense", None, "Dense weights: float32, bfloat16; default: both, on a CPU float32."
+)
+_WORKING_SET = flags.DEFINE_integer("working_set_mib", 256, "Of the copies of a weight.")
+_REPEATS = flags.DEFINE_integer("repeats", 25, "Rounds.")
+_JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
+_PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")
+
+
+def main(_) -> None:
+    import jax
+
+    from gptvq_jax import decode_benchmark as bench
+    from gptvq_jax import decode_report
+    from gptvq_jax.progress import Progress
+
+    on_cpu = jax.default_backend() == "cpu"
+    implementations = _IMPLEMENTATIONS.value or (["cpu_int8", "auto"] if on_cpu else ["auto"])
+    dense = _DENSE.value or (["float32"] if on_cpu else ["float32", "bfloat16"])
+    formats = _FORMATS.value or list(bench.FORMATS)
+    chosen = bench.contenders(formats, implementations, dense)
+    shapes = list(bench.shapes_of(_SHAPES.value))
+    batches = [int(batch) for batch in _BATCHES.value]
+    copy = bench.copy_bandwidth()
+    device = jax.devices()[0].device_kind
+    print(f"{device}: a copy moves {copy / 1e9:.1f} GB/s")
+    rows = []
+    with Progress(len(shapes) * len(batches) * len(chosen), "decode", "kernel") as progress:
+        for shape in shapes:
+            for batch in batches:
+                measured = bench.measure(
+                    *shape,
+                    batch,
+                    chosen,
+                    _WORKING_SET.value << 20,
+                    _REPEATS.value,
+                    progress.advance,
+                )
+                progress.advance(steps=sum("skipped" in row for row in measured))
+                rows += measured
+    print(decode_report.table(rows, copy))
+    if _JSON.value:
+        text = json.dumps({"device": device, "copy_bandwidth": copy, "rows": rows}, indent=1)
+        Path(_JSON.value).write_text(text + "\n")
+    if _PLOT.value:
+        decode_report.plot(rows, device, Path(_PLOT.value))
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
