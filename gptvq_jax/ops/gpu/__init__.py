@@ -1,0 +1,1 @@
+"""Parts of the kernel for NVIDIA GPUs, ../pallas_gpu.py."""

@@ -1,0 +1,129 @@
+"""The GPU programs compiled for an H100 that is not there: needs the CUDA plugin, not a GPU.
+
+pip install jax-cuda13-plugin jax-cuda13-pjrt && JAX_PLATFORMS=cpu python -m pytest THIS_FILE
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
+from real_shapes import FORMATS, abstract_tensor
+
+from gptvq_jax.ops import pallas_gpu, xla
+from gptvq_jax.sample_tensors import TensorFormat
+from gptvq_jax.vq_tensor import BlockScales
+
+pytest.importorskip("jax_cuda13_plugin")
+# From JAX 0.11 on; why Triton all the same is written in pallas_gpu.py.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+TARGET = Path(__file__).with_name("h100_target.txtpb")
+EXTRA_FORMATS = {
+    "aqlm 1x16": TensorFormat(8, 16, codebook_bits=16),
+    "2d 2.5 bit": TensorFormat(2, 5, 2048),
+    "2d 2 bit, float16 centroids": TensorFormat(2, 4, 1024, codebook_bits=16),
+    "svd": TensorFormat(1, 3, 512, rank=2),
+}
+# (format, rows, columns, batch, dtype)
+PROGRAMS = [
+    ("2d 2 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 2 bit", 8192, 28672, 1, jnp.bfloat16),
+    ("2d 2 bit", 4096, 4096, 1, jnp.float32),
+    ("2d 2 bit", 4096, 4096, 2, jnp.float16),
+    ("2d 2 bit", 4096, 4096, 16, jnp.bfloat16),
+    ("2d 2 bit", 11008, 4096, 16, jnp.float16),
+    ("2d 2 bit", 8192, 28672, 64, jnp.bfloat16),
+    ("2d 2 bit", 4096, 4096, 64, jnp.float32),
+    ("2d 2 bit", 576, 1536, 1, jnp.bfloat16),
+    ("2d 2 bit", 576, 1536, 16, jnp.bfloat16),
+    ("2d 2 bit, int4 centroids", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 2 bit, float16 centroids", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 2.5 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 3 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("2d 3 bit", 4096, 11008, 16, jnp.bfloat16),
+    ("2d 4 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("4d 2 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("4d 2 bit", 4096, 4096, 16, jnp.bfloat16),
+    ("1d 3 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("1d 3 bit", 4096, 4096, 16, jnp.bfloat16),
+    ("uniform 4 bit", 4096, 4096, 1, jnp.bfloat16),
+    ("svd", 4096, 4096, 16, jnp.bfloat16),
+    ("aqlm 2x8", 4096, 4096, 1, jnp.bfloat16),
+    ("aqlm 2x8", 4096, 4096, 16, jnp.bfloat16),
+    ("aqlm 1x16", 4096, 4096, 1, jnp.bfloat16),
+    ("aqlm 1x16", 4096, 4096, 16, jnp.bfloat16),
+]
+
+
+@functools.cache
+def h100():
+    """Placement on one GPU that is described, not there."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("gpu",)), PartitionSpec())
+
+
+def compiled(function, *args):
+    """The program for args of jax.ShapeDtypeStruct."""
+    # Triton asks which GPU it lowers for.
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h100()), args)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+    return lowered.compile()
+
+
+def tensor_of(name, rows, cols):
+    return abstract_tensor((FORMATS | EXTRA_FORMATS)[name], rows, cols)
+
+
+@pytest.mark.parametrize(("name", "rows", "cols", "batch", "dtype"), PROGRAMS)
+def test_kernel(name, rows, cols, batch, dtype):
+    packed = jax.eval_shape(pallas_gpu.pack, tensor_of(name, rows, cols))
+    program = compiled(pallas_gpu.matmul, jax.ShapeDtypeStruct((batch, cols), dtype), packed)
+    assert "vq_matmul" in program.as_text()
+    # Of the decoded weight nothing is stored: only partial sums and x rearranged.
+    tile = pallas_gpu.choose_tile(packed.layout, batch, dtype)
+    chunks = tile.splits * tile.steps * tile.chunks
+    padded_batch = -(-batch // tile.batch) * tile.batch
+    expected = 4 * padded_batch * (tile.splits * (rows + 63) + chunks * packed.layout.chunk_cols)
+    assert program.memory_analysis().temp_size_in_bytes <= expected + 4096
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_kernel_with_block_scales(batch):
+    # 16 weights share a scale: 16 blocks in a strip of 256 columns, in 8 bytes.
+    shapes = ((4096, 16, 8), jnp.uint8), ((16,), jnp.float16), ((16,), jnp.float16)
+    scales = BlockScales(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), 16, 16)
+    tensor = dataclasses.replace(tensor_of("2d 2 bit", 4096, 4096), block_scales=scales)
+    packed = jax.eval_shape(pallas_gpu.pack, tensor)
+    compiled(pallas_gpu.matmul, jax.ShapeDtypeStruct((batch, 4096), jnp.bfloat16), packed)
+
+
+def test_many_rows_are_decoded_once():
+    packed = jax.eval_shape(pallas_gpu.pack, tensor_of("2d 2 bit", 4096, 4096))
+    program = compiled(pallas_gpu.matmul, jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16), packed)
+    assert "vq_matmul" not in program.as_text()
+
+
+@pytest.mark.parametrize("name", ["2d 2 bit", "2d 3 bit", "4d 2 bit", "1d 3 bit", "aqlm 2x8"])
+def test_xla_stores_no_decoded_weight(name):
+    rows, cols = 4096, 4096
+    x = jax.ShapeDtypeStruct((1, cols), jnp.bfloat16)
+    program = compiled(xla.matmul, x, tensor_of(name, rows, cols))
+    # An eighth of what it would take in bfloat16: centroids in float32 may be there.
+    assert program.memory_analysis().temp_size_in_bytes < rows * cols / 4
