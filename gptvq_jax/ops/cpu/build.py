@@ -17,21 +17,32 @@ import jax
 
 from gptvq_jax.errors import first_line
 
-_SOURCES = ("kernels.cc", "products.h", "packed.h", "parallel.h", "simd.h")
-_TARGETS = ("vq_matmul", "vq_decode", "int4_matmul")
+_SOURCES = ("kernels.cc", "products.h", "packed.h", "direct.h", "parallel.h", "simd.h")
+_TARGETS = ("vq_matmul", "vq_decode", "vq_direct_matmul", "vq_direct_decode", "int4_matmul")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The kernels, built if need be and registered as jax.ffi targets "gptvq_<name>".
 
     Raises:
       NotImplementedError: there is no compiler, or it fails; the message says why.
     """
-    loaded = ctypes.CDLL(str(build(_cache())))
+    loaded = _load_once()
+    if isinstance(loaded, str):
+        raise NotImplementedError(loaded)
+    return loaded
+
+
+@functools.cache
+def _load_once() -> ctypes.CDLL | str:
+    """The library, or why there is none: a compiler that failed is not called again."""
+    try:
+        loaded = ctypes.CDLL(str(build(_cache())))
+    except NotImplementedError as error:
+        return str(error)
     for name in _TARGETS:
         target = jax.ffi.pycapsule(getattr(loaded, name))
         jax.ffi.register_ffi_target(f"gptvq_{name}", target, platform="cpu")

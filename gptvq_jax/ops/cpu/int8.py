@@ -3,12 +3,20 @@
 import jax
 
 from gptvq_jax.ops.cpu import kernels
-from gptvq_jax.ops.cpu.kernels import check
 from gptvq_jax.ops.reference import pack
+from gptvq_jax.vq_tensor import VQTensor
 
 __all__ = ["check", "matmul", "pack"]
 
 
-def matmul(x: jax.Array, weight) -> jax.Array:
+def check(tensor: VQTensor) -> None:
+    """Raises NotImplementedError for what has no kernel with int8 activations."""
+    reason = kernels.why_not_in_registers(tensor)
+    if reason:
+        raise NotImplementedError(reason)
+    kernels.check(tensor)
+
+
+def matmul(x: jax.Array, weight: VQTensor) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32."""
     return kernels.matmul(x, weight, round_x=True)

@@ -6,56 +6,68 @@ import numpy as np
 
 from gptvq_jax import packing
 from gptvq_jax.ops.cpu.build import library
-from gptvq_jax.vq_tensor import DenseCodebook, VQTensor
+from gptvq_jax.vq_tensor import DenseCodebook, VQTensor, block_scale_values
 
-_DIMS = (1, 2, 4, 8)
+_DIMS = (1, 2, 4, 8, 16)
 _DECODE_ROWS = 16  # of x, from which on decoding the weight once and a dense product are faster
+
+
+def why_not_in_registers(tensor: VQTensor) -> str | None:
+    """Why the fast kernels, whose tables of int8 centroids stay in registers, cannot read it."""
+    book = tensor.codebook
+    if not isinstance(book, DenseCodebook) or book.bits == 16:
+        return "its centroids must be int8 or int4"
+    if tensor.block_scales is not None:
+        return "it has no block scales"
+    if tensor.index_bits > 8 or tensor.grid.dim > 8:
+        return f"its codes have at most 8 bits for 8 weights, not {tensor.index_bits}"
+    return None
 
 
 def check(tensor: VQTensor) -> None:
     """Raises NotImplementedError for what the kernels cannot read, or if they cannot be built."""
-    book = tensor.codebook
-    if not isinstance(book, DenseCodebook) or book.bits == 16:
-        raise NotImplementedError("its centroids must be int8 or int4")
-    if tensor.block_scales is not None:
-        raise NotImplementedError("it has no block scales")
-    if tensor.index_bits > 8 or tensor.grid.dim not in _DIMS:
-        raise NotImplementedError(
-            f"it takes codes of at most 8 bits for vectors of {', '.join(map(str, _DIMS))}, not "
-            f"{tensor.index_bits} bits for {tensor.grid.dim}"
-        )
+    if tensor.grid.dim not in _DIMS:
+        known = ", ".join(map(str, _DIMS))
+        raise NotImplementedError(f"it takes vectors of {known} weights, not {tensor.grid.dim}")
     library()
 
 
 def matmul(x: jax.Array, tensor: VQTensor, round_x: bool) -> jax.Array:
-    """x (N, C), weight of shape (R, C) -> (N, R) float32."""
+    """x (N, C), weight of shape (R, C) -> (N, R) float32.
+
+    Args:
+      x: any float dtype.
+      tensor: one that `check` accepts.
+      round_x: whether x may be rounded to int8, with one scale per row.
+    """
     x = x.astype(jnp.float32)
     if x.shape[0] >= _DECODE_ROWS:
         return jnp.matmul(x, decode(tensor).T, precision="highest")
     shape = (x.shape[0], tensor.shape[0])
+    if why_not_in_registers(tensor):
+        return _call("vq_direct_matmul", shape, x, *_direct_arrays(tensor), **_direct(tensor))
     return _call("vq_matmul", shape, x, *_arrays(tensor), **_geometry(tensor), round_x=round_x)
 
 
 def decode(tensor: VQTensor) -> jax.Array:
     """The weight (R, C), float32: what `vq_tensor.dequantize` gives."""
+    if why_not_in_registers(tensor):
+        return _call("vq_direct_decode", tensor.shape, *_direct_arrays(tensor), **_direct(tensor))
     return _call("vq_decode", tensor.shape, *_arrays(tensor), **_geometry(tensor))
 
 
 def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """What vector quantization is compared with: 4-bit integers, symmetric, groups of 128.
+    """x (N, C) float32, rounded to int8, times 4-bit integers -> (N, R) float32; see ops/int4.py.
 
     Args:
-      x: (N, C) float32, C a multiple of 128; rounded to int8 with one scale per row.
-      codes: (R, C / 2) uint8, even columns in the low bits; weight = scale (code - 8).
+      x: C is a multiple of 128.
+      codes: (R, C / 2) uint8.
       scale: (R, C / 128) float16.
-
-    Returns:
-      (N, R) float32.
     """
     return _call("int4_matmul", (x.shape[0], codes.shape[0]), x, codes, scale)
 
 
-def _arrays(tensor: VQTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _arrays(tensor: VQTensor) -> tuple[jax.Array, ...]:
     book = tensor.codebook
     centroids = book.centroids
     if book.bits == 4:
@@ -63,6 +75,15 @@ def _arrays(tensor: VQTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
         centroids = (packing.unpack(centroids, 4, count) - 8).astype(jnp.int8)
         centroids = centroids.reshape(*book.scale.shape, book.codebook_size, book.dim)
     return tensor.codes, centroids, book.scale
+
+
+def _direct_arrays(tensor: VQTensor) -> tuple[jax.Array, ...]:
+    stored, grid = tensor.block_scales, tensor.grid
+    scales = jnp.zeros((grid.rows, grid.col_strips, 0), jnp.float32)
+    if stored is not None:
+        codes = packing.unpack(stored.codes, 4, stored.blocks)
+        scales = block_scale_values(codes, stored.offset[:, None], stored.step[:, None])
+    return tensor.codes, tensor.codebook.values(), scales
 
 
 def _geometry(tensor: VQTensor) -> dict[str, np.int64]:
@@ -73,6 +94,11 @@ def _geometry(tensor: VQTensor) -> dict[str, np.int64]:
         "bits": tensor.index_bits,
     }
     return {name: np.int64(size) for name, size in sizes.items()}
+
+
+def _direct(tensor: VQTensor) -> dict[str, np.int64]:
+    scales = tensor.block_scales
+    return _geometry(tensor) | {"block_size": np.int64(scales.block_size if scales else 0)}
 
 
 def _call(name: str, shape: tuple[int, int], *arrays: jax.Array, **attributes) -> jax.Array:

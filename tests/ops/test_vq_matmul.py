@@ -1,0 +1,80 @@
+"""The entry: which implementation runs, what is refused, a kernel in the place of a dense one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from base import decoded, relative_error, tensor_of
+
+from gptvq_jax.ops import vq_matmul as entry
+from gptvq_jax.ops.cpu import build
+from gptvq_jax.ops.vq_matmul import make_kernel, vq_matmul
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As where no C++ compiler is installed."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    build._load_once.cache_clear()
+    entry._logged.clear()
+    yield
+    build._load_once.cache_clear()
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    messages = []
+    monkeypatch.setattr(entry.logging, "info", messages.append)
+    return messages
+
+
+def test_leading_axes_and_dtype_are_those_of_x():
+    tensor = tensor_of("2d 2 bit")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 512)), jnp.bfloat16)
+    y = vq_matmul(x, tensor, implementation="reference")
+    assert y.shape == (2, 3, 24) and y.dtype == jnp.bfloat16
+    expected = np.asarray(x, np.float64) @ decoded("2d 2 bit").T
+    assert relative_error(y, expected) < 1e-2
+
+
+def test_a_kernel_is_a_leaf_of_packed_arrays():
+    tensor = tensor_of("2d 3 bit")
+    kernel = make_kernel(tensor, "xla")
+    assert kernel.shape == (512, 40)  # (in, out)
+    assert kernel.num_bytes == tensor.num_bytes
+    doubled = jax.jit(lambda kernel, x: x @ kernel)(kernel, jnp.eye(512))
+    np.testing.assert_allclose(doubled, decoded("2d 3 bit").T, rtol=1e-5, atol=1e-7)
+
+
+def test_an_unknown_implementation_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="'cuda'.*auto, reference, xla"):
+        vq_matmul(jnp.ones((1, 512)), tensor_of("2d 2 bit"), implementation="cuda")
+
+
+def test_columns_must_match():
+    with pytest.raises(ValueError, match="511 columns.*512"):
+        vq_matmul(jnp.ones((1, 511)), tensor_of("2d 2 bit"), implementation="xla")
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_hardware_that_is_not_there_is_refused(name):
+    with pytest.raises(NotImplementedError, match=f"'{name}' cannot run: it needs a .PU.*'xla'"):
+        make_kernel(tensor_of("2d 2 bit"), name)
+
+
+def test_a_named_implementation_does_not_fall_back():
+    with pytest.raises(NotImplementedError, match="must be int8 or int4; use 'xla'"):
+        make_kernel(tensor_of("float16 centroids"), "cpu_int8")
+
+
+def test_auto_falls_back_where_there_is_no_compiler_and_says_so_once(no_compiler, logged):
+    for case in ("2d 2 bit", "2d 3 bit"):
+        assert make_kernel(tensor_of(case)).implementation == "xla"
+    assert len(logged) == 1
+    assert "auto chose xla" in logged[0] and "not cpu: it needs a C++ compiler" in logged[0]
+
+
+def test_cpu_without_a_compiler_names_the_fix(no_compiler):
+    with pytest.raises(NotImplementedError, match=r"install g\+\+, or set CXX.*use 'xla'"):
+        make_kernel(tensor_of("2d 2 bit"), "cpu")
