@@ -1,6 +1,7 @@
 """The decode benchmark: what it measures, leaves out and shows."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,7 +42,7 @@ def test_what_cannot_run_here_is_left_out_with_its_reason(rows):
 
 def test_a_product_is_that_of_the_last_weight():
     chosen = bench.contenders(["2d_3.125"], ["reference"], ["float32"])
-    x = np.ones((1, 256), np.float32)
+    x = jnp.ones((1, 256))
     for contender in chosen[::2]:
         weights, _ = bench._copies(contender, 64, 256, 100_000)
         assert len(weights) > 1

@@ -25,9 +25,8 @@ def compiler(tmp_path, monkeypatch):
 
 
 # Preprocessing succeeds, and compilation writes the file after -o.
-_WORKS = (
-    'case "$*" in *-dM*) echo "#define X" ;; *) for last; do :; done; echo lib > "$last" ;; esac'
-)
+_PREPROCESSES = 'case "$*" in *-dM*) echo "#define X"; exit 0 ;; esac\n'
+_WORKS = _PREPROCESSES + 'for last; do :; done; echo lib > "$last"'
 
 
 def test_built_once_for_each_set_of_flags(compiler, tmp_path):
