@@ -218,7 +218,15 @@ class PackedCheckpoint:
         Raises:
           ValueError: they are damaged; the message names the array.
         """
-        return dequantize_tree(self._load(self.directory / "outer", ""))
+        return dequantize_tree(self.packed_outer())
+
+    def packed_outer(self) -> Tree:
+        """Parameters outside the blocks as stored: an int8 embedding or head is a VQTensor.
+
+        Raises:
+          ValueError: they are damaged; the message names the array.
+        """
+        return self._load(self.directory / "outer", "")
 
     def block(self, index: int) -> Tree:
         """Block `index` in float32, kernels (in, out): the model that the packed one stands for.

@@ -1,16 +1,18 @@
 """Random quantized tensors of every kind and a two-block checkpoint, made without any solving."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax import sample_tensors
-from gptvq_jax.checkpoint import CheckpointWriter
+from gptvq_jax.checkpoint import CheckpointWriter, PackedCheckpoint
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
@@ -39,6 +41,7 @@ MODEL = ModelConfig(
     bos_token_id=None,
     eos_token_id=(1, 2),
 )
+TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
 KINDS = dict(zip(LINEAR_LAYERS, [*SETTINGS, "int8"], strict=True))
 
 
@@ -109,6 +112,18 @@ def write_checkpoint(
         writer.write_block(index, random_block(index, config))
     writer.finalize({"vq": {"dim": 2}}, config, "tiny", "0123")
     return Path(directory)
+
+
+def embedding_checkpoints():
+    """A fixture of checkpoints with embeddings dense or int8, and a head of their own or not."""
+
+    @pytest.fixture(scope="module", params=["dense", "dense tied", "int8", "int8 tied"])
+    def checkpoint(request, tmp_path_factory):
+        embeddings, _, tied = request.param.partition(" ")
+        path = tmp_path_factory.mktemp("checkpoint") / "packed"
+        return PackedCheckpoint(write_checkpoint(path, TIED if tied else MODEL, embeddings))
+
+    return checkpoint
 
 
 def assert_same_tree(actual, expected) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.kv_cache import LayerCache
+from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up
 from gptvq_jax.models.rope import rotary_tables, rotate
 
 Params = Mapping[str, Any]
@@ -38,69 +39,18 @@ LINEAR_GROUPS = (
 LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, with the statistics in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
-
-
-class Linear(nn.Module):
-    """Bias-free dense layer, (..., in) -> (..., features), which sows its input as "inputs".
-
-    Its kernel is an array (in, features), or any pytree that implements `x @ kernel` through
-    `__rmatmul__`: a quantized layer replaces a dense one by replacing this leaf.
-    Sowing is free unless the collection "intermediates" is mutable. A variable "outputs" in the
-    collection "perturbations", in the shape of the outputs, is added to them: the gradient with
-    respect to it, at 0, is the gradient with respect to the outputs.
-
-    Raises:
-      ValueError: the kernel is an array of another shape.
-    """
-
-    features: int
-    out_dtype: Any = None  # None: the dtype of x
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.sow("intermediates", "inputs", x)
-        if self.has_variable("params", "kernel"):
-            # Not self.param, which insists on the shape of a dense kernel.
-            kernel = self.get_variable("params", "kernel")
-        else:
-            shape = (x.shape[-1], self.features)
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = self._matmul(x, kernel)
-        # Not self.perturb, with which init would return a collection of zeros.
-        if self.has_variable("perturbations", "outputs"):
-            y = y + self.get_variable("perturbations", "outputs")
-        return y
-
-    def _matmul(self, x: jax.Array, kernel: Any) -> jax.Array:
-        out_dtype = x.dtype if self.out_dtype is None else self.out_dtype
-        if isinstance(kernel, (jax.Array, np.ndarray)):
-            if kernel.shape != (x.shape[-1], self.features):
-                raise ValueError(
-                    f"kernel of {self.name} has shape {kernel.shape}, but (in, out) must be "
-                    f"{(x.shape[-1], self.features)}"
-                )
-            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
-        return (x @ kernel).astype(out_dtype)
-
-
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions, (batch, time, hidden) -> same."""
+    """Causal grouped-query self-attention with rotary positions, (batch, time, hidden) -> same.
+
+    Arguments are those of DecoderBlock.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
+    ) -> Any:
         config = self.config
         batch, time, hidden = x.shape
         head_dim, kv_heads = config.head_dim, config.num_key_value_heads
@@ -112,9 +62,18 @@ class Attention(nn.Module):
         q = heads("q_proj", config.num_attention_heads)
         k = heads("k_proj", kv_heads)
         v = heads("v_proj", kv_heads)
-        cos, sin = rotary_tables(config, time)
-        mixed = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, config.sliding_window)
-        return Linear(hidden, name="o_proj")(mixed.reshape(batch, time, -1))
+        cos, sin = rotary_tables(config, jnp.arange(time) if positions is None else positions)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache = cache.write(k, v, positions)
+        if positions is None:
+            # A prefill is one program of all layers: fewer chunks keep it quick to compile.
+            chunk_size = 128 if cache is None else 512
+            mixed = causal_attention(q, k, v, config.sliding_window, chunk_size)
+        else:
+            mixed = cache.attend(q, positions, config.sliding_window)
+        y = Linear(hidden, name="o_proj")(mixed.reshape(batch, time, -1))
+        return y if cache is None else (y, cache)
 
 
 def causal_attention(
@@ -168,7 +127,12 @@ class MLP(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One transformer block at positions 0..time-1, (batch, time, hidden) -> same."""
+    """One transformer block, (batch, time, hidden) -> same.
+
+    Without a cache, x is at positions 0..time-1 and sees nothing else. With one, its keys and
+    values are stored there, and the result is (x, cache). Then `positions` (batch, time) says
+    where x is in its sequences, of which it sees what the cache holds; None: 0..time-1, as above.
+    """
 
     config: ModelConfig
 
@@ -178,9 +142,15 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
         self.mlp = MLP(self.config)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
+    ) -> Any:
+        mixed = self.self_attn(self.input_layernorm(x), cache, positions)
+        if cache is not None:
+            mixed, cache = mixed
+        x = x + mixed
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x if cache is None else (x, cache)
 
 
 class Decoder(nn.Module):
@@ -190,7 +160,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderBlock(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -207,8 +177,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
-        embedding = self.embed_tokens.embedding.astype(x.dtype)
-        return jnp.einsum("bth,vh->btv", x, embedding, preferred_element_type=jnp.float32)
+        return self.embed_tokens.attend(x)
 
 
 def embed(outer: Params, tokens: jax.Array) -> jax.Array:
@@ -216,13 +185,25 @@ def embed(outer: Params, tokens: jax.Array) -> jax.Array:
 
     A token outside the vocabulary gives NaN, not another token's vector.
     """
-    return jnp.take(outer["embed_tokens"]["embedding"], tokens, axis=0)
+    return look_up(outer["embed_tokens"]["embedding"], tokens)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def block_forward(config: ModelConfig, block_params: Params, x: jax.Array) -> jax.Array:
     """Runs one block on activations x (batch, time, hidden), giving the next block's x."""
     return DecoderBlock(config).apply({"params": block_params}, x)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def block_step(
+    config: ModelConfig,
+    block_params: Params,
+    x: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array | None = None,
+) -> tuple[jax.Array, LayerCache]:
+    """Runs one block with its cache; arguments are those of DecoderBlock."""
+    return DecoderBlock(config).apply({"params": block_params}, x, cache, positions)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -22,13 +22,12 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return ((1 - keep) * inv_freq / scaling.factor + keep * inv_freq).astype(np.float32)
 
 
-def rotary_tables(config: ModelConfig, num_positions: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (cos, sin) for positions 0..num_positions-1, float32 (num_positions, head_dim / 2).
+def rotary_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (cos, sin) for integer positions (..., time), float32 (..., time, head_dim / 2).
 
     Positions may exceed `config.max_position_embeddings`: the formula has no end.
     """
-    positions = jnp.arange(num_positions, dtype=jnp.float32)
-    angles = positions[:, None] * inverse_frequencies(config)
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -37,9 +36,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
     Args:
       x: (batch, time, heads, head_dim), any float dtype; the result has its shape and dtype.
-      cos, sin: float32 (time, head_dim / 2) from `rotary_tables`.
+      cos, sin: float32 (time, head_dim / 2) or (batch, time, head_dim / 2) from `rotary_tables`.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,107 @@
+"""The job of scripts/generate.py: open a model, continue prompts, show text and figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gptvq_jax import serving
+from gptvq_jax.checkpoint import PackedCheckpoint
+from gptvq_jax.generate import Generation, check_prompts, generate
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.source import open_source
+from gptvq_jax.prompts import TextStream, encode_prompts
+from gptvq_jax.sampling import Sampling
+
+
+def generate_text(
+    checkpoint: str | None,
+    model: str | None,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 128,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    system: str | None = None,
+    implementation: str | None = None,
+    dtype: str = "float32",
+    dense: bool = False,
+) -> list[str]:
+    """Prints and returns a continuation of each prompt, and prints time and memory.
+
+    The text of a single prompt appears as it is made, that of several at the end, numbered.
+
+    Args:
+      checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
+      prompts: texts, continued as one batch.
+      max_tokens, sampling, seed: see `generate`.
+      chat, system: see `encode_prompts`.
+      implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto'.
+      dtype: of the activations, and of weights that are not packed: float32 or bfloat16.
+      dense: replace a checkpoint's packed weights by the dense ones that they stand for.
+
+    Raises:
+      ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
+    """
+    if (checkpoint is None) == (model is None):
+        raise ValueError("pass either --checkpoint=DIR or --model=NAME")
+    packed = checkpoint is not None and not dense
+    if implementation is not None and not packed:
+        raise ValueError(
+            "--implementation is of packed weights; leave it out with --model or --dense"
+        )
+    if dense and model is not None:
+        raise ValueError("--dense is of a checkpoint; a --model is dense already")
+    source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
+    tokens = encode_prompts(source.tokenizer, prompts, chat, system)
+    check_prompts(source.config, tokens, max_tokens)
+    if packed:
+        params = serving.packed_params(source, implementation or "auto")
+    else:
+        params = serving.dense_params(source, dtype)
+
+    streams = [TextStream(source.tokenizer, prompt) for prompt in tokens]
+    texts = ["" for _ in prompts]
+
+    def show(pieces: Sequence[str]) -> None:
+        for index, piece in enumerate(pieces):
+            texts[index] += piece
+        if len(texts) == 1:
+            print(pieces[0], end="", flush=True)
+
+    result = generate(
+        source.config,
+        params,
+        tokens,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop_tokens=stop_tokens(source.config, source.tokenizer),
+        dtype=dtype,
+        compile_first=True,
+        on_tokens=lambda new: show([s.add(t) for s, t in zip(streams, new, strict=True)]),
+    )
+    show([stream.finish() for stream in streams])
+    print()
+    if len(texts) > 1:
+        print("\n".join(f"[{index}]{text}" for index, text in enumerate(texts)))
+    print(figures(result, sum(map(len, tokens)), params, source.config))
+    return texts
+
+
+def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: those of the model's config and the tokenizer's."""
+    eos = config.eos_token_id
+    found = {*(eos if isinstance(eos, tuple) else (eos,)), tokenizer.eos_token_id}
+    return tuple(sorted(found - {None}))
+
+
+def figures(result: Generation, prompt_tokens: int, params: Any, config: ModelConfig) -> str:
+    """One line: tokens and seconds, and memory of the weights."""
+    packed, dense = (size / 2**20 for size in serving.memory_bytes(params))
+    return (
+        f"prompt: {prompt_tokens} tokens in {result.prefill_seconds:.2f} s; "
+        f"generated: {sum(map(len, result.tokens))} tokens, {result.tokens_per_second:.1f} "
+        f"tokens/s, compiled in {result.compile_seconds:.1f} s; "
+        f"weights in memory: {packed + dense:.1f} MiB, packed {packed:.1f} and dense {dense:.1f} "
+        f"(all in float32: {serving.float32_bytes(config) / 2**20:.1f} MiB)"
+    )

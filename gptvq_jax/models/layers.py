@@ -1,0 +1,100 @@
+"""Layers with weights: norm, linear layer, embedding. The last two take packed leaves."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, with the statistics in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Bias-free dense layer, (..., in) -> (..., features), which sows its input as "inputs".
+
+    Its kernel is an array (in, features), or any pytree that implements `x @ kernel` through
+    `__rmatmul__`: a quantized layer replaces a dense one by replacing this leaf.
+    Sowing is free unless the collection "intermediates" is mutable. A variable "outputs" in the
+    collection "perturbations", in the shape of the outputs, is added to them: the gradient with
+    respect to it, at 0, is the gradient with respect to the outputs.
+
+    Raises:
+      ValueError: the kernel is an array of another shape.
+    """
+
+    features: int
+    out_dtype: Any = None  # None: the dtype of x
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow("intermediates", "inputs", x)
+        if self.has_variable("params", "kernel"):
+            # Not self.param, which insists on the shape of a dense kernel.
+            kernel = self.get_variable("params", "kernel")
+        else:
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        y = self._matmul(x, kernel)
+        # Not self.perturb, with which init would return a collection of zeros.
+        if self.has_variable("perturbations", "outputs"):
+            y = y + self.get_variable("perturbations", "outputs")
+        return y
+
+    def _matmul(self, x: jax.Array, kernel: Any) -> jax.Array:
+        out_dtype = x.dtype if self.out_dtype is None else self.out_dtype
+        if isinstance(kernel, (jax.Array, np.ndarray)):
+            if kernel.shape != (x.shape[-1], self.features):
+                raise ValueError(
+                    f"kernel of {self.name} has shape {kernel.shape}, but (in, out) must be "
+                    f"{(x.shape[-1], self.features)}"
+                )
+            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+        return x.astype(out_dtype) @ kernel
+
+
+class Embedding(nn.Module):
+    """Vectors of tokens, (batch, time) int -> (batch, time, features).
+
+    Its embedding is an array (vocab, features), or any pytree that implements `take(tokens)` and,
+    for a tied head, `x @ embedding` through `__rmatmul__`.
+    """
+
+    vocab_size: int
+    features: int
+
+    def setup(self):
+        if self.has_variable("params", "embedding"):
+            # Not self.param, which insists on the shape of a dense embedding.
+            self.embedding = self.get_variable("params", "embedding")
+        else:
+            shape = (self.vocab_size, self.features)
+            self.embedding = self.param("embedding", nn.initializers.normal(), shape)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return look_up(self.embedding, tokens)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Scores of all tokens, (batch, time, features) -> (batch, time, vocab) float32."""
+        if isinstance(self.embedding, (jax.Array, np.ndarray)):
+            table = self.embedding.astype(x.dtype)
+            return jnp.einsum("bth,vh->btv", x, table, preferred_element_type=jnp.float32)
+        return x.astype(jnp.float32) @ self.embedding
+
+
+def look_up(table: Any, tokens: jax.Array) -> jax.Array:
+    """Rows of an embedding; NaN for a token outside the vocabulary, not another token's vector."""
+    if isinstance(table, (jax.Array, np.ndarray)):
+        return jnp.take(table, tokens, axis=0)
+    return table.take(tokens)
