@@ -18,7 +18,7 @@ import jax
 from gptvq_jax.errors import first_line
 
 _SOURCES = ("kernels.cc", "products.h", "packed.h", "direct.h", "parallel.h", "simd.h")
-_TARGETS = ("vq_matmul", "vq_decode", "vq_direct_matmul", "vq_direct_decode", "int4_matmul")
+_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300

@@ -71,41 +71,30 @@ inline float dot_floats(const float* a, const float* b, int64_t count) {
   return rest;
 }
 
-// Calls use(r, weights) for every row of W; false where there is no kernel for D.
-template <class Pool, class Use>
-bool each_row(const DirectFormat& f, Pool& pool, Use&& use) {
-  auto run = [&]<int D>() {
-    const int64_t step = item_rows(f.rows, f.cols, 1, pool.num_threads());
-    parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
-      RowDecoder decoder(f);
-      for (int64_t r = item * step; r < std::min(f.rows, (item + 1) * step); r++)
-        use(r, decoder.template decode<D>(r));
-    });
-    return true;
-  };
+template <int D, class Pool>
+void direct_product(const DirectFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
+  const int64_t step = item_rows(f.rows, f.cols, 1, pool.num_threads());
+  parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
+    RowDecoder decoder(f);
+    for (int64_t r = item * step; r < std::min(f.rows, (item + 1) * step); r++) {
+      const float* weights = decoder.template decode<D>(r);
+      for (int64_t n = 0; n < batch; n++)
+        y[n * f.rows + r] = dot_floats(x + n * f.cols, weights, f.cols);
+    }
+  });
+}
+
+// y = x W^T; false where there is no kernel for D.
+template <class Pool>
+bool direct(const DirectFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
   switch (f.dim) {
-    case 1: return run.template operator()<1>();
-    case 2: return run.template operator()<2>();
-    case 4: return run.template operator()<4>();
-    case 8: return run.template operator()<8>();
-    case 16: return run.template operator()<16>();
+    case 1: return direct_product<1>(f, x, batch, pool, y), true;
+    case 2: return direct_product<2>(f, x, batch, pool, y), true;
+    case 4: return direct_product<4>(f, x, batch, pool, y), true;
+    case 8: return direct_product<8>(f, x, batch, pool, y), true;
+    case 16: return direct_product<16>(f, x, batch, pool, y), true;
   }
   return false;
-}
-
-template <class Pool>
-bool direct_product(const DirectFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
-  return each_row(f, pool, [&](int64_t r, const float* weights) {
-    for (int64_t n = 0; n < batch; n++)
-      y[n * f.rows + r] = dot_floats(x + n * f.cols, weights, f.cols);
-  });
-}
-
-template <class Pool>
-bool direct_decode(const DirectFormat& f, Pool& pool, float* weight) {
-  return each_row(f, pool, [&](int64_t r, const float* weights) {
-    std::copy_n(weights, f.cols, weight + r * f.cols);
-  });
 }
 
 }  // namespace

@@ -40,40 +40,15 @@ ffi::Error VqMatmul(ffi::ThreadPool pool, Matrix x, U8 codes, S8 centroids, F16 
   }));
 }
 
-ffi::Error VqDecode(ffi::ThreadPool pool, U8 codes, S8 centroids, F16 scales, int64_t strip_rows,
-                    int64_t strip_cols, int64_t bits, Result weight) {
-  const int64_t cols = weight->dimensions()[1];
-  const Format f = format_of(codes, centroids, scales, cols, strip_rows, strip_cols, bits);
-  return done(specialize(f, [&]<int B, int D, int P>() {
-    decode<B, D, P>(f, pool, weight->typed_data());
-  }));
-}
-
-DirectFormat direct_format(const U8& codes, const F32Books& centroids, const F32Scales& scales,
-                           int64_t cols, int64_t strip_rows, int64_t strip_cols, int64_t bits,
-                           int64_t block_size) {
-  const auto c = codes.dimensions(), b = centroids.dimensions();
-  return {c[0], c[1], c[2], b[1], b[2], b[3], b[4], cols, strip_rows, strip_cols, bits,
-          scales.dimensions()[2], block_size,
-          codes.typed_data(), centroids.typed_data(), scales.typed_data()};
-}
-
 ffi::Error DirectMatmul(ffi::ThreadPool pool, Matrix x, U8 codes, F32Books centroids,
                         F32Scales scales, int64_t strip_rows, int64_t strip_cols, int64_t bits,
                         int64_t block_size, Result y) {
   const int64_t batch = x.dimensions()[0], cols = x.dimensions()[1];
-  const DirectFormat f =
-      direct_format(codes, centroids, scales, cols, strip_rows, strip_cols, bits, block_size);
-  return done(direct_product(f, x.typed_data(), batch, pool, y->typed_data()));
-}
-
-ffi::Error DirectDecode(ffi::ThreadPool pool, U8 codes, F32Books centroids, F32Scales scales,
-                        int64_t strip_rows, int64_t strip_cols, int64_t bits, int64_t block_size,
-                        Result weight) {
-  const int64_t cols = weight->dimensions()[1];
-  const DirectFormat f =
-      direct_format(codes, centroids, scales, cols, strip_rows, strip_cols, bits, block_size);
-  return done(direct_decode(f, pool, weight->typed_data()));
+  const auto c = codes.dimensions(), b = centroids.dimensions();
+  const DirectFormat f{c[0], c[1], c[2], b[1], b[2], b[3], b[4],
+                       cols, strip_rows, strip_cols, bits, scales.dimensions()[2], block_size,
+                       codes.typed_data(), centroids.typed_data(), scales.typed_data()};
+  return done(direct(f, x.typed_data(), batch, pool, y->typed_data()));
 }
 
 ffi::Error Int4Matmul(ffi::ThreadPool pool, Matrix x, U8Matrix codes, F16Matrix scales, Result y) {
@@ -101,31 +76,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_matmul, VqMatmul,
                                   .Attr<int64_t>("bits")
                                   .Attr<bool>("round_x")
                                   .Ret<Matrix>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_decode, VqDecode,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<U8>()
-                                  .Arg<S8>()
-                                  .Arg<F16>()
-                                  .Attr<int64_t>("strip_rows")
-                                  .Attr<int64_t>("strip_cols")
-                                  .Attr<int64_t>("bits")
-                                  .Ret<Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_direct_matmul, DirectMatmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Matrix>()
-                                  .Arg<U8>()
-                                  .Arg<F32Books>()
-                                  .Arg<F32Scales>()
-                                  .Attr<int64_t>("strip_rows")
-                                  .Attr<int64_t>("strip_cols")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("block_size")
-                                  .Ret<Matrix>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_direct_decode, DirectDecode,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<U8>()
                                   .Arg<F32Books>()
                                   .Arg<F32Scales>()

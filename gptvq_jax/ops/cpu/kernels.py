@@ -9,7 +9,6 @@ from gptvq_jax.ops.cpu.build import library
 from gptvq_jax.vq_tensor import DenseCodebook, VQTensor, block_scale_values
 
 _DIMS = (1, 2, 4, 8, 16)
-_DECODE_ROWS = 16  # of x, from which on decoding the weight once and a dense product are faster
 
 
 def why_not_in_registers(tensor: VQTensor) -> str | None:
@@ -41,19 +40,10 @@ def matmul(x: jax.Array, tensor: VQTensor, round_x: bool) -> jax.Array:
       round_x: whether x may be rounded to int8, with one scale per row.
     """
     x = x.astype(jnp.float32)
-    if x.shape[0] >= _DECODE_ROWS:
-        return jnp.matmul(x, decode(tensor).T, precision="highest")
     shape = (x.shape[0], tensor.shape[0])
     if why_not_in_registers(tensor):
         return _call("vq_direct_matmul", shape, x, *_direct_arrays(tensor), **_direct(tensor))
     return _call("vq_matmul", shape, x, *_arrays(tensor), **_geometry(tensor), round_x=round_x)
-
-
-def decode(tensor: VQTensor) -> jax.Array:
-    """The weight (R, C), float32: what `vq_tensor.dequantize` gives."""
-    if why_not_in_registers(tensor):
-        return _call("vq_direct_decode", tensor.shape, *_direct_arrays(tensor), **_direct(tensor))
-    return _call("vq_decode", tensor.shape, *_arrays(tensor), **_geometry(tensor))
 
 
 def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:

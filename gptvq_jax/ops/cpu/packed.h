@@ -116,6 +116,9 @@ class Planes {
       for (int64_t g = 0; g < count; g++) {
         const int64_t group = s * f.row_strips + first + g;
         const int64_t to = g * strips + s;
+        const int64_t next = (group + together) * f.size * D;  // for the next call
+        for (int64_t line = 0; line < f.size * D; line += 64)
+          __builtin_prefetch(f.centroids + next + line);
         split.template operator()<B>(f.centroids + group * f.size * D,
                                      planes.get() + (to * D << B));
         scales[to] = half_to_float(f.scales[group]);

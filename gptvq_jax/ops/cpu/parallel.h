@@ -32,7 +32,7 @@ void parallel(Pool& pool, int64_t items, Work&& work) {
 
 // Rows of one work item: a few items for each thread, of whole row strips, whose tables are then
 // made once; but not so few weights that handing them to a thread costs more than they do.
-constexpr int64_t kItemsPerThread = 8, kItemWeights = 1 << 22;
+constexpr int64_t kItemsPerThread = 8, kItemWeights = 1 << 18;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t item_rows(int64_t rows, int64_t cols, int64_t strip_rows, int64_t threads) {
   const int64_t share = divide_up(rows, kItemsPerThread * threads);

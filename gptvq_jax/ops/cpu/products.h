@@ -130,7 +130,10 @@ template <int T, int N, int Q, int B, int D, int P>
       const int8_t* const strip_end = x + strip_size;
       do {
         Bytes found[T][P];
-        for (int t = 0; t < T; t++) read(p + t * rows.row, found[t]);
+        for (int t = 0; t < T; t++) {
+          read(p + t * rows.row, found[t]);
+          __builtin_prefetch(p + (4 * T + t) * rows.row);  // of the rows that come next
+        }
         for (int i = 0; i < P; i++)
           for (int d = 0; d < D; d++, x += kLanes) {
             const Table<B> table(plane + (d << B));
@@ -160,7 +163,7 @@ template <int T, int N, int Q, int B, int D, int P>
 template <int N, int Q, int B, int D, int P>
 void tiles(const Format& f, const Digits<Q, D, P>& digits, const Reader<P>& read, CodeRows& codes,
            const Planes<B, D>& planes, int64_t row, int64_t end, int64_t batch, float* y) {
-  constexpr int T = N * Q > 4 ? 1 : 4;  // as many sums as there are registers for
+  constexpr int T = 4;
   float part[T * N];
   for (int64_t count; row < end; row += count) {
     count = end - row >= T ? T : 1;
@@ -185,46 +188,9 @@ void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* 
       end = std::min(last, (row / f.strip_rows + 1) * f.strip_rows);
       planes.seek(row / f.strip_rows);
       int64_t n = 0;
-      for (; n + 4 <= batch; n += 4) tiles<4>(f, digits, read, codes, planes, row, end, n, y);
+      if constexpr (Q == 1)  // of more digits, there are not the registers for more rows
+        for (; n + 4 <= batch; n += 4) tiles<4>(f, digits, read, codes, planes, row, end, n, y);
       for (; n < batch; n++) tiles<1>(f, digits, read, codes, planes, row, end, n, y);
-    }
-  });
-}
-
-// W in float32, (R, C).
-template <int B, int D, int P, class Pool>
-void decode(const Format& f, Pool& pool, float* weight) {
-  const Reader<P> read(f);
-  const int64_t step = item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads());
-  parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
-    Planes<B, D> planes(f, 0);
-    CodeRows codes(f, D * Reader<P>::kChunk, read.step);
-    const int64_t last = std::min(f.rows, (item + 1) * step);
-    for (int64_t row = item * step; row < last; row++) {
-      planes.seek(row / f.strip_rows);
-      const Rows rows = codes.rows(row, 1);
-      std::fill_n(weight + row * f.cols, f.cols, 0.f);
-      for (int64_t m = 0; m < f.books; m++)
-        for (int64_t s = 0; s < f.col_strips; s++) {
-          const int64_t strip = m * f.col_strips + s;
-          const uint8_t* p = rows.first + m * rows.book + s * rows.strip;
-          float* to = weight + row * f.cols + s * f.strip_cols;
-          constexpr int kChunkCols = P * D * kLanes;
-          for (int64_t left = f.cols_in(s); left > 0;
-               left -= kChunkCols, to += kChunkCols, p += read.step) {
-            int8_t found[P * D][kLanes];
-            Bytes chunk[P];
-            read(p, chunk);
-            for (int i = 0; i < P * D; i++) {
-              const Table<B> table(planes.first_plane() + ((strip * D + i % D) << B));
-              const Bytes plane = table(chunk[i / D]);
-              std::memcpy(found[i], &plane, kLanes);
-            }
-            const int64_t count = std::min<int64_t>(left, kChunkCols);
-            for (int64_t i = 0; i < count; i++)
-              to[i] += planes.first_scale()[strip] * found[i % (P * D)][i / (P * D)];
-          }
-        }
     }
   });
 }
@@ -254,7 +220,9 @@ void int4_tile(const Int4& w, const int8_t* x, const int32_t* starts, float x_sc
     for (int i = 0; i < Int4::kGroup; i += 2 * kLanes) {
       const Bytes even = load(x + i), odd = load(x + i + kLanes);
       for (int t = 0; t < T; t++) {
-        const Bytes packed = load(w.codes + ((row + t) * w.cols + g * Int4::kGroup + i) / 2);
+        const uint8_t* p = w.codes + ((row + t) * w.cols + g * Int4::kGroup + i) / 2;
+        __builtin_prefetch(p + 2 * T * w.cols / 2);  // of the rows that come next
+        const Bytes packed = load(p);
         sum[t] = dot_nibbles(sum[t], mask(packed, 4), even);
         sum[t] = dot_nibbles(sum[t], mask(shift(packed, 4), 4), odd);
       }
