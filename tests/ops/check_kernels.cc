@@ -1,5 +1,6 @@
-// Runs the kernels in the instruction set that they are compiled for, without JAX, against loops over
-// the definition in double. Prints the largest relative errors; exits with 1 if one is too large.
+// Runs the kernels, in the instruction set that they are compiled for and without JAX, against
+// loops over the definition in double. Prints the largest relative errors, and exits with 1 if one
+// is too large.
 #include "direct.h"
 #include "products.h"
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     target = cache / f"kernels-{key.hexdigest()[:20]}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
+        print(f"compiling the CPU kernels with {compiler}, once ...", file=sys.stderr, flush=True)
         include = ["-isystem", jax.ffi.include_dir()]
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = Path(scratch) / "kernels.so"
