@@ -98,10 +98,11 @@ def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
 def figures(result: Generation, prompt_tokens: int, params: Any, config: ModelConfig) -> str:
     """One line: tokens and seconds, and memory of the weights."""
     packed, dense = (size / 2**20 for size in serving.memory_bytes(params))
+    products = " and ".join(serving.implementations(params)) or "dense"
     return (
         f"prompt: {prompt_tokens} tokens in {result.prefill_seconds:.2f} s; "
         f"generated: {sum(map(len, result.tokens))} tokens, {result.tokens_per_second:.1f} "
-        f"tokens/s, compiled in {result.compile_seconds:.1f} s; "
+        f"tokens/s ({products}), compiled in {result.compile_seconds:.1f} s; "
         f"weights in memory: {packed + dense:.1f} MiB, packed {packed:.1f} and dense {dense:.1f} "
         f"(all in float32: {serving.float32_bytes(config) / 2**20:.1f} MiB)"
     )

@@ -61,6 +61,12 @@ def memory_bytes(params: Params) -> tuple[int, int]:
     return sum(n for packed, n in sizes if packed), sum(n for packed, n in sizes if not packed)
 
 
+def implementations(params: Params) -> list[str]:
+    """Those of `ops.vq_matmul` that the packed layers of a tree run on, sorted."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_weight)
+    return sorted({leaf.implementation for leaf in leaves if isinstance(leaf, VQKernel)})
+
+
 def float32_bytes(config: ModelConfig) -> int:
     """Bytes of the dense float32 model."""
 

@@ -45,6 +45,7 @@ def test_text_of_one_prompt_then_figures(checkpoint, capsys):
     shown, figures = out.removesuffix("\n").split("\n")
     assert shown == text
     assert figures.startswith("prompt: 3 tokens in ")
+    assert " tokens/s (reference), compiled in " in figures
     stored = PackedCheckpoint(checkpoint).manifest
     packed = (stored["quantized_bytes"] + stored["embedding_bytes"]) / 2**20
     assert f"packed {packed:.1f} and dense {stored['dense_bytes'] / 2**20:.1f}" in figures
@@ -64,7 +65,8 @@ def test_dense_gives_the_same_text_from_more_memory(checkpoint, capsys):
     packed = run(checkpoint, *PROMPTS)
     capsys.readouterr()
     assert run(checkpoint, *PROMPTS, dense=True, implementation=None) == packed
-    assert "packed 0.0 and dense" in capsys.readouterr().out.splitlines()[-1]
+    figures = capsys.readouterr().out.splitlines()[-1]
+    assert "packed 0.0 and dense" in figures and "tokens/s (dense)" in figures
 
 
 @pytest.mark.parametrize("dense", [False, True])

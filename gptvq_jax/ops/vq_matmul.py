@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from gptvq_jax.vq_tensor import VQTensor
@@ -44,7 +45,7 @@ def vq_matmul(x: jax.Array, tensor: VQTensor, *, implementation: str = "auto") -
       (..., R).
 
     Raises:
-      ValueError: an unknown implementation, or x does not have C columns.
+      ValueError: an unknown implementation, or x is not floating point with C columns.
       NotImplementedError: the named implementation does not support the tensor or the platform.
     """
     return x @ make_kernel(tensor, implementation)
@@ -79,6 +80,8 @@ class VQKernel:
         cols, rows = self.shape
         if x.shape[-1] != cols:
             raise ValueError(f"x has {x.shape[-1]} columns, the quantized weight {cols}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be floating point, not {x.dtype}; cast it, as to float32")
         y = _module(self.implementation).matmul(x.reshape(-1, cols), self.packed)
         return y.astype(x.dtype).reshape(*x.shape[:-1], rows)
 

@@ -57,6 +57,11 @@ def test_columns_must_match():
         vq_matmul(jnp.ones((1, 511)), tensor_of("2d 2 bit"), implementation="xla")
 
 
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="floating point, not int32"):
+        vq_matmul(jnp.ones((1, 512), jnp.int32), tensor_of("2d 2 bit"), implementation="xla")
+
+
 @pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
 def test_hardware_that_is_not_there_is_refused(name):
     with pytest.raises(NotImplementedError, match=f"'{name}' cannot run: it needs a .PU.*'xla'"):

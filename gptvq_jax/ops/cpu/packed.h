@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -97,7 +98,7 @@ class Planes {
         split(f.size, D, bias),
         strips(f.books * f.col_strips),
         together(std::clamp<int64_t>(kCacheBytes / (strips * D << B), 1, 16)),
-        planes(new uint8_t[together * strips * D << B]),
+        planes(new uint8_t[(together * strips * D << B) + kOverread]),
         scales(new float[together * strips]) {}
 
   // Makes row strip `wanted` ready.
@@ -119,12 +120,14 @@ class Planes {
         const int64_t next = (group + together) * f.size * D;  // for the next call
         for (int64_t line = 0; line < f.size * D; line += 64)
           __builtin_prefetch(f.centroids + next + line);
-        split.template operator()<B>(f.centroids + group * f.size * D,
-                                     planes.get() + (to * D << B));
+        const int8_t* book = f.centroids + group * f.size * D;
+        uint8_t* plane = planes.get() + (to * D << B);
+        if constexpr (whole_entries(B, D)) std::memcpy(plane, book, f.size * D);
+        else split.template operator()<B>(book, plane);
         scales[to] = half_to_float(f.scales[group]);
       }
   }
-  static constexpr int64_t kCacheBytes = 1 << 14;
+  static constexpr int64_t kCacheBytes = 1 << 14, kOverread = 4;
   const Format& f;
   const Split split;
   const int64_t strips, together;

@@ -46,8 +46,9 @@ float round_row(const float* x, int64_t count, int8_t* digits) {
 }
 
 // Activations in the order in which weights come out of the tables: for every row of x and column
-// strip, chunk after chunk, kLanes values for each d of each of the P vectors; 0 beyond the strip.
-template <class T, int D, int P>
+// strip, chunk after chunk, kLanes values for each d of each of the P vectors, or, where entries
+// are looked up whole, as they are; 0 beyond the strip.
+template <class T, int B, int D, int P>
 class Activations {
  public:
   static constexpr int kChunkCols = P * D * kLanes;
@@ -66,8 +67,11 @@ class Activations {
         T padded[kChunkCols] = {};
         if (left < kChunkCols) std::copy_n(from, left, padded);
         const T* chunk = left < kChunkCols ? padded : from;
-        for (int i = 0; i < P * D; i++)
-          for (int lane = 0; lane < kLanes; lane++) to[i * kLanes + lane] = chunk[lane * P * D + i];
+        if constexpr (whole_entries(B, D)) std::copy_n(chunk, kChunkCols, to);
+        else
+          for (int i = 0; i < P * D; i++)
+            for (int lane = 0; lane < kLanes; lane++)
+              to[i * kLanes + lane] = chunk[lane * P * D + i];
       }
     }
   }
@@ -79,7 +83,7 @@ class Activations {
 
 // Rows of x as Q rows of digits each, and what sums of them begin with: minus what the bias of the
 // tables adds to each lane of a strip.
-template <int Q, int D, int P>
+template <int Q, int B, int D, int P>
 struct Digits {
   static constexpr int kIntLanes = sizeof(Ints) / 4;
 
@@ -101,15 +105,32 @@ struct Digits {
       }
     }
   }
-  Activations<int8_t, D, P> x;
+  Activations<int8_t, B, D, P> x;
   std::vector<float> scales;
   std::vector<int32_t> starts;  // row after row, strip after strip
 };
 
+// What a vector of codes stands for, d-th of D vectors, in the tables of a strip.
+template <int B, int D>
+struct Weights {
+  Weights(const uint8_t* plane, int d) : table(plane + (d << B)) {}
+  Bytes operator()(Bytes code) const { return table(code); }
+  const Table<B> table;
+};
+template <int B, int D>
+  requires(whole_entries(B, D))
+struct Weights<B, D> {
+  Weights(const uint8_t* plane, int d) : plane(plane), d(d) {}
+  Bytes operator()(Bytes code) const { return gather<D>(plane, code, d); }
+  const uint8_t* plane;
+  const int d;
+};
+
 // Products of T rows of W, of one row strip, with N rows of x from `batch` on: y[t * N + n].
 template <int T, int N, int Q, int B, int D, int P>
-[[gnu::noinline]] void tile(const Format& f, const Digits<Q, D, P>& digits, const Reader<P>& read,
-                            const Planes<B, D>& planes, const Rows rows, int64_t batch, float* y) {
+[[gnu::noinline]] void tile(const Format& f, const Digits<Q, B, D, P>& digits,
+                            const Reader<P>& read, const Planes<B, D>& planes, const Rows rows,
+                            int64_t batch, float* y) {
   Floats total[T][N];
   for (auto& of_row : total)
     for (Floats& value : of_row) value = zero();
@@ -136,11 +157,11 @@ template <int T, int N, int Q, int B, int D, int P>
         }
         for (int i = 0; i < P; i++)
           for (int d = 0; d < D; d++, x += kLanes) {
-            const Table<B> table(plane + (d << B));
+            const Weights<B, D> weights(plane, d);
             Bytes input[N * Q];
             for (int n = 0; n < N * Q; n++) input[n] = keep(load(x + n * row_size));
             for (int t = 0; t < T; t++) {
-              const Bytes weight = table(found[t][i]);
+              const Bytes weight = weights(found[t][i]);
               for (int n = 0; n < N * Q; n++) sum[t][n] = dot(sum[t][n], weight, input[n]);
             }
           }
@@ -161,8 +182,9 @@ template <int T, int N, int Q, int B, int D, int P>
 
 // y of rows [row, end) of W, of one row strip, and N rows of x.
 template <int N, int Q, int B, int D, int P>
-void tiles(const Format& f, const Digits<Q, D, P>& digits, const Reader<P>& read, CodeRows& codes,
-           const Planes<B, D>& planes, int64_t row, int64_t end, int64_t batch, float* y) {
+void tiles(const Format& f, const Digits<Q, B, D, P>& digits, const Reader<P>& read,
+           CodeRows& codes, const Planes<B, D>& planes, int64_t row, int64_t end, int64_t batch,
+           float* y) {
   constexpr int T = 4;
   float part[T * N];
   for (int64_t count; row < end; row += count) {
@@ -177,7 +199,7 @@ void tiles(const Format& f, const Digits<Q, D, P>& digits, const Reader<P>& read
 
 template <int Q, int B, int D, int P, class Pool>
 void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* y) {
-  const Digits<Q, D, P> digits(f, x, batch);
+  const Digits<Q, B, D, P> digits(f, x, batch);
   const Reader<P> read(f);
   const int64_t step = item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads());
   parallel(pool, divide_up(f.rows, step), [&](int64_t item) {

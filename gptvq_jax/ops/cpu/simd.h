@@ -11,6 +11,9 @@
 //   Split(K, D)   writes one plane for each d: entry [k, d] of a codebook at k, 0 <= k < 2^B, where
 //                 a codebook of fewer than 2^B entries repeats
 //   Table<B>      a plane in registers, looked up by the low B bits of every lane
+//   whole_entries(B, D), gather<D>
+//                 where shuffles would take longer, entries of D bytes are loaded whole: the d-th
+//                 vector has those of the lanes from d kLanes / D on
 //   dot           adds products of neighbouring bytes, weight x int8, to int32 lanes
 //   dot_nibbles   the same for weights of 0 to 15
 #pragma once
@@ -143,6 +146,9 @@ struct Table {
   Bytes part[kParts];
 };
 constexpr int kSmallTable = 6;  // bits of the smallest table
+constexpr bool whole_entries(int, int) { return false; }
+template <int D>
+Bytes gather(const uint8_t* entries, Bytes code, int d);
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
@@ -242,6 +248,31 @@ struct Table {
 };
 constexpr int kSmallTable = 4;
 
+// A shuffle for every 16 entries takes longer than loads. Two bytes are loaded as four.
+constexpr bool whole_entries(int B, int D) { return B == 8 && D > 1; }
+template <int D>
+inline Bytes gather(const uint8_t* entries, Bytes code, int d) {
+  constexpr int kCodes = kLanes / D;  // of this vector
+  alignas(32) uint8_t codes[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(codes), code);
+  const auto* at = reinterpret_cast<const __m128i*>(codes + d * kCodes);
+  const int* base = reinterpret_cast<const int*>(entries);
+  if constexpr (D == 8) {
+    const __m128i index = _mm_cvtepu8_epi32(_mm_loadu_si32(at));
+    return _mm256_i32gather_epi64(reinterpret_cast<const long long*>(base), index, 8);
+  } else if constexpr (D == 4) {
+    return _mm256_i32gather_epi32(base, _mm256_cvtepu8_epi32(_mm_loadl_epi64(at)), 4);
+  } else {
+    const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at));
+    const __m256i high = _mm256_cvtepu8_epi32(_mm_srli_si128(_mm_load_si128(at), 8));
+    const __m256i pair = _mm256_set1_epi32(0xffff);
+    const __m256i packed =  // of each half of both
+        _mm256_packus_epi32(_mm256_and_si256(_mm256_i32gather_epi32(base, low, 2), pair),
+                            _mm256_and_si256(_mm256_i32gather_epi32(base, high, 2), pair));
+    return _mm256_permute4x64_epi64(packed, 0b11011000);
+  }
+}
+
 inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats to_float(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -327,6 +358,9 @@ struct Table {
   Bytes part[kParts];
 };
 constexpr int kSmallTable = 4;
+constexpr bool whole_entries(int, int) { return false; }
+template <int D>
+Bytes gather(const uint8_t* entries, Bytes code, int d);
 
 inline Floats zero() { return vdupq_n_f32(0); }
 inline Floats to_float(Ints v) { return vcvtq_f32_s32(v); }
@@ -394,6 +428,9 @@ struct Table {
   const uint8_t* entry;
 };
 constexpr int kSmallTable = 4;
+constexpr bool whole_entries(int, int) { return false; }
+template <int D>
+Bytes gather(const uint8_t* entries, Bytes code, int d);
 
 inline Floats zero() { return each<Floats>([](int) { return 0.f; }); }
 inline Floats to_float(Ints v) { return each<Floats>([=](int i) { return float(v.at[i]); }); }
