@@ -2,6 +2,7 @@
 // loops over the definition in double. Prints the largest relative errors, and exits with 1 if one
 // is too large.
 #include "direct.h"
+#include "lookup.h"
 #include "products.h"
 
 #include <cmath>
@@ -67,11 +68,13 @@ void check(int dim, int bits, int64_t rows, int64_t cols, int64_t strip_rows, in
     product<3, B, D, P>(f, x.data(), batch, pool, y.data());
     worst_exact = std::max(worst_exact, error());
   });
-  // The same weight once more, as floats, and with scales of blocks that are all 1.
+  // The same weight once more, as floats; with scales of blocks that are all 1, or, where all rows
+  // share codebooks, without.
   for (size_t i = 0; i < centroids.size(); i++)
     floats.push_back(std::ldexp(1 + (scales[i / (size * dim)] & 0x3ff) / 1024.0, -7) *
                      centroids[i]);
-  const int64_t block_size = 3 * dim, blocks = (strip_cols + block_size - 1) / block_size;
+  const int64_t block_size = 3 * dim;
+  const int64_t blocks = row_strips == 1 ? 0 : (strip_cols + block_size - 1) / block_size;
   const std::vector<float> ones(rows * col_strips * blocks, 1.f);
   const DirectFormat d{books, rows, row_bytes, col_strips, row_strips, size, dim, cols,
                        strip_rows, strip_cols, bits, blocks, block_size, codes.data(),

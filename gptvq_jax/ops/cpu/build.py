@@ -18,7 +18,15 @@ import jax
 
 from gptvq_jax.errors import first_line
 
-_SOURCES = ("kernels.cc", "products.h", "packed.h", "direct.h", "parallel.h", "simd.h")
+_SOURCES = (
+    "kernels.cc",
+    "products.h",
+    "packed.h",
+    "lookup.h",
+    "direct.h",
+    "parallel.h",
+    "simd.h",
+)
 _TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")

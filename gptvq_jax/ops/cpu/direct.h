@@ -1,6 +1,7 @@
-// Products for what has no kernel of its own in products.h (float16 centroids, codebooks of up to
-// 65536 entries, factored codebooks, block scales): a row is decoded to floats, which stay in the
-// first-level cache, and multiplied. Its cost per code is a load of D floats and their addition.
+// Products for what has no kernel of its own in products.h or lookup.h (float16 centroids,
+// codebooks of up to 65536 entries, factored codebooks, block scales): a row is decoded to floats,
+// which stay in the first-level cache, and multiplied. A code costs a load of D floats and their
+// addition.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -82,19 +83,6 @@ void direct_product(const DirectFormat& f, const float* x, int64_t batch, Pool& 
         y[n * f.rows + r] = dot_floats(x + n * f.cols, weights, f.cols);
     }
   });
-}
-
-// y = x W^T; false where there is no kernel for D.
-template <class Pool>
-bool direct(const DirectFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
-  switch (f.dim) {
-    case 1: return direct_product<1>(f, x, batch, pool, y), true;
-    case 2: return direct_product<2>(f, x, batch, pool, y), true;
-    case 4: return direct_product<4>(f, x, batch, pool, y), true;
-    case 8: return direct_product<8>(f, x, batch, pool, y), true;
-    case 16: return direct_product<16>(f, x, batch, pool, y), true;
-  }
-  return false;
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The kernels as XLA calls them.
 #include "direct.h"
+#include "lookup.h"
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
 
