@@ -13,7 +13,8 @@ import pytest
 
 from gptvq_jax.ops.cpu import build
 
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g0")
+# Without optimization, with which sanitizers take half a minute to compile.
+_SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g0")
 # name -> (compiler, flags, emulator)
 _ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
 TARGETS = {
