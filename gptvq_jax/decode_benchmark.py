@@ -17,6 +17,7 @@ import numpy as np
 from gptvq_jax.ops.int4 import GROUP_SIZE, random_int4
 from gptvq_jax.ops.vq_matmul import make_kernel
 from gptvq_jax.paper import GROUP_SIZES
+from gptvq_jax.row_weight import RowWeight
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 
 # Outputs x inputs.
@@ -183,17 +184,8 @@ def _quantized(fmt: TensorFormat, implementation: str, rows: int, cols: int, see
     return make_kernel(tensor, implementation)
 
 
-class _DenseKernel(NamedTuple):
-    weight: jax.Array  # (R, C), as it is fastest on a CPU at batch 1
-
-    def __rmatmul__(self, x):
-        if x.shape[0] == 1:
-            return (self.weight @ x[0].astype(self.weight.dtype))[None].astype(x.dtype)
-        return (x.astype(self.weight.dtype) @ self.weight.T).astype(x.dtype)
-
-
-def _dense(dtype: Any, rows: int, cols: int, seed: int) -> _DenseKernel:
-    return _DenseKernel(0.02 * jax.random.normal(jax.random.key(seed), (rows, cols), dtype))
+def _dense(dtype: Any, rows: int, cols: int, seed: int) -> RowWeight:
+    return RowWeight(0.02 * jax.random.normal(jax.random.key(seed), (rows, cols), dtype))
 
 
 def _ratio(measured: np.ndarray, base: np.ndarray | None) -> float | None:

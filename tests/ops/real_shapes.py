@@ -1,8 +1,11 @@
 """Weights of the size of Llama's as shapes alone, to count bytes and to compile for."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 from gptvq_jax.vq_tensor import VQTensor
@@ -40,3 +43,13 @@ def abstract_tensor(fmt: TensorFormat, rows: int, cols: int) -> VQTensor:
         codes=with_rows(1, rows)(strip.codes),
         codebook=jax.tree.map(with_rows(2, grid.row_strips), strip.codebook),
     )
+
+
+def first_device(topology: Any) -> NamedSharding:
+    """Placement on one device of a topology that is described, not there."""
+    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("device",)), PartitionSpec())
+
+
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+    """Abstract arrays of the shapes of a tree's, at a place."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)

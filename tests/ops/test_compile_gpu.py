@@ -9,18 +9,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
     use_abstract_mesh,
 )
-from real_shapes import FORMATS, abstract_tensor
+from real_shapes import FORMATS, abstract_tensor, first_device, placed
 
 from gptvq_jax.ops import pallas_gpu, xla
 from gptvq_jax.sample_tensors import TensorFormat
@@ -74,14 +70,14 @@ def h100():
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
     )
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("gpu",)), PartitionSpec())
+    return first_device(topology)
 
 
 def compiled(function, *args):
     """The program for args of jax.ShapeDtypeStruct."""
     # Triton asks which GPU it lowers for.
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h100()), args)
+    args = placed(args, h100())
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
     return lowered.compile()

@@ -4,11 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from real_shapes import FORMATS, abstract_tensor
+from real_shapes import FORMATS, abstract_tensor, first_device, placed
 
 from gptvq_jax.ops import pallas_tpu
 
@@ -43,21 +41,15 @@ def chip(name):
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name])
-    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
-    return NamedSharding(mesh, PartitionSpec())
+    return first_device(topology)
 
 
 @pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize(("fmt", "rows", "cols", "batch", "dtype"), PROGRAMS)
 def test_compiles(fmt, rows, cols, batch, dtype, name):
-    sharding = chip(name)
-
-    def placed(array):
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
     tensor = abstract_tensor(FORMATS[fmt], rows, cols)
-    packed = jax.tree.map(placed, jax.eval_shape(pallas_tpu.pack, tensor))
-    x = placed(jax.ShapeDtypeStruct((batch, cols), dtype))
+    packed = placed(jax.eval_shape(pallas_tpu.pack, tensor), chip(name))
+    x = placed(jax.ShapeDtypeStruct((batch, cols), dtype), chip(name))
     program = jax.jit(pallas_tpu.matmul).trace(x, packed).lower(lowering_platforms=("tpu",))
     memory = program.compile().memory_analysis()
     # Tiles of registers fill up no array: what is counted is what is there.
@@ -68,7 +60,4 @@ def test_compiles(fmt, rows, cols, batch, dtype, name):
 @pytest.mark.parametrize("name", CHIPS)
 def test_pack_compiles(name):
     tensor = abstract_tensor(FORMATS["2d 3 bit"], 4096, 4096)
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip(name)), tensor
-    )
-    pallas_tpu.pack.trace(placed).lower(lowering_platforms=("tpu",)).compile()
+    pallas_tpu.pack.trace(placed(tensor, chip(name))).lower(lowering_platforms=("tpu",)).compile()

@@ -45,6 +45,17 @@ float round_row(const float* x, int64_t count, int8_t* digits) {
   return peak / 127;
 }
 
+// What sums over `count` activations begin with where weights are `bias` too large: minus what that
+// adds to each lane, kIntLanes numbers.
+constexpr int kIntLanes = sizeof(Ints) / 4;
+inline void begin_sum(const int8_t* x, int64_t count, uint8_t bias, int32_t* start) {
+  Ints added = zero_ints();
+  for (int64_t i = 0; bias && i < count; i += kLanes)
+    added = dot(added, simd::fill(bias), load(x + i));
+  added = sub(zero_ints(), added);
+  std::memcpy(start, &added, sizeof added);
+}
+
 // Activations in the order in which weights come out of the tables: for every row of x and column
 // strip, chunk after chunk, kLanes values for each d of each of the P vectors, or, where entries
 // are looked up whole, as they are; 0 beyond the strip.
@@ -85,8 +96,6 @@ class Activations {
 // tables adds to each lane of a strip.
 template <int Q, int B, int D, int P>
 struct Digits {
-  static constexpr int kIntLanes = sizeof(Ints) / 4;
-
   Digits(const Format& f, const float* from, int64_t rows)
       : x(f, rows * Q), scales(rows), starts(rows * Q * f.col_strips * kIntLanes) {
     std::vector<int8_t> digits(Q * f.cols);
@@ -95,13 +104,8 @@ struct Digits {
       scales[n] = round_row<Q>(from + n * f.cols, f.cols, digits.data());
       for (int64_t row = n * Q, q = 0; q < Q; q++, row++) {
         x.set(f, row, digits.data() + q * f.cols);
-        for (int64_t s = 0; s < f.col_strips; s++, start += kIntLanes) {
-          Ints biased = zero_ints();
-          for (int64_t i = 0; kBias && i < x.strip_size; i += kLanes)
-            biased = dot(biased, simd::fill(kBias), load(x.row(row) + s * x.strip_size + i));
-          biased = sub(zero_ints(), biased);
-          std::memcpy(start, &biased, sizeof biased);
-        }
+        for (int64_t s = 0; s < f.col_strips; s++, start += kIntLanes)
+          begin_sum(x.row(row) + s * x.strip_size, x.strip_size, kBias, start);
       }
     }
   }
@@ -135,7 +139,7 @@ template <int T, int N, int Q, int B, int D, int P>
   for (auto& of_row : total)
     for (Floats& value : of_row) value = zero();
   const int64_t strip_size = digits.x.strip_size, row_size = digits.x.row_size, step = read.step;
-  const int64_t next_row = f.col_strips * digits.kIntLanes;  // of starts
+  const int64_t next_row = f.col_strips * kIntLanes;  // of starts
   const uint8_t* plane = planes.first_plane();
   const float* scale = planes.first_scale();
   for (int64_t m = 0; m < f.books; m++) {
@@ -143,7 +147,7 @@ template <int T, int N, int Q, int B, int D, int P>
     const int8_t* const x_end = x + row_size;
     const int32_t* start = digits.starts.data() + batch * Q * next_row;
     const uint8_t* strip = rows.first + m * rows.book;
-    for (; x < x_end; strip += rows.strip, plane += D << B, scale++, start += digits.kIntLanes) {
+    for (; x < x_end; strip += rows.strip, plane += D << B, scale++, start += kIntLanes) {
       Ints sum[T][N * Q];
       for (int t = 0; t < T; t++)
         for (int n = 0; n < N * Q; n++) std::memcpy(&sum[t][n], start + n * next_row, sizeof(Ints));
@@ -221,7 +225,6 @@ void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* 
 // Activations are int8 as above, and in the order of the codes: P = 2.
 struct Int4 {
   static constexpr int64_t kGroup = 128;
-  static constexpr int kIntLanes = sizeof(Ints) / 4;
   int64_t rows, cols, groups;
   const uint8_t* codes;
   const uint16_t* scales;  // (R, C / 128) float16
@@ -236,7 +239,7 @@ void int4_tile(const Int4& w, const int8_t* x, const int32_t* starts, float x_sc
   for (int t = 0; t < T; t++)
     for (int64_t g = 0; g < w.groups; g++)
       scales[t * w.groups + g] = half_to_float(w.scales[(row + t) * w.groups + g]);
-  for (int64_t g = 0; g < w.groups; g++, starts += Int4::kIntLanes, x += Int4::kGroup) {
+  for (int64_t g = 0; g < w.groups; g++, starts += kIntLanes, x += Int4::kGroup) {
     Ints sum[T];
     for (int t = 0; t < T; t++) std::memcpy(&sum[t], starts, sizeof sum[t]);
     for (int i = 0; i < Int4::kGroup; i += 2 * kLanes) {
@@ -259,20 +262,15 @@ template <class Pool>
 void int4_product(const Int4& w, const float* x, int64_t batch, Pool& pool, float* y) {
   std::vector<int8_t> ordered(batch * w.cols), rounded(w.cols);
   std::vector<float> x_scale(batch);
-  std::vector<int32_t> starts(batch * w.groups * Int4::kIntLanes);  // minus 8 times the x of a lane
+  std::vector<int32_t> starts(batch * w.groups * kIntLanes);  // minus 8 times the x of a lane
   for (int64_t n = 0; n < batch; n++) {
     int8_t* to = ordered.data() + n * w.cols;
     x_scale[n] = round_row<1>(x + n * w.cols, w.cols, rounded.data());
     for (int64_t c = 0; c < w.cols; c += 2 * kLanes)
       for (int odd = 0; odd < 2; odd++)
         for (int i = 0; i < kLanes; i++) to[c + odd * kLanes + i] = rounded[c + 2 * i + odd];
-    for (int64_t g = 0; g < w.groups; g++) {
-      Ints sum = zero_ints();
-      for (int i = 0; i < Int4::kGroup; i += kLanes)
-        sum = dot_nibbles(sum, simd::fill(8), load(to + g * Int4::kGroup + i));
-      sum = sub(zero_ints(), sum);
-      std::memcpy(starts.data() + (n * w.groups + g) * Int4::kIntLanes, &sum, sizeof sum);
-    }
+    for (int64_t g = 0; g < w.groups; g++)
+      begin_sum(to + g * Int4::kGroup, Int4::kGroup, 8, &starts[(n * w.groups + g) * kIntLanes]);
   }
   const int64_t step = item_rows(w.rows, w.cols, 1, pool.num_threads());
   parallel(pool, divide_up(w.rows, step), [&](int64_t item) {
@@ -280,7 +278,7 @@ void int4_product(const Int4& w, const float* x, int64_t batch, Pool& pool, floa
     std::vector<float> scales(4 * w.groups);
     for (int64_t n = 0; n < batch; n++) {
       const int8_t* of_x = ordered.data() + n * w.cols;
-      const int32_t* start = starts.data() + n * w.groups * Int4::kIntLanes;
+      const int32_t* start = starts.data() + n * w.groups * kIntLanes;
       int64_t row = item * step;
       for (; row + 4 <= last; row += 4)
         int4_tile<4>(w, of_x, start, x_scale[n], row, scales.data(), y + n * w.rows);
