@@ -31,8 +31,8 @@ VQ_FORMATS = {
     for (dim, bits), (index_bits, group_size) in GROUP_SIZES.items()
 }
 AQLM_FORMATS = {
-    "aqlm_2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2),
-    "aqlm_1x16": TensorFormat(8, 16, codebook_bits=16),
+    "aqlm_2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2, row_scales=True),
+    "aqlm_1x16": TensorFormat(8, 16, codebook_bits=16, row_scales=True),
 }
 FORMATS = VQ_FORMATS | AQLM_FORMATS
 DENSE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -38,6 +38,7 @@ class RowWeight:
         if (
             not isinstance(book, FactoredCodebook)
             or tensor.index_bits != 8
+            or tensor.row_scales is not None
             or book.left.shape != one_group_per_row
             or not np.array_equal(book.right, basis(256, symmetric=True))
         ):

@@ -21,6 +21,7 @@ class TensorFormat:
     rank: int = 0  # of factored codebooks (D = 1); 0: centroids stored one by one
     num_codebooks: int = 1  # M
     scale_block_size: int = 0  # weights per 4-bit block scale; 0: none
+    row_scales: bool = False  # one per output
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """Groups of a rows x cols weight."""
@@ -77,4 +78,5 @@ def random_tensor(fmt: TensorFormat, grid: GroupGrid, seed: int = 0) -> VQTensor
         scales = BlockScales(codes, offset, step, fmt.scale_block_size, blocks)
     length = packed_length(grid.num_vectors, fmt.index_bits)
     codes = integers(np.uint8, books, grid.rows, length)
-    return VQTensor(codes, codebook, scales, fmt.index_bits, grid)
+    row_scales = uniform(0.5, 2.0, grid.rows) if fmt.row_scales else None
+    return VQTensor(codes, codebook, scales, fmt.index_bits, grid, row_scales)

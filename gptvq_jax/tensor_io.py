@@ -5,12 +5,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from gptvq_jax.grid import GroupGrid
 from gptvq_jax.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what is written
+_READABLE = (1, FORMAT_VERSION)  # in 1 there were no row_scales
 _CODEBOOKS = {"dense": DenseCodebook, "factored": FactoredCodebook}
 _KINDS = {codebook: kind for kind, codebook in _CODEBOOKS.items()}
 
@@ -22,10 +24,10 @@ def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
     """Splits a tensor into its stored arrays and its static fields.
 
     Returns:
-      {"codes", "codebook.<field>", "block_scales.<field>"}, host arrays without those that are
-      None, and a dict of JSON types: format_version, kind of codebook, index_bits, grid, the static
-      fields of the codebook and of the block scales (None if there are none), and the dtype and
-      shape of every array as in {"codes": "uint8[1,576,216]"}.
+      {"codes", "codebook.<field>", "block_scales.<field>", "row_scales"}, host arrays without those
+      that are None, and a dict of JSON types: format_version, kind of codebook, index_bits, grid,
+      the static fields of the codebook and of the block scales (None if there are none), and the
+      dtype and shape of every array as in {"codes": "uint8[1,576,216]"}.
 
     Raises:
       ValueError: no format is defined for this type of codebook.
@@ -37,6 +39,8 @@ def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
     if tensor.block_scales is not None:
         scales, scales_meta = _split(tensor.block_scales, "block_scales.")
     arrays = {"codes": np.asarray(tensor.codes), **codebook, **scales}
+    if tensor.row_scales is not None:
+        arrays["row_scales"] = np.asarray(tensor.row_scales)
     meta = {
         "format_version": FORMAT_VERSION,
         "kind": _KINDS[type(tensor.codebook)],
@@ -72,16 +76,31 @@ def state_to_tensor(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -
             block_scales=scales and _join(BlockScales, arrays, scales, "block_scales."),
             index_bits=meta["index_bits"],
             grid=GroupGrid(**meta["grid"]),
+            row_scales=arrays.get("row_scales"),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"a quantized tensor is described incompletely: {error}") from error
 
 
+def abstract_tensor(meta: Mapping[str, Any]) -> VQTensor:
+    """The tensor that `meta` describes, with a jax.ShapeDtypeStruct in place of each array.
+
+    Raises:
+      ValueError: see `state_to_tensor`.
+    """
+    arrays = {}
+    for name, signature in meta["arrays"].items():
+        dtype, _, shape = signature.removesuffix("]").partition("[")
+        arrays[name] = jax.ShapeDtypeStruct([int(n) for n in shape.split(",") if n], dtype)
+    return state_to_tensor(arrays, meta)
+
+
 def check_format_version(version: Any, what: str) -> None:
     """Raises ValueError if `what` (named in the message) is of a version we cannot read."""
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
         raise ValueError(
-            f"{what} has format_version={version!r}, but this gptvq_jax reads {FORMAT_VERSION}; "
+            f"{what} has format_version={version!r}, but this gptvq_jax reads {known}; "
             "use the version that wrote it, or quantize again"
         )
 

@@ -2,10 +2,11 @@
 
     W[r, jD:(j+1)D] = s(r, j) * sum_m codebook[m, group(r, j), codes[m, r, j]]
 
-A uniform grid (RTN, GPTQ) is D = 1 with a codebook of rank 2: centroid k of a group is
-scale * k + offset. An SVD-compressed codebook (GPTVQ, section 3.3) is the same thing at any rank.
-Every array is held as it is stored, so bits per value are counted, never computed from a formula.
-Axis letters are explained in grid.py.
+AQLM has several codebooks m and one scale s per row r; GPTVQ one codebook per group, and scales of
+blocks where asked for. A uniform grid (RTN, GPTQ) is D = 1 with a codebook of rank 2: centroid k of
+a group is scale * k + offset. An SVD-compressed codebook (GPTVQ, section 3.3) is the same thing at
+any rank. Every array is held as it is stored, so bits per value are counted, never computed from a
+formula. Axis letters are explained in grid.py.
 """
 
 import dataclasses
@@ -97,6 +98,7 @@ class VQTensor:
     block_scales: BlockScales | None
     index_bits: int = _static()
     grid: GroupGrid = _static()
+    row_scales: jax.Array | None = None  # (R,) float16
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,19 +122,36 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     """The weight (R, C) that the packed arrays stand for, float32."""
     grid = tensor.grid
     codebook = tensor.codebook.values()  # (M, S, G, K, D)
-    books, col_strips, row_strips, size, dim = codebook.shape
-    row_group = jnp.arange(grid.rows) // grid.strip_rows
-    col_group = jnp.arange(grid.num_vectors) // grid.strip_vectors
-    group = col_group * row_strips + row_group[:, None]  # (R, J)
-    group = group + jnp.arange(books)[:, None, None] * (col_strips * row_strips)
+    *_, size, dim = codebook.shape
     # One flat index: XLA then loads the D values of a centroid together.
-    index = group * size + tensor.unpack_codes()  # (M, R, J)
+    index = _flat_index(tensor, size)
     vectors = codebook.reshape(-1, dim).at[index].get(mode="promise_in_bounds")
     weight = jnp.sum(vectors, axis=0)  # (R, J, D)
     if tensor.block_scales is not None:
         scales = tensor.block_scales.per_vector(grid)[:, : grid.num_vectors]
         weight = weight * scales[..., None]
+    if tensor.row_scales is not None:
+        weight = weight * jnp.asarray(tensor.row_scales, jnp.float32)[:, None, None]
     return weight.reshape(grid.rows, -1)[:, : grid.cols]
+
+
+def _flat_index(tensor: VQTensor, size: int) -> jax.Array:
+    """Where the centroid of each vector stands among all (M * S * G * K): (M, R, J)."""
+    grid = tensor.grid
+    row_group = jnp.arange(grid.rows) // grid.strip_rows
+    col_group = jnp.arange(grid.num_vectors) // grid.strip_vectors
+    group = col_group * grid.row_strips + row_group[:, None]  # (R, J)
+    books = jnp.arange(tensor.codes.shape[0])[:, None, None]
+    return (group + books * (grid.col_strips * grid.row_strips)) * size + tensor.unpack_codes()
+
+
+@jax.jit
+def unused_centroids(tensor: VQTensor) -> jax.Array:
+    """Number of centroids, of all codebooks and groups, that no vector uses."""
+    size = 2**tensor.index_bits
+    index = _flat_index(tensor, size)
+    total = tensor.codes.shape[0] * tensor.grid.col_strips * tensor.grid.row_strips * size
+    return total - jnp.count_nonzero(jnp.zeros(total, bool).at[index].set(True))
 
 
 dequantize_compiled = jax.jit(dequantize)  # where it is not part of a larger program
@@ -178,5 +197,8 @@ def concat_rows(tensors: Sequence[VQTensor]) -> VQTensor:
         first,
         codes=jnp.concatenate([tensor.codes for tensor in tensors], axis=1),
         codebook=jax.tree.map(by_group, *(tensor.codebook for tensor in tensors)),
+        row_scales=None
+        if first.row_scales is None
+        else jnp.concatenate([tensor.row_scales for tensor in tensors]),
         grid=dataclasses.replace(first.grid, rows=sum(t.grid.rows for t in tensors)),
     )

@@ -58,12 +58,13 @@ def half(tree):
 # --- tensors ---
 
 
-@pytest.mark.parametrize("kind", tiny.SETTINGS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_tensor_survives_state_and_disk(kind, tmp_path):
     tensor = tiny.random_tensor(kind, ROWS, COLS)
     arrays, meta = tensor_to_state(tensor)
     assert all(type(array) is np.ndarray for array in arrays.values())
     assert sum(array.nbytes for array in arrays.values()) == tensor.num_bytes
+    assert ("row_scales" in arrays) == (kind == "aqlm")
     tiny.assert_same_tree(state_to_tensor(arrays, json.loads(json.dumps(meta))), tensor)
 
     save_tree(tmp_path / "tree", {"layer": {"kernel": tensor}}, "float16")
@@ -90,8 +91,8 @@ def test_tensor_of_quantize_survives(kind, tmp_path):
 
 def test_state_is_checked():
     arrays, meta = tensor_to_state(tiny.random_tensor("int8", ROWS, COLS))
-    with pytest.raises(ValueError, match="format_version=2, but this gptvq_jax reads 1"):
-        state_to_tensor(arrays, meta | {"format_version": 2})
+    with pytest.raises(ValueError, match="format_version=3, but this gptvq_jax reads 1 and 2"):
+        state_to_tensor(arrays, meta | {"format_version": 3})
     with pytest.raises(ValueError, match=r"kind='lattice' .* must be one of \['dense', 'fact"):
         state_to_tensor(arrays, meta | {"kind": "lattice"})
     with pytest.raises(ValueError, match="incompletely: 'grid'"):
@@ -103,6 +104,21 @@ def test_state_is_checked():
     ):
         with pytest.raises(ValueError, match=r"has arrays {.*}, not {'codes': 'uint8\[1,13,14\]'"):
             state_to_tensor(broken, meta)
+
+
+def test_row_scales_do_not_get_lost():
+    arrays, meta = tensor_to_state(tiny.random_tensor("aqlm", ROWS, COLS))
+    del arrays["row_scales"]
+    with pytest.raises(ValueError, match=r"not {.*'row_scales': 'float16\[13\]'}"):
+        state_to_tensor(arrays, meta)
+
+
+@pytest.mark.parametrize("kind", tiny.SETTINGS)
+def test_a_tensor_of_version_1_is_read(kind):
+    tensor = tiny.random_tensor(kind, ROWS, COLS)
+    arrays, meta = tensor_to_state(tensor)
+    assert meta["format_version"] == 2
+    tiny.assert_same_tree(state_to_tensor(arrays, meta | {"format_version": 1}), tensor)
 
 
 # --- whole checkpoints ---
@@ -294,6 +310,27 @@ def test_manifest_without_embeddings_is_read(copy):
         PackedCheckpoint(copy).outer()
 
 
+def test_checkpoint_of_version_1_is_read(copy):
+    writer, blocks = CheckpointWriter(copy), []
+    for index in range(2):
+        block = tiny.random_block(index)
+        shape = get_layer(block, "mlp/down_proj")["kernel"].shape
+        blocks.append(with_layer(block, "mlp/down_proj", tiny.random_tensor("int8", *shape)))
+        writer.write_block(index, blocks[index])
+    writer.finalize({}, tiny.MODEL, "tiny", "0123")
+    # As written before there were row scales, of which these layers have none.
+    for path in (copy / "manifest.json", *copy.rglob("record.json")):
+        text = path.read_text()
+        assert '"format_version": 2' in text
+        path.write_text(text.replace('"format_version": 2', '"format_version": 1'))
+    assert writer.finished_blocks() == 2
+    checkpoint = PackedCheckpoint(copy)
+    tiny.assert_same_tree(checkpoint.outer(), dequantize_tree(half(tiny.random_outer(7))))
+    for index, block in enumerate(blocks):
+        expected = {**block, **{norm: half(block[norm]) for norm in NORMS}}
+        tiny.assert_same_tree(checkpoint.packed_block(index), expected)
+
+
 def test_summary_shows_embeddings_where_they_are_int8():
     summary = dict.fromkeys(
         ("bits_per_value", "num_layers", "checkpoint_bytes", "quantized_bytes", "dense_bytes",
@@ -447,7 +484,7 @@ def test_block_of_another_run_is_found(copy):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format_version": 2}, "format_version=2, but this gptvq_jax reads 1"),
+        ({"format_version": 3}, "format_version=3, but this gptvq_jax reads 1 and 2"),
         ({"format": "gguf"}, "is not the manifest of a gptvq_jax checkpoint"),
     ],
 )

@@ -1,5 +1,7 @@
 """Weights stored by rows against the matrices that they stand for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +68,11 @@ def test_int8_rows_are_shared_not_copied():
 
 
 def test_another_kind_of_tensor_raises():
-    with pytest.raises(NotImplementedError, match="dense or int8 rows"):
-        RowWeight.from_int8_rows(random_tensor("int8", 12, 8))
+    rows = int8_rows(np.eye(4, dtype=np.float32))
+    scaled = dataclasses.replace(rows, row_scales=np.ones(4, np.float16))
+    for tensor in (random_tensor("int8", 12, 8), scaled):
+        with pytest.raises(NotImplementedError, match="dense or int8 rows"):
+            RowWeight.from_int8_rows(tensor)
 
 
 def test_x_of_another_width_raises():

@@ -1,6 +1,7 @@
 """Random quantized tensors of every kind and a two-block checkpoint, made without any solving."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -28,6 +29,9 @@ SETTINGS = {
     "svd float16": {"dim": 1, "bits": 4.0, "codebook_bits": 16, "svd_rank": 3},
     "1d int8": {"dim": 1, "bits": 3.0, "codebook_bits": 8, "scale_block_size": 8},
 }
+# No GPTVQSettings make this one: codebooks that are summed, and a scale for every row.
+AQLM = TensorFormat(dim=4, index_bits=5, codebook_bits=16, num_codebooks=2, row_scales=True)
+KINDS = (*SETTINGS, "aqlm")
 MODEL = ModelConfig(
     model_type="llama",
     vocab_size=40,
@@ -42,7 +46,8 @@ MODEL = ModelConfig(
     eos_token_id=(1, 2),
 )
 TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
-KINDS = dict(zip(LINEAR_LAYERS, [*SETTINGS, "int8"], strict=True))
+WHOLE_VECTORS = dataclasses.replace(MODEL, hidden_size=32, intermediate_size=48)  # of 8
+LAYER_KINDS = dict(zip(LINEAR_LAYERS, KINDS, strict=True))
 
 
 def settings(kind: str) -> GPTVQSettings:
@@ -50,7 +55,12 @@ def settings(kind: str) -> GPTVQSettings:
 
 
 def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> VQTensor:
-    """Stored arrays as `gptvq.quantize` returns them for settings(kind), with random contents."""
+    """Stored arrays of a kind of KINDS, with random contents.
+
+    For settings(kind), arrays as `gptvq.quantize` returns them.
+    """
+    if kind == "aqlm":
+        return sample_tensors.random_tensor(AQLM, AQLM.grid(rows, cols), seed)
     s = settings(kind)
     fmt = TensorFormat(
         dim=s.dim,
@@ -62,8 +72,8 @@ def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> VQTensor:
     return sample_tensors.random_tensor(fmt, s.grid(rows, cols), seed)
 
 
-def random_block(seed: int, config: ModelConfig = MODEL) -> dict:
-    """A block whose seven kernels are VQTensors of all kinds."""
+def random_block(seed: int, config: ModelConfig = MODEL, fmt: TensorFormat | None = None) -> dict:
+    """A block whose seven kernels are VQTensors of one format, or of all kinds."""
     rng = np.random.default_rng(seed)
     hidden, inner = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
@@ -77,7 +87,11 @@ def random_block(seed: int, config: ModelConfig = MODEL) -> dict:
         "mlp": {f"{name}_proj": {} for name in ("gate", "up", "down")},
     }
     for name, shape in zip(LINEAR_LAYERS, shapes, strict=True):
-        block = with_layer(block, name, random_tensor(KINDS[name], *shape, seed=seed))
+        if fmt is None:
+            kernel = random_tensor(LAYER_KINDS[name], *shape, seed=seed)
+        else:
+            kernel = sample_tensors.random_tensor(fmt, fmt.grid(*shape), seed)
+        block = with_layer(block, name, kernel)
         assert get_layer(block, name)["kernel"].shape == shape
     return block
 
@@ -102,14 +116,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_checkpoint(
-    directory: Path, config: ModelConfig = MODEL, embeddings: str = "dense"
+    directory: Path,
+    config: ModelConfig = MODEL,
+    embeddings: str = "dense",
+    blocks: Sequence[dict] | None = None,
 ) -> Path:
-    """A complete checkpoint; calls with the same arguments write the same model."""
+    """A complete checkpoint; calls with the same arguments write the same model.
+
+    Its blocks are those of `random_block`, or these.
+    """
     writer = CheckpointWriter(directory)
     writer.write_outer(random_outer(7, config), embeddings)
     writer.write_tokenizer(tiny_tokenizer())
     for index in range(config.num_hidden_layers):
-        writer.write_block(index, random_block(index, config))
+        writer.write_block(index, blocks[index] if blocks else random_block(index, config))
     writer.finalize({"vq": {"dim": 2}}, config, "tiny", "0123")
     return Path(directory)
 

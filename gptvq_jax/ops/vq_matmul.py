@@ -5,6 +5,9 @@ An implementation is a module of this package with three functions:
     check(tensor)        raises NotImplementedError for a tensor it does not support
     pack(tensor)         the tensor in the layout that its kernel reads, still packed; done once
     matmul(x, packed)    x (N, C) -> (N, R) float32
+
+None of them sees row scales: they commute with the product, so they are taken off the tensor first
+and VQKernel multiplies by them.
 """
 
 import dataclasses
@@ -57,9 +60,19 @@ def make_kernel(tensor: VQTensor, implementation: str = "auto") -> "VQKernel":
     Args and errors are those of `vq_matmul`. Where it runs many times, make it once: some
     implementations rearrange the codes.
     """
-    name = _choose(tensor, implementation)
+    return pack(tensor, _choose(tensor, implementation))
+
+
+def pack(tensor: VQTensor, implementation: str) -> "VQKernel":
+    """`make_kernel` without asking whether the named implementation runs here."""
     rows, cols = tensor.shape
-    return VQKernel(_module(name).pack(tensor), name, (cols, rows))
+    packed = _module(implementation).pack(without_row_scales(tensor))
+    return VQKernel(packed, tensor.row_scales, implementation, (cols, rows))
+
+
+def without_row_scales(tensor: VQTensor) -> VQTensor:
+    """What an implementation sees of a tensor."""
+    return dataclasses.replace(tensor, row_scales=None)
 
 
 @jax.tree_util.register_dataclass
@@ -68,12 +81,13 @@ class VQKernel:
     """A quantized weight in the layout of one implementation; a pytree whose leaves are packed."""
 
     packed: Any
+    row_scales: jax.Array | None  # (R,) float16
     implementation: str = _static()
     shape: tuple[int, int] = _static()  # (C, R): (in, out), as of a dense kernel
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.packed))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> (..., R) in the dtype of x."""
@@ -83,6 +97,8 @@ class VQKernel:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating point, not {x.dtype}; cast it, as to float32")
         y = _module(self.implementation).matmul(x.reshape(-1, cols), self.packed)
+        if self.row_scales is not None:
+            y = y * self.row_scales.astype(jnp.float32)
         return y.astype(x.dtype).reshape(*x.shape[:-1], rows)
 
 
@@ -93,7 +109,7 @@ def unsupported(tensor: VQTensor, implementation: str) -> str | None:
     if platform is not None and platform != here:
         return f"it needs a {platform.upper()} and JAX runs on {here.upper()} here"
     try:
-        _module(implementation).check(tensor)
+        _module(implementation).check(without_row_scales(tensor))
     except NotImplementedError as error:
         return str(error)
     return None

@@ -196,13 +196,14 @@ def test_equal_blocks(value):
 
 
 def test_dequantize_is_the_sum_in_its_docstring():
-    """M = 2 codebooks, block scales, both axes padded; summed weight by weight."""
+    """M = 2 codebooks, block and row scales, both axes padded; summed weight by weight."""
     grid, bits = GroupGrid(5, 11, 2, strip_rows=2, strip_cols=4), 3
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 8, (2, grid.padded_cols // 2, grid.padded_rows))
     centroids = rng.normal(size=(2, 3, 3, 8, 2)).astype(np.float16)
     scale_codes = rng.integers(0, 16, (5, 3, 2))
     offset, step = np.array([-2, 0, 1], np.float16), np.array([0.5, 0.25, 0.1], np.float16)
+    row_scales = np.array([1, 0.5, -2, 0.1, 3], np.float16)
     tensor = VQTensor(
         codes=pack_codes(jnp.asarray(codes), bits, grid),
         codebook=DenseCodebook(jnp.asarray(centroids), None, 16, 8, 2),
@@ -211,6 +212,7 @@ def test_dequantize_is_the_sum_in_its_docstring():
         ),
         index_bits=bits,
         grid=grid,
+        row_scales=jnp.asarray(row_scales),
     )
     expected = np.zeros((5, 11))
     for r in range(5):
@@ -219,12 +221,13 @@ def test_dequantize_is_the_sum_in_its_docstring():
             value = sum(float(centroids[m, strip, group, codes[m, j, r], c % 2]) for m in range(2))
             block = c % 4 // 2
             log = float(offset[strip]) + float(step[strip]) * scale_codes[r, strip, block]
-            expected[r, c] = value * 2.0**log
+            expected[r, c] = value * 2.0**log * float(row_scales[r])
     np.testing.assert_allclose(jax.jit(dequantize)(tensor), expected, rtol=1e-5)
     np.testing.assert_array_equal(
         tensor.unpack_codes(), codes[:, : grid.num_vectors, :5].transpose(0, 2, 1)
     )
     assert tensor.shape == (5, 11)
-    # 2 x 5 rows of 6 codes of 3 bits: 3 bytes; 288 float16; 5 x 3 x 1 byte and 6 float16 of scales
-    assert tensor.num_bytes == 2 * 5 * 3 + 2 * 3 * 3 * 8 * 2 * 2 + 5 * 3 * 1 + 6 * 2
+    # 2 x 5 rows of 6 codes of 3 bits: 3 bytes; 288 float16; 5 x 3 x 1 byte and 6 float16 of block
+    # scales; 5 float16 of row scales
+    assert tensor.num_bytes == 2 * 5 * 3 + 2 * 3 * 3 * 8 * 2 * 2 + 5 * 3 * 1 + 6 * 2 + 5 * 2
     assert tensor.bits_per_value == 8 * tensor.num_bytes / 55

@@ -120,7 +120,9 @@ def random_tensor(bits, rows, seed):
     else:
         centroids = rng.normal(size=(*groups, 8, 2)).astype(np.float16)
     codes = rng.integers(0, 256, (1, rows, 3), np.uint8)  # 6 codes of 3 bits in a row
-    return VQTensor(codes, DenseCodebook(centroids, scale, bits, 8, 2), None, 3, grid)
+    row_scales = rng.uniform(0.5, 2, rows).astype(np.float16) if bits == 16 else None  # as AQLM's
+    codebook = DenseCodebook(centroids, scale, bits, 8, 2)
+    return VQTensor(codes, codebook, None, 3, grid, row_scales)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -130,6 +132,9 @@ def test_stacked_codes_and_codebooks_are_where_they_belong(bits):
     stacked = concat_rows(tensors)
     assert stacked.shape == (9, 12) and stacked.grid.row_strips == 2 + 1 + 2
     np.testing.assert_array_equal(stacked.codes, np.concatenate([t.codes for t in tensors], 1))
+    if bits == 16:
+        row_scales = np.concatenate([t.row_scales for t in tensors])
+        np.testing.assert_array_equal(stacked.row_scales, row_scales)
     for k, (start, t) in enumerate(zip((0, 2, 3), tensors, strict=True)):
         strips = slice(start, start + t.grid.row_strips)
         values = stacked.codebook.values()[:, :, strips]

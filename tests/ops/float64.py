@@ -20,6 +20,8 @@ def decode(tensor: VQTensor) -> np.ndarray:
                 weight[r, j * dim : (j + 1) * dim] += books[book, *group, code]
     if tensor.block_scales is not None:
         weight *= _scales(tensor)[:, : weight.shape[1]]
+    if tensor.row_scales is not None:
+        weight *= np.asarray(tensor.row_scales, np.float64)[:, None]
     return weight[:, : grid.cols]
 
 

@@ -1,5 +1,7 @@
 """The TPU kernel in interpret mode: its arithmetic. test_compile_tpu.py compiles it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from float64 import decode
 from jax.experimental.pallas import tpu as pltpu
 
 from gptvq_jax.grid import GroupGrid
-from gptvq_jax.ops import pallas_tpu
+from gptvq_jax.ops import pallas_tpu, vq_matmul
 from gptvq_jax.ops.tpu import codes, layout
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 
@@ -38,11 +40,10 @@ def small_steps(monkeypatch):
 def interpreted(x, tensor, interpret=True):
     # Of a program that runs once; a new function, because what it reads may be patched.
     options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(
-        lambda x, packed: pallas_tpu.matmul(x, packed, interpret=interpret),
-        compiler_options=options,
-    )
-    return run(x, pallas_tpu.pack(tensor))
+    run = jax.jit(lambda x, kernel: x @ kernel, compiler_options=options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "matmul", partial(pallas_tpu.matmul, interpret=interpret))
+        return run(x, vq_matmul.pack(tensor, "pallas_tpu"))
 
 
 def error(tensor, dtype=jnp.float32, batch=2, interpret=True):

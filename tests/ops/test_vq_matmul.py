@@ -38,13 +38,21 @@ def test_leading_axes_and_dtype_are_those_of_x():
     assert relative_error(y, expected) < 1e-2
 
 
-def test_a_kernel_is_a_leaf_of_packed_arrays():
-    tensor = tensor_of("2d 3 bit")
+@pytest.mark.parametrize("case, rows", [("2d 3 bit", 40), ("aqlm 2x8", 24)])
+def test_a_kernel_is_a_leaf_of_packed_arrays(case, rows):
+    tensor = tensor_of(case)
     kernel = make_kernel(tensor, "xla")
-    assert kernel.shape == (512, 40)  # (in, out)
+    assert kernel.shape == (512, rows)  # (in, out)
     assert kernel.num_bytes == tensor.num_bytes
     doubled = jax.jit(lambda kernel, x: x @ kernel)(kernel, jnp.eye(512))
-    np.testing.assert_allclose(doubled, decoded("2d 3 bit").T, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(doubled, decoded(case).T, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "cpu"])
+def test_no_implementation_ignores_row_scales(name):
+    module, tensor = entry._module(name), tensor_of("aqlm 2x8")
+    with pytest.raises(AssertionError, match="row scales"):
+        module.matmul(jnp.ones((1, 512)), module.pack(tensor))
 
 
 def test_an_unknown_implementation_is_named_with_the_known_ones():

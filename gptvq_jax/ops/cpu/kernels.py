@@ -39,6 +39,7 @@ def matmul(x: jax.Array, tensor: VQTensor, round_x: bool) -> jax.Array:
       tensor: one that `check` accepts.
       round_x: whether x may be rounded to int8, with one scale per row.
     """
+    assert tensor.row_scales is None, "row scales are VQKernel's to apply"
     x = x.astype(jnp.float32)
     shape = (x.shape[0], tensor.shape[0])
     if why_not_in_registers(tensor):

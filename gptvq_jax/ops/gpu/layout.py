@@ -77,6 +77,7 @@ class PackedWeight:
 
 def pack(tensor: VQTensor) -> PackedWeight:
     """Exact: float16 holds every int8, and the scales stay apart."""
+    assert tensor.row_scales is None, "row scales are VQKernel's to apply"
     book = tensor.codebook
     if isinstance(book, FactoredCodebook):
         size, rank, scale, table = book.right.shape[1], book.right.shape[0], book.left, _right(book)

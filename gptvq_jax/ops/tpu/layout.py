@@ -119,6 +119,7 @@ def make_layout(tensor: VQTensor) -> Layout:
     Raises:
       NotImplementedError: the tables of a row strip do not fit in VMEM.
     """
+    assert tensor.row_scales is None, "row scales are VQKernel's to apply"
     grid, book = tensor.grid, tensor.codebook
     if isinstance(book, DenseCodebook):
         formats = book.bits, 0 if book.scale is None else 1, 16
