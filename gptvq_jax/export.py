@@ -1,19 +1,24 @@
-"""Dequantizes a packed checkpoint into the files that transformers and most other tools load."""
+"""Writes a packed checkpoint as a directory that transformers and most other tools load."""
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
 
+from gptvq_jax.aqlm_format import AQLMFormat, aqlm_format, to_aqlm
 from gptvq_jax.checkpoint import PackedCheckpoint
-from gptvq_jax.tree_io import cast_dense, check_dense_dtype
+from gptvq_jax.new_directory import new_directory
+from gptvq_jax.shards import write_shards
+from gptvq_jax.tensor_io import abstract_tensor
+from gptvq_jax.tree_io import cast_dense, check_dense_dtype, write_json
+from gptvq_jax.vq_tensor import VQTensor
+
+Params = Mapping[str, Any]
+Named = tuple[str, np.ndarray]
 
 
 def hf_dense(
@@ -38,83 +43,116 @@ def hf_dense(
     Raises:
       ValueError: `output_dir` is in use or cannot be written, or a weight overflows `dtype`.
     """
-    check_dense_dtype(dtype)
-    output_dir = Path(output_dir).absolute()
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists and is not an empty directory; choose another")
-    partial = output_dir.with_name(f"{output_dir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an interrupted export
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {output_dir.parent}: {error.strerror}; choose another directory"
-        ) from error
-    try:
-        config = checkpoint.config.to_hf() | {"torch_dtype": dtype}
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copytree(checkpoint.directory / "tokenizer", partial, dirs_exist_ok=True)
-        tensors = (
-            (name, cast_dense(array, dtype, name)) for name, array in _tensors(checkpoint, on_block)
-        )
-        _write_shards(tensors, partial, shard_bytes)
-        partial.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _write(checkpoint, output_dir, {}, checkpoint.block, dtype, shard_bytes, on_block)
 
 
-def hf_tensors(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def hf_aqlm(
+    checkpoint: PackedCheckpoint,
+    output_dir: str | os.PathLike,
+    dtype: str = "float16",
+    shard_bytes: int = 2 * 10**9,
+    on_block: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes the packed model as transformers loads it with the aqlm package (aqlm_format.py).
+
+    Arguments are those of `hf_dense`, but for this one.
+
+    Args:
+      dtype: of what is not quantized, and the one in which transformers computes by default.
+
+    Raises:
+      NotImplementedError: a layer does not fit the format; says which, why, and what does.
+      ValueError: `output_dir` is in use or cannot be written, or a value overflows its dtype.
+    """
+    extra = {"quantization_config": _quantization_config(checkpoint)}
+    _write(checkpoint, output_dir, extra, checkpoint.packed_block, dtype, shard_bytes, on_block)
+
+
+def hf_tensors(params: Params, prefix: str = "", dtype: str = "float32") -> Iterator[Named]:
     """Renames a parameter tree: ("model.layers.0.self_attn.q_proj.weight", (out, in)), ...
+
+    A VQTensor gives ("model.layers.0.self_attn.q_proj.codes", ...), codebooks and scales.
 
     Args:
       params: the tree of models/llama.py, or a part of it.
       prefix: names of the modules around that part, as in "layers_0/".
+      dtype: of dense arrays, a key of DENSE_DTYPES.
+
+    Raises:
+      ValueError: a value overflows `dtype`.
     """
-    for name, array in traverse_util.flatten_dict(params, sep="/").items():
-        module, _, leaf = (prefix + name).rpartition("/")
-        module = re.sub(r"^layers_(\d+)", r"layers/\1", module).replace("/", ".")
-        if module != "lm_head":
-            module = f"model.{module}"
-        yield f"{module}.weight", np.ascontiguousarray(array.T if leaf == "kernel" else array)
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        path = prefix + path
+        name = _module(path)
+        if isinstance(leaf, VQTensor):
+            yield from ((f"{name}.{part}", array) for part, array in to_aqlm(leaf).items())
+        else:
+            array = leaf.T if path.endswith("/kernel") else leaf
+            yield f"{name}.weight", np.ascontiguousarray(cast_dense(array, dtype, f"{name}.weight"))
 
 
-def _tensors(checkpoint: PackedCheckpoint, on_block) -> Iterator[tuple[str, np.ndarray]]:
-    for index in range(checkpoint.config.num_hidden_layers):
-        yield from hf_tensors(checkpoint.block(index), f"layers_{index}/")
-        on_block()
-    yield from hf_tensors(checkpoint.outer())
+def _module(path: str) -> str:
+    """layers_0/mlp/up_proj/kernel -> model.layers.0.mlp.up_proj."""
+    module = re.sub(r"^layers_(\d+)", r"layers/\1", path.rpartition("/")[0]).replace("/", ".")
+    return module if module == "lm_head" else f"model.{module}"
 
 
-def _write_shards(
-    tensors: Iterator[tuple[str, np.ndarray]], directory: Path, shard_bytes: int
+def _write(
+    checkpoint: PackedCheckpoint,
+    output_dir: str | os.PathLike,
+    extra_config: Mapping[str, Any],
+    block: Callable[[int], Params],
+    dtype: str,
+    shard_bytes: int,
+    on_block: Callable[[], None],
 ) -> None:
-    """Fills files in the order of `tensors`, and indexes them if there is more than one."""
-    shards: list[list[str]] = []
-    total = size = 0
-    shard: dict[str, np.ndarray] = {}
+    """Streams the blocks that `block` returns by index, and the rest, into a new directory."""
+    check_dense_dtype(dtype)
 
-    def write():
-        save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
+    def tensors():
+        for index in range(checkpoint.config.num_hidden_layers):
+            yield from hf_tensors(block(index), f"layers_{index}/", dtype)
+            on_block()
+        yield from hf_tensors(checkpoint.outer(), dtype=dtype)
 
-    for name, array in tensors:
-        if shard and size + array.nbytes > shard_bytes:
-            write()
-            size = 0
-        shard[name] = array
-        size += array.nbytes
-        total += array.nbytes
-    write()
+    with new_directory(output_dir) as partial:
+        config = checkpoint.config.to_hf() | {"torch_dtype": dtype} | extra_config
+        write_json(partial / "config.json", config)
+        shutil.copytree(checkpoint.directory / "tokenizer", partial, dirs_exist_ok=True)
+        write_shards(tensors(), partial, shard_bytes)
 
-    if len(shards) == 1:
-        (directory / "0.part").replace(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{number}.part").replace(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+def _quantization_config(checkpoint: PackedCheckpoint) -> dict[str, Any]:
+    """What config.json says of the layers, once all are known to fit; reads no array."""
+    fmt = _common_format(checkpoint.manifest["layers"])
+    dense = [_module(name) for name in checkpoint.manifest["dense"] if name.endswith("/kernel")]
+    linear = sorted({*dense, "lm_head"})  # a tied head is a linear layer of its own in transformers
+    return {
+        "quant_method": "aqlm",
+        "num_codebooks": fmt.num_codebooks,
+        "nbits_per_codebook": fmt.index_bits,
+        "in_group_size": fmt.dim,
+        "out_group_size": 1,
+        # Transformers 4 looks for names of weights, version 5 for names of modules.
+        "linear_weights_not_to_quantize": [*linear, *(f"{name}.weight" for name in linear)],
+    }
+
+
+def _common_format(layers: Mapping[str, Any]) -> AQLMFormat:
+    """The format of all quantized layers, from their descriptions in the manifest."""
+    way_out = "or export with --format=hf-dense"
+    formats: dict[str, AQLMFormat] = {}
+    for name, meta in layers.items():
+        try:
+            formats[name] = aqlm_format(abstract_tensor(meta))
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{name} {error}, {way_out}") from None
+        first, fmt = next(iter(formats.items()))
+        if formats[name] != fmt:
+            raise NotImplementedError(
+                f"{name} has codebooks of {formats[name]}, {first} of {fmt}, and the format allows "
+                f"one kind; quantize without allocation.bits_per_value, {way_out}"
+            )
+    if not formats:
+        raise NotImplementedError("no layer is quantized; export with --format=hf-dense")
+    return fmt

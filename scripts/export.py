@@ -2,10 +2,14 @@
 
   python scripts/export.py --checkpoint=runs/smollm2_135m_2d/checkpoint --output=exported
   python scripts/export.py --checkpoint=DIR --output=DIR2 --dtype=bfloat16
+  python scripts/export.py --checkpoint=DIR --output=DIR2 --format=hf-aqlm
 
-The one format so far, hf-dense, is Hugging Face's: config.json, safetensors and the tokenizer, with
-every quantized weight replaced by its dequantized value. It is as large as the float model, and any
-tool that runs the float model runs it.
+Both formats are Hugging Face's: config.json, safetensors and the tokenizer. In hf-dense every
+quantized weight is replaced by its dequantized value: it is as large as the float model, and any
+tool that runs the float model runs it. In hf-aqlm the weights stay as small as they are, and
+transformers runs them with the aqlm package (pip install "aqlm[gpu,cpu]" accelerate); it needs one
+codebook, or one sum of codebooks, per layer. On a CPU load it with dtype=torch.float32 and, where
+codes have 8 bits, set NUMBA_NUM_THREADS=1: threads of that package's kernel overwrite each other.
 """
 
 import sys
@@ -19,22 +23,30 @@ from gptvq_jax import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a packed checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; must be new or empty.")
-_FORMAT = flags.DEFINE_enum("format", "hf-dense", ["hf-dense"], "Format to write.")
+_FORMAT = flags.DEFINE_enum("format", "hf-dense", ["hf-dense", "hf-aqlm"], "Format to write.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the weights; float32 is exact."
+    "dtype",
+    None,
+    ["float32", "float16", "bfloat16"],
+    "Of the weights that are not packed; default float32 (exact) in hf-dense, float16 in hf-aqlm.",
 )
 flags.mark_flags_as_required(["checkpoint", "output"])
 
 
 def main(_) -> None:
+    from gptvq_jax import export
     from gptvq_jax.checkpoint import PackedCheckpoint
-    from gptvq_jax.export import hf_dense
     from gptvq_jax.progress import Progress
 
+    write, default_dtype = {
+        "hf-dense": (export.hf_dense, "float32"),
+        "hf-aqlm": (export.hf_aqlm, "float16"),
+    }[_FORMAT.value]
+    dtype = _DTYPE.value or default_dtype
     checkpoint = PackedCheckpoint(_CHECKPOINT.value)
     with Progress(checkpoint.config.num_hidden_layers, "export", "block") as progress:
-        hf_dense(checkpoint, _OUTPUT.value, _DTYPE.value, on_block=progress.advance)
-    print(f"{checkpoint.name} written to {_OUTPUT.value} as {_FORMAT.value}, {_DTYPE.value}")
+        write(checkpoint, _OUTPUT.value, dtype, on_block=progress.advance)
+    print(f"{checkpoint.name} written to {_OUTPUT.value} as {_FORMAT.value}, {dtype}")
 
 
 if __name__ == "__main__":

@@ -178,6 +178,12 @@ def _check_model_type(model_type: Any) -> None:
 
 def _check_supported(hf: Mapping[str, Any]) -> None:
     """Raises NotImplementedError where following `hf` would need code that does not exist."""
+    quantization = hf.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("quant_method") == "aqlm":
+        raise NotImplementedError(
+            "quantization_config of quant_method 'aqlm': not a float model; make a checkpoint of "
+            "it with scripts/import.py"
+        )
     allowed = {
         "hidden_act": ("silu",),
         "attention_bias": (False, None),

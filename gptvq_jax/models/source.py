@@ -5,7 +5,6 @@ time, so that host memory holds one block whatever the depth of the model.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,15 +82,16 @@ class CheckpointSource:
             *parents, last = name.removesuffix(".weight").split(".")
             for key in parents:
                 parent = parent.setdefault(key, {})
-            parent[last] = _leaf(self._read_checked(f"model.layers.{index}.{name}", shape))
+            parent[last] = self._read_leaf(f"model.layers.{index}.{name}", shape)
         return block
+
+    def _read_leaf(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Parameters of the module whose weight is called `name`."""
+        return _leaf(self._read_checked(name, shape))
 
     def _read_checked(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         array, path = self._read(name)
-        if array.shape != shape:
-            raise ValueError(
-                f"{path}: tensor {name} has shape {array.shape}, the config says {shape}"
-            )
+        check_shape(array, shape, name, path)
         # Widening to float32 cannot overflow, so the check covers what is stored.
         array = np.asarray(array, np.float32)
         if not np.isfinite(array).all():
@@ -167,6 +167,12 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
         )
 
 
+def check_shape(array: np.ndarray, shape: tuple[int, ...], name: str, path: Path) -> None:
+    """Raises ValueError if tensor `name` of file `path` does not have the shape that it should."""
+    if array.shape != shape:
+        raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the config says {shape}")
+
+
 def sampled_digest(files: Iterable[tuple[Path, int, Iterable[int]]]) -> str:
     """Returns a SHA-256 over each file's name, header and the first bytes of each of its tensors.
 
@@ -198,21 +204,15 @@ def open_source(path: str) -> ModelSource:
       ValueError: the checkpoint is damaged or contradicts its config.
       NotImplementedError: the architecture or the format is not supported.
     """
-    # Imported here: both modules build on this one.
+    # Imported here: these modules build on this one.
     from gptvq_jax.models.gguf_source import GGUFSource
+    from gptvq_jax.models.hf_directory import HFDirectory
     from gptvq_jax.models.hf_source import HFSource
 
     if path == PACKAGED_SMOLLM2:
         return GGUFSource.packaged_smollm2()
     if path.startswith("package:"):
         raise ValueError(f"unknown package {path!r}; the only one is {PACKAGED_SMOLLM2!r}")
-    local = Path(path).expanduser()
-    if local.suffix == ".gguf":
-        return GGUFSource(local)
-    if local.is_dir():
-        return HFSource(local)
-    if local.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        raise FileNotFoundError(
-            f"{path} is neither a .gguf file, nor a directory, nor a name on the Hugging Face hub"
-        )
-    return HFSource.from_hub(path)
+    if path.endswith(".gguf"):
+        return GGUFSource(Path(path).expanduser())
+    return HFSource(HFDirectory.open(path))

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gptvq_jax.models import hf_source
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import block_shapes, open_source, outer_shapes
 
 CONFIG = {
@@ -30,7 +30,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 def random_tensors(dtype=np.float32, seed=0):
     """Returns {name: array as stored} of every tensor of CONFIG."""
-    config = hf_source.ModelConfig.from_hf(CONFIG)
+    config = ModelConfig.from_hf(CONFIG)
     shapes = dict(outer_shapes(config))
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{k}": shape for k, shape in block_shapes(config).items()}
