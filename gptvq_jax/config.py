@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.checkpoint import EMBEDDINGS
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.methods import METHODS
@@ -42,6 +43,35 @@ class AllocationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuneSettings:
+    """Gradient steps on codebooks, scales and norms after the codes are chosen (finetune.py)."""
+
+    block: bool = False  # of each block, towards the outputs of the float block (AQLM)
+    epochs: int = 8  # most passes over the windows that are tuned on
+    batch_size: int = 4  # windows per step of Adam
+    learning_rate: float = 3e-3  # relative to the root mean square of each array
+    b1: float = 0.9  # of Adam
+    b2: float = 0.95
+    held_out: int = 4  # last calibration windows, which say when to stop and what to keep
+    patience: int = 2  # stop after so many epochs in a row that gain too little
+    tolerance: float = 0.002  # the gain that is enough, as a fraction of the held-out error
+
+    def __post_init__(self):
+        def check(ok: bool, field: str, allowed: str):
+            if not ok:
+                raise ValueError(f"tune.{field}={getattr(self, field)!r} must be {allowed}")
+
+        check(self.epochs >= 1, "epochs", "at least 1")
+        check(self.batch_size >= 1, "batch_size", "at least 1")
+        check(self.learning_rate > 0, "learning_rate", "above 0")
+        check(0 <= self.b1 < 1, "b1", "from 0 to below 1")
+        check(0 <= self.b2 < 1, "b2", "from 0 to below 1")
+        check(self.held_out >= 1, "held_out", "at least 1")
+        check(self.patience >= 1, "patience", "at least 1")
+        check(0 <= self.tolerance < 1, "tolerance", "from 0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """The held-out text for perplexity."""
 
@@ -62,11 +92,13 @@ class RunSettings:
     true_sequential: bool = False  # a layer sees the quantized layers before it in its own block
     dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
     embeddings: str = "dense"  # the embedding and an untied head: 'dense', or 'int8' rows
-    seed: int = 0  # of the codebook seeds
+    seed: int = 0  # of the codebook seeds, and of the order of windows in tuning
     vq: GPTVQSettings = GPTVQSettings()
+    aqlm: AQLMSettings = AQLMSettings()
     uniform: UniformSettings = UniformSettings()
     allocation: AllocationSettings = AllocationSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    tune: TuneSettings = TuneSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     def __post_init__(self):
@@ -77,7 +109,7 @@ class RunSettings:
             if not ok:
                 raise ValueError(f"{field}={value!r} must be {allowed}")
 
-        a, c, e = self.allocation, self.calibration, self.evaluation
+        a, c, t, e = self.allocation, self.calibration, self.tune, self.evaluation
         check(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         check(self.num_blocks >= 0, "num_blocks", "0 or the blocks to quantize")
         check(0 <= self.damping <= 1, "damping", "from 0 to 1")
@@ -95,8 +127,8 @@ class RunSettings:
         check(
             METHODS[self.method].section == "vq" or polish in (0, GPTVQSettings.polish_rounds),
             "vq.polish_rounds",
-            f"left out: polish refits codebooks, and method {self.method!r} has none; "
-            "use method 'gptvq'",
+            f"left out with method {self.method!r}, which does not polish; use method 'gptvq', "
+            "or aqlm.rounds with method 'aqlm'",
         )
         check(0 < c.gradient_power <= 1, "calibration.gradient_power", "above 0, to 1")
         check(c.gradient_groups >= 0, "calibration.gradient_groups", "0 or the groups of rows")
@@ -116,6 +148,14 @@ class RunSettings:
             "calibration.asymmetry",
             "0 unless calibration.inputs is 'quantized'",
         )
+        if t.block:
+            check(c.inputs == "quantized", "calibration.inputs", "'quantized' if tune.block")
+            check(
+                t.held_out + t.batch_size <= c.num_windows,
+                "tune.held_out",
+                f"such that with tune.batch_size={t.batch_size} it is at most "
+                f"calibration.num_windows={c.num_windows}",
+            )
         check(e.num_windows >= 0, "evaluation.num_windows", "at least 0")
         check(e.seqlen >= 2, "evaluation.seqlen", "at least 2")
         check(e.batch_size >= 1, "evaluation.batch_size", "at least 1")

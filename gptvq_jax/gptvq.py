@@ -2,11 +2,10 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import optax
 
 from gptvq_jax.grid import GroupGrid, make_grid
 from gptvq_jax.moves.compress import (
@@ -18,6 +17,7 @@ from gptvq_jax.moves.compress import (
 from gptvq_jax.moves.em import em
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.refit import codebook_loss, decode, gradient_update, refit
+from gptvq_jax.moves.rounds import repeat
 from gptvq_jax.moves.scales import StripScales, normalize_strip
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import SweepResult, pad_identity, sweep
@@ -36,7 +36,7 @@ class GPTVQSettings:
     group_size: int = 0  # weights that share a codebook; 0: as few as codebook_overhead allows
     codebook_overhead: float = 0.125  # most bits per weight spent on codebooks, if group_size is 0
     max_group_cols: int = 256  # widest group
-    seed: str = "kmeans++"  # 'mahalanobis' (paper), 'kmeans++', 'cdf' (1D)
+    seed: str = "kmeans++"  # 'mahalanobis' (paper), 'kmeans++', 'random', 'cdf' (1D)
     em_iterations: int = 20  # the paper uses 100
     exact_metric: bool = True  # False: the diagonal of the block metric (paper)
     block_size: int = 128  # columns per lazy update
@@ -146,7 +146,7 @@ def quantize(
     hessian = jnp.pad(hessian, ((0, grid.padded_cols - grid.cols),) * 2)
     swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
     scales = swept.scales and _stacked_per_vector(swept.scales, grid)
-    centroids, codes = swept.centroids, swept.codes
+    centroids, codes = swept.centroids[None], swept.codes[None]  # M = 1
     if settings.polish_rounds:
         centroids, codes = _polish(target, hessian, scales, grid, settings, centroids, codes)
     else:
@@ -157,9 +157,9 @@ def quantize(
         codes = _rename(codes, rank, grid)
         codebook = _svd_codebook(target, hessian, scales, grid, settings, centroids, codes)
     else:
-        codebook = quantize_centroids(centroids[None], settings.codebook_bits)
+        codebook = quantize_centroids(centroids, settings.codebook_bits)
     return VQTensor(
-        codes=pack_codes(codes[None], settings.index_bits, grid),
+        codes=pack_codes(codes, settings.index_bits, grid),
         codebook=codebook,
         block_scales=_stored_scales(swept.scales, grid, settings.scale_block_size),
         index_bits=settings.index_bits,
@@ -190,50 +190,32 @@ def _sweep(target, hinv_chol, grid, key, settings) -> SweepResult:
 
 
 def _polish(target, hessian, scales, grid, settings, centroids, codes):
-    """Codebook update and recode in turn, until a round gains less than `polish_tolerance`.
-
-    Codes are chosen for the centroids as they will be stored. The best round is kept.
-    """
+    """Codebook update and recode in turn; codes are chosen for the centroids as stored."""
 
     def stored(centroids):
         if settings.svd_rank:  # compressed once, at the end
             return centroids
-        return quantize_centroids(centroids[None], settings.codebook_bits).values()[0]
+        return quantize_centroids(centroids, settings.codebook_bits).values()
 
-    def loss_of(books, codes):
-        return codebook_loss(target, decode(books, codes, scales, grid), hessian)
+    def loss_of(state):
+        centroids, codes = state
+        return codebook_loss(target, decode(stored(centroids), codes, scales, grid), hessian)
 
     def one_round(state):
-        centroids = _update_codebooks(
-            target, hessian, scales, grid, settings, state.centroids, state.codes
-        )
-        books = stored(centroids)
+        centroids = _update_codebooks(target, hessian, scales, grid, settings, *state)
         codes = recode(
-            target, hessian, books, state.codes, scales, grid, block_size=settings.block_size
+            target,
+            hessian,
+            stored(centroids),
+            state[1],
+            scales,
+            grid,
+            block_size=settings.block_size,
         )
-        loss = loss_of(books, codes)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(loss < state.loss, new, old),
-            (centroids, codes, loss),
-            (state.centroids, state.codes, state.loss),
-        )
-        gain = 1 - loss / jnp.where(state.loss > 0, state.loss, 1.0)
-        return _Polished(*kept, round=state.round + 1, gain=gain)
+        return centroids, codes
 
-    def goes_on(state):
-        return (state.round < settings.polish_rounds) & (state.gain > settings.polish_tolerance)
-
-    start = _Polished(centroids, codes, loss_of(stored(centroids), codes), 0, jnp.inf)
-    last = lax.while_loop(goes_on, one_round, start)
-    return last.centroids, last.codes
-
-
-class _Polished(NamedTuple):
-    centroids: jax.Array  # (S, G, K, D)
-    codes: jax.Array  # (S * c / D, G * r)
-    loss: jax.Array  # () with the centroids as stored
-    round: jax.Array  # () rounds done
-    gain: jax.Array  # () relative, of the last round
+    start = (centroids, codes)
+    return repeat(one_round, loss_of, start, settings.polish_rounds, settings.polish_tolerance)
 
 
 def _update_codebooks(target, hessian, scales, grid, settings, centroids, codes):
@@ -247,7 +229,7 @@ def _update_codebooks(target, hessian, scales, grid, settings, centroids, codes)
         centroids,
         lambda c: decode(c, codes, scales, grid),
         iterations=settings.update_iterations,
-        learning_rate=settings.learning_rate,
+        optimizer=optax.adam(settings.learning_rate),
     )
 
 
@@ -257,9 +239,9 @@ def _svd_codebook(target, hessian, scales, grid, settings, centroids, codes) -> 
     def reconstruct(factors):
         left, right = factors
         product = jnp.matmul(left, right, precision="highest")[..., None]
-        return decode(product[0], codes, scales, grid)
+        return decode(product, codes, scales, grid)
 
-    factors = svd_factors(centroids[None], settings.svd_rank)
+    factors = svd_factors(centroids, settings.svd_rank)
     if settings.codebook_update != "none":
         factors = gradient_update(
             target,
@@ -267,7 +249,7 @@ def _svd_codebook(target, hessian, scales, grid, settings, centroids, codes) -> 
             factors,
             reconstruct,
             iterations=settings.update_iterations,
-            learning_rate=settings.learning_rate,
+            optimizer=optax.adam(settings.learning_rate),
         )
     return quantize_factors(*factors, settings.codebook_bits)
 
@@ -276,7 +258,7 @@ def _rename(codes: jax.Array, rank: jax.Array, grid: GroupGrid) -> jax.Array:
     """Codes after centroid k of each group became centroid rank[..., k]."""
     new = decode(rank[..., None].astype(jnp.float32), codes, None, grid)
     # Padding decodes to 0, a valid code that is never stored.
-    return new.astype(jnp.int32)
+    return new.astype(jnp.int32)[None]
 
 
 def _stacked_per_vector(scales: StripScales, grid: GroupGrid) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax import metrics
+from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.errors import first_line
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.hessian import factorize
@@ -31,6 +32,19 @@ VQ_SETTINGS = {
     "2d_3.083": dict(dim=2, bits=3.0, group_size=12288, max_group_cols=192),
     "4d_2.222": dict(dim=4, bits=2.0, group_size=36864, max_group_cols=192),
 }
+AQLM_SETTINGS = {
+    "aqlm_1x8": dict(num_codebooks=1, code_bits=8, dim=4),
+    "aqlm_1x12": dict(num_codebooks=1, code_bits=12, dim=8),
+    "aqlm_2x8": dict(num_codebooks=2, code_bits=8, dim=8),
+    "aqlm_4x8": dict(num_codebooks=4, code_bits=8, dim=16),
+    "aqlm_8x8": dict(num_codebooks=8, code_bits=8, dim=16),
+    # Measured only where it is asked for: with as many centroids as a small layer has vectors, it
+    # takes long and says little.
+    "aqlm_1x16": dict(
+        num_codebooks=1, code_bits=16, dim=8, seed="random", em_iterations=2, rounds=2
+    ),
+}
+ONLY_BY_NAME = ("aqlm_1x16",)
 UNIFORM_SETTINGS = {
     f"int{bits}_g128": dict(bits=bits, group_size=128, symmetric=True) for bits in (2, 3, 4)
 }
@@ -42,6 +56,8 @@ def settings_of(method: str) -> dict[str, Any]:
     """{name: settings} that a method is measured with."""
     if METHODS[method].settings is UniformSettings:
         return {name: UniformSettings(**s) for name, s in UNIFORM_SETTINGS.items()}
+    if METHODS[method].settings is AQLMSettings:
+        return {name: AQLMSettings(**s) for name, s in AQLM_SETTINGS.items()}
     return {name: GPTVQSettings(**s) for name, s in VQ_SETTINGS.items()}
 
 
@@ -155,7 +171,9 @@ def choose(methods: Sequence[str], settings: Sequence[str] | None) -> list[tuple
     for name in settings or ():
         if name not in names:
             raise ValueError(f"unknown setting {name!r}; choose from {', '.join(sorted(names))}")
-    return [pair for pair in known if settings is None or pair[1] in settings]
+    if settings is None:
+        return [pair for pair in known if pair[1] not in ONLY_BY_NAME]
+    return [pair for pair in known if pair[1] in settings]
 
 
 def measure_all(directory: Path, chosen: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:

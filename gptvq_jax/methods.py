@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gptvq_jax import gptvq, uniform
+from gptvq_jax import aqlm, gptvq, uniform
 
 
 class Method(NamedTuple):
@@ -14,6 +14,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "gptvq": Method(gptvq.quantize, gptvq.GPTVQSettings, "vq"),
+    "aqlm": Method(aqlm.quantize, aqlm.AQLMSettings, "aqlm"),
     "gptq": Method(uniform.gptq, uniform.UniformSettings, "uniform"),
     "rtn": Method(uniform.rtn, uniform.UniformSettings, "uniform"),
 }

@@ -1,4 +1,6 @@
-"""The protocol of the GPTVQ paper (arXiv 2402.15319, section 4.1) and the rows of its Table 2."""
+"""The papers' protocols: GPTVQ's Table 2 (arXiv 2402.15319), AQLM's formats (arXiv 2401.06118)."""
+
+import re
 
 from ml_collections import config_dict
 
@@ -42,5 +44,45 @@ def table2_config(model: str, dim: int, bits: str) -> config_dict.ConfigDict:
     config.evaluation.dataset = "wikitext2"
     config.evaluation.num_windows = 0
     config.evaluation.seqlen = 2048
+    config.evaluation.batch_size = 1
+    return config
+
+
+def aqlm_config(model: str, code: str) -> config_dict.ConfigDict:
+    """AQLM with block tuning, on the default texts.
+
+    Args:
+      model: directory, hub name or package.
+      code: "MxB" or "MxBgD": M codebooks of B-bit codes for vectors of D weights, 8 if not said.
+        2x8, 1x16 and 4x8g16 take 2 bits per weight for the codes, 2x12 takes 3.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)(?:g(\d+))?", code)
+    if not match:
+        raise ValueError(f"{code!r} is not of the form MxB or MxBgD, such as 2x8 or 4x8g16")
+    config = default_config()
+    config.model = model
+    config.method = "aqlm"
+    books, bits, dim = (int(number or 8) for number in match.groups())
+    config.aqlm.num_codebooks, config.aqlm.code_bits, config.aqlm.dim = books, bits, dim
+    if books and dim % books:
+        config.aqlm.start = "residual"
+    if bits > 12:
+        config.aqlm.seed = "random"
+    config.tune.block = True
+    return config
+
+
+def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
+    """`aqlm_config` with the paper's amount of text (section 4): C4 in place of its RedPajama."""
+    config = aqlm_config(model, code)
+    config.calibration.dataset = "c4"
+    config.calibration.num_windows = 1024
+    config.calibration.seqlen = 4096
+    config.calibration.batch_size = 1
+    config.tune.batch_size = 8
+    config.tune.held_out = 64
+    config.evaluation.dataset = "wikitext2"
+    config.evaluation.num_windows = 0
+    config.evaluation.seqlen = 4096
     config.evaluation.batch_size = 1
     return config

@@ -1,10 +1,12 @@
 """Peak memory of quantizing one large random layer on the CPU, each setting in a fresh process.
 
   python scripts/benchmark_big_layer.py --shape=11008x4096 --settings=2d_2.125,4d_2.222
+  python scripts/benchmark_big_layer.py --shape=4096x4096 --settings=aqlm_1x16    # half an hour
 
-The shape is that of a Llama-2-7B layer; 2d_2.125 has codebooks of 16 centroids, 4d_2.222 of 256.
-Columns: peak resident memory; how much of it was reached before quantization began (Python, JAX,
-the layer); seconds with compilation; error and size as in benchmark_layers.py.
+The shapes are those of Llama-2-7B layers; 2d_2.125 has codebooks of 16 centroids, 4d_2.222 of 256,
+aqlm_1x16 one of 65,536. Columns: peak resident memory; how much of it was reached before
+quantization began (Python, JAX, the layer); seconds with compilation; error and size as in
+benchmark_layers.py.
 """
 
 import json
@@ -21,26 +23,23 @@ from absl import flags
 from gptvq_jax import cli
 
 _SHAPE = flags.DEFINE_string("shape", "11008x4096", "Outputs x inputs.")
-_SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq.")
+_SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq or aqlm.")
 _ALONE = flags.DEFINE_bool("alone", False, "Measure one setting in this process; print JSON.")
 
 
 def main(_) -> None:
-    from gptvq_jax.layer_benchmark import measure_memory, settings_of
+    from gptvq_jax.layer_benchmark import choose, measure_memory
 
     shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", _SHAPE.value)
     if not shape:
         raise ValueError(f"--shape={_SHAPE.value} must be ROWSxCOLS, such as 11008x4096")
-    known = settings_of("gptvq")
-    for setting in _SETTINGS.value:
-        if setting not in known:
-            raise ValueError(f"unknown setting {setting!r}; choose from {', '.join(known)}")
+    chosen = choose(["gptvq", "aqlm"], _SETTINGS.value)
     if _ALONE.value:
-        (setting,) = _SETTINGS.value
-        print(json.dumps(measure_memory(*map(int, shape.groups()), "gptvq", setting)))
+        ((method, setting),) = chosen
+        print(json.dumps(measure_memory(*map(int, shape.groups()), method, setting)))
         return
     print(f"{_SHAPE.value}\nsetting     peak GiB  before GiB   cold s  rel. error  bits/value")
-    for setting in _SETTINGS.value:
+    for _, setting in chosen:
         row = measure_alone(setting)
         print(
             f"{setting:10s} {row['peak_memory_bytes'] / 2**30:9.2f} "

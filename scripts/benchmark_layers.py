@@ -2,6 +2,7 @@
 
   python scripts/benchmark_layers.py                                  # makes its layers, see below
   python scripts/benchmark_layers.py --methods=gptvq,gptq --json=rows.json
+  python scripts/benchmark_layers.py --methods=aqlm --settings=aqlm_2x8
   python scripts/benchmark_layers.py --settings=2d_2.125 --compare=rows.json
   python scripts/benchmark_layers.py --layers=DIR
 

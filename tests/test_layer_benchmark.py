@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.layer_benchmark import (
+    ONLY_BY_NAME,
     choose,
     compare,
     measure_all,
@@ -65,6 +67,26 @@ def test_rows(layers, tmp_path):
 
 def test_settings_are_named_by_dimension_and_bits():
     assert list(settings_of("gptvq")) == ["1d_2.125", "2d_2.125", "2d_3.083", "4d_2.222"]
+
+
+def test_settings_of_aqlm_are_named_by_codebooks_and_bits():
+    settings = settings_of("aqlm")
+    codes = ("1x8", "1x12", "2x8", "4x8", "8x8", "1x16")
+    assert list(settings) == [f"aqlm_{code}" for code in codes]
+    for name, of_name in settings.items():
+        assert isinstance(of_name, AQLMSettings)
+        assert name == f"aqlm_{of_name.num_codebooks}x{of_name.code_bits}"
+    # 4x8 of 16 weights takes the 2 bits per weight that the others take but 1x12 and 8x8.
+    bits = [s.num_codebooks * s.code_bits / s.dim for s in settings.values()]
+    assert bits == [2, 1.5, 2, 2, 4, 2]
+
+
+def test_what_takes_long_is_measured_only_by_name():
+    assert ONLY_BY_NAME == ("aqlm_1x16",)
+    names = [setting for _, setting in choose(["gptvq", "aqlm"], None)]
+    assert names == [*settings_of("gptvq"), *list(settings_of("aqlm"))[:-1]]
+    both = choose(["gptvq", "aqlm"], ["aqlm_1x16", "aqlm_2x8"])
+    assert both == [("aqlm", "aqlm_2x8"), ("aqlm", "aqlm_1x16")]
 
 
 def test_choose_keeps_the_settings_that_a_method_has():

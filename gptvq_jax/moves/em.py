@@ -2,7 +2,8 @@
 
 The loss of a group is sum_n weight_n |(x_n - c_code(n)) T_j(n)|^2, where T_j = U_jj^-1 comes from
 the Cholesky factor of the inverse Hessian: D x D and shared by all rows of vector position j.
-Both steps are exact minimisations, so the loss never rises.
+Both steps are exact minimisations, so the loss never rises. Vector positions go in chunks: with
+65,536 centroids, a table of all positions and centroids would be larger than the layer.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptvq_jax.moves.nearest import nearest
+
+_CHUNK_CELLS = 2**21  # positions x centroids with tables of their own at once
 
 
 class GroupData(NamedTuple):
@@ -30,8 +33,13 @@ def whitened(data: GroupData, centroids: jax.Array) -> tuple[jax.Array, jax.Arra
 
 def assign(data: GroupData, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """E-step: codes (G, J, r) and the loss per group (G,)."""
-    codes, distance = nearest(*whitened(data, centroids))
-    return codes, jnp.sum(data.weight * distance, axis=(1, 2))
+
+    def of_chunk(chunk):
+        codes, distance = nearest(*whitened(chunk, centroids))
+        return codes, jnp.sum(chunk.weight * distance, axis=(1, 2))
+
+    codes, loss = lax.map(of_chunk, _chunks(data, centroids))  # (chunks, G, J / chunks, r)
+    return jnp.moveaxis(codes, 0, 1).reshape(data.weight.shape), jnp.sum(loss, axis=0)
 
 
 def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -39,21 +47,30 @@ def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array
 
     Centroids that own no weight stay where they are.
     """
-    groups, positions, dim, _ = data.points.shape
-    size = centroids.shape[1]
-    cells = groups * positions * size
-    base = (jnp.arange(groups * positions) * size).reshape(groups, positions, 1)
-    cell = (base + codes).reshape(-1)
+    size, dim = centroids.shape[1:]
 
-    def total(values):  # (G, J, r) -> sum over the rows of each (group, position, code)
-        sums = jax.ops.segment_sum(values.reshape(-1), cell, cells)
-        return sums.reshape(groups, positions, size)
+    def add_chunk(sums, chunk):
+        data, codes = chunk
+        groups, positions = codes.shape[:2]
+        cells = groups * positions * size
+        base = (jnp.arange(groups * positions) * size).reshape(groups, positions, 1)
+        cell = (base + codes).reshape(-1)
 
-    mass = total(data.weight)
-    first = jnp.stack([total(data.weight * data.points[:, :, d]) for d in range(dim)], axis=-1)
-    metric = jnp.einsum("jde,jfe->jdf", data.whiten, data.whiten, precision="highest")
-    left = jnp.einsum("gjk,jdf->gkdf", mass, metric, precision="highest")
-    right = jnp.einsum("gjkd,jdf->gkf", first, metric, precision="highest")
+        def total(values):  # (G, J, r) -> sum over the rows of each (group, position, code)
+            per_cell = jax.ops.segment_sum(values.reshape(-1), cell, cells)
+            return per_cell.reshape(groups, positions, size)
+
+        mass = total(data.weight)
+        first = jnp.stack([total(data.weight * data.points[:, :, d]) for d in range(dim)], axis=-1)
+        metric = jnp.einsum("jde,jfe->jdf", data.whiten, data.whiten, precision="highest")
+        left = jnp.einsum("gjk,jdf->gkdf", mass, metric, precision="highest")
+        right = jnp.einsum("gjkd,jdf->gkf", first, metric, precision="highest")
+        return jax.tree.map(jnp.add, sums, (left, right)), None
+
+    zeros = jnp.zeros((*centroids.shape, dim)), jnp.zeros_like(centroids)
+    chunks = _chunks(data, centroids)
+    codes = _cut(codes, len(chunks.whiten), 1)
+    (left, right), _ = lax.scan(add_chunk, zeros, (chunks, codes))
     # A relative ridge towards the old centroid keeps rank-deficient sums solvable; an empty
     # centroid has left = right = 0 and therefore stays.
     trace = jnp.trace(left, axis1=-2, axis2=-1)[..., None, None]
@@ -62,6 +79,25 @@ def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array
         left + ridge, (right - jnp.einsum("gkdf,gkd->gkf", left, centroids))[..., None]
     )
     return centroids + step[..., 0]
+
+
+def _chunks(data: GroupData, centroids: jax.Array) -> GroupData:
+    """The data of equally many positions each, stacked along a new first axis."""
+    positions, cells = len(data.whiten), centroids.shape[0] * centroids.shape[1]
+    count = next(
+        n
+        for n in range(1, positions + 1)
+        if positions % n == 0 and (positions // n * cells <= _CHUNK_CELLS or n == positions)
+    )
+    return GroupData(
+        _cut(data.points, count, 1), _cut(data.whiten, count, 0), _cut(data.weight, count, 1)
+    )
+
+
+def _cut(array: jax.Array, count: int, axis: int) -> jax.Array:
+    """(count, ..., J / count, ...) of an array whose `axis` is the J positions."""
+    shape = array.shape[:axis] + (count, -1) + array.shape[axis + 1 :]
+    return jnp.moveaxis(array.reshape(shape), axis, 0)
 
 
 def em(data: GroupData, centroids: jax.Array, iterations: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_UNROLL = 16  # centroids compared per loop step: compile time against loop overhead
+_UNROLL = 16  # comparisons per loop step: compile time against loop overhead
 
 
 def nearest(points: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -21,9 +21,25 @@ def nearest(points: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Arr
     Returns:
       codes (..., N) int32 and squared distances (..., N).
     """
-    *lead, dim, _ = points.shape
-    size = centroids.shape[-2]
-    unroll = min(_UNROLL, size)
+    codes, distance = nearest_few(points, centroids, 1)
+    return codes[0], distance[0]
+
+
+def nearest_few(points: jax.Array, centroids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` nearest centroids, nearest first; the lower index first where they tie.
+
+    Args:
+      points: (..., D, N).
+      centroids: (..., K, D), K at least `count`; leading axes broadcast against those of points.
+      count: static; each costs 5 more operations per point and centroid.
+
+    Returns:
+      codes (count, ..., N) int32 and squared distances (count, ..., N).
+    """
+    *lead, size, dim = centroids.shape
+    if count > size:
+        raise ValueError(f"there are {size} centroids, not {count=}")
+    unroll = min(max(1, _UNROLL // count), size)
     steps = -(-size // unroll)
     pad = [(0, 0)] * len(lead) + [(0, steps * unroll - size), (0, 0)]
     # Infinity would turn into NaN against an infinite point; a distance this large never wins.
@@ -36,15 +52,29 @@ def nearest(points: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Arr
             distance = sum(
                 jnp.square(points[..., d, :] - chunk[k, ..., d, None]) for d in range(dim)
             )
-            closer = distance < best
-            best = jnp.where(closer, distance, best)
-            codes = jnp.where(closer, base + k, codes)
+            code = jnp.broadcast_to(base + k, distance.shape)
+            best, codes = _insert(best, codes, distance, code)
         return (best, codes, base + unroll), None
 
     shape = points.shape[:-2] + points.shape[-1:]
-    start = (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32), jnp.int32(0))
+    start = (
+        (jnp.full(shape, jnp.inf),) * count,
+        (jnp.zeros(shape, jnp.int32),) * count,
+        jnp.int32(0),
+    )
     (best, codes, _), _ = lax.scan(compare, start, chunks)
-    return codes, best
+    return jnp.stack(codes), jnp.stack(best)
+
+
+def _insert(best, codes, distance, code):
+    """Puts one more distance, with its code, into ascending tuples, whose last falls out."""
+    new_best, new_codes = [], []
+    for b, c in zip(best, codes, strict=True):
+        closer = distance < b
+        new_best.append(jnp.where(closer, distance, b))
+        new_codes.append(jnp.where(closer, code, c))
+        distance, code = jnp.where(closer, b, distance), jnp.where(closer, c, code)
+    return tuple(new_best), tuple(new_codes)
 
 
 def lookup(centroids: jax.Array, codes: jax.Array) -> jax.Array:

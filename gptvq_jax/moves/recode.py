@@ -2,8 +2,9 @@
 
 With the error E = W - Q and its gradient G = E H, replacing the vector at columns P by another one,
 delta away, changes the loss by delta H_PP delta^T - 2 delta G_P^T. The best centroid is therefore
-the one nearest to q_P + G_P H_PP^-1 in the metric H_PP. Cost per pass: 2 R C^2 flops of matmul and
-R C / D nearest-centroid searches, as a sweep.
+the one nearest to q_P + G_P H_PP^-1 in the metric H_PP; with several codebooks, the sum of
+centroids that a beam search finds. Cost per pass and lane of the beam: 2 R C^2 flops of matmul and
+M R C / D nearest-centroid searches, as a sweep.
 """
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptvq_jax.grid import GroupGrid
-from gptvq_jax.moves.nearest import lookup, nearest
+from gptvq_jax.moves.beam import follow, search
+from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.refit import decode
 
 
@@ -24,17 +26,20 @@ def recode(
     grid: GroupGrid,
     *,
     passes: int = 1,
+    beam: int = 1,
     block_size: int = 128,
 ) -> jax.Array:
-    """Codes (S * c / D, G * r) whose loss is at most that of the codes given.
+    """Codes (M, S * c / D, G * r) whose loss is at most that of the codes given, in every row.
 
     Args:
       weight: (S * c, G * r), transposed and padded with zeros.
       hessian: (S * c, S * c) mean x x^T, zero on the padding.
-      centroids: (S, G, K, D).
-      codes: (S * c / D, G * r).
+      centroids: (M, S, G, K, D).
+      codes: (M, S * c / D, G * r).
       scales: (S * c / D, G * r) or None.
       passes: passes over all columns.
+      beam: alternatives that every row keeps on its way through the columns. The loss of one pass
+        is at most that with 1, in every row.
       block_size: columns per lazy update of the gradient.
     """
     dim, rows = grid.dim, (grid.row_strips, grid.strip_rows)
@@ -47,47 +52,91 @@ def recode(
     ridged = h_diagonal + (1e-6 * trace + (trace == 0)) * jnp.eye(dim)
     factor, inverse = jnp.linalg.cholesky(ridged), jnp.linalg.inv(ridged)
 
-    def block_step(carry, index):
-        gradient, codes = carry  # gradient (S * c, G, r) = H E
-        start = index * block
-        h_rows = lax.dynamic_slice_in_dim(hessian, start, block)  # (B, S * c)
-        h_local = lax.dynamic_slice_in_dim(h_rows, start, block, axis=1)
-        strip = start // grid.strip_cols
-        books = lax.dynamic_index_in_dim(centroids, strip, keepdims=False)  # (G, K, D)
-
-        def vector_step(local, j):
-            position = start // dim + j
-            code = lax.dynamic_index_in_dim(codes, position, keepdims=False)  # (G, r)
-            s = jnp.ones(rows)
-            if scales is not None:
-                s = lax.dynamic_index_in_dim(scales, position, keepdims=False).reshape(rows)
-            g = jnp.moveaxis(lax.dynamic_slice_in_dim(local, j * dim, dim), 1, 0)  # (G, D, r)
-            pick = lambda table: lax.dynamic_index_in_dim(table, position, keepdims=False)  # noqa: E731
-            old = lookup(books, code)
-            scale = jnp.expand_dims(s, -2)
-            move = jnp.einsum("gdr,de->ger", g, pick(inverse), precision="highest") / scale
-            white = jnp.einsum("gdr,de->ger", old + move, pick(factor), precision="highest")
-            new_code, _ = nearest(white, jnp.matmul(books, pick(factor), precision="highest"))
-            delta = (lookup(books, new_code) - old) * scale
-            bend = jnp.einsum("gdr,de->ger", delta, pick(h_diagonal), precision="highest")
-            better = jnp.sum(delta * (bend - 2 * g), axis=1) < 0  # (G, r)
-            delta = jnp.moveaxis(jnp.where(better[:, None], delta, 0.0), 1, 0)  # (D, G, r)
-            h = lax.dynamic_slice_in_dim(h_local, j * dim, dim)  # (D, B)
-            local = local - jnp.einsum("db,dgr->bgr", h, delta, precision="highest")
-            return local, (jnp.where(better, new_code, code), delta)
-
-        local = lax.dynamic_slice_in_dim(gradient, start, block)
-        _, (new_codes, delta) = lax.scan(vector_step, local, jnp.arange(vectors))
-        delta = delta.reshape(block, -1)
-        update = jnp.matmul(h_rows.T, delta, precision="highest").reshape(gradient.shape)
-        codes = lax.dynamic_update_slice_in_dim(codes, new_codes, start // dim, axis=0)
-        return (gradient - update, codes), None
-
     def one_pass(_, codes):
         error = weight - decode(centroids, codes, scales, grid)
-        gradient = jnp.matmul(hessian, error, precision="highest")
-        carry = gradient.reshape(-1, *rows), codes.reshape(-1, *rows)
-        (_, codes), _ = lax.scan(block_step, carry, jnp.arange(grid.padded_cols // block))
-        return codes.reshape(-1, grid.padded_rows)
+        gradient = jnp.matmul(hessian, error, precision="highest").reshape(-1, *rows)
+        old_codes = codes.reshape(len(codes), -1, *rows)
+
+        def vector_step(carry, position):
+            local, h_local, books, change = carry  # local (L, B, G, r) = H E of the block's columns
+            first = position * dim % block
+            at = lambda table, axis=0: lax.dynamic_index_in_dim(table, position, axis, False)  # noqa: E731
+            old = at(old_codes, 1)  # (M, G, r)
+            s = jnp.ones((1, *rows)) if scales is None else at(scales).reshape(1, *rows)
+            g = jnp.moveaxis(lax.dynamic_slice_in_dim(local, first, dim, 1), 2, 1)  # (L, G, D, r)
+            old_vector = sum(map(lookup, books, old))  # (G, D, r)
+            move = jnp.einsum("lgdr,de->lger", g, at(inverse), precision="highest") / s[:, :, None]
+            target = jnp.einsum("lgdr,de->lger", old_vector + move, at(factor), precision="highest")
+            white = jnp.matmul(books, at(factor), precision="highest")
+            new, origin, exists = search(target, white, old, change / jnp.square(s), beam)
+            new_vector = sum(
+                jax.vmap(lookup, (None, 0))(book, new[:, m]) for m, book in enumerate(books)
+            )
+            delta = (new_vector - old_vector) * s[:, :, None]
+            bend = jnp.einsum("lgdr,de->lger", delta, at(h_diagonal), precision="highest")
+            more = jnp.sum(delta * (bend - 2 * follow(g, origin, 2)), axis=2)  # (L, G, r)
+            # Lane 0 never gets worse; the others may, on their way to something better.
+            kept = (more < 0) | (jnp.arange(len(more)) > 0)[:, None, None]
+            delta = jnp.moveaxis(jnp.where(kept[:, :, None], delta, 0.0), 2, 1)  # (L, D, G, r)
+            change = follow(change, origin) + jnp.where(kept, more, 0.0)
+            change = jnp.where(exists, change, jnp.inf)
+            h = lax.dynamic_slice_in_dim(h_local, first, dim)  # (D, B)
+            local = follow(local, origin, 1)
+            local = local - jnp.einsum("db,ldgr->lbgr", h, delta, precision="highest")
+            new = jnp.where(kept[:, None], new, old)
+            return (local, h_local, books, change), (new, origin, delta)
+
+        def block_step(carry, index):
+            gradient, change = carry  # (L, S * c, G, r), (L, G, r)
+            start = index * block
+            h_rows = lax.dynamic_slice_in_dim(hessian, start, block)  # (B, S * c)
+            h_local = lax.dynamic_slice_in_dim(h_rows, start, block, axis=1)
+            strip = start // grid.strip_cols
+            books = lax.dynamic_index_in_dim(centroids, strip, 1, keepdims=False)  # (M, G, K, D)
+            local = lax.dynamic_slice_in_dim(gradient, start, block, 1)
+            (_, _, _, change), (new, origins, delta) = lax.scan(
+                vector_step,
+                (local, h_local, books, change),
+                start // dim + jnp.arange(vectors),
+            )
+            origin, delta = _trace_back(origins, delta, 1)  # delta (vectors, L, D, G, r)
+            delta = jnp.moveaxis(delta, 0, 1).reshape(beam, block, *rows)
+            update = jnp.einsum("bc,lbgr->lcgr", h_rows, delta, precision="highest")
+            return (follow(gradient, origin, 1) - update, change), (new, origins)
+
+        lanes = jnp.broadcast_to(gradient, (beam, *gradient.shape))
+        unused = (jnp.arange(beam) > 0)[:, None, None]  # at the start there is only lane 0
+        change = jnp.where(unused, jnp.inf, jnp.zeros((beam, *rows)))
+        (_, change), (new, origins) = lax.scan(
+            block_step, (lanes, change), jnp.arange(grid.padded_cols // block)
+        )
+        new, origins = (x.reshape(-1, *x.shape[2:]) for x in (new, origins))
+        best = jnp.argmin(change, axis=0, keepdims=True)
+        _, new = _trace_back(origins, new, 1, best)  # (J, 1, M, G, r)
+        return jnp.moveaxis(new[:, 0], 1, 0).reshape(codes.shape)
 
     return lax.fori_loop(0, passes, one_pass, codes)
+
+
+def _trace_back(origins, values, axis, last=None):
+    """Values of every step along the lanes that survived to the end.
+
+    Args:
+      origins: (steps, L, G, r), the lane that each lane of a step continues.
+      values: (steps, L, ..., G, r) with one more axis, `axis` of a step.
+      last: (L', G, r) lanes of the last step; None: all of them.
+
+    Returns:
+      The lanes before the first step that they started from (L', G, r), and values of their steps.
+    """
+    lanes = origins.shape[1]
+    if lanes == 1:
+        return origins[0], values
+    if last is None:
+        last = jnp.broadcast_to(jnp.arange(lanes)[:, None, None], origins.shape[1:])
+
+    def step(lane, at):
+        origin, value = at
+        return follow(origin, lane), follow(value, lane, axis)
+
+    return lax.scan(step, last, (origins, values), reverse=True)

@@ -12,28 +12,31 @@ from jax import lax
 from gptvq_jax.grid import GroupGrid
 from gptvq_jax.moves.nearest import lookup
 
+_CONVERGED = 1e-12  # of the squared residual: float32 resolves no less
+
 
 def decode(
     centroids: jax.Array, codes: jax.Array, scales: jax.Array | None, grid: GroupGrid
 ) -> jax.Array:
-    """The weight that codes stand for.
+    """The weight that codes stand for: the sum over the M codebooks.
 
     Args:
-      centroids: (S, G, K, D).
-      codes: (S * c / D, G * r) int32.
+      centroids: (M, S, G, K, D).
+      codes: (M, S * c / D, G * r) int32.
       scales: (S * c / D, G * r) or None.
 
     Returns:
       (S * c, G * r), 0 in rows and columns of padding.
     """
-    strips, groups, positions = grid.col_strips, grid.row_strips, grid.strip_vectors
-    index = codes.reshape(strips, positions, groups, grid.strip_rows)
-    index = jnp.swapaxes(index, 1, 2).reshape(strips, groups, -1)
-    vectors = lookup(centroids, index)  # (S, G, D, J * r)
-    vectors = vectors.reshape(strips, groups, grid.dim, positions, grid.strip_rows)
+    books, strips, groups = centroids.shape[:3]
+    positions, rows = grid.strip_vectors, grid.strip_rows
+    index = codes.reshape(books, strips, positions, groups, rows)
+    index = jnp.swapaxes(index, 2, 3).reshape(books, strips, groups, -1)
+    vectors = jnp.sum(lookup(centroids, index), axis=0)  # (S, G, D, J * r)
+    vectors = vectors.reshape(strips, groups, grid.dim, positions, rows)
     vectors = jnp.transpose(vectors, (0, 3, 2, 1, 4))  # (S, J, D, G, r)
     if scales is not None:
-        vectors = vectors * scales.reshape(strips, positions, 1, groups, grid.strip_rows)
+        vectors = vectors * scales.reshape(strips, positions, 1, groups, rows)
     weight = vectors.reshape(grid.padded_cols, grid.padded_rows)
     inside = (jnp.arange(grid.padded_cols) < grid.cols)[:, None]
     return weight * (inside & (jnp.arange(grid.padded_rows) < grid.rows))
@@ -59,8 +62,8 @@ def refit(
     Args:
       weight: (S * c, G * r), transposed and padded with zeros.
       hessian: (S * c, S * c) mean x x^T, zero on the padding.
-      centroids: (S, G, K, D).
-      codes: (S * c / D, G * r).
+      centroids: (M, S, G, K, D).
+      codes: (M, S * c / D, G * r).
       scales: (S * c / D, G * r) or None.
       iterations: conjugate-gradient steps; each costs 2 R C^2 flops.
     """
@@ -85,8 +88,10 @@ def refit(
         solution, residual, direction, energy = state
         image = normal(direction)
         curvature = jnp.vdot(direction, image)
-        # A converged (or null) direction has nothing left to gain: stand still.
-        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1.0), 0.0)
+        # A converged (or null) direction has nothing left to gain: stand still. Codebooks that may
+        # trade a constant leave directions without curvature, along which rounding would go on.
+        moves = (curvature > 0) & (energy > _CONVERGED * first_energy)
+        length = jnp.where(moves, energy / jnp.where(curvature > 0, curvature, 1.0), 0.0)
         solution = solution + length * direction
         residual = residual - length * image
         scaled = precondition * residual
@@ -95,7 +100,8 @@ def refit(
         return solution, residual, scaled + ratio * direction, new_energy
 
     start = precondition * residual
-    state = (centroids, residual, start, jnp.vdot(residual, start))
+    first_energy = jnp.vdot(residual, start)
+    state = (centroids, residual, start, first_energy)
     solution = lax.fori_loop(0, iterations, step, state)[0]
     better = codebook_loss(weight, forward(solution), hessian) < codebook_loss(
         weight, forward(centroids), hessian
@@ -109,22 +115,23 @@ def gradient_update(
     params,
     reconstruct,
     *,
+    optimizer: optax.GradientTransformation,
     iterations: int,
-    learning_rate: float,
 ):
-    """The paper's codebook update: Adam on L (GPTVQ, section 3.3), of which the best step is kept.
+    """The papers' codebook update: Adam on L (GPTVQ, section 3.3; AQLM, section 3.3).
+
+    The best step is kept.
 
     Args:
       weight, hessian: as in `refit`.
       params: pytree of what is tuned (centroids, or the factors of compressed codebooks).
       reconstruct: params -> quantized (S * c, G * r).
-      iterations: Adam steps.
-      learning_rate: relative to the root mean square of each leaf, so one value fits every layer.
+      optimizer: of leaves divided by their root mean square: one learning rate fits every layer.
+      iterations: steps.
 
     Returns:
       The params with the lowest loss seen, those given included.
     """
-    adam = optax.adam(learning_rate)
     size = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))) + 1e-12, params)
     loss_and_grad = jax.value_and_grad(
         lambda unit: codebook_loss(
@@ -136,10 +143,10 @@ def gradient_update(
         unit, opt_state, best, lowest = state
         loss, grad = loss_and_grad(unit)
         best, lowest = lax.cond(loss < lowest, lambda: (unit, loss), lambda: (best, lowest))
-        updates, opt_state = adam.update(grad, opt_state, unit)
+        updates, opt_state = optimizer.update(grad, opt_state, unit)
         return (optax.apply_updates(unit, updates), opt_state, best, lowest), None
 
     unit = jax.tree.map(jnp.divide, params, size)
-    state = (unit, adam.init(unit), unit, jnp.float32(jnp.inf))
+    state = (unit, optimizer.init(unit), unit, jnp.float32(jnp.inf))
     (_, _, best, _), _ = lax.scan(step, state, length=iterations + 1)
     return jax.tree.map(jnp.multiply, best, size)

@@ -1,4 +1,4 @@
-"""Block-wise data normalization: 4-bit log-domain scales (GPTVQ, section 3.3)."""
+"""Scales: 4-bit log-domain ones of blocks (GPTVQ, section 3.3), and one for each row (AQLM)."""
 
 from typing import NamedTuple
 
@@ -50,3 +50,43 @@ def normalize_strip(weight: jax.Array, block_size: int) -> StripScales:
     codes = jnp.round((log - offset.astype(jnp.float32)) / spacing)
     codes = jnp.clip(codes, 0, _LEVELS).astype(jnp.int32)
     return StripScales(codes, offset, step, jnp.arange(cols) // block_size)
+
+
+class RowScales(NamedTuple):
+    """Scales of whole rows, as a sweep takes them."""
+
+    columns: jax.Array  # (c, G, r), the same in every column
+
+    def per_vector(self, dim: int) -> jax.Array:
+        """(c / D, G, r) float32."""
+        return self.columns[::dim]
+
+
+def row_norms(weight: jax.Array) -> jax.Array:
+    """Root mean square of every row, as stored in float16; 1 for rows of zeros.
+
+    Args:
+      weight: (S * c, G * r), transposed.
+    """
+    size = jnp.sqrt(jnp.mean(jnp.square(weight), axis=0)).astype(jnp.float16).astype(jnp.float32)
+    return jnp.where(size > 0, size, 1.0)
+
+
+def fit_row_scales(
+    weight: jax.Array, hessian: jax.Array, unscaled: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """Least-squares scales of the rows, as stored in float16.
+
+    With Q = s P in a row, the loss is quadratic in s: s = w H p^T / p H p^T.
+
+    Args:
+      weight: (S * c, G * r), transposed and padded with zeros.
+      hessian: (S * c, S * c), zero on the padding.
+      unscaled: P (S * c, G * r).
+      scale: (G * r,), kept where a row has no output or its best scale is 0.
+    """
+    image = jnp.matmul(hessian, unscaled, precision="highest")
+    energy = jnp.sum(image * unscaled, axis=0)
+    best = jnp.sum(image * weight, axis=0) / jnp.where(energy > 0, energy, 1.0)
+    best = best.astype(jnp.float16).astype(jnp.float32)
+    return jnp.where((energy > 0) & (best != 0) & jnp.isfinite(best), best, scale)

@@ -63,6 +63,22 @@ def kmeans_plus_plus(data: GroupData, codebook_size: int, key: jax.Array) -> jax
     return jnp.concatenate([first[:, None], jnp.swapaxes(seeds, 0, 1)], axis=1)
 
 
+def random_points(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+    """K distinct points drawn with probability weight; all of them, repeated, where K is more.
+
+    One pass over the points, where k-means++ needs one for each centroid: for large codebooks.
+    """
+    points, valid = _flatten(data)
+    weight = data.weight.reshape(valid.shape)
+    # The K largest of log weight + Gumbel noise are a draw without replacement.
+    noise = jax.random.gumbel(key, valid.shape)
+    score = jnp.where(valid, jnp.log(jnp.where(valid, weight, 1.0)) + noise, -jnp.inf)
+    _, order = lax.top_k(score, min(codebook_size, valid.shape[1]))
+    index = jnp.arange(codebook_size) % jnp.minimum(jnp.sum(valid, axis=1), codebook_size)[:, None]
+    index = jnp.take_along_axis(order, index, axis=1)
+    return jnp.swapaxes(jnp.take_along_axis(points, index[:, None], axis=2), 1, 2)
+
+
 def _flatten(data: GroupData) -> tuple[jax.Array, jax.Array]:
     groups, _, dim, _ = data.points.shape
     points = jnp.moveaxis(data.points, 2, 1).reshape(groups, dim, -1)
@@ -77,4 +93,9 @@ def _pick(points: jax.Array, order: jax.Array, count: jax.Array, codebook_size: 
     return jnp.swapaxes(jnp.take_along_axis(points, index[:, None], axis=2), 1, 2)
 
 
-SEEDS = {"mahalanobis": mahalanobis, "kmeans++": kmeans_plus_plus, "cdf": cdf}
+SEEDS = {
+    "mahalanobis": mahalanobis,
+    "kmeans++": kmeans_plus_plus,
+    "cdf": cdf,
+    "random": random_points,
+}

@@ -12,9 +12,17 @@ from gptvq_jax.moves.compress import (
     sort_codebook,
     svd_factors,
 )
-from gptvq_jax.moves.scales import normalize_strip
+from gptvq_jax.moves.scales import RowScales, fit_row_scales, normalize_strip, row_norms
 from gptvq_jax.packing import pack
-from gptvq_jax.vq_tensor import BlockScales, DenseCodebook, VQTensor, dequantize, pack_codes
+from gptvq_jax.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.vq_tensor import (
+    BlockScales,
+    DenseCodebook,
+    VQTensor,
+    dequantize,
+    pack_codes,
+    unused_centroids,
+)
 
 quantize_centroids = jax.jit(quantize_centroids, static_argnames="bits")
 quantize_factors = jax.jit(quantize_factors, static_argnames="bits")
@@ -192,7 +200,103 @@ def test_equal_blocks(value):
     np.testing.assert_allclose(per_column(scales), value or 1.0, rtol=1e-3)
 
 
+# row scales
+
+
+def test_row_norms_by_hand():
+    """Two columns and five rows, transposed: 3 and 4 have the root mean square 12.5 ** 0.5."""
+    weight = jnp.array([[3.0, 0, -2e-3, 1e-9, 1], [4, 0, 2e-3, 0, 1 + 2**-8]])
+    half = [float(np.float16(x)) for x in (12.5**0.5, 2e-3)]
+    # A row of zeros, and one whose norm float16 would store as 0, have no scale: 1.
+    norms = row_norms(weight)
+    np.testing.assert_array_equal(norms, [half[0], 1, half[1], 1, 1 + 2**-9])
+    assert norms.dtype == jnp.float32
+
+
+def test_row_scales_are_the_same_for_every_vector():
+    columns = jnp.broadcast_to(jnp.array([[1.0, 2.0], [3.0, 4.0]]), (6, 2, 2))
+    np.testing.assert_array_equal(RowScales(columns).per_vector(3), columns[:2])
+
+
+def test_row_scales_are_least_squares():
+    """Every row against float64; float16 neighbours of what is returned are no better."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6))
+    hessian = (inputs.T @ inputs / 40).astype(np.float32)
+    size = 2.0 ** rng.uniform(-8, 8, 30)
+    weight = (rng.normal(size=(6, 30)) * size).astype(np.float32)
+    unscaled = (weight / size + 0.3 * rng.normal(size=(6, 30))).astype(np.float32)
+    unscaled[:, 3] *= -1  # a scale may be negative
+    scale = np.asarray(fit_row_scales(weight, hessian, unscaled, jnp.ones(30)))
+    assert (scale.astype(np.float16) == scale).all()
+    assert scale[3] < 0
+    h, w, p = (a.astype(np.float64) for a in (hessian, weight, unscaled))
+    for r in range(30):
+        best = w[:, r] @ h @ p[:, r] / (p[:, r] @ h @ p[:, r])
+        np.testing.assert_allclose(scale[r], best, rtol=2.0**-11 * 1.01)
+
+        def loss(s, r=r):
+            error = w[:, r] - s * p[:, r]
+            return error @ h @ error
+
+        stored = np.float16(scale[r])
+        for other in (np.nextafter(stored, np.float16(x)) for x in (-np.inf, np.inf)):
+            # Unless the optimum lies, to float32, in the middle of the two.
+            assert loss(float(stored)) < loss(float(other)) * (1 + 1e-6)
+
+
+def test_row_scales_stay_where_nothing_determines_them():
+    hessian = jnp.diag(jnp.array([2.0, 0.0]))
+    weight = jnp.array([[1.0, 1, 0, 1e-9, 1e9], [1, 1, 1, 1, 1]])
+    unscaled = jnp.array([[0.0, 2, 1, 1, 1], [1, 1, 1, 1, 1]])
+    # No output; 1/2; best scale 0, of which nothing can be recoded; too small and too large for
+    # float16.
+    scale = fit_row_scales(weight, hessian, unscaled, jnp.full(5, 0.75))
+    np.testing.assert_array_equal(scale, [0.75, 0.5, 0.75, 0.75, 0.75])
+
+
 # the stored tensor
+
+
+@pytest.mark.parametrize(
+    "fmt, grid",
+    [
+        (TensorFormat(dim=2, index_bits=3), GroupGrid(5, 11, 2, strip_rows=2, strip_cols=4)),
+        (
+            TensorFormat(dim=4, index_bits=5, codebook_bits=16, num_codebooks=2, row_scales=True),
+            GroupGrid(5, 22, 4, strip_rows=5, strip_cols=24),
+        ),
+        (
+            TensorFormat(dim=2, index_bits=4, codebook_bits=16, num_codebooks=2),
+            GroupGrid(7, 12, 2, strip_rows=4, strip_cols=8),
+        ),
+    ],
+    ids=["groups of strips", "aqlm", "both"],
+)
+def test_unused_centroids_are_counted(fmt, grid):
+    tensor = random_tensor(fmt, grid)
+    codes = np.asarray(tensor.unpack_codes())
+    books, rows, vectors = codes.shape
+    used = {
+        (m, r // grid.strip_rows, j // grid.strip_vectors, codes[m, r, j])
+        for m in range(books)
+        for r in range(rows)
+        for j in range(vectors)
+    }
+    groups = -(-grid.rows // grid.strip_rows) * -(-grid.cols // grid.strip_cols)
+    expected = books * groups * 2**fmt.index_bits - len(used)
+    assert unused_centroids(tensor) == expected
+    assert 0 < expected < books * groups * 2**fmt.index_bits
+
+
+def test_no_centroid_is_unused():
+    grid = GroupGrid(2, 8, 2, strip_rows=2, strip_cols=8)
+    codes = jnp.arange(16).reshape(2, 4, 2) % 4  # every code of 2 bits, in both codebooks
+    book = DenseCodebook(jnp.zeros((2, 1, 1, 4, 2), jnp.float16), None, 16, 4, 2)
+    tensor = VQTensor(pack_codes(codes, 2, grid), book, None, 2, grid)
+    assert unused_centroids(tensor) == 0
+    other = VQTensor(pack_codes(codes // 2 * 2, 2, grid), book, None, 2, grid)
+    assert unused_centroids(other) == 4
 
 
 def test_dequantize_is_the_sum_in_its_docstring():

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from gptvq_jax import aqlm
+from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.gptvq import GPTVQSettings, quantize
 
 ROWS = COLS = 1024
@@ -58,3 +60,29 @@ def test_no_array_of_quantize_grows_with_the_codebook(options):
     # The widest step packs the codes: one number per bit, 4 bits per weight here. A table of every
     # vector and every centroid would have 64 (4D) or 128 (2D) elements per weight.
     assert size <= 4 * ROWS * COLS, what
+
+
+ONE_LARGE = {"num_codebooks": 1, "code_bits": 16, "seed": "random"}
+
+
+@pytest.mark.parametrize(
+    "options, most",
+    [
+        # Numbers for each weight. The codes are packed bit by bit, 2 bits for each here, and with
+        # M codebooks as many weights are summed up.
+        (ONE_LARGE, 2),
+        ({"num_codebooks": 2}, 2),
+        ({"num_codebooks": 2, "start": "residual", "codebook_update": "adam"}, 2),
+        # With a beam, the gradients of all its lanes.
+        ({**ONE_LARGE, "beam": 4}, 4),
+        ({"num_codebooks": 2, "beam": 8}, 8),
+    ],
+    ids=str,
+)
+def test_no_array_of_aqlm_grows_with_the_codebook(options, most):
+    """A table of 512 positions, 65,536 centroids and D = 8 coordinates would have 16."""
+    settings = AQLMSettings(**options)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    args = floats(4096, 4096), floats(4096, 4096), floats(4096, 4096), key
+    size, what = largest_array(lambda *args: aqlm.quantize(*args, settings), *args)
+    assert size <= most * 4096 * 4096, what

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptvq_jax.moves import em as em_module
 from gptvq_jax.moves.em import GroupData, assign, em, update
-from gptvq_jax.moves.nearest import lookup, nearest
-from gptvq_jax.moves.seed import SEEDS, cdf, kmeans_plus_plus, mahalanobis
+from gptvq_jax.moves.nearest import lookup, nearest, nearest_few
+from gptvq_jax.moves.seed import SEEDS, cdf, kmeans_plus_plus, mahalanobis, random_points
 
 GROUPS, POSITIONS, DIM, ROWS, SIZE = 2, 3, 2, 6, 5
 fast_em = jax.jit(em)
@@ -16,6 +17,7 @@ fast_assign = jax.jit(assign)
 fast_update = jax.jit(update)
 fast_kmeans = jax.jit(kmeans_plus_plus, static_argnames="codebook_size")
 fast_mahalanobis = jax.jit(mahalanobis, static_argnames="codebook_size")
+fast_random = jax.jit(random_points, static_argnames="codebook_size")
 
 
 def group_data(seed=0, skew=1.0) -> GroupData:
@@ -71,6 +73,35 @@ def test_nearest_never_returns_a_padded_centroid():
     codes, _ = nearest(points, jnp.linspace(-1, 1, 17)[:, None])
     assert codes.max() < 17
     np.testing.assert_array_equal(codes[2:], 0)
+
+
+@pytest.mark.parametrize("size, count", [(5, 5), (16, 1), (37, 3)])
+def test_nearest_few_against_a_sorted_table(size, count):
+    """Lanes of points share the centroids of their group."""
+    rng = np.random.default_rng(size)
+    points = rng.normal(size=(2, 3, 2, 40)).astype(np.float32)  # lanes, groups, D, N
+    centroids = rng.normal(size=(3, size, 2)).astype(np.float32)
+    codes, distance = jax.jit(nearest_few, static_argnums=2)(points, centroids, count)
+    table = ((points[:, :, None] - centroids[None, ..., None]) ** 2).sum(3)  # (2, 3, K, 40)
+    order = np.argsort(table, axis=2, kind="stable")[:, :, :count]
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, np.moveaxis(order, 2, 0))
+    expected = np.moveaxis(np.sort(table, axis=2)[:, :, :count], 2, 0)
+    np.testing.assert_allclose(distance, expected, rtol=1e-5)
+
+
+def test_nearest_few_puts_the_lower_index_first_where_they_tie():
+    centroids = jnp.array([[1.0], [-1.0], [3.0], [1.0], [-1.0], [1.0], [-3.0]])
+    codes, distance = nearest_few(jnp.array([[0.0, 1.0, 2.0, 9.0]]), centroids, 4)
+    np.testing.assert_array_equal(codes.T, [[0, 1, 3, 4], [0, 3, 5, 1], [0, 2, 3, 5], [2, 0, 3, 5]])
+    np.testing.assert_array_equal(
+        distance.T, [[1, 1, 1, 1], [0, 0, 0, 4], [1, 1, 1, 1], [36, 64, 64, 64]]
+    )
+
+
+def test_there_are_not_more_nearest_than_centroids():
+    with pytest.raises(ValueError, match="there are 3 centroids, not count=4"):
+        nearest_few(jnp.zeros((2, 5)), jnp.zeros((3, 2)), 4)
 
 
 def test_lookup_by_hand():
@@ -162,18 +193,95 @@ def test_skewed_metric_is_obeyed():
     assert weighted < 0.7 * euclidean
 
 
+@pytest.mark.parametrize("cells, chunks", [(40, 2), (9, 6)])
+def test_chunks_of_positions_are_summed(monkeypatch, cells, chunks):
+    """6 positions of 2 x 5 centroids; where one position is too many already, one at a time."""
+    first, second = group_data(), group_data(1)
+    data = GroupData(
+        jnp.concatenate([first.points, second.points], axis=1),
+        jnp.concatenate([first.whiten, second.whiten]),
+        jnp.concatenate([first.weight, second.weight], axis=1),
+    )
+    start = random_centroids()
+    monkeypatch.setattr(em_module, "_CHUNK_CELLS", cells)
+    assert em_module._chunks(data, start).whiten.shape == (chunks, 6 // chunks, DIM, DIM)
+
+    @jax.jit  # a new function, for jit keeps the programs of those it has seen
+    def both_steps(data, start):
+        codes, losses = assign(data, start)
+        return codes, losses, update(data, codes, start)
+
+    codes, losses, updated = both_steps(data, start)
+    for g in range(GROUPS):
+        points, whiten, weight = flat(data, g)
+        expected = [ref.nearest(x, start[g], t) for x, t in zip(points, whiten, strict=True)]
+        np.testing.assert_array_equal(codes[g].reshape(-1), expected)
+        loss = ref.em_loss(points, whiten, weight, np.asarray(start[g], np.float64))
+        np.testing.assert_allclose(losses[g], loss, rtol=1e-5)
+        expected = ref.em(points, whiten, weight, start[g], 1)
+        np.testing.assert_allclose(updated[g], expected, atol=1e-4)
+
+
 # seeds
+
+
+def points_of_weight(data: GroupData) -> list[set]:
+    """The points of each group that a seed may be."""
+    return [
+        {tuple(x) for x, w in zip(points.astype(np.float32), weight, strict=True) if w > 0}
+        for points, _, weight in (flat(data, g) for g in range(GROUPS))
+    ]
+
+
+def test_random_points_are_distinct_points_of_positive_weight():
+    data = group_data()
+    data = data._replace(weight=data.weight.at[:, 0, :4].set(0.0))
+    allowed, drawn = points_of_weight(data), [set(), set()]
+    for n in range(40):
+        seeds = np.asarray(fast_random(data, SIZE, jax.random.key(n)))
+        assert seeds.shape == (GROUPS, SIZE, DIM)
+        for g in range(GROUPS):
+            book = {tuple(x) for x in seeds[g]}
+            assert len(book) == SIZE and book <= allowed[g]
+            drawn[g] |= book
+    assert drawn == allowed  # every point can be drawn
+    again = fast_random(data, SIZE, jax.random.key(39))
+    np.testing.assert_array_equal(again, seeds)
+    assert (fast_random(data, SIZE, jax.random.key(40)) != seeds).any()
+
+
+def test_random_points_repeat_where_centroids_are_more():
+    """5 points of weight in one group, 10 in the other: all are there about equally often."""
+    data = group_data()
+    weight = jnp.zeros_like(data.weight).at[0, 0, :5].set(1.0).at[1, 1:, :5].set(2.0)
+    data = data._replace(weight=weight)
+    allowed = points_of_weight(data)
+    assert [len(points) for points in allowed] == [5, 10]
+    for size in (12, 40):  # fewer and more than all 18 points, those without weight included
+        seeds = np.asarray(fast_random(data, size, jax.random.key(0)))
+        for g in range(GROUPS):
+            book, times = np.unique(seeds[g], axis=0, return_counts=True)
+            assert {tuple(x) for x in book} == allowed[g]
+            assert times.max() - times.min() <= 1 and times.sum() == size
+
+
+def test_random_points_are_drawn_in_proportion_to_weight():
+    """0, 1, 2 of weights 1, 2, 5, without replacement; the metric and the points play no part."""
+    points = jnp.arange(3.0).reshape(1, 3, 1, 1)
+    data = GroupData(points, jnp.arange(3.0).reshape(3, 1, 1), jnp.array([[[1.0], [2], [5]]]))
+    draw = jax.jit(jax.vmap(lambda key: random_points(data, 2, key)[0, :, 0]))
+    seeds = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    shares = [(seeds[:, 0] == x).mean() for x in range(3)]
+    np.testing.assert_allclose(shares, [1 / 8, 2 / 8, 5 / 8], atol=0.03)  # four deviations
+    second = (seeds[seeds[:, 0] == 2, 1] == 1).mean()  # of what is left, 1 and 2
+    assert abs(second - 2 / 3) < 0.04
 
 
 def test_kmeans_seeds_are_points_of_positive_weight():
     data = group_data()
     weight = data.weight.at[:, 0, :4].set(0.0)  # also at the head, where a search could fall back
     data = data._replace(weight=weight)
-    allowed = [
-        {tuple(x) for x, w in zip(points.astype(np.float32), weight, strict=True) if w > 0}
-        for points, _, weight in (flat(data, g) for g in range(GROUPS))
-    ]
-    drawn = [set(), set()]
+    allowed, drawn = points_of_weight(data), [set(), set()]
     for n in range(40):
         seeds = np.asarray(fast_kmeans(data, SIZE, jax.random.key(n)))
         assert seeds.shape == (GROUPS, SIZE, DIM)

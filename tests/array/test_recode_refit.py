@@ -6,6 +6,7 @@ import array_reference as ref
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gptvq_jax.grid import GroupGrid
@@ -19,13 +20,15 @@ GRIDS = {  # both axes padded; with dim=3 the edge cuts the last vector
 SIZE = 4
 
 
-def run_recode(weight, hessian, centroids, codes, scales, passes=1, *, grid):
-    return jitted_recode(weight, hessian, centroids, codes, scales, passes, grid)
+def run_recode(weight, hessian, centroids, codes, scales, passes=1, *, grid, beam=1):
+    return jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam)
 
 
-@partial(jax.jit, static_argnames="grid")
-def jitted_recode(weight, hessian, centroids, codes, scales, passes, grid):
-    return recode(weight, hessian, centroids, codes, scales, grid, passes=passes, block_size=4)
+@partial(jax.jit, static_argnames=("grid", "beam"))
+def jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam):
+    return recode(
+        weight, hessian, centroids, codes, scales, grid, passes=passes, beam=beam, block_size=4
+    )
 
 
 run_refit = jax.jit(refit, static_argnames="grid")
@@ -40,19 +43,19 @@ def run_gradient(weight, hessian, centroids, codes, scales, learning_rate, *, gr
         centroids,
         lambda c: decode(c, codes, scales, grid),
         iterations=20,
-        learning_rate=learning_rate,
+        optimizer=optax.adam(learning_rate),
     )
 
 
-def state(grid, seed, rank=400, scaled=True):
+def state(grid, seed, rank=400, scaled=True, books=1, size=SIZE):
     """A random layer with random codes, in the padded, transposed layout."""
     rng = np.random.default_rng(seed)
     p = ref.problem(grid.rows, grid.cols, seed=seed, tokens=rank)
     pad = grid.padded_cols - grid.cols
     vectors = grid.padded_cols // grid.dim
     scales = 2.0 ** rng.uniform(-3, 3, (vectors, grid.padded_rows)) if scaled else None
-    centroids = rng.normal(size=(grid.col_strips, grid.row_strips, SIZE, grid.dim))
-    codes = rng.integers(0, SIZE, (vectors, grid.padded_rows))
+    centroids = rng.normal(size=(books, grid.col_strips, grid.row_strips, size, grid.dim))
+    codes = rng.integers(0, size, (books, vectors, grid.padded_rows))
     return (
         grid.pad_transpose(jnp.asarray(p.weight)),
         jnp.pad(jnp.asarray(p.hessian), ((0, pad), (0, pad))),
@@ -65,13 +68,14 @@ def state(grid, seed, rank=400, scaled=True):
 def plain_decode(centroids, codes, scales, grid):
     """(R, C) float64, weight by weight."""
     centroids, codes = np.asarray(centroids), np.asarray(codes)
-    scales = np.ones(codes.shape) if scales is None else np.asarray(scales)
+    scales = np.ones(codes.shape[1:]) if scales is None else np.asarray(scales)
     out = np.zeros((grid.rows, grid.cols))
-    for r in range(grid.rows):
-        for c in range(grid.cols):
-            book = centroids[c // grid.strip_cols, r // grid.strip_rows]
-            j = c // grid.dim
-            out[r, c] = float(scales[j, r]) * float(book[codes[j, r], c % grid.dim])
+    for m in range(len(codes)):
+        for r in range(grid.rows):
+            for c in range(grid.cols):
+                book = centroids[m, c // grid.strip_cols, r // grid.strip_rows]
+                j = c // grid.dim
+                out[r, c] += float(scales[j, r]) * float(book[codes[m, j, r], c % grid.dim])
     return out
 
 
@@ -82,13 +86,13 @@ def loss_of(weight, hessian, centroids, codes, scales, grid):
     return ref.loss(np.asarray(grid.unpad_transpose(weight)), quantized, h)
 
 
-@pytest.mark.parametrize("dim", GRIDS)
-def test_decode_against_a_loop(dim):
+@pytest.mark.parametrize("dim, books", [(2, 1), (3, 1), (3, 2)])
+def test_decode_against_a_loop(dim, books):
     grid = GRIDS[dim]
-    weight, hessian, centroids, codes, scales = state(grid, 0)
+    weight, hessian, centroids, codes, scales = state(grid, 0, books=books)
     padded = run_decode(centroids, codes, scales, grid=grid)
     expected = plain_decode(centroids, codes, scales, grid)
-    np.testing.assert_allclose(grid.unpad_transpose(padded), expected, rtol=1e-6)
+    np.testing.assert_allclose(grid.unpad_transpose(padded), expected, rtol=1e-6, atol=1e-6)
     outside = np.array(padded)
     outside[: grid.cols, : grid.rows] = 0
     assert not outside.any()
@@ -102,15 +106,15 @@ def test_decode_against_a_loop(dim):
 # recode
 
 
-@pytest.mark.parametrize("dim", GRIDS)
+@pytest.mark.parametrize("dim, books, beam", [(2, 1, 1), (3, 1, 1), (2, 2, 1), (3, 2, 3)])
 @pytest.mark.parametrize("rank", [3, 400])
-def test_recode_never_raises_the_loss(dim, rank):
+def test_recode_never_raises_the_loss(dim, books, beam, rank):
     grid = GRIDS[dim]
     for seed in range(6):
-        weight, hessian, centroids, codes, scales = state(grid, seed, rank)
+        weight, hessian, centroids, codes, scales = state(grid, seed, rank, books=books)
         losses = [loss_of(weight, hessian, centroids, codes, scales, grid)]
         for _ in range(3):
-            codes = run_recode(weight, hessian, centroids, codes, scales, grid=grid)
+            codes = run_recode(weight, hessian, centroids, codes, scales, grid=grid, beam=beam)
             assert codes.min() >= 0 and codes.max() < SIZE
             losses.append(loss_of(weight, hessian, centroids, codes, scales, grid))
         assert losses[1] < 0.9 * losses[0]  # random codes are far from good
@@ -145,13 +149,13 @@ def test_recode_reaches_a_coordinate_wise_optimum():
         h, w = np.asarray(hessian, np.float64), np.asarray(weight, np.float64).T
         s = np.repeat(np.asarray(scales, np.float64).T, 2, 1)
         for r in range(PAIR.rows):
-            book = np.asarray(centroids, np.float64)[0, r // 30]
+            book = np.asarray(centroids, np.float64)[0, 0, r // 30]
             table = np.empty((SIZE, SIZE))  # loss of every pair of codes
             for a in range(SIZE):
                 for b in range(SIZE):
                     e = w[r] - s[r] * np.concatenate([book[a], book[b]])
                     table[a, b] = e @ h @ e
-            a, b = codes[:, r]
+            a, b = codes[0, :, r]
             best = min(table[a].min(), table[:, b].min())
             assert table[a, b] <= best * (1 + 1e-5) + 1e-6
 
@@ -159,19 +163,19 @@ def test_recode_reaches_a_coordinate_wise_optimum():
 def test_recode_of_one_vector_is_brute_force():
     grid = GroupGrid(50, 2, 2, strip_rows=50, strip_cols=2)
     weight, hessian, centroids, codes, scales = state(grid, 0)
-    found = np.asarray(run_recode(weight, hessian, centroids, codes, scales, grid=grid))[0]
+    found = np.asarray(run_recode(weight, hessian, centroids, codes, scales, grid=grid))[0, 0]
     h, weight, scales = (np.asarray(a, np.float64) for a in (hessian, weight, scales))
     for r in range(50):
-        e = weight[:, r] - scales[0, r] * np.asarray(centroids[0, 0], np.float64)
+        e = weight[:, r] - scales[0, r] * np.asarray(centroids[0, 0, 0], np.float64)
         assert found[r] == np.einsum("kd,de,ke->k", e, h, e).argmin()
 
 
 def test_recode_program_does_not_grow_with_columns():
     def size(cols):
         grid = GroupGrid(4, cols, 2, strip_rows=2, strip_cols=16)
-        shapes = (cols, 4), (cols, cols), (grid.col_strips, 2, 4, 2)
+        shapes = (cols, 4), (cols, cols), (1, grid.col_strips, 2, 4, 2)
         arrays = [jnp.zeros(shape) for shape in shapes]
-        codes = jnp.zeros((cols // 2, 4), jnp.int32)
+        codes = jnp.zeros((1, cols // 2, 4), jnp.int32)
         return ref.count_equations(
             lambda w, h, c, k: recode(w, h, c, k, None, grid, block_size=8), *arrays, codes
         )
@@ -184,22 +188,23 @@ def test_recode_program_does_not_grow_with_columns():
 
 def design(codes, scales, grid):
     """Q.reshape(-1) = A @ centroids.reshape(-1), built weight by weight."""
-    shape = (grid.col_strips, grid.row_strips, SIZE, grid.dim)
-    matrix = np.zeros((grid.rows, grid.cols, *shape))
     codes = np.asarray(codes)
-    scales = np.ones(codes.shape) if scales is None else np.asarray(scales)
-    for r in range(grid.rows):
-        for c in range(grid.cols):
-            j = c // grid.dim
-            k = codes[j, r]
-            matrix[r, c, c // grid.strip_cols, r // grid.strip_rows, k, c % grid.dim] = scales[j, r]
+    shape = (len(codes), grid.col_strips, grid.row_strips, SIZE, grid.dim)
+    matrix = np.zeros((grid.rows, grid.cols, *shape))
+    scales = np.ones(codes.shape[1:]) if scales is None else np.asarray(scales)
+    for m in range(len(codes)):
+        for r in range(grid.rows):
+            for c in range(grid.cols):
+                j = c // grid.dim
+                at = m, c // grid.strip_cols, r // grid.strip_rows, codes[m, j, r], c % grid.dim
+                matrix[r, c, *at] = scales[j, r]
     return matrix.reshape(grid.rows, grid.cols, -1)
 
 
-@pytest.mark.parametrize("dim, scaled", [(2, True), (3, False)])
-def test_refit_is_least_squares(dim, scaled):
+@pytest.mark.parametrize("dim, scaled, books", [(2, True, 1), (3, False, 1), (2, True, 2)])
+def test_refit_is_least_squares(dim, scaled, books):
     grid = GRIDS[dim]
-    weight, hessian, centroids, codes, scales = state(grid, 2, scaled=scaled)
+    weight, hessian, centroids, codes, scales = state(grid, 2, scaled=scaled, books=books)
     damping = 0.1 * jnp.mean(jnp.diagonal(hessian))  # well conditioned: CG gets there
     hessian = hessian + damping * jnp.diag(jnp.arange(grid.padded_cols) < grid.cols)
     h = np.asarray(hessian, np.float64)[: grid.cols, : grid.cols]
@@ -213,7 +218,8 @@ def test_refit_is_least_squares(dim, scaled):
         loss_of(weight, hessian, fitted, codes, scales, grid), lowest, rtol=1e-4
     )
     used = np.abs(a).max(0) > 0
-    np.testing.assert_allclose(np.asarray(fitted).reshape(-1)[used], solution[used], atol=2e-2)
+    if books == 1:  # several may trade a constant among them
+        np.testing.assert_allclose(np.asarray(fitted).reshape(-1)[used], solution[used], atol=2e-2)
     np.testing.assert_array_equal(  # a centroid nobody uses stays where it is
         np.asarray(fitted).reshape(-1)[~used], np.asarray(centroids).reshape(-1)[~used]
     )
@@ -225,8 +231,8 @@ def test_refit_leaves_unused_centroids():
     weight, hessian, centroids, codes, scales = state(grid, 3)
     codes = jnp.where(codes == 2, 0, codes)
     fitted = run_refit(weight, hessian, centroids, codes, scales, grid, 16)
-    np.testing.assert_array_equal(fitted[:, :, 2], centroids[:, :, 2])
-    assert (fitted[:, 0, 0] != centroids[:, 0, 0]).any(axis=-1).all()
+    np.testing.assert_array_equal(fitted[0, :, :, 2], centroids[0, :, :, 2])
+    assert (fitted[0, :, 0, 0] != centroids[0, :, 0, 0]).any(axis=-1).all()
 
 
 @pytest.mark.parametrize("rank", [3, 400])
@@ -284,7 +290,7 @@ def test_gradient_update_takes_trees_with_zero_leaves():
         params,
         lambda p: p["a"][:, None] + p["b"][None],
         iterations=30,
-        learning_rate=3e-2,
+        optimizer=optax.adam(3e-2),
     )
     assert np.isfinite(tuned["b"]).all()
     np.testing.assert_array_less(jnp.abs(tuned["a"] - 1), jnp.abs(params["a"] - 1))
