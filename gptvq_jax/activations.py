@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Activations:
-    """Reads a finished file: `activations[2:4]` is a bfloat16 array in memory."""
+    """Reads a finished file: `activations[2:4]` is a bfloat16 array in memory, as is [[3, 0]]."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -24,7 +24,7 @@ class Activations:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, part: slice) -> np.ndarray:
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
         return np.array(np.load(self.path, mmap_mode="r")[part]).view(ml_dtypes.bfloat16)
 
 

@@ -98,6 +98,7 @@ def calibrate(
     weights: Mapping[str, np.ndarray] | None = None,
     power: float = 1.0,
     reference: tuple[Params, Activations] | None = None,
+    want_crosses: bool = True,
     out: Writer | None = None,
 ) -> Calibrated:
     """Runs all calibration windows through a block.
@@ -111,6 +112,7 @@ def calibrate(
       weights: of the tokens, {layer: (n, T, g)}, or None.
       power: that the weights are raised to.
       reference: the float block and its activations on the same tokens, or None.
+      want_crosses: whether moments with the reference are wanted, or only its outputs.
       out: receives the outputs (n, T, hidden), of the reference where there is one.
     """
     wanted = dict.fromkeys(o for group in groups for name in group for o in owners(name, weights))
@@ -118,7 +120,9 @@ def calibrate(
     def zeros():
         return {o: init_moment(get_layer(block, o[0])["kernel"].shape[0]) for o in wanted}
 
-    moments, crosses = zeros(), None if reference is None else zeros()
+    moments, crosses = zeros(), None
+    if reference is not None:
+        crosses = zeros() if want_crosses else {}
     if weights is not None:
         weights = {name: relative_weights(weights[name], power) for name in {o[0] for o in wanted}}
     for part in batches(len(activations), batch_size):

@@ -1,10 +1,10 @@
 """The streaming driver: quantizes a model one transformer block at a time.
 
 For each block: load its weights, collect the Hessians of its layers on the calibration activations,
-quantize the layers, write the packed block, advance the activations, drop the block. Device memory
-holds one block, its Hessians and a batch; host memory holds a block and the token embeddings, and
-the activations are on disk. Memory grows neither with depth nor with the calibration tokens. A
-finished block is on disk before the next one starts.
+quantize the layers, tune the block where that is asked for, write it packed, advance the
+activations, drop the block. Device memory holds one block, its Hessians and a batch; host memory
+holds a block and the token embeddings, and the activations are on disk. Memory grows neither with
+depth nor with the calibration tokens. A finished block is on disk before the next one starts.
 """
 
 import time
@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax import metrics
-from gptvq_jax.activations import Activations
-from gptvq_jax.calibrate import Calibrated, Groups, Owner, advance, calibrate, embed_tokens, owners
+from gptvq_jax.calibrate import Calibrated, Groups, Owner, calibrate, owners
 from gptvq_jax.checkpoint import CheckpointWriter, dequantize_tree
 from gptvq_jax.config import RunSettings, to_dict
+from gptvq_jax.finetune import Pairs, tune_block
 from gptvq_jax.hessian import factorize
 from gptvq_jax.layer import Objective, quantize_layer, relative_error
 from gptvq_jax.methods import METHODS
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -34,17 +35,11 @@ from gptvq_jax.models.llama import (
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch
-from gptvq_jax.vq_tensor import dequantize_compiled
+from gptvq_jax.streams import Streams
+from gptvq_jax.vq_tensor import dequantize_compiled, unused_centroids
 from gptvq_jax.workdir import WorkDir
 
 Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
-
-
-class Streams(NamedTuple):
-    """Calibration activations at the entrance of a block, (n, T, hidden)."""
-
-    quantized: Activations  # in the model as far as it is quantized
-    float: Activations | None  # in the float model, where the target is asymmetric
 
 
 class _Job(NamedTuple):
@@ -54,8 +49,24 @@ class _Job(NamedTuple):
     settings: RunSettings
     plan: Plan
     workdir: WorkDir
+    streams: Streams
     progress: Progress
     stopwatch: Stopwatch
+
+
+def steps(config: ModelConfig, settings: RunSettings) -> int:
+    """By how much `quantize_model` advances the progress."""
+    return sum(_block_steps(config, settings, i) for i in range(config.num_hidden_layers))
+
+
+def _block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
+    tuned = settings.tune.block and index < _num_quantized(config, settings)
+    return len(LINEAR_LAYERS) + tuned * settings.tune.epochs
+
+
+def _num_quantized(config: ModelConfig, settings: RunSettings) -> int:
+    depth = config.num_hidden_layers
+    return min(settings.num_blocks or depth, depth)
 
 
 def quantize_model(
@@ -75,35 +86,45 @@ def quantize_model(
       plan: settings of layers that differ from `settings.method_settings`.
       workdir: opened with these settings; holds the token weights if there are any.
       tokens: calibration windows (n, T).
-      progress: advanced by one per linear layer.
+      progress: advanced by one per linear layer and per epoch of tuning, `steps` in all.
       stopwatch: receives the seconds of every stage.
     """
-    job = _Job(source, settings, plan, workdir, progress, stopwatch)
+    streams = Streams(source, settings, workdir)
+    job = _Job(source, settings, plan, workdir, streams, progress, stopwatch)
     writer = CheckpointWriter(workdir.checkpoint, settings.dense_dtype)
     finished = writer.finished_blocks()
     depth = source.config.num_hidden_layers
-    last = min(settings.num_blocks or depth, depth)
-    streams = _load_streams(job, writer, tokens, finished) if finished < last else None
-    kept = [row for row in workdir.metrics() if row["kind"] == "layer" and row["block"] < finished]
-    workdir.keep_metrics(kept)
-    progress.skip(finished * len(LINEAR_LAYERS))
+    last = _num_quantized(source.config, settings)
+    if finished == 0:
+        with stopwatch.stage("embed"):
+            _begin(job, writer, tokens)
+    rows = [row for row in workdir.metrics() if row["kind"] in ("layer", "block")]
+    workdir.keep_metrics([row for row in rows if row["block"] < finished])
+    progress.skip(sum(_block_steps(source.config, settings, i) for i in range(finished)))
 
     for index in range(finished, depth):
         with stopwatch.stage("load block"):
             block = jax.device_put(source.block(index))
         rows = []
         if index < last:
-            packed, dense, rows = _quantize_block(job, index, block, streams, index + 1 < last)
+            packed, dense, rows = _quantize_block(job, index, block, index + 1 < last)
+            if settings.tune.block:
+                del block, dense  # the tuning needs their room on the device
+                with stopwatch.stage("tune"):
+                    packed, row = _tune_block(job, index, packed)
+                    dense = jax.device_put(dequantize_tree(packed))
+                rows.append(row)
         else:
             packed = block
             progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
         if index + 1 < last:  # beyond it, nothing is calibrated any more
             with stopwatch.stage("advance"):
-                streams = _advance(job, index, dense, streams)
+                streams.advance(index, dense)
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
             writer.write_block(index, packed)
             workdir.drop_activations(before=index + 1)
+    workdir.drop_activations(before=depth + 1)  # what tuning of the last block compared with
     writer.finalize(
         config=to_dict(settings),
         model_config=source.config,
@@ -112,75 +133,45 @@ def quantize_model(
     )
 
 
-def _load_streams(
-    job: _Job, writer: CheckpointWriter, tokens: np.ndarray, finished: int
-) -> Streams:
-    """Activations at the entrance of the first block that is not finished."""
-    if finished == 0:
-        with job.stopwatch.stage("embed"):
-            c, outer = job.settings.calibration, job.source.outer()
-            stored = writer.write_outer(outer, job.settings.embeddings)
-            writer.write_tokenizer(job.source.tokenizer)
-            shape = (*tokens.shape, job.source.config.hidden_size)
-            if c.asymmetry > 0:
-                with job.workdir.write_activations(0, shape, "float") as out:
-                    embed_tokens(outer, tokens, out)
-            stored = outer if c.inputs == "float" else dequantize_tree(stored)
-            with job.workdir.write_activations(0, shape) as out:
-                embed_tokens(stored, tokens, out)
-    return _streams(job, finished)
-
-
-def _streams(job: _Job, index: int) -> Streams:
-    load = job.workdir.load_activations
-    asymmetric = job.settings.calibration.asymmetry > 0
-    return Streams(load(index), load(index, "float") if asymmetric else None)
-
-
-def _advance(job: _Job, index: int, block: Params, streams: Streams) -> Streams:
-    """Activations at the exit of a block, given quantized."""
-    c, shape = job.settings.calibration, streams.quantized.shape
-    if c.inputs == "quantized":
-        with job.workdir.write_activations(index + 1, shape) as out:
-            advance(job.source.config, block, streams.quantized, c.batch_size, out)
-    return _streams(job, index + 1)
-
-
-def _float_outputs(job: _Job, index: int, streams: Streams):
-    """Where the outputs of the float block go, if another block needs them."""
-    if streams.float is None and job.settings.calibration.inputs == "quantized":
-        return nullcontext()
-    stream = "quantized" if streams.float is None else "float"
-    return job.workdir.write_activations(index + 1, streams.quantized.shape, stream)
+def _begin(job: _Job, writer: CheckpointWriter, tokens: np.ndarray) -> None:
+    """Stores what is outside the blocks, and embeds the tokens."""
+    outer = job.source.outer()
+    stored = writer.write_outer(outer, job.settings.embeddings)
+    writer.write_tokenizer(job.source.tokenizer)
+    job.streams.begin(outer, stored, tokens)
 
 
 def _quantize_block(
-    job: _Job, index: int, block: Params, streams: Streams, goes_on: bool
+    job: _Job, index: int, block: Params, goes_on: bool
 ) -> tuple[Params, Params, list[dict]]:
     """Returns the block with packed and with dequantized kernels, and metric rows.
 
-    The outputs of the float block are written on the way, if the next block `goes_on` with them.
+    The outputs of the float block are written on the way, if the next block `goes_on` with them or
+    this one is tuned towards them.
     """
-    settings, c = job.settings, job.settings.calibration
+    settings, c, streams = job.settings, job.settings.calibration, job.streams
     weights = job.workdir.load_token_weights(index) if c.gradient_groups else None
-    reference = None if streams.float is None else (block, streams.float)
+    inputs, float_inputs = streams.quantized(index), streams.float(index)
+    reference = None if float_inputs is None else (block, float_inputs)
+    wants_outputs = goes_on or settings.tune.block
     packed = dense = block
     rows = []
     passes = [[group] for group in LINEAR_GROUPS] if settings.true_sequential else [LINEAR_GROUPS]
     for groups in passes:
         first = groups is passes[0]  # where all layers are float still
-        outputs = _float_outputs(job, index, streams) if first and goes_on else nullcontext()
+        outputs = streams.float_outputs(index) if first and wants_outputs else nullcontext()
         with job.stopwatch.stage("hessians"), outputs as out:
             job.progress.note(f"block {index} Hessians")
             seen = calibrate(
                 job.source.config,
                 dense,
-                streams.quantized,
+                inputs,
                 groups,
                 c.batch_size,
                 weights=weights,
                 power=c.gradient_power,
                 reference=reference,
+                want_crosses=c.asymmetry > 0,
                 out=out,
             )
         for name, objectives in objectives_of(seen, groups, weights, settings.damping, index):
@@ -192,6 +183,25 @@ def _quantize_block(
             rows.append(row)
             job.progress.advance(f"block {index} {name}")
     return packed, dense, rows
+
+
+def _tune_block(job: _Job, index: int, packed: Params) -> tuple[Params, dict]:
+    """The block with what is continuous in it tuned, and its row of metrics."""
+    start = time.perf_counter()
+    settings, targets = job.settings, job.streams.float(index + 1)
+    packed, row = tune_block(
+        job.source.config,
+        packed,
+        Pairs(job.streams.quantized(index), targets),
+        settings.tune,
+        dense_dtype=settings.dense_dtype,
+        order=np.random.default_rng([settings.seed, index]),
+        name=f"layers_{index}",
+        on_epoch=job.progress.advance,
+    )
+    job.progress.advance(steps=settings.tune.epochs - row["epochs"])
+    seconds = time.perf_counter() - start
+    return packed, {"kind": "block", "block": index, **row, "seconds": seconds}
 
 
 def objectives_of(
@@ -247,6 +257,7 @@ def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objecti
         "kind": "layer",
         "block": index,
         "layer": name,
+        "num_codebooks": len(tensor.codes),
         "dim": tensor.grid.dim,
         "index_bits": tensor.index_bits,
         "relative_error": error,
@@ -254,6 +265,7 @@ def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objecti
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
         "num_values": weight.size,
+        "unused_centroids": int(unused_centroids(tensor)),
         "dead_inputs": int(jnp.sum(jnp.diagonal(objectives[0].hessian) <= 0)),
         "damping": max(objective.factor.damping for objective in objectives),
         "seconds": time.perf_counter() - start,

@@ -12,9 +12,8 @@ from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
 from gptvq_jax.evaluate import passes, perplexity
 from gptvq_jax.layer import check_row_groups
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import ModelSource, layer_shapes, open_source
-from gptvq_jax.pipeline import Plan, quantize_model
+from gptvq_jax.pipeline import Plan, quantize_model, steps
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.workdir import WorkDir
@@ -45,11 +44,12 @@ def quantize(
             summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
             workdir.append_metrics([summary])
         rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
+        tuned = [row for row in workdir.metrics() if row["kind"] == "block"]
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
-    report.plot(rows, title, workdir.path / "report.png")
+    report.plot(rows, title, workdir.path / "report.png", tuned)
     print(report.layer_table(rows))
     print()
-    print(report.summary_text(summary))
+    print(report.summary_text(summary, tuned))
     print(f"{'written to':>15s}  {workdir.path}")
     return summary
 
@@ -70,8 +70,8 @@ def _quantize(
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
     plan = _prepare(source, settings, workdir, tokens, stopwatch)
-    steps = source.config.num_hidden_layers * len(LINEAR_LAYERS)
-    with Progress(steps, "quantize", "layer") as progress:
+    unit = "step" if settings.tune.block else "layer"
+    with Progress(steps(source.config, settings), "quantize", unit) as progress:
         quantize_model(source, settings, plan, workdir, tokens, progress, stopwatch)
 
     packed = PackedCheckpoint(workdir.checkpoint)
@@ -143,7 +143,8 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
     if (checkpoint is None) == (model is None):
         raise ValueError("pass either --checkpoint=DIR or --model=NAME")
     source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
-    made_with = source.manifest["config"]["evaluation"] if checkpoint else {}
+    # An imported checkpoint was made without a text.
+    made_with = source.manifest["config"].get("evaluation", {}) if checkpoint else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = RunSettings(evaluation=EvaluationSettings(**{**made_with, **given}))
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)

@@ -3,7 +3,8 @@
     config.json             the run's settings; a run with others is refused
     tokens.npy              calibration windows (n, T) int32
     activations/            00007.quantized.npy: inputs of block 7 (n, T, hidden), bfloat16 bits;
-                            00007.float.npy: the float model's, where the target is asymmetric;
+                            00007.float.npy: the float model's, where the target is asymmetric or
+                            blocks are tuned towards it;
                             00007.curves.npy: likewise, while the curves are measured
     gradients/              00007.npz: weights of the calibration tokens (n, T, g) float32 for each
                             layer of block 7, where calibration.gradient_groups asks for them; until

@@ -1,11 +1,11 @@
-"""Makes `array_reference` importable in every import mode of pytest, and compilation fast."""
+"""Makes the references importable in every import mode of pytest, and compilation fast."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,10 +1,13 @@
 """Config fields: wrong ones are refused with a line that names them."""
 
 import dataclasses
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
+from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.config import RunSettings, default_config, difference, from_config, to_dict
 from gptvq_jax.gptvq import GPTVQSettings
 
@@ -36,7 +39,10 @@ def test_config_refuses_unknown_fields_and_wrong_types():
         ("calibration", "seqlen", 1),
         ("calibration", "asymmetry", 1.5),
         ("vq", "bits", 2.25),
-        ("vq", "seed", "random"),
+        ("vq", "seed", "farthest"),
+        ("aqlm", "dim", 3),
+        ("aqlm", "beam", 9),
+        ("aqlm", "seed", "cdf"),
         ("uniform", "bits", 9),
     ],
 )
@@ -74,6 +80,20 @@ BUDGET = {"allocation.bits_per_value": 2.5}
         ({"calibration.gradient_power": 1.5}, "calibration.gradient_power=1.5"),
         ({"vq.polish_tolerance": 1.0}, "vq.polish_tolerance=1.0"),
         ({"method": "rtn", "vq.polish_rounds": 3}, "vq.polish_rounds=3"),
+        ({"tune.epochs": 0}, "tune.epochs=0"),
+        ({"tune.batch_size": 0}, "tune.batch_size=0"),
+        ({"tune.learning_rate": 0.0}, "tune.learning_rate=0.0"),
+        ({"tune.b1": 1.0}, "tune.b1=1.0"),
+        ({"tune.b2": -0.1}, "tune.b2=-0.1"),
+        ({"tune.held_out": 0}, "tune.held_out=0"),
+        ({"tune.patience": 0}, "tune.patience=0"),
+        ({"tune.tolerance": 1.0}, "tune.tolerance=1.0"),
+        (
+            {"tune.block": True, "calibration.inputs": "float", "calibration.asymmetry": 0.0},
+            "calibration.inputs='float'",
+        ),
+        ({"tune.block": True, "calibration.num_windows": 4}, "tune.held_out=4"),
+        ({"tune.block": True, "calibration.num_windows": 7}, "tune.held_out=4"),
     ],
 )
 def test_options_that_exclude_each_other_are_named(given, field):
@@ -90,6 +110,8 @@ def test_options_that_exclude_each_other_are_named(given, field):
         {**BUDGET, "calibration.gradient_groups": 4},
         {"calibration.gradient_groups": 1, "vq.scale_block_size": 32},
         {"method": "gptq", "vq.polish_rounds": 0},
+        {"tune.block": True, "calibration.num_windows": 8},
+        {"tune.block": True, "method": "gptq"},
         {"method": "gptq", "calibration.gradient_groups": 2, "vq.scale_block_size": 32},
     ],
 )
@@ -133,32 +155,75 @@ def test_difference_names_the_fields():
     assert difference(old, dict(old)) == []
 
 
-def test_every_config_file_builds():
-    import importlib.util
-    from pathlib import Path
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
-    files = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
-    assert len(files) > 10
-    for file in files:
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        settings = from_config(module.get_config())
-        assert settings.vq.dim == int(file.stem[-2])
+
+def get_config(name, *arg):
+    """What the file makes of the part of --config after its colon."""
+    (file,) = (file for file in CONFIGS if file.stem == name)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arg)
+
+
+def test_every_config_file_builds():
+    assert len(CONFIGS) > 10
+    for file in CONFIGS:
+        settings = from_config(get_config(file.stem))
+        if file.stem.endswith("_aqlm"):
+            assert settings.method == "aqlm" and settings.tune.block
+        else:
+            assert settings.method == "gptvq" and settings.vq.dim == int(file.stem[-2])
         with pytest.raises(ValueError, match="9b"):
-            module.get_config("9b")
+            get_config(file.stem, "9b")
+
+
+@pytest.mark.parametrize(
+    "code, changes",
+    [
+        ("2x8", {}),
+        ("1x12", dict(num_codebooks=1, code_bits=12)),
+        ("1x16", dict(num_codebooks=1, code_bits=16, seed="random")),
+        ("2x12", dict(code_bits=12)),
+        ("4x8g16", dict(num_codebooks=4, dim=16)),
+        ("1x8g4", dict(num_codebooks=1, dim=4)),
+        ("3x8", dict(num_codebooks=3, start="residual")),
+    ],
+)
+@pytest.mark.parametrize("name", ["smollm2_135m_aqlm", "llama2_7b_aqlm", "mistral_7b_aqlm"])
+def test_codes_of_aqlm_configs(name, code, changes):
+    settings = from_config(get_config(name, code))
+    assert settings.method_settings == settings.aqlm == AQLMSettings(**changes)
+    assert settings.vq == GPTVQSettings()
+
+
+def test_default_codes_of_aqlm_configs():
+    small, large = (from_config(get_config(f"{n}_aqlm")) for n in ("smollm2_135m", "llama2_7b"))
+    assert (small.aqlm.num_codebooks, small.aqlm.code_bits) == (2, 8)
+    assert small.calibration.gradient_groups == 1
+    assert (large.aqlm.num_codebooks, large.aqlm.code_bits) == (1, 16)
+    assert large.calibration.num_windows * large.calibration.seqlen == 2**22  # tokens
+
+
+@pytest.mark.parametrize("code", ["", "2", "2x", "x8", "2x8g", "2X8", "2x8g8g8", "2x8 ", "-2x8"])
+def test_malformed_codes_are_refused(code):
+    message = f"{re.escape(repr(code))} is not of the form MxB or MxBgD"
+    with pytest.raises(ValueError, match=message):
+        get_config("smollm2_135m_aqlm", code)
+
+
+@pytest.mark.parametrize(
+    "code, field", [("0x8", "num_codebooks"), ("2x17", "code_bits"), ("2x8g12", "dim")]
+)
+def test_codes_out_of_range_are_refused(code, field):
+    with pytest.raises(ValueError, match=rf"^aqlm\.{field}="):
+        from_config(get_config("smollm2_135m_aqlm", code))
 
 
 @pytest.mark.parametrize("arg, bits", [("2b", 2.0), ("3b", 3.0), ("4b", 4.0)])
 def test_default_job_spends_at_most_an_eighth_of_a_bit_on_codebooks(arg, bits):
-    import importlib.util
-    from pathlib import Path
-
-    file = Path(__file__).parents[2] / "configs/smollm2_135m_2d.py"
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    vq = from_config(module.get_config(arg)).vq
+    vq = from_config(get_config("smollm2_135m_2d", arg)).vq
     assert vq.bits == bits
     stored = vq.codebook_size * vq.dim * 8 + 16
     for rows, cols in ((576, 576), (192, 576), (1536, 576), (576, 1536)):

@@ -1,0 +1,73 @@
+"""Calibration activations from block to block, in the quantized and in the float model.
+
+They are kept in the work directory. The float model's are there only where something is compared
+with them: an asymmetric target, or tuning.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from gptvq_jax.activations import Activations, Writer
+from gptvq_jax.calibrate import advance, embed_tokens
+from gptvq_jax.checkpoint import dequantize_tree
+from gptvq_jax.config import RunSettings
+from gptvq_jax.models.llama import Params
+from gptvq_jax.models.source import ModelSource
+from gptvq_jax.workdir import WorkDir
+
+
+class Streams:
+    """Reads and writes the activations (n, T, hidden) at the entrance of each block.
+
+    Args:
+      source: the float model.
+      settings: of the run.
+      workdir: opened with these settings.
+    """
+
+    def __init__(self, source: ModelSource, settings: RunSettings, workdir: WorkDir):
+        c = settings.calibration
+        self._source, self._workdir = source, workdir
+        self._batch_size = c.batch_size
+        self._float_inputs = c.inputs == "float"
+        self._has_float = c.asymmetry > 0 or settings.tune.block
+
+    def begin(self, outer: Params, stored: Params, tokens: np.ndarray) -> None:
+        """Embeds the tokens (n, T), with the float model's table and with the one that is stored.
+
+        Args:
+          outer, stored: parameters outside the blocks, as given to and as got from
+            `CheckpointWriter.write_outer`.
+          tokens: calibration windows.
+        """
+        shape = (*tokens.shape, self._source.config.hidden_size)
+        if self._has_float:
+            with self._workdir.write_activations(0, shape, "float") as out:
+                embed_tokens(outer, tokens, out)
+        table = outer if self._float_inputs else dequantize_tree(stored)
+        with self._workdir.write_activations(0, shape) as out:
+            embed_tokens(table, tokens, out)
+
+    def quantized(self, block: int) -> Activations:
+        """In the model as far as it is quantized, or with calibration.inputs 'float' is to be."""
+        return self._workdir.load_activations(block)
+
+    def float(self, block: int) -> Activations | None:
+        """In the float model, where they are kept apart."""
+        return self._workdir.load_activations(block, "float") if self._has_float else None
+
+    def float_outputs(self, block: int) -> AbstractContextManager[Writer | None]:
+        """Where the outputs of the float block go, if anything reads them."""
+        if not (self._has_float or self._float_inputs):
+            return nullcontext()
+        stream = "float" if self._has_float else "quantized"
+        return self._workdir.write_activations(block + 1, self.quantized(block).shape, stream)
+
+    def advance(self, block: int, params: Params) -> None:
+        """Takes the quantized stream through a block, given as it was quantized."""
+        if self._float_inputs:  # float_outputs has it
+            return
+        inputs = self.quantized(block)
+        with self._workdir.write_activations(block + 1, inputs.shape) as out:
+            advance(self._source.config, params, inputs, self._batch_size, out)
