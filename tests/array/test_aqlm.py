@@ -20,7 +20,6 @@ BASE = dict(num_codebooks=2, code_bits=4, dim=DIM, seed="kmeans++", beam=1, bloc
 # What a program takes as an argument, so that few need compiling.
 NUMBERS = dict(rounds=0, tolerance=0.0, em_iterations=5, update_iterations=8)
 ADAM_STEPS = 20
-COMPILER = {"xla_cpu_use_fusion_emitters": False}  # compiles in less than half the time
 P = ref.problem(ROWS, COLS)
 
 
@@ -43,7 +42,7 @@ def program(options):
             object.__setattr__(traced, name, value)
         return quantize.__wrapped__(weight, hessian, hinv_chol, key, traced)
 
-    return jax.jit(run, compiler_options=COMPILER)
+    return jax.jit(run)
 
 
 def tensor_of(problem=P, key=0, **kw):
@@ -302,7 +301,7 @@ def test_codebooks_with_a_centroid_for_every_vector_are_exact():
     """24 vectors and 256 centroids: what is left is the rounding to float16."""
     problem = ref.problem(12, 16)
     settings = AQLMSettings(num_codebooks=1, code_bits=8, rounds=2)
-    compiled = jax.jit(quantize, static_argnames="settings", compiler_options=COMPILER)
+    compiled = jax.jit(quantize, static_argnames="settings")
     arrays = problem.weight, problem.hessian, problem.hinv_chol
     tensor = compiled(*arrays, jax.random.key(0), settings=settings)
     assert tensor.codes.shape == (1, 12, 2) and tensor.codebook.codebook_size == 256

@@ -47,10 +47,7 @@ TILES = {
 def interpreted(function):
     """Compiled for one run."""
     # A kernel is one large expression, which takes the compiler long to optimize.
-    options = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__ < (0, 11):  # and longer still by its way of fusing
-        options["xla_cpu_use_fusion_emitters"] = False
-    return jax.jit(function, compiler_options=options)
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @interpreted

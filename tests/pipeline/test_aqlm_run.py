@@ -2,13 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from gptvq_jax import run
 from gptvq_jax.checkpoint import PackedCheckpoint
-from gptvq_jax.methods import METHODS
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
 from gptvq_jax.models.source import open_source
 from gptvq_jax.moves import nearest
@@ -16,17 +14,8 @@ from gptvq_jax.moves import nearest
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-@pytest.fixture
-def compile_faster(monkeypatch):
-    """Every shape of a layer is compiled: this takes half the time."""
-    monkeypatch.setattr(nearest, "_UNROLL", 4)
-    options = {"xla_cpu_use_fusion_emitters": False}
-    method = METHODS["aqlm"]
-    quantize = jax.jit(method.quantize, static_argnums=4, compiler_options=options)
-    monkeypatch.setitem(METHODS, "aqlm", method._replace(quantize=quantize))
-
-
-def test_a_run(tiny_config, tmp_path, capsys, compile_faster):
+def test_a_run(tiny_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(nearest, "_UNROLL", 4)  # every shape of a layer is compiled
     tiny_config.method, tiny_config.num_blocks = "aqlm", 1
     tiny_config.update_from_flattened_dict({
         "aqlm.num_codebooks": 2,
