@@ -3,8 +3,8 @@
 import os
 from importlib import metadata
 
-# Half the time of many tests is the compiler's, and of that half is spent in its newer way of fusing.
-# Since JAX 0.11 there is no other, and no such flag.
+# Much of the time of many tests is the compiler's, half of that in its newer way of fusing. Since
+# JAX 0.11 there is no other, and no such flag.
 if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11):
     flag = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
