@@ -184,17 +184,19 @@ class Breaking:
         return self.array[part] * (1.0 if self.left >= 0 else np.nan)
 
 
-# Before the first step targets are read twice for each of the 3 held-out windows, then 3 batches
-# and 3 windows in each epoch.
-@pytest.mark.parametrize("good_epochs, reads", [(0, 6 + 1), (1, 6 + 6 + 2), (2, 6 + 12)])
+# Targets of the held-out window are read twice before the first step, and then once after the 4
+# batches of every epoch.
+@pytest.mark.parametrize("good_epochs, reads", [(0, 2 + 1), (1, 2 + 5 + 2), (2, 2 + 10)])
 def test_nan_ends_the_tuning_with_the_last_good_state(block, pairs, caplog, good_epochs, reads):
-    tuned, row = tune(block, Pairs(pairs.inputs, Breaking(pairs.outputs, reads)), batch_size=2)
+    outputs = Breaking(pairs.outputs, reads)
+    tuned, row = tune(block, Pairs(pairs.inputs, outputs), held_out=1)
+    assert outputs.left == -2  # the batch after it was read while its step ran, and no other
     assert row["diverged"] and row["epochs"] == good_epochs + 1
     assert f"layers_7: a tuning step in epoch {good_epochs + 1} is not finite" in caplog.text
     if not good_epochs:
         assert_same_tree(tuned, block)
         return
-    expected, of_good = tune(block, pairs, epochs=good_epochs)
+    expected, of_good = tune(block, pairs, held_out=1, epochs=good_epochs)
     assert_same_tree(tuned, expected)
     assert row["tune_error_after"] == of_good["tune_error_after"]
 
