@@ -39,17 +39,20 @@ def search(
     """
     lookup_lanes = jax.vmap(lookup, in_axes=(None, 0))
     lanes = jnp.broadcast_to(codes, (len(target), *codes.shape))
-    residual = target - sum(map(lookup, books, codes))
-    offset = loss - jnp.sum(jnp.square(residual), axis=2)  # the part that this vector cannot change
+    vectors = [lookup_lanes(book, lanes[:, m]) for m, book in enumerate(books)]  # (L, G, D, r)
+    offset = jnp.zeros_like(loss)
+    if width > 1:  # the part of the loss that this vector cannot change
+        offset = loss - jnp.sum(jnp.square(target - sum(vectors)), axis=2)
     origin = jnp.broadcast_to(jnp.arange(len(target))[:, None, None], loss.shape)
     for m, book in enumerate(books):
-        points = residual + lookup_lanes(book, lanes[:, m])
-        found, distance = nearest_few(points, book, min(width, books.shape[2]))  # (W, L, G, r)
+        others = sum(vector for n, vector in enumerate(vectors) if n != m)
+        found, distance = nearest_few(target - others, book, min(width, books.shape[2]))
         parent, code, loss = _select(found, offset + distance, width)
         offset = jnp.where(jnp.isfinite(loss), follow(offset, parent), jnp.inf)
         origin = follow(origin, parent)
         lanes = follow(lanes, parent, 1).at[:, m].set(code)
-        residual = follow(points, parent, 2) - lookup_lanes(book, code)
+        target, *vectors = (follow(x, parent, 2) for x in (target, *vectors))
+        vectors[m] = lookup_lanes(book, code)
     return Lanes(lanes, origin, jnp.isfinite(offset))
 
 
