@@ -4,6 +4,9 @@
 
 A code is MxBgD: M codebooks of B-bit codes for D weights (8 if not said). Tokens are weighted by
 gradients.
+
+On 2 CPU cores with other jobs, calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024
+others (float 14.59): 2x8 2.153 bits per value, 29.02 in 58 min; 30.72 without tune.block.
 """
 
 from gptvq_jax.paper import aqlm_config
