@@ -37,14 +37,7 @@ def table2_config(model: str, dim: int, bits: str) -> config_dict.ConfigDict:
     config.model = model
     config.vq.dim = dim
     config.vq.bits, config.vq.group_size = GROUP_SIZES[dim, bits]
-    config.calibration.dataset = "wikitext2"
-    config.calibration.num_windows = 128
-    config.calibration.seqlen = 2048
-    config.calibration.batch_size = 1
-    config.evaluation.dataset = "wikitext2"
-    config.evaluation.num_windows = 0
-    config.evaluation.seqlen = 2048
-    config.evaluation.batch_size = 1
+    _set_text(config, "wikitext2", num_windows=128, seqlen=2048)
     return config
 
 
@@ -75,14 +68,15 @@ def aqlm_config(model: str, code: str) -> config_dict.ConfigDict:
 def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
     """`aqlm_config` with the paper's amount of text (section 4): C4 in place of its RedPajama."""
     config = aqlm_config(model, code)
-    config.calibration.dataset = "c4"
-    config.calibration.num_windows = 1024
-    config.calibration.seqlen = 4096
-    config.calibration.batch_size = 1
+    _set_text(config, "c4", num_windows=1024, seqlen=4096)
     config.tune.batch_size = 8
     config.tune.held_out = 64
-    config.evaluation.dataset = "wikitext2"
-    config.evaluation.num_windows = 0
-    config.evaluation.seqlen = 4096
-    config.evaluation.batch_size = 1
     return config
+
+
+def _set_text(config: config_dict.ConfigDict, dataset: str, num_windows: int, seqlen: int) -> None:
+    """Calibration text, and as held-out text all of WikiText-2's test split."""
+    for section in (config.calibration, config.evaluation):
+        section.seqlen, section.batch_size = seqlen, 1
+    config.calibration.dataset, config.calibration.num_windows = dataset, num_windows
+    config.evaluation.dataset, config.evaluation.num_windows = "wikitext2", 0

@@ -12,6 +12,8 @@ if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11):
 import jax
 import pytest
 
+from gptvq_jax.moves import nearest
+
 
 @pytest.fixture(scope="module")
 def fast_compilation():
@@ -20,3 +22,11 @@ def fast_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def short_programs():
+    """A shorter unrolled loop is the same search (test_nearest_em_seed) and compiles sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nearest, "_UNROLL", 4)
+        yield

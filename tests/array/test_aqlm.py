@@ -12,8 +12,9 @@ import pytest
 
 from gptvq_jax.aqlm import AQLMSettings, quantize
 from gptvq_jax.grid import GroupGrid
-from gptvq_jax.moves import nearest
 from gptvq_jax.vq_tensor import dequantize, unused_centroids
+
+pytestmark = pytest.mark.usefixtures("short_programs")
 
 ROWS, COLS, DIM = 16, 44, 8  # 5.5 vectors
 BASE = dict(num_codebooks=2, code_bits=4, dim=DIM, seed="kmeans++", beam=1, block_size=16)
@@ -21,14 +22,6 @@ BASE = dict(num_codebooks=2, code_bits=4, dim=DIM, seed="kmeans++", beam=1, bloc
 NUMBERS = dict(rounds=0, tolerance=0.0, em_iterations=5, update_iterations=8)
 ADAM_STEPS = 20
 P = ref.problem(ROWS, COLS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_programs():
-    """A shorter unrolled loop is the same search (test_nearest_em_seed) and compiles sooner."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest, "_UNROLL", 4)
-        yield
 
 
 @functools.cache

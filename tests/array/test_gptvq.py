@@ -10,22 +10,15 @@ import numpy as np
 import pytest
 
 from gptvq_jax.gptvq import GPTVQSettings, quantize
-from gptvq_jax.moves import nearest
 from gptvq_jax.vq_tensor import dequantize
+
+pytestmark = pytest.mark.usefixtures("short_programs")
 
 ROWS, COLS = 32, 64
 # 2 x 2 groups of 16 rows x 32 columns
 BASE = dict(bits=2.0, group_size=512, max_group_cols=32, block_size=16, em_iterations=5)
 BASE |= dict(update_iterations=16, polish_rounds=0)
 P = ref.problem(ROWS, COLS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_programs():
-    """A shorter unrolled loop is the same search (test_nearest_em_seed) and compiles sooner."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest, "_UNROLL", 4)
-        yield
 
 
 def tensor_of(problem=P, **kw):

@@ -9,13 +9,11 @@ from gptvq_jax import run
 from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
 from gptvq_jax.models.source import open_source
-from gptvq_jax.moves import nearest
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = pytest.mark.usefixtures("fast_compilation", "short_programs")
 
 
-def test_a_run(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(nearest, "_UNROLL", 4)  # every shape of a layer is compiled
+def test_a_run(tiny_config, tmp_path, capsys):
     tiny_config.method, tiny_config.num_blocks = "aqlm", 1
     tiny_config.update_from_flattened_dict({
         "aqlm.num_codebooks": 2,
