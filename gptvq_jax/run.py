@@ -43,8 +43,8 @@ def quantize(
         if summary is None:
             summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
             workdir.append_metrics([summary])
-        rows = [row for row in workdir.metrics() if row["kind"] == "layer"]
-        tuned = [row for row in workdir.metrics() if row["kind"] == "block"]
+        metrics = workdir.metrics()
+    rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
     report.plot(rows, title, workdir.path / "report.png", tuned)
     print(report.layer_table(rows))

@@ -122,10 +122,8 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     """The weight (R, C) that the packed arrays stand for, float32."""
     grid = tensor.grid
     codebook = tensor.codebook.values()  # (M, S, G, K, D)
-    *_, size, dim = codebook.shape
     # One flat index: XLA then loads the D values of a centroid together.
-    index = _flat_index(tensor, size)
-    vectors = codebook.reshape(-1, dim).at[index].get(mode="promise_in_bounds")
+    vectors = codebook.reshape(-1, grid.dim).at[_flat_index(tensor)].get(mode="promise_in_bounds")
     weight = jnp.sum(vectors, axis=0)  # (R, J, D)
     if tensor.block_scales is not None:
         scales = tensor.block_scales.per_vector(grid)[:, : grid.num_vectors]
@@ -135,23 +133,23 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     return weight.reshape(grid.rows, -1)[:, : grid.cols]
 
 
-def _flat_index(tensor: VQTensor, size: int) -> jax.Array:
+def _flat_index(tensor: VQTensor) -> jax.Array:
     """Where the centroid of each vector stands among all (M * S * G * K): (M, R, J)."""
     grid = tensor.grid
     row_group = jnp.arange(grid.rows) // grid.strip_rows
     col_group = jnp.arange(grid.num_vectors) // grid.strip_vectors
     group = col_group * grid.row_strips + row_group[:, None]  # (R, J)
     books = jnp.arange(tensor.codes.shape[0])[:, None, None]
-    return (group + books * (grid.col_strips * grid.row_strips)) * size + tensor.unpack_codes()
+    group = group + books * (grid.col_strips * grid.row_strips)
+    return group * 2**tensor.index_bits + tensor.unpack_codes()
 
 
 @jax.jit
 def unused_centroids(tensor: VQTensor) -> jax.Array:
     """Number of centroids, of all codebooks and groups, that no vector uses."""
-    size = 2**tensor.index_bits
-    index = _flat_index(tensor, size)
-    total = tensor.codes.shape[0] * tensor.grid.col_strips * tensor.grid.row_strips * size
-    return total - jnp.count_nonzero(jnp.zeros(total, bool).at[index].set(True))
+    groups = tensor.codes.shape[0] * tensor.grid.col_strips * tensor.grid.row_strips
+    used = jnp.zeros(groups * 2**tensor.index_bits, bool).at[_flat_index(tensor)].set(True)
+    return used.size - jnp.count_nonzero(used)
 
 
 dequantize_compiled = jax.jit(dequantize)  # where it is not part of a larger program

@@ -14,6 +14,8 @@ from jax import lax
 
 from gptvq_jax.moves.nearest import lookup, nearest_few
 
+lookup_lanes = jax.vmap(lookup, in_axes=(None, 0))  # (G, K, D) at codes (L, G, r)
+
 
 class Lanes(NamedTuple):
     """L lanes, best first but for lane 0."""
@@ -37,7 +39,6 @@ def search(
       loss: (L, G, r) of each lane with these codes; inf if there is no such lane.
       width: lanes to keep.
     """
-    lookup_lanes = jax.vmap(lookup, in_axes=(None, 0))
     lanes = jnp.broadcast_to(codes, (len(target), *codes.shape))
     vectors = [lookup_lanes(book, lanes[:, m]) for m, book in enumerate(books)]  # (L, G, D, r)
     offset = jnp.zeros_like(loss)

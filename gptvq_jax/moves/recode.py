@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptvq_jax.grid import GroupGrid
-from gptvq_jax.moves.beam import follow, search
+from gptvq_jax.moves.beam import follow, lookup_lanes, search
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.refit import decode
 
@@ -69,9 +69,7 @@ def recode(
             target = jnp.einsum("lgdr,de->lger", old_vector + move, at(factor), precision="highest")
             white = jnp.matmul(books, at(factor), precision="highest")
             new, origin, exists = search(target, white, old, change / jnp.square(s), beam)
-            new_vector = sum(
-                jax.vmap(lookup, (None, 0))(book, new[:, m]) for m, book in enumerate(books)
-            )
+            new_vector = sum(lookup_lanes(book, new[:, m]) for m, book in enumerate(books))
             delta = (new_vector - old_vector) * s[:, :, None]
             bend = jnp.einsum("lgdr,de->lger", delta, at(h_diagonal), precision="highest")
             more = jnp.sum(delta * (bend - 2 * follow(g, origin, 2)), axis=2)  # (L, G, r)
