@@ -1,27 +1,41 @@
 """What tests of tiny arrays share."""
 
 import os
+import shutil
+import tempfile
 from importlib import metadata
 
-# Much of the time of many tests is the compiler's, half of that in its newer way of fusing. Since
-# JAX 0.11 there is no other, and no such flag.
+# A program that several workers of pytest-xdist, or scripts that tests start, have in common is
+# compiled once. Whoever starts first makes the directory, empty, and removes it at the end.
+own_cache = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    own_cache = tempfile.mkdtemp(prefix="gptvq_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = own_cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# Most of the time of the tests is the compiler's: arrays are tiny. Scripts that tests start compile
+# likewise. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the tests run the programs that users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Half of that time is that of its newer way of fusing. Since JAX 0.11 there is no other, and no
+# such flag.
 if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11):
     flag = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
-import jax
 import pytest
 
 from gptvq_jax.moves import nearest
 
 
-@pytest.fixture(scope="module")
-def fast_compilation():
-    """For tests whose time is nearly all compile time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def pytest_xdist_auto_num_workers(config):
+    """Workers are for directories: tests and files named one by one start sooner without."""
+    named = all("::" in argument or argument.endswith(".py") for argument in config.args)
+    return 0 if named else None  # pytest-xdist's own count
+
+
+def pytest_unconfigure():
+    if own_cache:
+        shutil.rmtree(own_cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,6 @@ FIELDS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
 @pytest.fixture
 def layers(tmp_path):
     rng = np.random.default_rng(0)
