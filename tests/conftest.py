@@ -11,7 +11,7 @@ own_cache = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     own_cache = tempfile.mkdtemp(prefix="gptvq_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = own_cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Most of the time of the tests is the compiler's: arrays are tiny. Scripts that tests start compile
 # likewise. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the tests run the programs that users run.
@@ -22,6 +22,7 @@ if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11):
     flag = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+import jax
 import pytest
 
 from gptvq_jax.moves import nearest
@@ -36,6 +37,13 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_unconfigure():
     if own_cache:
         shutil.rmtree(own_cache, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Or those of all files stay in memory, several GB by the end."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

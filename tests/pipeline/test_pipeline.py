@@ -94,10 +94,14 @@ def test_asymmetric_target_lowers_the_error_that_it_aims_at(quantize, tiny_confi
 def test_true_sequential_changes_only_what_comes_after_the_first_group(quantize):
     _, plain, _ = quantize("plain", num_blocks=1)
     _, sequential, _ = quantize("sequential", num_blocks=1, true_sequential=True)
-    for group, same in [(LINEAR_GROUPS[0], True), (LINEAR_GROUPS[3], False)]:
-        for name in group:  # two programs: sums may differ in their last digits
-            expected = pytest.approx(plain[0, name]["relative_error"], rel=1e-5)
-            assert (sequential[0, name]["relative_error"] == expected) is same
+    errors, others = (
+        {name: run[0, name]["relative_error"] for name in LINEAR_LAYERS}
+        for run in (plain, sequential)
+    )
+    for name in LINEAR_GROUPS[0]:  # two programs: a near tie may be broken the other way
+        assert others[name] == pytest.approx(errors[name], rel=1e-3)
+    for name in LINEAR_GROUPS[3]:
+        assert abs(others[name] / errors[name] - 1) > 1e-2
 
 
 def test_num_blocks_leaves_the_rest_dense(quantize, tiny_config):
