@@ -5,13 +5,15 @@ import shutil
 import tempfile
 from importlib import metadata
 
-# A program that several workers of pytest-xdist, or scripts that tests start, have in common is
-# compiled once. Whoever starts first makes the directory, empty, and removes it at the end.
+# Programs are compiled once for all files of a process and the scripts that its tests start. Each
+# worker of pytest-xdist has a directory of its own: JAX writes entries without a lock.
 own_cache = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    own_cache = tempfile.mkdtemp(prefix="gptvq_jax_tests_")
+    own_cache = tempfile.mkdtemp(prefix="gptvq_jax_tests_")  # empty, and removed at the end
     os.environ["JAX_COMPILATION_CACHE_DIR"] = own_cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+elif worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 
 # Most of the time of the tests is the compiler's: arrays are tiny. Scripts that tests start compile
 # likewise. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the tests run the programs that users run.
@@ -28,6 +30,7 @@ import pytest
 from gptvq_jax.moves import nearest
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """Workers are for directories: tests and files named one by one start sooner without."""
     named = all("::" in argument or argument.endswith(".py") for argument in config.args)
