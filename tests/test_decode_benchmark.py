@@ -13,7 +13,9 @@ from gptvq_jax import decode_report
 def rows():
     chosen = bench.contenders(["2d_2.25", "aqlm_2x8"], ["xla", "pallas_tpu"], ["float32"])
     seen = []
-    measured = bench.measure(64, 256, 2, chosen, 100_000, 3, seen.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_MOST_SECONDS", float("inf"))  # however busy this machine is
+        measured = bench.measure(64, 256, 2, chosen, 100_000, 3, seen.append)
     assert seen == [row["name"] for row in measured if "skipped" not in row]
     return measured
 

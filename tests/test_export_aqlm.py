@@ -23,7 +23,6 @@ from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, get_layer, with_layer
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 from gptvq_jax.vq_tensor import dequantize_compiled
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 SCRIPT = Path(__file__).parent.parent / "scripts/export.py"
 FORMATS = {
     "2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2, row_scales=True),

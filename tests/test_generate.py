@@ -18,8 +18,6 @@ from gptvq_jax.serving import dense_params, packed_params
 PROMPTS = [[5, 9, 3], [7], list(range(10, 22))]  # padded to 16 tokens alone and together
 STEPS = 19  # more than two calls
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 checkpoint = embedding_checkpoints()
 

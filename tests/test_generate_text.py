@@ -15,8 +15,6 @@ from gptvq_jax.generate_text import generate_text, stop_tokens
 from gptvq_jax.models.random_model import write_random_llama
 from gptvq_jax.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 SCRIPT = Path(__file__).parent.parent / "scripts/generate.py"
 PROMPTS = ["w5 w9 w3", "w7"]
 

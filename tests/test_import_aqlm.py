@@ -22,7 +22,6 @@ from gptvq_jax.models.source import open_source
 from gptvq_jax.run import evaluate
 from gptvq_jax.sample_tensors import TensorFormat
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 SCRIPT = Path(__file__).parent.parent / "scripts/import.py"
 FORMATS = {
     "2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2, row_scales=True),

@@ -30,13 +30,11 @@ FIELDS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
 @pytest.fixture
 def layers(tmp_path):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(256, 48)).astype(np.float32)
+    # Correlated, or feeding an error back gains little.
+    x = (rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))).astype(np.float32)
     weight = rng.normal(size=(32, 48)).astype(np.float32)
     np.savez(tmp_path / "block0.q_proj.npz", weight=weight, hessian=2 * x.T @ x / 256)
     return tmp_path
@@ -57,7 +55,7 @@ def test_rows(layers, tmp_path):
     rows = list(measure_all(layers, choose(["rtn", "gptq"], ["int3_g128"])))
     assert [row["method"] for row in rows] == ["rtn", "gptq"]
     assert all(set(row) == FIELDS and row["layer"] == "block0.q_proj" for row in rows)
-    assert rows[1]["relative_error"] < rows[0]["relative_error"]
+    assert rows[1]["relative_error"] < 0.8 * rows[0]["relative_error"]
     # One 16-bit scale per row of 48 weights, and the 8 levels once.
     assert rows[0]["bits_per_value"] == pytest.approx(3 + 16 / 48 + 8 * 16 / (32 * 48))
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -3,7 +3,8 @@
 Nothing here is padded, blocked, transposed or batched, so none of that can be wrong twice.
 """
 
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -131,6 +132,14 @@ def block_scales(weight: np.ndarray, block_size: int) -> np.ndarray:
     step = float(np.float16((log.max() - log.min()) / 15))
     code = np.clip(np.round((log - offset) / step), 0, 15)
     return np.repeat(2.0 ** (offset + step * code), block_size, 1)[:, : weight.shape[1]]
+
+
+def with_numbers(settings: Any, numbers: dict) -> Any:
+    """Frozen settings with traced numbers in them, so that one program serves for many values."""
+    changed = copy.copy(settings)
+    for name, value in numbers.items():
+        object.__setattr__(changed, name, value)
+    return changed
 
 
 def count_equations(function, *args, **static) -> int:

@@ -1,6 +1,5 @@
 """AQLM end to end: parity with float64, sizes by hand, and what every setting does."""
 
-import copy
 import functools
 import re
 
@@ -30,9 +29,7 @@ def program(options):
     settings = AQLMSettings(**dict(options))
 
     def run(weight, hessian, hinv_chol, key, numbers):
-        traced = copy.copy(settings)
-        for name, value in numbers.items():
-            object.__setattr__(traced, name, value)
+        traced = ref.with_numbers(settings, numbers)
         return quantize.__wrapped__(weight, hessian, hinv_chol, key, traced)
 
     return jax.jit(run)
@@ -370,8 +367,9 @@ def test_rounds_never_raise_the_loss(seed):
     problem = layer(seed)
     losses = [loss_of(problem, rounds=rounds) for rounds in (0, 1, 2, 3, 4, 8)]
     for before, after in zip(losses, losses[1:], strict=False):
-        assert after <= before * (1 + 1e-6)
-    assert losses[1] < 0.9 * losses[0] and losses[-1] < 0.95 * losses[1]
+        assert after <= before * (1 + 1e-5)  # a round is judged by sums in float32
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[1]
 
 
 def test_rounds_bring_unused_centroids_into_use():
@@ -394,7 +392,9 @@ def test_em_lowers_the_error():
 def test_steps_of_the_codebook_update_lower_the_error():
     """At the same codes."""
     errors = [error_of(update_iterations=steps) for steps in (1, 2, 8, 200)]
-    assert errors[1] < 0.9 * errors[0] and errors[2] < 0.9 * errors[1] and errors[3] < errors[2]
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 0.9 * errors[1]
+    assert errors[3] < errors[2]
 
 
 def test_a_wider_beam_lowers_the_error():
@@ -403,7 +403,8 @@ def test_a_wider_beam_lowers_the_error():
         np.array([error_of(layer(seed), rounds=1, beam=beam) for seed in range(8)])
         for beam in (1, 4)
     )
-    assert (wide < 1.02 * greedy).all() and wide.mean() < 0.98 * greedy.mean()
+    assert np.max(wide / greedy) < 1.02
+    assert wide.mean() < 0.98 * greedy.mean()
 
 
 def test_random_seeds_are_worse_until_em_moves_them():
@@ -412,7 +413,8 @@ def test_random_seeds_are_worse_until_em_moves_them():
         for seed in ("random", "kmeans++")
     )
     assert random[0] > 1.05 * plus_plus[0]
-    assert random[1] < 0.85 * random[0] and random[1] == pytest.approx(plus_plus[1], rel=0.15)
+    assert random[1] < 0.85 * random[0]
+    assert random[1] == pytest.approx(plus_plus[1], rel=0.15)
 
 
 def test_block_size_only_changes_the_rounding():

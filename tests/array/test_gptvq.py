@@ -1,5 +1,6 @@
 """GPTVQ end to end: parity with float64, sizes by hand, and what every setting does."""
 
+import dataclasses
 import functools
 import re
 
@@ -19,13 +20,26 @@ ROWS, COLS = 32, 64
 BASE = dict(bits=2.0, group_size=512, max_group_cols=32, block_size=16, em_iterations=5)
 BASE |= dict(update_iterations=16, polish_rounds=0)
 P = ref.problem(ROWS, COLS)
+# What a program takes as an argument, so that few need compiling, and its least value.
+NUMBERS = dict(em_iterations=0, polish_tolerance=0.0)
+
+
+@functools.cache
+def program(settings):
+    """quantize, with numbers among its settings as arguments."""
+
+    def run(weight, hessian, hinv_chol, key, numbers):
+        traced = ref.with_numbers(settings, numbers)
+        return quantize.__wrapped__(weight, hessian, hinv_chol, key, traced)
+
+    return jax.jit(run)
 
 
 def tensor_of(problem=P, **kw):
     settings = GPTVQSettings(**{**BASE, **kw})
-    return quantize(
-        problem.weight, problem.hessian, problem.hinv_chol, jax.random.key(0), settings=settings
-    )
+    numbers = {name: getattr(settings, name) for name in NUMBERS}
+    run = program(dataclasses.replace(settings, **NUMBERS))
+    return run(problem.weight, problem.hessian, problem.hinv_chol, jax.random.key(0), numbers)
 
 
 run_dequantize = jax.jit(dequantize)
@@ -36,6 +50,16 @@ def error_of(problem=P, **kw):
     quantized = run_dequantize(tensor_of(problem, **kw))
     signal = ref.loss(problem.weight, 0 * problem.weight, problem.hessian)
     return ref.loss(problem.weight, quantized, problem.hessian) / signal
+
+
+def mean_error(**kw):
+    """Of four layers: of one alone, a near tie that rounding breaks may cost a percent."""
+    return np.mean([error_of(layer(seed), **kw) for seed in range(4)])
+
+
+@functools.cache
+def layer(seed):
+    return ref.problem(ROWS, COLS, seed)
 
 
 # exact
@@ -111,8 +135,9 @@ EXACT = dict(codebook_update="none", codebook_bits=16)  # k-means++, exact metri
 
 
 def test_error_falls_with_bits():
-    errors = [error_of(bits=bits) for bits in (1.0, 2.0, 2.5)]
-    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.85 * errors[1]
+    errors = [mean_error(bits=bits) for bits in (1.0, 2.0, 2.5)]
+    assert errors[1] < 0.6 * errors[0]
+    assert errors[2] < 0.85 * errors[1]
     tensor = tensor_of(bits=2.5)
     assert tensor.index_bits == 5 and tensor.codebook.codebook_size == 32
     assert tensor.codes.shape == (1, ROWS, 20)  # 32 codes of 5 bits
@@ -121,31 +146,31 @@ def test_error_falls_with_bits():
 def test_error_falls_with_dim_at_equal_bits():
     # At one bit a plane of Gaussian weights has no better codebook than two lines: 1D against 2D
     # is compared at two bits, 2D against 4D at one.
-    assert error_of(dim=2) < 0.97 * error_of(dim=1)
-    assert error_of(dim=4, bits=1.0) < 0.97 * error_of(dim=2, bits=1.0)
+    assert mean_error(dim=2) < 0.97 * mean_error(dim=1)
+    assert mean_error(dim=4, bits=1.0) < 0.97 * mean_error(dim=2, bits=1.0)
 
 
 def test_smaller_groups_cost_bits_and_lower_the_error():
     small, large = PAPER, dict(PAPER, group_size=1024)
-    assert error_of(**small) < error_of(**large)
+    assert mean_error(**small) < 0.99 * mean_error(**large)
     assert tensor_of(**small).num_bytes == 512 + 4 * 16 * 2 * 2
     assert tensor_of(**large).num_bytes == 512 + 2 * 16 * 2 * 2
 
 
 def test_em_lowers_the_error():
-    assert error_of(**EXACT) < 0.95 * error_of(**EXACT, em_iterations=0)
+    assert mean_error(**EXACT) < 0.95 * mean_error(**EXACT, em_iterations=0)
 
 
 def test_codebook_updates_lower_the_error():
-    none, adam = error_of(**EXACT), error_of(**dict(EXACT, codebook_update="adam"))
-    assert adam < 0.999 * none
+    none, adam = mean_error(**EXACT), mean_error(**dict(EXACT, codebook_update="adam"))
+    assert adam < 0.98 * none
     # The exact solution wins even when its centroids are rounded to 8 bits.
-    assert error_of() < 0.95 * none
-    assert error_of() < adam
+    assert mean_error() < 0.95 * none
+    assert mean_error() < 0.98 * adam
 
 
 def test_polish_lowers_the_error():
-    assert error_of(polish_rounds=3) < 0.95 * error_of()
+    assert mean_error(polish_rounds=3) < 0.95 * mean_error()
 
 
 POLISH = dict(dim=1, update_iterations=3, polish_tolerance=0.0)
@@ -153,10 +178,11 @@ POLISH = dict(dim=1, update_iterations=3, polish_tolerance=0.0)
 
 def test_more_rounds_of_polish_lower_the_error_until_rounding_undoes_it():
     """Of the tensor as it is stored; with 4-bit codebooks a round may lose, and is not kept."""
-    assert error_of(**POLISH, polish_rounds=3) < error_of(**POLISH, polish_rounds=1)
+    assert mean_error(**POLISH, polish_rounds=3) < 0.95 * mean_error(**POLISH, polish_rounds=1)
     coarse = dict(POLISH, bits=3.0, group_size=128, codebook_bits=4)
-    two, three = (error_of(**coarse, polish_rounds=rounds) for rounds in (2, 3))
-    assert three <= two * (1 + 1e-6)
+    for seed in range(4):
+        two, three = (error_of(layer(seed), **coarse, polish_rounds=rounds) for rounds in (2, 3))
+        assert three <= two * (1 + 1e-5)  # a round is judged by sums in float32
 
 
 def test_polish_stops_when_a_round_gains_less_than_its_tolerance():
@@ -176,14 +202,15 @@ def test_polish_stops_when_a_round_gains_less_than_its_tolerance():
 
 
 def test_codebook_bits():
-    assert error_of(**EXACT) < error_of(**dict(EXACT, codebook_bits=4)) < 1.6 * error_of(**EXACT)
+    exact, coarse = mean_error(**EXACT), mean_error(**dict(EXACT, codebook_bits=4))
+    assert 1.05 * exact < coarse < 1.6 * exact
     rows = [EXACT, dict(), dict(EXACT, codebook_bits=4)]  # 16, 8 and 4 bits
     assert [tensor_of(**kw).num_bytes for kw in rows] == [512 + 256, 512 + 128 + 8, 512 + 64 + 8]
 
 
 def test_svd_rank():
     dense, rank1 = dict(dim=1), dict(dim=1, svd_rank=1)
-    assert error_of(**dense) <= error_of(**rank1) < 2 * error_of(**dense)
+    assert 1.05 * mean_error(**dense) < mean_error(**rank1) < 2 * mean_error(**dense)
     tensor = tensor_of(**rank1)
     assert tensor.codebook.left.shape == (1, 2, 2, 1)
     # 64 codes of 2 bits a row; 4 int8 and a float16 scale on the left, 4 float16 on the right

@@ -11,8 +11,6 @@ from make_golden import CONFIGS, random_params
 from gptvq_jax.models import llama
 from gptvq_jax.models.kv_cache import LayerCache
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 BATCH, TIME, MAX_LEN = 3, 40, 48
 LENGTHS = np.array([5, 33, 20], np.int32)  # of the prompts; the sliding window is 16
 

@@ -1,7 +1,8 @@
 """The C++ kernels in every instruction set they are written for, compiled here or across.
 
 check_kernels.cc compares them with the definition in double precision, at every width of a code and
-every dimension. Programs for Arm run in an emulator.
+every dimension. Programs for Arm run in an emulator. All are slow to compile; test_cpu.py tests the
+kernels of this machine.
 """
 
 import platform
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from gptvq_jax.ops.cpu import build
+
+pytestmark = pytest.mark.slow
 
 # Without optimization, with which sanitizers take half a minute to compile.
 _SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g0")

@@ -44,6 +44,19 @@ TILES = {
 }
 
 
+# In bfloat16 the tile differs, not how codes and centroids are read: CI runs the others.
+BFLOAT16 = ("1d 4 bit, ragged", "2d 2 bit, strips of 192", "4d 2 bit", "svd", "aqlm 2x8")
+BFLOAT16 += ("block scales, ragged",)
+
+
+def slow_unless(cases, chosen):
+    """Test parameters, of which all but the chosen are slow."""
+    return [
+        pytest.param(case, marks=() if case in chosen else pytest.mark.slow, id=case)
+        for case in cases
+    ]
+
+
 def interpreted(function):
     """Compiled for one run."""
     # A kernel is one large expression, which takes the compiler long to optimize.
@@ -83,7 +96,7 @@ class TestPallasGPU(MatmulTests):
         # Programs take two rows of x: 3 make two programs, one of them with padding.
         self._compare(case, 3, jnp.float32, self.float32_error)
 
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", slow_unless(CASES, BFLOAT16))
     def test_bfloat16_agrees_with_float64(self, case):
         self._compare(case, 20, jnp.bfloat16, self.bfloat16_error)
 
@@ -108,11 +121,15 @@ def test_few_rows_of_bfloat16_lose_nothing(case, batch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape):
     tensor = random_tensor(*SHAPES[shape])
-    packed, expected = pallas_gpu.pack(tensor), decode(tensor)
     x = random_x(2, tensor.shape[1])
-    assert error(x, product(x, packed), expected) < 1e-5
+    assert error(x, product(x, pallas_gpu.pack(tensor)), decode(tensor)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", slow_unless(SHAPES, ["odd D", "codes across words"]))
+def test_shapes_in_bfloat16(shape):
+    tensor = random_tensor(*SHAPES[shape])
     x = random_x(3, tensor.shape[1], jnp.bfloat16)
-    assert error(x, product(x, packed), expected) < 2e-2
+    assert error(x, product(x, pallas_gpu.pack(tensor)), decode(tensor)) < 2e-2
 
 
 @pytest.mark.parametrize("tile", TILES)

@@ -10,8 +10,6 @@ from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
 from gptvq_jax.models.source import open_source
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "short_programs")
-
 
 def test_a_run(tiny_config, tmp_path, capsys):
     tiny_config.method, tiny_config.num_blocks = "aqlm", 1

@@ -24,8 +24,6 @@ from gptvq_jax.trainable import parameters, with_parameters
 
 NUM_BLOCKS = 3  # of `model_dir`
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 # --- one block
 
 WINDOWS, HELD_OUT = 9, 3

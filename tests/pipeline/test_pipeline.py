@@ -65,29 +65,43 @@ def test_hessians_and_errors_equal_a_plain_computation(quantize, tiny_config, in
         x = y if inputs == "float" else block_forward(source.config, quantized, x)
 
 
-def test_asymmetric_target_brings_outputs_closer_to_the_float_model(quantize, tiny_config):
-    """The outputs of the last block, on the calibration text."""
-    distance = {}
-    fine = {"vq.bits": 2.0, "vq.em_iterations": 5, "calibration.num_windows": 24}
+def test_asymmetric_target_lowers_the_error_that_it_aims_at(quantize, tiny_config):
+    """mean |W x - Q y|^2 of every layer of block 1, in float64: x of the float model, y of its own.
+
+    Quantized one layer at a time from the same W, x and y, since block 0 has no error before it.
+    """
+    errors = {}
     for strength in (0.0, 1.0):
-        _, _, path = quantize(f"run{strength}", **fine, **{"calibration.asymmetry": strength})
+        given = {"num_blocks": 2, "calibration.num_windows": 24, "calibration.asymmetry": strength}
+        _, _, path = quantize(f"run{strength}", **given)
         source = open_source(tiny_config.model)
         packed = PackedCheckpoint(path / "checkpoint")
-        x = x_hat = embed(source.outer(), np.load(path / "tokens.npy"))
-        for index in range(source.config.num_hidden_layers):
-            x = block_forward(source.config, source.block(index), x)
-            x_hat = block_forward(source.config, packed.block(index), x_hat)
-        distance[strength] = float(jnp.mean(jnp.square(x - x_hat)))
-    assert distance[1.0] < distance[0.0]
+        x = embed(source.outer(), np.load(path / "tokens.npy"))
+        float_x = block_forward(source.config, source.block(0), x)
+        own_x = block_forward(source.config, packed.block(0), x)
+        dense, quantized = source.block(1), packed.block(1)
+        _, float_read = block_forward_with_inputs(source.config, dense, float_x)
+        _, own_read = block_forward_with_inputs(source.config, dense, own_x)
+        for group in LINEAR_GROUPS:
+            x, y = (np.asarray(read[group[0]], np.float64) for read in (float_read, own_read))
+            for name in group:
+                w, q = (np.asarray(get_layer(b, name)["kernel"]) for b in (dense, quantized))
+                errors[name, strength] = np.mean(np.square(x @ w - y @ q))
+    ratios = {name: errors[name, 1.0] / errors[name, 0.0] for name in LINEAR_LAYERS}
+    assert max(ratios.values()) < 0.8, ratios  # 0.40 to 0.66 with three seeds of the model
 
 
 def test_true_sequential_changes_only_what_comes_after_the_first_group(quantize):
     _, plain, _ = quantize("plain", num_blocks=1)
     _, sequential, _ = quantize("sequential", num_blocks=1, true_sequential=True)
-    for group, same in [(LINEAR_GROUPS[0], True), (LINEAR_GROUPS[3], False)]:
-        for name in group:  # two programs: sums may differ in their last digits
-            expected = pytest.approx(plain[0, name]["relative_error"], rel=1e-5)
-            assert (sequential[0, name]["relative_error"] == expected) is same
+    errors, others = (
+        {name: run[0, name]["relative_error"] for name in LINEAR_LAYERS}
+        for run in (plain, sequential)
+    )
+    for name in LINEAR_GROUPS[0]:  # two programs: a near tie may be broken the other way
+        assert others[name] == pytest.approx(errors[name], rel=1e-3)
+    for name in LINEAR_GROUPS[3]:
+        assert abs(others[name] / errors[name] - 1) > 1e-2
 
 
 def test_num_blocks_leaves_the_rest_dense(quantize, tiny_config):

@@ -23,9 +23,6 @@ from gptvq_jax.workdir import WorkDir
 READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
 @pytest.fixture(scope="module")
 def source(model_dir):
     return open_source(str(model_dir))
