@@ -142,14 +142,10 @@ def _block_curves(source, settings, workdir, index, x, out, progress) -> list[di
                 weight,
                 objectives,
                 jax.random.key(settings.seed),
+                name=f"layers_{index}/{name}",
             )
             parts = losses(weight, dequantize_compiled(tensor), objectives)
-            loss = float(np.dot(sensitivity, np.asarray(parts, np.float64)))
-            if not np.isfinite(loss):
-                raise ValueError(
-                    f"layers_{index}/{name}: the error with {candidate.bits} bits is not finite; "
-                    "raise config.damping"
-                )
+            loss = float(np.dot(sensitivity, parts))
             rows.append({
                 "layer": name,
                 "dim": candidate.dim,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gptvq_jax.grid import GroupGrid
+from gptvq_jax.hessian import unit
 from gptvq_jax.moves.compress import quantize_centroids
 from gptvq_jax.moves.em import GroupData, assign, em
 from gptvq_jax.moves.nearest import lookup
@@ -103,14 +104,14 @@ def quantize(
 
     Args:
       weight: (R, C), dead columns already 0.
-      hessian: (C, C) mean x x^T, undamped.
-      hinv_chol: (C, C) U of the damped Hessian, `hessian.inverse_cholesky`.
+      hessian: (C, C) mean x x^T, undamped, in any unit.
+      hinv_chol: (C, C) U of the damped Hessian, as from `hessian.factorize`, in any unit.
       key: random key of the seeding.
       settings: the format and the search.
     """
     grid = settings.grid(*weight.shape)
     target = grid.pad_transpose(weight)
-    hessian = jnp.pad(hessian, ((0, grid.padded_cols - grid.cols),) * 2)
+    hessian = jnp.pad(hessian / unit(hessian), ((0, grid.padded_cols - grid.cols),) * 2)
     hinv_chol = pad_identity(hinv_chol, grid)
     start = _product_start if settings.start == "product" else _residual_start
     scale = row_norms(target)

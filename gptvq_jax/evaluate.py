@@ -13,6 +13,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import block_forward, embed, head_logits
 from gptvq_jax.models.source import ModelSource
 
+PRECISION = "multiplied in float32"  # models/layers.py sees to it, the packed kernels too
 _TIME_CHUNK = 256  # tokens whose logits are in memory at once
 _CACHE_BYTES = 2 << 30  # activations held at once; more text makes more passes over the blocks
 
@@ -25,8 +26,9 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood of tokens 2..T of every window.
 
-    Activations are float32, of as many windows as fit in 2 GiB; each group of windows costs one
-    pass over the model's blocks.
+    Activations are float32 and are multiplied as float32 (`PRECISION`), whatever the device and the
+    dtype of the weights. Of as many windows as fit in 2 GiB; each group of windows costs one pass
+    over the model's blocks.
 
     Args:
       source: any model, dense or packed.
@@ -38,7 +40,7 @@ def perplexity(
     nll = []
     for group in _groups(source.config, windows):
         batches = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-        activations = [np.asarray(embed(outer, batch)) for batch in batches]
+        activations = [np.asarray(embed(outer, batch), np.float32) for batch in batches]
         for index in range(source.config.num_hidden_layers):
             block = jax.device_put(source.block(index))
             for i, x in enumerate(activations):

@@ -38,6 +38,7 @@ from gptvq_jax.calibrate import batches, on_device
 from gptvq_jax.config import TuneSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, Params, block_forward
+from gptvq_jax.moves.refit import root_mean_square
 from gptvq_jax.trainable import Leaf, Parameters, decode, parameters, with_parameters
 from gptvq_jax.tree_io import cast_dense
 from gptvq_jax.vq_tensor import VQTensor
@@ -152,7 +153,7 @@ def _split(block: Params, dense_dtype: str) -> tuple[dict[str, Leaf], dict[str, 
 @jax.jit
 def _start(leaf: Leaf) -> _State:
     params = parameters(leaf)
-    sizes = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))) + 1e-12, params)
+    sizes = jax.tree.map(root_mean_square, params)
     return _State(params, optax.adam(0.0).init(params), sizes)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gptvq_jax.grid import GroupGrid, make_grid
+from gptvq_jax.hessian import unit
 from gptvq_jax.moves.compress import (
     quantize_centroids,
     quantize_factors,
@@ -136,14 +137,14 @@ def quantize(
 
     Args:
       weight: (R, C), dead columns already 0.
-      hessian: (C, C) mean x x^T, undamped.
-      hinv_chol: (C, C) U of the damped Hessian, `hessian.inverse_cholesky`.
+      hessian: (C, C) mean x x^T, undamped, in any unit.
+      hinv_chol: (C, C) U of the damped Hessian, as from `hessian.factorize`, in any unit.
       key: random key of the seeding.
       settings: the row of the table.
     """
     grid = settings.grid(*weight.shape)
     target = grid.pad_transpose(weight)
-    hessian = jnp.pad(hessian, ((0, grid.padded_cols - grid.cols),) * 2)
+    hessian = jnp.pad(hessian / unit(hessian), ((0, grid.padded_cols - grid.cols),) * 2)
     swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
     scales = swept.scales and _stacked_per_vector(swept.scales, grid)
     centroids, codes = swept.centroids[None], swept.codes[None]  # M = 1

@@ -2,6 +2,10 @@
 
 The papers write H = 2 X X^T; the factor 2 changes no minimiser and is dropped here. Tokens may be
 weighted by how much the model's loss depends on them (GuidedQuant, arXiv 2505.07004).
+
+The unit of H, that of the inputs squared, changes no minimiser either. What is added to H here is a
+fraction of it, and the methods work on H / `unit(H)`: for c a power of two, c H gives the very same
+codes as H, and inputs of any size neither overflow nor vanish in float32.
 """
 
 from typing import NamedTuple
@@ -51,6 +55,20 @@ def mean_product(moment: Moment) -> jax.Array:
     return moment.total / jnp.where(moment.count > 0, moment.count, 1.0)
 
 
+def power_of_two(size: jax.Array) -> jax.Array:
+    """The largest power of two that is at most `size`, float32; 1 where size is 0.
+
+    To divide by it rounds nothing.
+    """
+    exponent = jnp.where(size > 0, jnp.frexp(size)[1] - 1, 0)
+    return jnp.ldexp(jnp.ones_like(size), exponent)
+
+
+def unit(hessian: jax.Array) -> jax.Array:
+    """The power of two just below the largest entry of the diagonal of H (C, C); 1 if all are 0."""
+    return power_of_two(jnp.max(jnp.diagonal(hessian)))
+
+
 @jax.jit
 def asymmetric_target(
     weight: jax.Array,
@@ -69,26 +87,34 @@ def asymmetric_target(
       weight: W (R, C).
       hessian: H (C, C).
       cross: C (C, C).
-      hinv_chol: U of the damped H, which pulls W* towards W where H is weak.
+      hinv_chol: U of `factorize(H)`; its damping pulls W* towards W where H is weak.
       strength: 0 (ignore the difference) to 1.
     """
-    gap = jnp.matmul(weight, cross - hessian, precision="highest")
+    gap = jnp.matmul(weight, (cross - hessian) / unit(hessian), precision="highest")
     solved = jnp.matmul(gap, hinv_chol.T, precision="highest")
     return weight + strength * jnp.matmul(solved, hinv_chol, precision="highest")
 
 
 def damp(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:
-    """H + damping * mean(diag H) * I, and 1 on the diagonal of dead columns.
+    """H + damping * m * I, with m the mean of diag H over the live columns.
 
     A dead column is an input that calibration never excited; GPTQ (arXiv 2210.17323, code) sets its
-    weights to 0, `zero_dead` here.
+    weights to 0, `zero_dead` here. GPTQ also puts an absolute 1 on its diagonal, which counts in
+    its mean: then dead inputs change how the others are quantized, in a way that depends on the
+    unit of H. Here the others are damped as if the dead ones were not there. A dead column has the
+    damping alone on its diagonal, so that centroids spend little on its zeros; without damping it
+    has m, for H must be definite.
 
     Args:
       hessian: (C, C) mean x x^T.
-      damping: fraction of the mean diagonal.
+      damping: fraction of m.
     """
     diag = jnp.diagonal(hessian)
-    return hessian + jnp.diag(jnp.where(diag <= 0, 1.0, damping * jnp.mean(diag)))
+    live = diag > 0
+    count = jnp.sum(live)
+    mean = jnp.where(count > 0, jnp.sum(jnp.where(live, diag, 0.0)) / jnp.maximum(count, 1), 1.0)
+    of_dead = jnp.where(damping > 0, damping, 1.0)
+    return hessian + jnp.diag(mean * jnp.where(live, damping, of_dead))
 
 
 def zero_dead(weight: jax.Array, hessian: jax.Array) -> jax.Array:
@@ -112,21 +138,23 @@ def inverse_cholesky(hessian: jax.Array) -> jax.Array:
 
 
 class Factor(NamedTuple):
-    """U of a Hessian, and the damping that made it positive definite."""
+    """U of a Hessian in its own unit, and the damping that made it positive definite."""
 
-    hinv_chol: jax.Array  # (C, C)
+    hinv_chol: jax.Array  # (C, C), of H / unit(H)
     damping: float
 
 
-_factor = jax.jit(lambda hessian, damping: inverse_cholesky(damp(hessian, damping)))
+@jax.jit
+def _factor(hessian: jax.Array, damping: jax.Array) -> jax.Array:
+    return inverse_cholesky(damp(hessian / unit(hessian), damping))
 
 
 def factorize(hessian: jax.Array, damping: float, name: str = "Hessian") -> Factor:
-    """U of the damped Hessian; damping is raised tenfold until the factor exists.
+    """U of the damped H / unit(H); damping is raised tenfold until the factor exists.
 
     Args:
       hessian: (C, C) mean x x^T.
-      damping: fraction of the mean diagonal, tried first.
+      damping: fraction of the mean diagonal of live columns, tried first.
       name: the layer, for messages.
 
     Raises:

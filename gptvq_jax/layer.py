@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
 from gptvq_jax import metrics
 from gptvq_jax.hessian import Factor, asymmetric_target, zero_dead
-from gptvq_jax.vq_tensor import VQTensor, concat_rows
+from gptvq_jax.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 
 
 class Objective(NamedTuple):
     """What a group of rows minimises."""
 
-    hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get
+    hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get, in any unit
     factor: Factor  # of that Hessian
-    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model; None: symmetric
+    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model, in the same unit;
+    # None: symmetric
 
 
 def quantize_layer(
@@ -30,8 +33,9 @@ def quantize_layer(
     objectives: Sequence[Objective],
     key: jax.Array,
     asymmetry: float = 0.0,
+    name: str = "layer",
 ) -> VQTensor:
-    """Quantizes a weight.
+    """Quantizes a weight. The result does not depend on the unit of an objective.
 
     Args:
       quantize: of a method, and its settings.
@@ -40,6 +44,10 @@ def quantize_layer(
       objectives: of g contiguous groups of R / g rows.
       key: random key of the seeding.
       asymmetry: strength of `asymmetric_target`, for objectives that have a cross moment.
+      name: of the layer, for messages.
+
+    Raises:
+      ValueError: the weight is too large for the format, or the result is not finite.
     """
     tensors = []
     for part, objective in zip(row_groups(weight, len(objectives)), objectives, strict=True):
@@ -47,24 +55,57 @@ def quantize_layer(
         if objective.cross is not None:
             part = asymmetric_target(part, hessian, objective.cross, hinv_chol, asymmetry)
         tensors.append(quantize(zero_dead(part, hessian), hessian, hinv_chol, key, settings))
-    return concat_rows(tensors)
+    tensor = concat_rows(tensors)
+    _check_range(tensor, weight, name)
+    return tensor
 
 
-def losses(
-    weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]
-) -> list[jax.Array]:
+_TOO_LARGE = float(np.finfo(np.float16).max) / 2  # feedback may double a weight
+_TOO_SMALL = 2.0**-19  # float16 numbers are 2^-24 apart there
+_SQUARES = 1e15  # beyond it, and below its inverse, sums of squares leave float32
+
+
+def _check_range(tensor: VQTensor, weight: jax.Array, name: str) -> None:
+    """Says what no float16 codebook or scale can hold.
+
+    Raises:
+      ValueError: a stored number is not finite.
+    """
+    peak = float(jnp.max(jnp.abs(weight)))
+    own_exponents = tensor.block_scales is not None
+    smallest = 1 / _SQUARES if own_exponents else _TOO_SMALL
+    if isinstance(tensor.codebook, FactoredCodebook) and tensor.codebook.left_scale is not None:
+        smallest = _TOO_SMALL**2  # a product of two stored numbers
+    stored = [leaf for leaf in jax.tree.leaves(tensor) if leaf.dtype == jnp.float16]
+    finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in stored)
+    if peak > _SQUARES or not finite and not own_exponents and peak > _TOO_LARGE:
+        raise ValueError(f"{name} holds {peak:.3g}, too large for {_ADVICE}")
+    if not finite:
+        raise ValueError(f"{name}: the quantized weight is not finite; raise config.damping")
+    if 0 < peak < smallest:
+        logging.warning("%s holds at most %.3g, too small for %s", name, peak, _ADVICE)
+
+
+_ADVICE = (
+    "float16, in which codebooks and scales are stored whatever dense_dtype is; use "
+    "method='gptvq' with vq.scale_block_size=16, for 1e-15 to 1e15, or leave the block dense "
+    "(num_blocks, with dense_dtype='bfloat16')"
+)
+
+
+def losses(weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]) -> list[float]:
     """L(Q) of every group of rows; weight and quantized are (R, C)."""
     groups = len(objectives)
     parts = zip(row_groups(weight, groups), row_groups(quantized, groups), objectives, strict=True)
-    return [metrics.quadratic_loss(w, q, objective.hessian) for w, q, objective in parts]
+    return [metrics.loss_of_any_size(w, q, objective.hessian) for w, q, objective in parts]
 
 
 def relative_error(
     weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]
 ) -> float:
     """L(Q) / L(0), summed over the groups of rows; 0 where the layer's output is 0."""
-    signal = float(sum(losses(weight, jnp.zeros_like(weight), objectives)))
-    return float(sum(losses(weight, quantized, objectives))) / (signal if signal > 0 else 1.0)
+    signal = sum(losses(weight, jnp.zeros_like(weight), objectives))
+    return sum(losses(weight, quantized, objectives)) / (signal if signal > 0 else 1.0)
 
 
 def check_row_groups(

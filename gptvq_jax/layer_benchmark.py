@@ -99,7 +99,7 @@ def quantize_once(
     start = time.perf_counter()
     objective = Objective(hessian, factorize(hessian, DAMPING, name))
     quantize = METHODS[method].quantize
-    tensor = quantize_layer(quantize, settings, weight, [objective], jax.random.key(0))
+    tensor = quantize_layer(quantize, settings, weight, [objective], jax.random.key(0), name=name)
     jax.block_until_ready(tensor)
     return tensor, time.perf_counter() - start
 

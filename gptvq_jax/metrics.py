@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.hessian import power_of_two, unit
+
 
 def quadratic_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
     """L(Q) = tr((W - Q) H (W - Q)^T): mean squared error of a layer's outputs, summed over outputs.
@@ -13,6 +15,19 @@ def quadratic_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) 
     """
     error = weight - quantized
     return jnp.sum(jnp.matmul(error, hessian, precision="highest") * error)
+
+
+def loss_of_any_size(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> float:
+    """`quadratic_loss` where its squares, or a Hessian in an odd unit, are beyond float32."""
+    loss, of_weight, of_hessian = map(float, _loss_in_units(weight, quantized, hessian))
+    return loss * of_weight**2 * of_hessian
+
+
+@jax.jit
+def _loss_in_units(weight, quantized, hessian):
+    units = power_of_two(jnp.max(jnp.abs(weight))), unit(hessian)
+    loss = quadratic_loss(weight / units[0], quantized / units[0], hessian / units[1])
+    return loss, *units
 
 
 def relative_error(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:

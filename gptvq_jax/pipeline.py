@@ -246,13 +246,10 @@ def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objecti
         objectives,
         key,
         settings.calibration.asymmetry,
+        f"layers_{index}/{name}",
     )
     quantized = dequantize_compiled(tensor)
     error = relative_error(weight, quantized, objectives)
-    if not np.isfinite(error):
-        raise ValueError(
-            f"layers_{index}/{name}: the quantized weight is not finite; raise config.damping"
-        )
     row = {
         "kind": "layer",
         "block": index,

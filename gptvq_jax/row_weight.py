@@ -67,7 +67,9 @@ class RowWeight:
         if self.values.dtype == x.dtype:
             # Matrix times vector is a routine of its own on a CPU; as a product of matrices it
             # becomes a loop that computes what x is made of again for every output.
-            return (self.values @ x[0])[None] if len(x) == 1 else _dot(x, self.values, None)
+            if len(x) > 1:
+                return _dot(x, self.values, None)
+            return jnp.matmul(self.values, x[0], precision=_precision(x.dtype))[None]
         if len(x) <= _CPU_SINGLE_ROWS and jax.default_backend() == "cpu":
             products = [_dot(row, self.values, self.scale) for row in jnp.split(x, len(x))]
             return jnp.concatenate(products)
@@ -102,6 +104,9 @@ def _decode(values: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
 
 def _dot(x: jax.Array, values: jax.Array, scale: jax.Array | None) -> jax.Array:
     """x (N, C), values (R, C) -> (N, R) float32."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    weight = _decode(values, scale, x.dtype)
+    weight, precision = _decode(values, scale, x.dtype), _precision(x.dtype)
     return jnp.matmul(x, weight.T, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _precision(dtype) -> str | None:
+    return "highest" if dtype == jnp.float32 else None

@@ -10,7 +10,7 @@ from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_dict
 from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
-from gptvq_jax.evaluate import passes, perplexity
+from gptvq_jax.evaluate import PRECISION, passes, perplexity
 from gptvq_jax.layer import check_row_groups
 from gptvq_jax.models.source import ModelSource, layer_shapes, open_source
 from gptvq_jax.pipeline import Plan, quantize_model, steps
@@ -91,7 +91,7 @@ def _quantize(
         "checkpoint_bytes": directory_bytes(workdir.checkpoint),
         "perplexity_float": before,
         "perplexity_quantized": after,
-        "evaluation": describe(settings.evaluation.dataset, held_out),
+        "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "calibration": describe(settings.calibration.dataset, tokens),
         "seconds": stopwatch.total,
         "compile_seconds": stopwatch.compile_seconds,
@@ -150,7 +150,9 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     windows = evaluation_tokens(source, settings)
     value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)
-    print(f"perplexity {value:.4f} on {describe(settings.evaluation.dataset, windows)}")
+    print(
+        f"perplexity {value:.4f} on {describe(settings.evaluation.dataset, windows)}, {PRECISION}"
+    )
     return value
 
 

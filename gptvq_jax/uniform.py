@@ -51,7 +51,7 @@ def gptq(
     Args:
       weight: (R, C).
       hessian: not used; here so that every method has one signature.
-      hinv_chol: (C, C) U of the damped Hessian.
+      hinv_chol: (C, C) U of the damped Hessian, in any unit.
       key: not used.
       settings: bits and groups.
     """

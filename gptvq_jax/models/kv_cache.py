@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.layers import precision
 
 
 @jax.tree_util.register_dataclass
@@ -77,8 +78,12 @@ class LayerCache:
         seen = jnp.broadcast_to(seen[:, None, None], (*q.shape[:4], max_len))
         q, seen = q.reshape(rows, -1, head_dim), seen.reshape(rows, -1, max_len)
 
-        scores = jnp.einsum("nqd,nsd->nqs", q, self.k, preferred_element_type=jnp.float32)
+        exact = precision(q.dtype, self.k.dtype)
+        scores = jnp.einsum(
+            "nqd,nsd->nqs", q, self.k, precision=exact, preferred_element_type=jnp.float32
+        )
         scores = jnp.where(seen, scores / head_dim**0.5, -jnp.inf)
-        mixed = jnp.matmul(jax.nn.softmax(scores, axis=-1).astype(q.dtype), self.v)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        mixed = jnp.matmul(weights, self.v, precision=exact)
         mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, time, head_dim)
         return jnp.moveaxis(mixed, 3, 1).reshape(batch, time, heads, head_dim)

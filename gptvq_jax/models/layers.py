@@ -8,6 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def precision(*dtypes: Any) -> str | None:
+    """Of a product of such operands: float32 is multiplied as float32, on every kind of device.
+
+    By default an accelerator would round float32 operands first, to bfloat16 or to TF32; bfloat16
+    and float16 are multiplied as they are in any case.
+    """
+    return "highest" if jnp.result_type(*dtypes) == jnp.float32 else None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, with the statistics in float32."""
 
@@ -60,7 +69,12 @@ class Linear(nn.Module):
                     f"kernel of {self.name} has shape {kernel.shape}, but (in, out) must be "
                     f"{(x.shape[-1], self.features)}"
                 )
-            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+            return jnp.matmul(
+                x,
+                kernel.astype(x.dtype),
+                precision=precision(x.dtype),
+                preferred_element_type=out_dtype,
+            )
         return x.astype(out_dtype) @ kernel
 
 
@@ -89,7 +103,13 @@ class Embedding(nn.Module):
         """Scores of all tokens, (batch, time, features) -> (batch, time, vocab) float32."""
         if isinstance(self.embedding, (jax.Array, np.ndarray)):
             table = self.embedding.astype(x.dtype)
-            return jnp.einsum("bth,vh->btv", x, table, preferred_element_type=jnp.float32)
+            return jnp.einsum(
+                "bth,vh->btv",
+                x,
+                table,
+                precision=precision(x.dtype),
+                preferred_element_type=jnp.float32,
+            )
         return x.astype(jnp.float32) @ self.embedding
 
 

@@ -11,7 +11,8 @@ as everywhere in Flax:
              "mlp": {"gate_proj": {"kernel"}, "up_proj": .., "down_proj": ..}}
 
 `outer` below is this tree without its layers_i. Computation runs in the dtype of the activations;
-norm statistics, rotary tables, softmax and logits are float32.
+norm statistics, rotary tables, softmax and logits are float32. Float32 activations are multiplied
+as float32 on every kind of device (`layers.precision`).
 """
 
 import functools
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
-from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up
+from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up, precision
 from gptvq_jax.models.rope import rotary_tables, rotate
 
 Params = Mapping[str, Any]
@@ -106,11 +107,12 @@ def causal_attention(
         first = max(0, start - reach + 1)
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
         seen = (distance >= 0) & (distance < reach)
-        chunks.append(
-            jax.nn.dot_product_attention(
+        # It takes its precision from the context alone.
+        with jax.default_matmul_precision(precision(q.dtype)):
+            chunk = jax.nn.dot_product_attention(
                 q[:, start:stop], k[:, first:stop], v[:, first:stop], mask=seen[None, None]
             )
-        )
+        chunks.append(chunk)
     return jnp.concatenate(chunks, axis=1)
 
 

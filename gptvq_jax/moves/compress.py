@@ -21,7 +21,7 @@ def quantize_centroids(centroids: jax.Array, bits: int) -> DenseCodebook:
         raise ValueError(f"codebook bits={bits} must be 16, 8 or 4")
     top = 2 ** (bits - 1) - 1
     peak = jnp.max(jnp.abs(centroids), axis=(-2, -1))
-    scale = jnp.maximum(peak / top, _SMALLEST).astype(jnp.float16)
+    scale = spanning_scale(jnp.maximum(peak / top, FLOAT16_STEP))
     codes = jnp.round(centroids / scale[..., None, None].astype(jnp.float32))
     codes = jnp.clip(codes, -top - 1, top).astype(jnp.int8)
     if bits == 4:
@@ -30,7 +30,13 @@ def quantize_centroids(centroids: jax.Array, bits: int) -> DenseCodebook:
     return DenseCodebook(codes, scale, 8, size, dim)
 
 
-_SMALLEST = 1e-7  # near float16's smallest number: scales below it would be stored as 0
+FLOAT16_STEP = 2.0**-24  # between the smallest float16 numbers, and the first of them
+
+
+def spanning_scale(scale: jax.Array) -> jax.Array:
+    """In float16; rounded up where fewer than 4 bits are left, lest what it spans be clipped."""
+    steps = jnp.ceil(scale / FLOAT16_STEP)
+    return jnp.where(steps < 16, steps * FLOAT16_STEP, scale).astype(jnp.float16)
 
 
 def sort_codebook(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,7 +74,7 @@ def quantize_factors(left: jax.Array, right: jax.Array, bits: int) -> FactoredCo
     if bits != 8:
         raise ValueError(f"codebook bits={bits} must be 16 or 8 for SVD-compressed codebooks")
     peak = jnp.max(jnp.abs(left), axis=tuple(range(left.ndim - 1)))
-    scale = jnp.maximum(peak / 127, _SMALLEST).astype(jnp.float16)
+    scale = spanning_scale(jnp.maximum(peak / 127, FLOAT16_STEP))
     codes = jnp.round(left / scale.astype(jnp.float32))
     return FactoredCodebook(
         jnp.clip(codes, -128, 127).astype(jnp.int8), scale, right.astype(jnp.float16)

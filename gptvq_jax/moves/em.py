@@ -76,7 +76,8 @@ def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array
     trace = jnp.trace(left, axis1=-2, axis2=-1)[..., None, None]
     ridge = (1e-6 * trace / dim + (trace == 0)) * jnp.eye(dim)
     step = jnp.linalg.solve(
-        left + ridge, (right - jnp.einsum("gkdf,gkd->gkf", left, centroids))[..., None]
+        left + ridge,
+        (right - jnp.einsum("gkdf,gkd->gkf", left, centroids, precision="highest"))[..., None],
     )
     return centroids + step[..., 0]
 

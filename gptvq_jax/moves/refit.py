@@ -45,7 +45,8 @@ def decode(
 def codebook_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
     """L(Q) in the transposed layout: weight, quantized (S * c, G * r), hessian (S * c, S * c)."""
     error = weight - quantized
-    return jnp.vdot(error, jnp.matmul(hessian, error, precision="highest"))
+    image = jnp.matmul(hessian, error, precision="highest")
+    return jnp.vdot(error, image, precision="highest")
 
 
 def refit(
@@ -87,7 +88,7 @@ def refit(
     def step(_, state):
         solution, residual, direction, energy = state
         image = normal(direction)
-        curvature = jnp.vdot(direction, image)
+        curvature = jnp.vdot(direction, image, precision="highest")
         # A converged (or null) direction has nothing left to gain: stand still. Codebooks that may
         # trade a constant leave directions without curvature, along which rounding would go on.
         moves = (curvature > 0) & (energy > _CONVERGED * first_energy)
@@ -95,18 +96,24 @@ def refit(
         solution = solution + length * direction
         residual = residual - length * image
         scaled = precondition * residual
-        new_energy = jnp.vdot(residual, scaled)
+        new_energy = jnp.vdot(residual, scaled, precision="highest")
         ratio = jnp.where(energy > 0, new_energy / jnp.where(energy > 0, energy, 1.0), 0.0)
         return solution, residual, scaled + ratio * direction, new_energy
 
     start = precondition * residual
-    first_energy = jnp.vdot(residual, start)
+    first_energy = jnp.vdot(residual, start, precision="highest")
     state = (centroids, residual, start, first_energy)
     solution = lax.fori_loop(0, iterations, step, state)[0]
     better = codebook_loss(weight, forward(solution), hessian) < codebook_loss(
         weight, forward(centroids), hessian
     )
     return jnp.where(better, solution, centroids)
+
+
+def root_mean_square(values: jax.Array) -> jax.Array:
+    """Of all entries, (); 1 where all are 0. What a step of Adam is measured in."""
+    size = jnp.sqrt(jnp.mean(jnp.square(values)))
+    return jnp.where(size > 0, size, 1.0)
 
 
 def gradient_update(
@@ -132,10 +139,15 @@ def gradient_update(
     Returns:
       The params with the lowest loss seen, those given included.
     """
-    size = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))) + 1e-12, params)
+    size = jax.tree.map(root_mean_square, params)
+    # Adam adds an absolute number to the size of a gradient: the loss is in units of its own.
+    signal = codebook_loss(weight, jnp.zeros_like(weight), hessian)
+    count = sum(p.size for p in jax.tree.leaves(params))
+    loss_unit = jnp.where(signal > 0, signal, 1.0) / count
     loss_and_grad = jax.value_and_grad(
-        lambda unit: codebook_loss(
-            weight, reconstruct(jax.tree.map(jnp.multiply, unit, size)), hessian
+        lambda unit: (
+            codebook_loss(weight, reconstruct(jax.tree.map(jnp.multiply, unit, size)), hessian)
+            / loss_unit
         )
     )
 

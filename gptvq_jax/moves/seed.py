@@ -16,7 +16,8 @@ def mahalanobis(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Arra
     centered = (points - mean[..., None]) * valid[:, None]
     covariance = jnp.einsum("gdn,gen->gde", centered, centered, precision="highest")
     covariance = covariance / count[:, None, None]
-    floor = 1e-6 * jnp.trace(covariance, axis1=1, axis2=2)[:, None, None] + 1e-30
+    trace = jnp.trace(covariance, axis1=1, axis2=2)[:, None, None]
+    floor = jnp.where(trace > 0, 1e-6 * trace, 1.0)
     factor = jnp.linalg.inv(covariance + floor * jnp.eye(points.shape[1]))
     distance = jnp.einsum("gdn,gde,gen->gn", centered, factor, centered, precision="highest")
     order = jnp.argsort(jnp.where(valid, distance, jnp.inf), axis=1)
@@ -70,6 +71,7 @@ def random_points(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Ar
     """
     points, valid = _flatten(data)
     weight = data.weight.reshape(valid.shape)
+    weight = weight / jnp.max(weight, axis=1, keepdims=True)  # its unit must not round differently
     # The K largest of log weight + Gumbel noise are a draw without replacement.
     noise = jax.random.gumbel(key, valid.shape)
     score = jnp.where(valid, jnp.log(jnp.where(valid, weight, 1.0)) + noise, -jnp.inf)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gptvq_jax.grid import GroupGrid
+from gptvq_jax.moves.compress import FLOAT16_STEP, spanning_scale
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.sweep import Fit
 from gptvq_jax.vq_tensor import FactoredCodebook
@@ -38,10 +39,14 @@ def uniform_fit(size: int, symmetric: bool) -> Fit:
         if symmetric:
             high = jnp.maximum(jnp.abs(high), jnp.abs(low))
             low = -high
-        # Equal weights in a group leave no range; any positive scale represents them.
-        scale = jnp.where(high > low, (high - low) / (size - 1), 1e-4)[:, None]
-        left = scale if symmetric else jnp.concatenate([scale, low[:, None]], axis=1)
-        left = left.astype(jnp.float16).astype(jnp.float32)
+        # Equal weights in a group leave no range: all levels are the offset, or 0.
+        scale = spanning_scale(jnp.where(high > low, (high - low) / (size - 1), 0.0))
+        if symmetric:  # the level nearest to 0 is half a scale away from it
+            scale = jnp.where(high < FLOAT16_STEP / 4, 0, scale)
+        left = scale[:, None]
+        if not symmetric:
+            left = jnp.concatenate([left, low[:, None].astype(jnp.float16)], axis=1)
+        left = left.astype(jnp.float32)
         return jnp.matmul(left, basis(size, symmetric), precision="highest")[..., None]
 
     return fit

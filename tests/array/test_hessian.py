@@ -16,9 +16,11 @@ from gptvq_jax.hessian import (
     inverse_cholesky,
     mean,
     mean_product,
+    power_of_two,
+    unit,
     zero_dead,
 )
-from gptvq_jax.metrics import quadratic_loss, relative_error, sqnr_db
+from gptvq_jax.metrics import loss_of_any_size, quadratic_loss, relative_error, sqnr_db
 
 
 def test_mean_over_all_tokens_of_all_batches():
@@ -88,19 +90,65 @@ def test_damping_is_a_fraction_of_the_mean_diagonal():
     np.testing.assert_array_equal(zero_dead(weight, h), weight)
 
 
-def test_dead_columns_get_zero_weight_and_unit_diagonal():
+def test_dead_columns_get_zero_weight_and_only_damping():
     h = np.zeros((3, 3), np.float32)
     h[np.ix_([0, 2], [0, 2])] = [[2.0, 1.0], [1.0, 4.0]]
     np.testing.assert_array_equal(zero_dead(jnp.ones((2, 3)), h), [[1, 0, 1], [1, 0, 1]])
-    damped = damp(jnp.asarray(h), 0.01)
-    np.testing.assert_allclose(damped, h + np.diag([0.02, 1.0, 0.02]), rtol=1e-6)
-    assert np.isfinite(inverse_cholesky(damped)).all()
+    for damping, of_live, of_dead in [(0.01, 0.03, 0.03), (0.0, 0.0, 3.0)]:  # the live mean is 3
+        damped = damp(jnp.asarray(h), damping)
+        np.testing.assert_allclose(damped, h + np.diag([of_live, of_dead, of_live]), rtol=1e-6)
+        assert np.isfinite(inverse_cholesky(damped)).all()
 
 
-def test_all_dead_is_the_identity():
+def test_dead_columns_do_not_change_how_the_others_are_damped():
+    live = ref.problem(1, 6).hessian
+    h = np.zeros((9, 9), np.float32)
+    at = [0, 2, 3, 5, 6, 8]
+    h[np.ix_(at, at)] = live
+    u = np.array(factorize(jnp.asarray(h), 0.01).hinv_chol)
+    expected = factorize(jnp.asarray(live), 0.01).hinv_chol
+    np.testing.assert_allclose(u[np.ix_(at, at)], expected, rtol=1e-5, atol=1e-6)
+    u[np.ix_(at, at)] = 0
+    np.testing.assert_allclose(u, np.diag(np.diag(u)))  # a dead column is no one's neighbour
+
+
+def test_all_dead_is_a_multiple_of_the_identity():
     h = jnp.zeros((3, 3))
-    np.testing.assert_array_equal(damp(h, 0.01), np.eye(3))
+    np.testing.assert_allclose(damp(h, 0.01), 0.01 * np.eye(3))
+    np.testing.assert_array_equal(damp(h, 0.0), np.eye(3))
+    np.testing.assert_allclose(factorize(h, 0.01).hinv_chol, 10 * np.eye(3), rtol=1e-6)
     assert not zero_dead(jnp.ones((2, 3)), h).any()
+
+
+@pytest.mark.parametrize("exponent", [-110, -41, -1, 1, 40, 110])
+def test_the_unit_of_the_hessian_changes_no_bit(exponent):
+    p = ref.problem(1, 8)
+    h, scale = p.hessian * (np.arange(8) != 3) * (np.arange(8) != 3)[:, None], 2.0**exponent
+    scaled = jnp.asarray(h * np.float32(scale))
+    assert float(unit(scaled)) == float(unit(h)) * scale
+    one, other = factorize(jnp.asarray(h), 0.01), factorize(scaled, 0.01)
+    np.testing.assert_array_equal(one.hinv_chol, other.hinv_chol)
+    w, cross = jnp.ones((2, 8)), jnp.asarray(0.9 * h)
+    np.testing.assert_array_equal(
+        asymmetric_target(w, h, cross, one.hinv_chol, 1.0),
+        asymmetric_target(w, scaled, cross * scale, other.hinv_chol, 1.0),
+    )
+
+
+def test_power_of_two():
+    sizes = [0.0, 1.0, 1.5, 2.0, 0.99, 2.0**-126, 2.0**127, 3e38]
+    expected = [1.0, 1.0, 1.0, 2.0, 0.5, 2.0**-126, 2.0**127, 2.0**127]
+    np.testing.assert_array_equal(power_of_two(jnp.array(sizes)), np.float32(expected))
+
+
+def test_losses_beyond_the_squares_of_float32():
+    p = ref.problem(5, 8)
+    q = np.round(p.weight * 2) / 2
+    expected = ref.loss(p.weight, q, p.hessian)
+    for of_weight, of_hessian in [(2.0**80, 2.0**90), (2.0**-80, 2.0**-90), (1.0, 1.0)]:
+        arrays = p.weight * of_weight, q * of_weight, p.hessian * of_hessian
+        loss = loss_of_any_size(*(jnp.asarray(a, jnp.float32) for a in arrays))
+        assert loss == pytest.approx(expected * of_weight**2 * of_hessian, rel=1e-5)
 
 
 def test_low_rank_hessian_is_positive_definite_once_damped():
@@ -113,7 +161,8 @@ def test_factorize_is_the_factor_of_the_damped_hessian():
     p = ref.problem(1, 8)
     hinv_chol, damping = factorize(jnp.asarray(p.hessian), 0.01)
     assert damping == 0.01
-    np.testing.assert_allclose(hinv_chol, p.hinv_chol, atol=1e-4 * np.abs(p.hinv_chol).max())
+    expected = p.hinv_chol * float(unit(p.hessian)) ** 0.5  # of the H whose diagonal reaches 1 to 2
+    np.testing.assert_allclose(hinv_chol, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_factorize_raises_damping_tenfold_until_it_is_enough(caplog):
@@ -189,7 +238,7 @@ def test_asymmetric_target_minimises_the_output_error_on_other_inputs():
     hessian, cross = y.T @ y / 200, x.T @ y / 200
     expected = np.linalg.lstsq(y, x @ weight.T, rcond=None)[0].T
     args = [jnp.asarray(a, jnp.float32) for a in (weight, hessian, cross)]
-    hinv_chol = inverse_cholesky(args[1])
+    hinv_chol = factorize(args[1], 0.0).hinv_chol
     target = asymmetric_target(*args, hinv_chol, 1.0)
     np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(asymmetric_target(*args, hinv_chol, 0.0), args[0])
