@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gptvq_jax.errors import brief, first_line
@@ -17,14 +17,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is not one JSON object, a name occurs twice in one of its objects, a number is
-        not finite, or it is nested too deep or too large; the message names the file.
+        not finite, or it is nested too deep or too large; the caller names the file.
     """
     if not path.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"no such file: {path}")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} is damaged: it has more than {MAX_BYTES} bytes")
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
     try:
         value = json.loads(
             content,
@@ -33,12 +33,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
             parse_constant=_finite,
         )
     except RecursionError:
-        raise ValueError(f"{path} is damaged: it is nested too deep") from None
+        raise ValueError("it is nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+        raise ValueError(first_line(error)) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds {brief(value)}, not an object")
+        raise ValueError(f"it holds {brief(value)}, not an object")
     return value
+
+
+def leaves_directory(path: str) -> bool:
+    """Whether a relative path that a file names may lead out of its directory, on any system."""
+    flavours = (PurePosixPath(path), PureWindowsPath(path))
+    return any(p.anchor or ".." in p.parts or "\0" in path for p in flavours)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,13 @@ from orbax.checkpoint import v1 as ocp
 from gptvq_jax.check_tensor import signature
 from gptvq_jax.errors import brief, first_line
 from gptvq_jax.json_file import read_json_object
-from gptvq_jax.tensor_io import FORMAT_VERSION, digest, state_to_tensor, tensor_to_state
+from gptvq_jax.tensor_io import (
+    FORMAT_VERSION,
+    check_format_version,
+    digest,
+    state_to_tensor,
+    tensor_to_state,
+)
 from gptvq_jax.tree_record import (
     DENSE_DTYPES,
     Record,
@@ -92,20 +98,24 @@ def read_record(directory: Path) -> Record | None:
     path = directory / _RECORD
     if not path.exists():
         return None
-    record = read_json_object(path)
-    check_record(record, str(path))
+    try:
+        record = read_json_object(path)
+    except ValueError as error:
+        raise _damaged(directory, _RECORD, str(error)) from None
+    check_format_version(record.get("format_version"), str(path))
+    try:
+        check_record(record)
+    except ValueError as error:
+        raise _damaged(directory, _RECORD, str(error)) from None
     return record
 
 
-def load_tree(directory: Path) -> tuple[Tree, Record]:
-    """Reads a tree of host arrays and VQTensors of host arrays, and its description.
-
-    The files may be anyone's: nothing is allocated before it is known to be what the description
-    says, and what is returned has passed `check_tensor` and `check_values`.
+def finished_record(directory: Path) -> Record:
+    """`read_record` of a tree that must be there.
 
     Raises:
       FileNotFoundError: there is no finished tree in `directory`.
-      ValueError: it is damaged; the message names the directory and the layer.
+      ValueError: see `read_record`.
     """
     record = read_record(directory)
     if record is None:
@@ -113,6 +123,29 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
             f"{directory} is missing or unfinished; rerun scripts/quantize.py with the same "
             "--workdir to complete it"
         )
+    return record
+
+
+def load_tree(directory: Path) -> tuple[Tree, Record]:
+    """Reads a tree of host arrays and VQTensors of host arrays, and its description.
+
+    Raises:
+      FileNotFoundError: there is no finished tree in `directory`.
+      ValueError: it is damaged; the message names the directory and the layer.
+    """
+    record = finished_record(directory)
+    return load_arrays(directory, record), record
+
+
+def load_arrays(directory: Path, record: Record) -> Tree:
+    """Reads the tree that `record`, of this directory, describes.
+
+    The files may be anyone's: nothing is allocated before it is known to be what the description
+    says, and what is returned has passed `check_tensor` and `check_values`.
+
+    Raises:
+      ValueError: it is damaged; the message names the directory and the layer.
+    """
     _check_files(directory, record)
     arrays = _read_arrays(directory, record)
     tree = {}
@@ -125,7 +158,7 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
             tree[name] = state_to_tensor(leaf, meta) if packed else _finite(leaf)
         except ValueError as error:
             raise _damaged(directory, name, str(error)) from None
-    return traverse_util.unflatten_dict(tree, sep="/"), record
+    return traverse_util.unflatten_dict(tree, sep="/")
 
 
 def _check_files(directory: Path, record: Record) -> None:
