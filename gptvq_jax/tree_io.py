@@ -7,6 +7,7 @@ record.json    written last: its presence means complete
 import functools
 import hashlib
 import json
+import logging
 import operator
 import os
 import shutil
@@ -192,7 +193,7 @@ def _read_arrays(directory: Path, record: Record) -> Tree:
 
 def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...], str]) -> None:
     """Compares a nested dict of arrays, or of what Orbax says of them, with `arrays_of`."""
-    found = traverse_util.flatten_dict(arrays)
+    found = traverse_util.flatten_dict(arrays if isinstance(arrays, dict) else {})
     for keys in sorted(expected):
         name, array = "/".join(keys), found.pop(keys, None)
         if array is None:  # of a quantized layer, or all of a dense one
@@ -210,10 +211,14 @@ def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...],
 
 
 def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # it logs the content of what it cannot parse
     try:
         return read(path)
     except Exception as error:  # of damaged files it raises what it happens to, also KeyError
         raise _damaged(directory, "arrays", f"Orbax: {first_line(error)[:500]}") from None
+    finally:
+        logging.disable(disabled)
 
 
 def _finite(array: np.ndarray) -> np.ndarray:
