@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from gptvq_jax.check_tensor import check_tensor, check_values
 from gptvq_jax.grid import GroupGrid
 from gptvq_jax.packing import pack
 from gptvq_jax.tree_io import cast_dense
@@ -119,7 +120,7 @@ def from_aqlm(
     """The tensor of host arrays that a layer's three arrays, of `fmt.shapes`, stand for.
 
     Raises:
-      ValueError: a code is out of range.
+      ValueError: a code is out of range, or a codebook or scale is not finite.
     """
     books, bits, dim = fmt
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -133,7 +134,7 @@ def from_aqlm(
     cols = vectors * dim
     unsigned = np.moveaxis(codes, -1, 0).astype(np.uint16) & (2**bits - 1)  # (M, R, J)
     centroids = np.asarray(codebooks, np.float16).reshape(books, 1, 1, 2**bits, dim)
-    return VQTensor(
+    tensor = VQTensor(
         codes=np.asarray(_pack(unsigned, bits)),
         codebook=DenseCodebook(centroids, None, 16, 2**bits, dim),
         block_scales=None,
@@ -141,3 +142,6 @@ def from_aqlm(
         grid=GroupGrid(rows, cols, dim, rows, cols),
         row_scales=np.asarray(scales, np.float16).reshape(rows),
     )
+    check_tensor(tensor)
+    check_values(tensor)
+    return tensor

@@ -10,8 +10,6 @@ The manifest holds no dates, so the same run on the same machine writes the same
 """
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,18 +19,21 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from gptvq_jax.errors import brief
+from gptvq_jax.json_file import read_json_object
+from gptvq_jax.manifest import check_manifest, check_shapes, counts, leaf_shapes, listed
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.tensor_io import FORMAT_VERSION, check_format_version
 from gptvq_jax.tree_io import (
-    Record,
     Tree,
     check_dense_dtype,
-    load_tree,
+    finished_record,
+    load_arrays,
     read_record,
     save_tree,
     write_json,
 )
-from gptvq_jax.uniform import dequantize_rows, int8_rows
+from gptvq_jax.uniform import check_int8_rows, dequantize_rows, int8_rows
 from gptvq_jax.vq_tensor import VQTensor, dequantize_compiled
 
 FORMAT = "gptvq_jax"
@@ -151,21 +152,10 @@ class CheckpointWriter:
             if record is None:
                 raise ValueError(f"{self.directory} lacks {part}: write it first")
             prefix = "" if part == "outer" else f"{part}/"
-            for section, listed in _listed(record, prefix).items():
-                sections[section] |= listed
+            for section, metas in listed(record, prefix).items():
+                sections[section] |= metas
 
-        sizes = {
-            section: sum(meta["num_bytes"] for meta in listed.values())
-            for section, listed in sections.items()
-        }
-        weights = sum(math.prod(meta["shape"]) for meta in sections["layers"].values())
-        return {
-            "bits_per_value": 8 * sizes["layers"] / weights if weights else None,
-            "quantized_bytes": sizes["layers"],
-            "embedding_bytes": sizes["embeddings"],
-            "dense_bytes": sizes["dense"],
-            **sections,
-        }
+        return {**counts(sections), **sections}
 
     def _reopen(self) -> None:
         """A directory that is being written is not complete."""
@@ -193,17 +183,22 @@ class PackedCheckpoint:
                 f"{path} is missing: the run did not finish; rerun scripts/quantize.py with the "
                 "same --workdir"
             )
-        content = path.read_bytes()
         try:
-            self.manifest = json.loads(content)
+            self.manifest = read_json_object(path)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; quantize again") from error
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
+            raise ValueError(f"{path} is damaged: {error}; quantize again") from None
+        if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{path} is not the manifest of a {FORMAT} checkpoint")
         check_format_version(self.manifest.get("format_version"), str(path))
-        self.config = ModelConfig.from_hf(self.manifest["model"])
+        self.config = _model_config(self.manifest.get("model"), path)
+        try:
+            check_manifest(self.manifest, self.config)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged: {error}; restore it from a copy, or quantize again"
+            ) from None
         self.name = self.directory.name
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -247,16 +242,26 @@ class PackedCheckpoint:
         return self._load(_block_path(self.directory, index), f"layers_{index}/")
 
     def _load(self, path: Path, prefix: str) -> Tree:
-        tree, record = load_tree(path)
-        for section, listed in _listed(record, prefix).items():
+        record = finished_record(path)
+        try:
+            check_shapes(record, leaf_shapes(self.config, outer=not prefix))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not of the model in {self.directory / _MANIFEST}: {error}; restore the "
+                "one that belongs here"
+            ) from None
+        for section, metas in listed(record, prefix).items():
             # Manifests written before embeddings could be int8 do not list that section.
             expected = self.manifest.get(section, {})
-            for name, meta in listed.items():
+            for name, meta in metas.items():
                 if expected.get(name) != meta:
                     raise ValueError(
                         f"{name} in {path} is not the one listed in {self.directory / _MANIFEST}: "
                         "it comes from another run; restore the one that belongs here"
                     )
+        tree = load_arrays(path, record)
+        if not prefix:
+            _check_embeddings(tree, path)
         return tree
 
 
@@ -293,8 +298,19 @@ def _block_path(directory: Path, index: int) -> Path:
     return directory / "blocks" / f"{index:05d}"
 
 
-def _listed(record: Record, prefix: str) -> dict[str, dict[str, Any]]:
-    """The entries of the manifest for one stored tree, by section; `prefix` is '' for outer/."""
-    quantized = {prefix + n.removesuffix("/kernel"): m for n, m in record["quantized"].items()}
-    dense = {prefix + name: meta for name, meta in record["dense"].items()}
-    return {"layers" if prefix else "embeddings": quantized, "dense": dense}
+def _model_config(model: Any, path: Path) -> ModelConfig:
+    if not isinstance(model, dict):
+        raise ValueError(f"{path} is damaged: model={brief(model)} must be an object")
+    try:
+        return ModelConfig.from_hf(model)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{path}: model: {error}") from None
+
+
+def _check_embeddings(outer: Tree, path: Path) -> None:
+    for name, leaf in traverse_util.flatten_dict(outer, sep="/").items():
+        if isinstance(leaf, VQTensor):
+            try:
+                check_int8_rows(leaf)
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{path}: {name}: {error}") from None

@@ -8,11 +8,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from gptvq_jax.moves.uniform import basis
-from gptvq_jax.vq_tensor import FactoredCodebook, VQTensor
+from gptvq_jax.check_tensor import check_tensor
+from gptvq_jax.uniform import check_int8_rows
+from gptvq_jax.vq_tensor import VQTensor
 
 _CPU_SINGLE_ROWS = 4  # of x, up to which a CPU decodes the weight again for each
 _CHUNK_VALUES = 2**20  # of the weight, decoded at once where there are more
@@ -31,19 +31,12 @@ class RowWeight:
         """Shares the arrays of a tensor of `uniform.int8_rows`.
 
         Raises:
+          ValueError: its arrays do not fit each other.
           NotImplementedError: it is another kind of tensor.
         """
-        book = tensor.codebook
-        one_group_per_row = (1, 1, tensor.grid.rows, 1)
-        if (
-            not isinstance(book, FactoredCodebook)
-            or tensor.index_bits != 8
-            or tensor.row_scales is not None
-            or book.left.shape != one_group_per_row
-            or not np.array_equal(book.right, basis(256, symmetric=True))
-        ):
-            raise NotImplementedError("an embedding must be dense or int8 rows (uniform.int8_rows)")
-        return cls(tensor.codes[0], book.left[0, 0, :, 0])
+        check_tensor(tensor)
+        check_int8_rows(tensor)
+        return cls(tensor.codes[0], tensor.codebook.left[0, 0, :, 0])
 
     def take(self, rows: jax.Array) -> jax.Array:
         """Rows by index, (...) int -> (..., C) float32; NaN for one that does not exist."""

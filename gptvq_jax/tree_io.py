@@ -7,18 +7,21 @@ record.json    written last: its presence means complete
 import functools
 import hashlib
 import json
+import logging
 import operator
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from gptvq_jax.check_tensor import signature
+from gptvq_jax.errors import brief, first_line
+from gptvq_jax.json_file import read_json_object
 from gptvq_jax.tensor_io import (
     FORMAT_VERSION,
     check_format_version,
@@ -26,18 +29,23 @@ from gptvq_jax.tensor_io import (
     state_to_tensor,
     tensor_to_state,
 )
+from gptvq_jax.tree_record import (
+    DENSE_DTYPES,
+    Record,
+    arrays_of,
+    check_record,
+    dense_meta,
+    quantized_meta,
+)
 from gptvq_jax.vq_tensor import VQTensor
-
-DENSE_DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
 
 _RECORD = "record.json"
 
+# Bytes of arrays for each byte that is stored, beyond those that any tree may have: Orbax does
+# compress, but no real weights so far.
+_MAX_RATIO, _FREE_BYTES = 1024, 2**26
+
 Tree = dict[str, Any]
-Record = dict[str, Any]
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Record:
@@ -61,14 +69,11 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
     stored, quantized, dense = {}, {}, {}
     for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
         if isinstance(leaf, VQTensor):
-            stored[name], meta = tensor_to_state(leaf)
-            counts = {"shape": list(leaf.shape), "num_bytes": leaf.num_bytes}
-            counts |= {"bits_per_value": leaf.bits_per_value, "sha256": digest(stored[name])}
-            quantized[name] = counts | meta
+            stored[name], _ = tensor_to_state(leaf)
+            quantized[name] = quantized_meta(leaf, digest(stored[name]))
         else:
             array = stored[name] = cast_dense(leaf, dense_dtype, name)
-            counts = {"shape": list(array.shape), "num_bytes": array.nbytes}
-            dense[name] = counts | {"dtype": dense_dtype, "sha256": digest({"": array})}
+            dense[name] = dense_meta(array.shape, dense_dtype, digest({"": array}))
 
     if directory.exists():
         (directory / _RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
@@ -95,10 +100,30 @@ def read_record(directory: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json_object(path)
     except ValueError as error:
-        raise _damaged(directory, _RECORD, str(error)) from error
+        raise _damaged(directory, _RECORD, str(error)) from None
     check_format_version(record.get("format_version"), str(path))
+    try:
+        check_record(record)
+    except ValueError as error:
+        raise _damaged(directory, _RECORD, str(error)) from None
+    return record
+
+
+def finished_record(directory: Path) -> Record:
+    """`read_record` of a tree that must be there.
+
+    Raises:
+      FileNotFoundError: there is no finished tree in `directory`.
+      ValueError: see `read_record`.
+    """
+    record = read_record(directory)
+    if record is None:
+        raise FileNotFoundError(
+            f"{directory} is missing or unfinished; rerun scripts/quantize.py with the same "
+            "--workdir to complete it"
+        )
     return record
 
 
@@ -109,30 +134,97 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
       FileNotFoundError: there is no finished tree in `directory`.
       ValueError: it is damaged; the message names the directory and the layer.
     """
-    record = read_record(directory)
-    if record is None:
-        raise FileNotFoundError(
-            f"{directory} is missing or unfinished; rerun scripts/quantize.py with the same "
-            "--workdir to complete it"
-        )
-    # Before Orbax reads them: what it says of a damaged file is long and does not name the block.
+    record = finished_record(directory)
+    return load_arrays(directory, record), record
+
+
+def load_arrays(directory: Path, record: Record) -> Tree:
+    """Reads the tree that `record`, of this directory, describes.
+
+    The files may be anyone's: nothing is allocated before it is known to be what the description
+    says, and what is returned has passed `check_tensor` and `check_values`.
+
+    Raises:
+      ValueError: it is damaged; the message names the directory and the layer.
+    """
+    _check_files(directory, record)
+    arrays = _read_arrays(directory, record)
+    tree = {}
+    for name, meta in (record["quantized"] | record["dense"]).items():
+        leaf = functools.reduce(operator.getitem, name.split("/"), arrays)
+        packed = name in record["quantized"]
+        if digest(leaf if packed else {"": leaf}) != meta["sha256"]:
+            raise _damaged(directory, name, "its SHA-256 is not the one recorded")
+        try:
+            tree[name] = state_to_tensor(leaf, meta) if packed else _finite(leaf)
+        except ValueError as error:
+            raise _damaged(directory, name, str(error)) from None
+    return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def _check_files(directory: Path, record: Record) -> None:
+    """Before Orbax reads them: what it says of a damaged file is long and names no block."""
+    for path in (directory / "arrays").rglob("*"):
+        # A pipe would be waited for; sums leave out what lies behind the link of a directory. Links
+        # of files are followed: the cache of the Hugging Face hub is made of them.
+        if not path.is_file() and (path.is_symlink() or not path.is_dir()):
+            raise _damaged(directory, str(path.relative_to(directory)), "neither file nor folder")
     found = _file_sums(directory)
     for path, sha256 in record["files"].items():
         if found.get(path) != sha256:
             raise _damaged(directory, path, "changed or truncated" if path in found else "missing")
-    arrays = ocp.load(directory / "arrays")
 
-    tree = {}
-    for name, meta in (record["quantized"] | record["dense"]).items():
-        try:
-            leaf = functools.reduce(operator.getitem, name.split("/"), arrays)
-        except (KeyError, TypeError) as error:
-            raise _damaged(directory, name, "missing") from error
-        packed = name in record["quantized"]
-        if digest(leaf if packed else {"": leaf}) != meta["sha256"]:
-            raise _damaged(directory, name, "its SHA-256 is not the one recorded")
-        tree[name] = state_to_tensor(leaf, meta) if packed else leaf
-    return traverse_util.unflatten_dict(tree, sep="/"), record
+
+def _read_arrays(directory: Path, record: Record) -> Tree:
+    """The nested dict of host arrays, once their own description agrees with the record."""
+    path, expected = directory / "arrays", arrays_of(record)
+    stored_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    metas = (record["quantized"] | record["dense"]).values()
+    num_bytes = sum(meta["num_bytes"] for meta in metas)
+    if num_bytes > _FREE_BYTES + _MAX_RATIO * stored_bytes:
+        raise _damaged(
+            directory, _RECORD, f"{stored_bytes} bytes cannot hold {num_bytes} bytes of arrays"
+        )
+    _check_arrays(directory, _orbax(directory, ocp.metadata, path).metadata, expected)
+    arrays = _orbax(directory, ocp.load, path)
+    _check_arrays(directory, arrays, expected)
+    return arrays
+
+
+def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...], str]) -> None:
+    """Compares a nested dict of arrays, or of what Orbax says of them, with `arrays_of`."""
+    found = traverse_util.flatten_dict(arrays if isinstance(arrays, dict) else {})
+    for keys in sorted(expected):
+        name, array = "/".join(keys), found.pop(keys, None)
+        if array is None:  # of a quantized layer, or all of a dense one
+            raise _damaged(directory, "/".join(keys[:-1]), f"missing: {keys[-1]}")
+        stored = signature(array) if hasattr(array, "shape") else type(array).__name__
+        if stored != expected[keys]:
+            raise _damaged(directory, name, f"it is stored as {stored}, not as {expected[keys]}")
+        chunk = getattr(getattr(array, "storage_metadata", None), "chunk_shape", None) or ()
+        if any(part > size for part, size in zip(chunk, array.shape, strict=False)):
+            # Each would be allocated whole.
+            raise _damaged(directory, name, f"it is stored in chunks of {chunk}")
+    if found:
+        unknown = brief("/".join(map(str, next(iter(found)))))
+        raise _damaged(directory, unknown, "it is not in the record")
+
+
+def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # it logs the content of what it cannot parse
+    try:
+        return read(path)
+    except Exception as error:  # of damaged files it raises what it happens to, also KeyError
+        raise _damaged(directory, "arrays", f"Orbax: {first_line(error)[:500]}") from None
+    finally:
+        logging.disable(disabled)
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise ValueError("it contains NaN or Inf")
+    return array
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -119,6 +119,21 @@ def int8_rows(weight: np.ndarray) -> VQTensor:
     return VQTensor(codes, FactoredCodebook(scale, None, right), None, 8, grid)
 
 
+def check_int8_rows(tensor: VQTensor) -> None:
+    """Raises NotImplementedError for a tensor of host arrays that `int8_rows` does not make."""
+    book = tensor.codebook
+    if (
+        not isinstance(book, FactoredCodebook)
+        or tensor.index_bits != 8
+        or tensor.block_scales is not None
+        or tensor.row_scales is not None
+        or book.left_scale is not None
+        or book.left.shape != (1, 1, tensor.grid.rows, 1)
+        or not np.array_equal(book.right, basis(256, symmetric=True))
+    ):
+        raise NotImplementedError("an embedding must be dense or int8 rows (uniform.int8_rows)")
+
+
 def dequantize_rows(tensor: VQTensor) -> np.ndarray:
     """What `dequantize` gives, (R, C) float32, for a tensor of `int8_rows`; on the host.
 

@@ -78,7 +78,8 @@ class BlockScales:
         """Scale of each vector (R, J_padded), float32."""
         codes = packing.unpack(self.codes, 4, self.blocks)
         scales = block_scale_values(codes, self.offset[:, None], self.step[:, None])
-        vectors = self.block_size // grid.dim
+        # A block that is wider than its strip is the strip: nothing larger is ever made.
+        vectors = min(self.block_size // grid.dim, grid.strip_vectors)
         scales = jnp.repeat(scales, vectors, axis=-1)[..., : grid.strip_vectors]
         return scales.reshape(grid.rows, -1)
 
@@ -119,9 +120,14 @@ class VQTensor:
 
 
 def dequantize(tensor: VQTensor) -> jax.Array:
-    """The weight (R, C) that the packed arrays stand for, float32."""
+    """The weight (R, C) that the packed arrays stand for, float32.
+
+    Raises:
+      ValueError: the codebook or the codes have other sizes than the grid and `index_bits` say.
+    """
     grid = tensor.grid
     codebook = tensor.codebook.values()  # (M, S, G, K, D)
+    _check_lookup(tensor, codebook.shape)
     # One flat index: XLA then loads the D values of a centroid together.
     vectors = codebook.reshape(-1, grid.dim).at[_flat_index(tensor)].get(mode="promise_in_bounds")
     weight = jnp.sum(vectors, axis=0)  # (R, J, D)
@@ -131,6 +137,17 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     if tensor.row_scales is not None:
         weight = weight * jnp.asarray(tensor.row_scales, jnp.float32)[:, None, None]
     return weight.reshape(grid.rows, -1)[:, : grid.cols]
+
+
+def _check_lookup(tensor: VQTensor, codebook_shape: tuple[int, ...]) -> None:
+    """Keeps the promise that every lookup makes: that it is in bounds."""
+    grid, books = tensor.grid, tensor.codes.shape[0]
+    expected = (books, grid.col_strips, grid.row_strips, 2**tensor.index_bits, grid.dim)
+    if codebook_shape != expected or tensor.codes.shape[1] != grid.rows:
+        raise ValueError(
+            f"codes {tensor.codes.shape} of {tensor.index_bits} bits and {grid} need centroids "
+            f"{expected}, not {codebook_shape}"
+        )
 
 
 def _flat_index(tensor: VQTensor) -> jax.Array:

@@ -9,9 +9,10 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  teaches numpy the bfloat16 that safetensors returns
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from gptvq_jax.errors import first_line
+from gptvq_jax.errors import brief, first_line
+from gptvq_jax.json_file import leaves_directory
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import check_names, sampled_digest
 
@@ -164,7 +165,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
     if index.is_file():
-        files = {name: directory / shard for name, shard in _read_json(index)["weight_map"].items()}
+        files = _weight_map(index, _read_json(index))
         for path in sorted(set(files.values())):
             with _open(path) as file:
                 held = set(file.keys())
@@ -181,13 +182,30 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     raise FileNotFoundError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
 
 
+def _weight_map(index: Path, content: Any) -> dict[str, Path]:
+    """{tensor name: file} of an index; a file outside its directory is none of the model's."""
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index} is damaged: it has no weight_map")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or not shard or leaves_directory(shard):
+            raise ValueError(
+                f"{index} places tensor {brief(name)} in {brief(shard)}, which is not a file of "
+                "this directory"
+            )
+    return {name: index.parent / shard for name, shard in shards.items()}
+
+
 def _open(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; is the download complete?")
     try:
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # beside SafetensorError what Python makes of names and of memory
+        reason = first_line(error)
+        raise ValueError(f"{path} is not a complete safetensors file: {reason}") from None
 
 
 def _header(path: Path) -> tuple[Path, int, list[int]]:

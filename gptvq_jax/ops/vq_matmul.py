@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from gptvq_jax.check_tensor import check_tensor
 from gptvq_jax.vq_tensor import VQTensor
 
 # Name -> (platform it runs on, or None for all; what it is).
@@ -48,7 +49,8 @@ def vq_matmul(x: jax.Array, tensor: VQTensor, *, implementation: str = "auto") -
       (..., R).
 
     Raises:
-      ValueError: an unknown implementation, or x is not floating point with C columns.
+      ValueError: an unknown implementation, x is not floating point with C columns, or the arrays
+        of the tensor do not fit each other (`check_tensor`).
       NotImplementedError: the named implementation does not support the tensor or the platform.
     """
     return x @ make_kernel(tensor, implementation)
@@ -60,11 +62,13 @@ def make_kernel(tensor: VQTensor, implementation: str = "auto") -> "VQKernel":
     Args and errors are those of `vq_matmul`. Where it runs many times, make it once: some
     implementations rearrange the codes.
     """
+    check_tensor(tensor)
     return pack(tensor, _choose(tensor, implementation))
 
 
 def pack(tensor: VQTensor, implementation: str) -> "VQKernel":
     """`make_kernel` without asking whether the named implementation runs here."""
+    check_tensor(tensor)  # implementations and their kernels do not look again
     rows, cols = tensor.shape
     packed = _module(implementation).pack(without_row_scales(tensor))
     return VQKernel(packed, tensor.row_scales, implementation, (cols, rows))

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax import packing
+from gptvq_jax.check_tensor import check_tensor
 from gptvq_jax.ops.cpu.build import library
+from gptvq_jax.ops.int4 import GROUP_SIZE
 from gptvq_jax.vq_tensor import DenseCodebook, VQTensor, block_scale_values
 
 _DIMS = (1, 2, 4, 8, 16)
@@ -38,8 +40,13 @@ def matmul(x: jax.Array, tensor: VQTensor, round_x: bool) -> jax.Array:
       x: any float dtype.
       tensor: one that `check` accepts.
       round_x: whether x may be rounded to int8, with one scale per row.
+
+    Raises:
+      ValueError: the arrays of the tensor do not fit each other, or x does not have C columns.
     """
     assert tensor.row_scales is None, "row scales are VQKernel's to apply"
+    check_tensor(tensor)  # the last door: beyond it are pointers
+    _check_columns(x, tensor.shape[1])
     x = x.astype(jnp.float32)
     shape = (x.shape[0], tensor.shape[0])
     if why_not_in_registers(tensor):
@@ -54,8 +61,20 @@ def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
       x: C is a multiple of 128.
       codes: (R, C / 2) uint8.
       scale: (R, C / 128) float16.
+
+    Raises:
+      ValueError: the shapes do not fit each other.
     """
+    rows, cols = codes.shape[0], 2 * codes.shape[1]
+    _check_columns(x, cols)
+    if cols % GROUP_SIZE or scale.shape != (rows, cols // GROUP_SIZE):
+        raise ValueError(f"codes {codes.shape} and scales {scale.shape} are not of one weight")
     return _call("int4_matmul", (x.shape[0], codes.shape[0]), x, codes, scale)
+
+
+def _check_columns(x: jax.Array, cols: int) -> None:
+    if x.ndim != 2 or x.shape[1] != cols:
+        raise ValueError(f"x has shape {x.shape}, the weight {cols} columns")
 
 
 def _arrays(tensor: VQTensor) -> tuple[jax.Array, ...]:
