@@ -44,7 +44,16 @@ class AQLMSource(CheckpointSource):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """See HFDirectory.tokenizer."""
-        return self._directory.tokenizer(self.config.vocab_size)
+        return self._directory.tokenizer()
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """See ModelSource.stop_tokens."""
+        return self._directory.stop_tokens
+
+    def companions(self) -> dict[str, bytes]:
+        """See ModelSource.companions."""
+        return self._directory.companions()
 
     def packed_block(self, index: int) -> dict[str, Any]:
         """Block `index` with a VQTensor of the (out, in) weight as each quantized kernel.

@@ -1,0 +1,114 @@
+"""Fields of files that others wrote: what each may hold, and one line about the one that is wrong.
+
+A table says of every field which values it takes. What has passed it can be computed with: sizes
+are integers of at most 31 bits, numbers are finite in float32, no boolean counts as either.
+"""
+
+import dataclasses
+import json
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_MAX_INT = 2**31 - 1
+_MIN_FLOAT, _MAX_FLOAT = 1e-37, 1e37  # float32 holds both, and their inverses
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What one field may hold.
+
+    Attributes:
+      text: completes the sentence "FIELD must be ...".
+      accepts: whether a value other than null is one.
+      default: of an absent field; without one it is required.
+      null: whether null is a value too.
+    """
+
+    text: str
+    accepts: Callable[[Any], bool]
+    default: Any = _REQUIRED
+    null: bool = False
+
+    def optional(self, default: Any = None, null: bool = True) -> "Field":
+        """The same field where it may be absent, and null unless `null` is False."""
+        return dataclasses.replace(self, default=default, null=null)
+
+    def check(self, name: str, value: Any) -> Any:
+        """Returns `value`; raises ValueError, which calls it `name`, if it cannot be."""
+        if not (self.null if value is None else self.accepts(value)):
+            raise ValueError(f"{name} must be {self.text}, got {show(value)}")
+        return value
+
+    def read(self, fields: Mapping[str, Any], name: str) -> Any:
+        """Returns the value of field `name`, or the default if it is absent.
+
+        Raises:
+          ValueError: it is required and absent, or holds what it cannot hold.
+        """
+        if self.default is _REQUIRED and fields.get(name) is None:
+            raise ValueError(f"lacks the field {name!r}")
+        return self.check(name, fields[name]) if name in fields else self.default
+
+
+def integer(low: int, high: int = _MAX_INT, text: str | None = None) -> Field:
+    """An integer from `low` to `high`."""
+    text = text or f"an integer from {low} to {high}"
+    return Field(text, lambda value: is_integer(value) and low <= value <= high)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is one; true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return is_integer(value) or isinstance(value, float)
+
+
+def _is_token_id(value: Any) -> bool:
+    return is_integer(value) and 0 <= value <= _MAX_INT
+
+
+def _is_token_ids(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(map(_is_token_id, values))
+
+
+SIZE = integer(1, text="a positive integer")
+POSITIVE = Field(
+    "a positive number that float32 can hold",
+    lambda value: _is_number(value) and _MIN_FLOAT <= value <= _MAX_FLOAT,
+)
+FLAG = Field("true or false", lambda value: isinstance(value, bool))
+TEXT = Field("a string", lambda value: isinstance(value, str))
+OBJECT = Field("an object with fields", lambda value: isinstance(value, Mapping))
+TOKEN_ID = Field("a token id, an integer from 0", _is_token_id)
+TOKEN_IDS = Field("a token id, an integer from 0, or a list of them", _is_token_ids)
+
+
+def show(value: Any) -> str:
+    """repr(value) of any JSON, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, or something else than an object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {show(content)}, not a JSON object with named fields")
+    return content

@@ -1,0 +1,83 @@
+"""Tokenizers in Hugging Face's layout: loading one, and storing one that others can load."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptvq_jax.errors import first_line
+from gptvq_jax.models.companions import (
+    TOKENIZER_CONFIG,
+    VOCABULARIES,
+    find_files,
+    write_companions,
+)
+from gptvq_jax.models.fields import read_json_object
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The transformers tokenizer of a directory.
+
+    Raises:
+      ValueError: there is none, or it cannot be loaded; one line with the reason.
+    """
+    from transformers import AutoTokenizer  # its import takes seconds
+
+    vocabularies = find_files(directory, VOCABULARIES)
+    if not vocabularies:  # of which transformers may make a tokenizer that knows no word
+        reason = "there is neither a tokenizer.json nor another vocabulary"
+        raise ValueError(f"{directory} has no usable tokenizer: {reason}")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises plain Exception, and panics
+        reason = first_line(error)
+        if _needs_sentencepiece(directory, vocabularies):
+            reason = "its vocabulary is a SentencePiece model; pip install sentencepiece"
+        raise ValueError(f"{directory} has no usable tokenizer: {reason}") from None
+
+
+def save_tokenizer(tokenizer: Any, directory: Path, own_files: Mapping[str, bytes]) -> None:
+    """Stores a tokenizer so that it loads as it did: in its own files, where it came with them.
+
+    Args:
+      tokenizer: of transformers, which writes what `own_files` lack.
+      directory: created if missing.
+      own_files: see ModelSource.companions.
+    """
+    tokenizer.save_pretrained(directory)
+    make_portable(directory)
+    write_companions(own_files, directory)
+
+
+def make_portable(directory: Path) -> None:
+    """Renames what only transformers 5 knows in tokenizer_config.json to what 4 and 5 know.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = directory / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    before = read_json_object(path)
+    config = dict(before)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        extra = config.pop("extra_special_tokens")
+        config["additional_special_tokens"] = extra
+    if config != before:
+        path.write_text(
+            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
+        )
+
+
+def _needs_sentencepiece(directory: Path, vocabularies: list[str]) -> bool:
+    """Whether the only vocabulary is one that transformers reads with a package that is absent."""
+    if "tokenizer.json" in vocabularies or importlib.util.find_spec("sentencepiece") is not None:
+        return False
+    models = (directory / name for name in vocabularies if ".model" in name)
+    # A protobuf message whose first field is a list of messages; tiktoken's files are text.
+    return any(path.open("rb").read(1) == b"\n" for path in models)
