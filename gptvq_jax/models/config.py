@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptvq_jax.models.fields import (
+    EPSILON,
     FLAG,
     OBJECT,
-    POSITIVE,
+    ROPE_BASE,
+    ROPE_FACTOR,
     SIZE,
     TEXT,
     TOKEN_ID,
@@ -25,7 +27,7 @@ _FIELDS = {
     "num_attention_heads": SIZE,
     "num_key_value_heads": SIZE.optional(),
     "head_dim": SIZE.optional(),
-    "rms_norm_eps": POSITIVE.optional(1e-6, null=False),
+    "rms_norm_eps": EPSILON.optional(1e-6, null=False),
     "max_position_embeddings": SIZE.optional(2048, null=False),
     "sliding_window": SIZE.optional(),
     "tie_word_embeddings": FLAG.optional(False),
@@ -53,9 +55,9 @@ _ONLY = {
     "quantization_config": (None,),
 }
 _SCALING_FIELDS = {
-    "factor": POSITIVE,
-    "low_freq_factor": POSITIVE,
-    "high_freq_factor": POSITIVE,
+    "factor": ROPE_FACTOR,
+    "low_freq_factor": ROPE_FACTOR,
+    "high_freq_factor": ROPE_FACTOR,
     "original_max_position_embeddings": SIZE,
 }
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -116,7 +118,7 @@ class ModelConfig:
         _check_model_type(self.model_type)
         for name, field in _FIELDS.items():
             field.check(name, getattr(self, name))
-        POSITIVE.check("rope_theta", self.rope_theta)
+        ROPE_BASE.check("rope_theta", self.rope_theta)
         for name in ("num_key_value_heads", "head_dim"):  # null in a file only
             SIZE.check(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -227,9 +229,9 @@ def _read_rope(
         raise NotImplementedError(
             f"{field}.{name} holds parameters of one type of layer, which is not supported"
         )
-    theta = POSITIVE.optional().read(rope, "rope_theta")
+    theta = ROPE_BASE.optional().check(f"{field}.rope_theta", rope.get("rope_theta"))
     if theta is None:
-        theta = POSITIVE.optional().read(hf, "rope_theta")
+        theta = ROPE_BASE.optional().read(hf, "rope_theta")
     theta = 10000.0 if theta is None else float(theta)
     # Early version 4 files call it "type".
     rope_type = TEXT.check(f"{field}.rope_type", rope.get("rope_type", rope.get("type", "default")))

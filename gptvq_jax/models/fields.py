@@ -1,7 +1,7 @@
 """Fields of files that others wrote: what each may hold, and one line about the one that is wrong.
 
 A table says of every field which values it takes. What has passed it can be computed with: sizes
-are integers of at most 31 bits, numbers are finite in float32, no boolean counts as either.
+are integers of at most 31 bits, numbers have bounds within float32, no boolean counts as either.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 _MAX_INT = 2**31 - 1
-_MIN_FLOAT, _MAX_FLOAT = 1e-37, 1e37  # float32 holds both, and their inverses
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _REQUIRED = object()
@@ -61,6 +60,12 @@ def integer(low: int, high: int = _MAX_INT, text: str | None = None) -> Field:
     return Field(text, lambda value: is_integer(value) and low <= value <= high)
 
 
+def number(low: float, high: float) -> Field:
+    """An integer or a float from `low` to `high`."""
+    text = f"a number from {low:g} to {high:g}"
+    return Field(text, lambda value: _is_number(value) and low <= value <= high)
+
+
 def is_integer(value: Any) -> bool:
     """Whether it is one; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -80,10 +85,9 @@ def _is_token_ids(value: Any) -> bool:
 
 
 SIZE = integer(1, text="a positive integer")
-POSITIVE = Field(
-    "a positive number that float32 can hold",
-    lambda value: _is_number(value) and _MIN_FLOAT <= value <= _MAX_FLOAT,
-)
+EPSILON = number(1e-30, 1e3)  # of a norm
+ROPE_BASE = number(1, 1e30)
+ROPE_FACTOR = number(1e-6, 1e9)
 FLAG = Field("true or false", lambda value: isinstance(value, bool))
 TEXT = Field("a string", lambda value: isinstance(value, str))
 OBJECT = Field("an object with fields", lambda value: isinstance(value, Mapping))

@@ -14,7 +14,7 @@ from gptvq_jax.data.packaged import packaged_file
 from gptvq_jax.errors import first_line
 from gptvq_jax.models.companions import GENERATION_CONFIG, generation_config
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.fields import POSITIVE, SIZE, TOKEN_ID, integer, show
+from gptvq_jax.models.fields import EPSILON, ROPE_BASE, SIZE, TOKEN_ID, integer, show
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.source import CheckpointSource, check_names, sampled_digest, tensor_names
 
@@ -40,8 +40,8 @@ _RENAMES = {
 
 
 _OR_ZERO = integer(0, text="a positive integer, or 0 for the usual one")
-_THETA = dataclasses.replace(
-    POSITIVE, accepts=lambda value: POSITIVE.accepts(value) or (value == 0 and value is not False)
+_BASE_OR_ZERO = dataclasses.replace(
+    ROPE_BASE, accepts=lambda value: ROPE_BASE.accepts(value) or show(value) in ("0", "0.0")
 )
 # ModelConfig's names -> metadata keys and what they may hold.
 _METADATA = {
@@ -51,8 +51,8 @@ _METADATA = {
     "num_attention_heads": ("llama.attention.head_count", SIZE),
     "num_key_value_heads": ("llama.attention.head_count_kv", _OR_ZERO.optional()),
     "head_dim": ("llama.attention.key_length", _OR_ZERO.optional()),
-    "rms_norm_eps": ("llama.attention.layer_norm_rms_epsilon", POSITIVE),
-    "rope_theta": ("llama.rope.freq_base", _THETA.optional()),
+    "rms_norm_eps": ("llama.attention.layer_norm_rms_epsilon", EPSILON),
+    "rope_theta": ("llama.rope.freq_base", _BASE_OR_ZERO.optional()),
     "max_position_embeddings": ("llama.context_length", SIZE),
     "bos_token_id": ("tokenizer.ggml.bos_token_id", TOKEN_ID.optional()),
     "eos_token_id": ("tokenizer.ggml.eos_token_id", TOKEN_ID.optional()),
@@ -79,11 +79,9 @@ class GGUFSource(CheckpointSource):
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.name = self._path.stem
         try:
-            self.config = _config(self._field, self._tensors)
-            stop_tokens = [TOKEN_ID.optional().check(key, self._field(key)) for key in _STOP_KEYS]
+            self.config, self.stop_tokens = read_metadata(self._field, self._tensors)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{self._path}: {error}") from None
-        self.stop_tokens = tuple(token for token in stop_tokens if token is not None)
         check_names(self._path, self._tensors, map(_gguf_name, tensor_names(self.config)))
         if fingerprint is None:
             offsets = [tensor.data_offset for tensor in self._reader.tensors]
@@ -178,8 +176,19 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _config(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that the metadata describes; messages do not name the file."""
+def read_metadata(
+    field: Callable[[str], Any], tensors: Mapping[str, Any]
+) -> tuple[ModelConfig, tuple[int, ...]]:
+    """The architecture, and the ids that end a turn or a message.
+
+    Args:
+      field: returns the value of a metadata key, or None if the file does not have it.
+      tensors: by name, as gguf describes them; no array is touched.
+
+    Raises:
+      ValueError: a field is missing or holds what it cannot hold; the message names its key.
+      NotImplementedError: another architecture, or a variant that the decoder lacks.
+    """
     architecture = field("general.architecture")
     if architecture != "llama":
         raise NotImplementedError(f"architecture {show(architecture)}, only 'llama' is read")
@@ -189,6 +198,7 @@ def _config(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> ModelCon
         if value is None and not kind.null:
             raise ValueError(f"lacks the metadata field {key}")
         values[name] = kind.check(key, value)
+    ends = [TOKEN_ID.optional().check(key, field(key)) for key in _STOP_KEYS]
 
     def only(key: str, *allowed: Any) -> None:
         if field(key) not in (None, *allowed):
@@ -204,7 +214,7 @@ def _config(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> ModelCon
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("lacks the tensor token_embd.weight, of two axes")
-    return ModelConfig.from_hf(
+    config = ModelConfig.from_hf(
         {
             **values,
             "model_type": "llama",
@@ -216,6 +226,7 @@ def _config(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> ModelCon
             "tie_word_embeddings": "output.weight" not in tensors,
         }
     )
+    return config, tuple(token for token in ends if token is not None)
 
 
 def _check_rope(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> None:

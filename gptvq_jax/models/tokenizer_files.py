@@ -15,6 +15,8 @@ from gptvq_jax.models.companions import (
 )
 from gptvq_jax.models.fields import read_json_object
 
+_JSON_OBJECTS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+
 
 def load_tokenizer(directory: Path) -> Any:
     """The transformers tokenizer of a directory.
@@ -24,18 +26,20 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer  # its import takes seconds
 
-    vocabularies = find_files(directory, VOCABULARIES)
-    if not vocabularies:  # of which transformers may make a tokenizer that knows no word
-        reason = "there is neither a tokenizer.json nor another vocabulary"
+    if reason := _lacking(directory):
         raise ValueError(f"{directory} has no usable tokenizer: {reason}")
+    for name in _JSON_OBJECTS:
+        if (directory / name).is_file():
+            read_json_object(directory / name)
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        # Neither the tokenizer's own code nor the network is asked.
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises plain Exception, and panics
         reason = first_line(error)
-        if _needs_sentencepiece(directory, vocabularies):
-            reason = "its vocabulary is a SentencePiece model; pip install sentencepiece"
         raise ValueError(f"{directory} has no usable tokenizer: {reason}") from None
 
 
@@ -74,10 +78,19 @@ def make_portable(directory: Path) -> None:
         )
 
 
-def _needs_sentencepiece(directory: Path, vocabularies: list[str]) -> bool:
-    """Whether the only vocabulary is one that transformers reads with a package that is absent."""
-    if "tokenizer.json" in vocabularies or importlib.util.find_spec("sentencepiece") is not None:
-        return False
-    models = (directory / name for name in vocabularies if ".model" in name)
-    # A protobuf message whose first field is a list of messages; tiktoken's files are text.
-    return any(path.open("rb").read(1) == b"\n" for path in models)
+def _lacking(directory: Path) -> str | None:
+    """What is missing where transformers would go on, or give advice that does not help."""
+    vocabularies = find_files(directory, VOCABULARIES)
+    if not vocabularies:  # it may make a tokenizer that knows no word
+        return "there is neither a tokenizer.json nor another vocabulary"
+    if importlib.util.find_spec("sentencepiece") is None and all(
+        ".model" in name and _is_message(directory / name) for name in vocabularies
+    ):
+        return f"{vocabularies[0]} is a SentencePiece model; pip install sentencepiece"
+    return None
+
+
+def _is_message(path: Path) -> bool:
+    """Whether a file begins as SentencePiece's messages do; tiktoken's vocabularies are text."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"
