@@ -1,7 +1,8 @@
 """The packed checkpoint: a directory that a run fills block by block, and a model once complete.
 
     manifest.json    written last and atomically: its presence means complete
-    tokenizer/       as transformers saves it
+    tokenizer/       and the other files that transformers reads beside weights, as the source has
+                     them, so that export can hand them on
     outer/           a stored tree (tree_io.py): embeddings, final norm and head; the embedding
                      and the head dense, or rounded to int8 rows
     blocks/00000/    one for each transformer block, quantized kernels packed
@@ -20,9 +21,11 @@ import numpy as np
 from flax import traverse_util
 
 from gptvq_jax.errors import brief
-from gptvq_jax.json_file import read_json_object
+from gptvq_jax.json_file import read_own_object
 from gptvq_jax.manifest import check_manifest, check_shapes, counts, leaf_shapes, listed
+from gptvq_jax.models.companions import read_companions, read_stop_tokens
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.tokenizer_files import load_tokenizer, save_tokenizer
 from gptvq_jax.tensor_io import FORMAT_VERSION, check_format_version
 from gptvq_jax.tree_io import (
     Tree,
@@ -99,10 +102,12 @@ class CheckpointWriter:
         self._reopen()
         save_tree(_block_path(self.directory, index), block, self.dense_dtype)
 
-    def write_tokenizer(self, tokenizer: Any) -> None:
-        """Stores a transformers tokenizer."""
+    def write_tokenizer(
+        self, tokenizer: Any, companions: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Stores a transformers tokenizer, and files that came with it (ModelSource.companions)."""
         self._reopen()
-        tokenizer.save_pretrained(self.directory / "tokenizer")
+        save_tokenizer(tokenizer, self.directory / "tokenizer", companions or {})
 
     def finished_blocks(self) -> int:
         """Number of leading blocks that are complete on disk: where a resumed run goes on."""
@@ -184,7 +189,7 @@ class PackedCheckpoint:
                 "same --workdir"
             )
         try:
-            self.manifest = read_json_object(path)
+            self.manifest = read_own_object(path)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}; quantize again") from None
         if self.manifest.get("format") != FORMAT:
@@ -202,10 +207,25 @@ class PackedCheckpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer."""
-        from transformers import AutoTokenizer  # its import takes seconds
+        """The transformers tokenizer.
 
-        return AutoTokenizer.from_pretrained(self.directory / "tokenizer")
+        Raises:
+          ValueError: it cannot be loaded.
+        """
+        return load_tokenizer(self.directory / "tokenizer")
+
+    @cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """See ModelSource.stop_tokens.
+
+        Raises:
+          ValueError: generation_config.json is damaged.
+        """
+        return read_stop_tokens(self.directory / "tokenizer")
+
+    def companions(self) -> dict[str, bytes]:
+        """See ModelSource.companions."""
+        return read_companions(self.directory / "tokenizer")
 
     def outer(self) -> Tree:
         """Parameters outside the blocks, float32.

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ from flax import traverse_util
 
 from gptvq_jax.aqlm_format import AQLMFormat, aqlm_format, to_aqlm
 from gptvq_jax.checkpoint import PackedCheckpoint
+from gptvq_jax.models.companions import write_companions
+from gptvq_jax.models.tokenizer_files import make_portable
 from gptvq_jax.new_directory import new_directory
 from gptvq_jax.shards import write_shards
 from gptvq_jax.tensor_io import abstract_tensor
@@ -29,6 +30,8 @@ def hf_dense(
     on_block: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes the dequantized model in Hugging Face's layout: config, safetensors, tokenizer.
+
+    The other files that transformers reads with a model go along, as the source had them.
 
     Blocks are streamed; memory holds a block and a shard. The directory appears under its name only
     when it is whole.
@@ -118,7 +121,8 @@ def _write(
     with new_directory(output_dir) as partial:
         config = checkpoint.config.to_hf() | {"torch_dtype": dtype} | extra_config
         write_json(partial / "config.json", config)
-        shutil.copytree(checkpoint.directory / "tokenizer", partial, dirs_exist_ok=True)
+        write_companions(checkpoint.companions(), partial)
+        make_portable(partial)
         write_shards(tensors(), partial, shard_bytes)
 
 

@@ -10,6 +10,8 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import open_source
 from gptvq_jax.prompts import TextStream, encode_prompts
 from gptvq_jax.sampling import Sampling
+from gptvq_jax.stop_tokens import stop_tokens
+from gptvq_jax.vocabulary import check_tokens
 
 
 def generate_text(
@@ -53,6 +55,8 @@ def generate_text(
         raise ValueError("--dense is of a checkpoint; a --model is dense already")
     source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
     tokens = encode_prompts(source.tokenizer, prompts, chat, system)
+    for index, prompt in enumerate(tokens):
+        check_tokens(prompt, source.config.vocab_size, source.tokenizer, f"prompt {index}")
     check_prompts(source.config, tokens, max_tokens)
     if packed:
         params = serving.packed_params(source, implementation or "auto")
@@ -75,7 +79,7 @@ def generate_text(
         max_tokens=max_tokens,
         sampling=sampling,
         seed=seed,
-        stop_tokens=stop_tokens(source.config, source.tokenizer),
+        stop_tokens=stop_tokens(source),
         dtype=dtype,
         compile_first=True,
         on_tokens=lambda new: show([s.add(t) for s, t in zip(streams, new, strict=True)]),
@@ -86,13 +90,6 @@ def generate_text(
         print("\n".join(f"[{index}]{text}" for index, text in enumerate(texts)))
     print(figures(result, sum(map(len, tokens)), params, source.config))
     return texts
-
-
-def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text: those of the model's config and the tokenizer's."""
-    eos = config.eos_token_id
-    found = {*(eos if isinstance(eos, tuple) else (eos,)), tokenizer.eos_token_id}
-    return tuple(sorted(found - {None}))
 
 
 def figures(result: Generation, prompt_tokens: int, params: Any, config: ModelConfig) -> str:

@@ -31,7 +31,7 @@ def import_aqlm(
     """
     with new_directory(output_dir) as partial:
         writer = CheckpointWriter(partial, dense_dtype)
-        writer.write_tokenizer(source.tokenizer)
+        writer.write_tokenizer(source.tokenizer, source.companions())
         writer.write_outer(source.outer())
         for index in range(source.config.num_hidden_layers):
             writer.write_block(index, source.packed_block(index))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -12,13 +13,33 @@ MAX_BYTES = 2**26  # of one file; what describes the largest models takes a few 
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
+    """The object that somebody's file holds.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not one JSON object, a name occurs twice in one of its objects, a number is
-        not finite, or it is nested too deep or too large; the caller names the file.
+      ValueError: it is not JSON, too deep or large, or something else than an object; the message
+        names the file.
     """
+    try:
+        return _object(_load(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_own_object(path: Path) -> dict[str, Any]:
+    """The object that a file of this package holds, which never has more than it needs.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: as `read_json_object`, or a name occurs twice in one of its objects, or a number
+        is not finite; the caller names the file.
+    """
+    return _object(
+        _load(path, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+    )
+
+
+def _load(path: Path, **hooks: Callable) -> Any:
     if not path.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"no such file: {path}")
     with path.open("rb") as file:
@@ -26,18 +47,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     try:
-        value = json.loads(
-            content,
-            object_pairs_hook=_unique,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
+        return json.loads(content, **hooks)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
         raise ValueError(first_line(error)) from None
+
+
+def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {brief(value)}, not an object")
+        raise ValueError(f"it holds {brief(value)}, not an object with named fields")
     return value
 
 

@@ -137,7 +137,7 @@ def _begin(job: _Job, writer: CheckpointWriter, tokens: np.ndarray) -> None:
     """Stores what is outside the blocks, and embeds the tokens."""
     outer = job.source.outer()
     stored = writer.write_outer(outer, job.settings.embeddings)
-    writer.write_tokenizer(job.source.tokenizer)
+    writer.write_tokenizer(job.source.tokenizer, job.source.companions())
     job.streams.begin(outer, stored, tokens)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from gptvq_jax.errors import first_line
+
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character (yet)
 
 
@@ -18,7 +20,8 @@ def encode_prompts(
       system: system message of the chat; None: the template's own, if any.
 
     Raises:
-      ValueError: an empty prompt; a chat without a template; a system message without a chat.
+      ValueError: an empty prompt; a chat without a template, or with one that refuses or fails; a
+        system message without a chat.
     """
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
@@ -31,15 +34,36 @@ def encode_prompts(
         raise ValueError("the model's tokenizer has no chat template; leave out --chat")
     first = [] if system is None else [{"role": "system", "content": system}]
     texts = [
-        tokenizer.apply_chat_template(
-            [*first, {"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        render_chat(tokenizer, [*first, {"role": "user", "content": prompt}], True)
         for prompt in prompts
     ]
     # The template has written the special tokens.
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next: bool) -> str:
+    """The text that the tokenizer's chat template makes of messages.
+
+    Args:
+      tokenizer: of transformers, with a chat template.
+      messages: {"role": ..., "content": ...}, in turn.
+      answer_next: end where the assistant's answer begins.
+
+    Raises:
+      ValueError: the template refuses them, or is faulty; the message quotes its own.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer_next
+        )
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"the model's chat template fails: {first_line(error)} ({type(error).__name__}); "
+            "change --system, or leave out --chat"
+        ) from None
+    if not isinstance(text, str):
+        raise ValueError("the model's chat template makes no text; leave out --chat")
+    return text
 
 
 class TextStream:

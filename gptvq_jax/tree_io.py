@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax.check_tensor import signature
 from gptvq_jax.errors import brief, first_line
-from gptvq_jax.json_file import read_json_object
+from gptvq_jax.json_file import read_own_object
 from gptvq_jax.tensor_io import (
     FORMAT_VERSION,
     check_format_version,
@@ -100,7 +100,7 @@ def read_record(directory: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        record = read_json_object(path)
+        record = read_own_object(path)
     except ValueError as error:
         raise _damaged(directory, _RECORD, str(error)) from None
     check_format_version(record.get("format_version"), str(path))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gptvq_jax.vocabulary import check_tokens
+
 _SEPARATOR = "\n\n"
 
 
@@ -103,11 +105,8 @@ def _tokenize(tokenizer: Any, text: str, vocab_size: int | None) -> np.ndarray:
         text, verbose=False, return_attention_mask=False, return_token_type_ids=False
     )
     tokens = np.asarray(encoded["input_ids"], np.int32)
-    if vocab_size is not None and tokens.size and tokens.max() >= vocab_size:
-        raise ValueError(
-            f"token id {tokens.max()} is outside the model's vocabulary of {vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )
+    if vocab_size is not None:
+        check_tokens(tokens, vocab_size, tokenizer, "the text")
     return tokens
 
 

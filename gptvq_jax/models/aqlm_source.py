@@ -8,6 +8,7 @@ import numpy as np
 
 from gptvq_jax.aqlm_format import AQLMFormat, from_aqlm
 from gptvq_jax.checkpoint import dequantize_tree
+from gptvq_jax.models.fields import SIZE, show
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.source import CheckpointSource, check_shape, tensor_names
 from gptvq_jax.packing import MAX_BITS
@@ -15,7 +16,12 @@ from gptvq_jax.packing import MAX_BITS
 _PARTS = ("codes", "codebooks", "scales")
 _SAFETENSORS_INTS = {np.dtype(np.int8): "I8", np.dtype(np.int16): "I16"}
 # What a quantization_config leaves unsaid means the default of transformers' AqlmConfig.
-_DEFAULTS = {"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": 8, "out_group_size": 1}
+_FIELDS = {
+    "num_codebooks": SIZE.optional(1, null=False),
+    "nbits_per_codebook": SIZE.optional(16, null=False),
+    "in_group_size": SIZE.optional(8, null=False),
+    "out_group_size": SIZE.optional(1, null=False),
+}
 
 
 class AQLMSource(CheckpointSource):
@@ -44,7 +50,16 @@ class AQLMSource(CheckpointSource):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """See HFDirectory.tokenizer."""
-        return self._directory.tokenizer(self.config.vocab_size)
+        return self._directory.tokenizer()
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """See ModelSource.stop_tokens."""
+        return self._directory.stop_tokens
+
+    def companions(self) -> dict[str, bytes]:
+        """See ModelSource.companions."""
+        return self._directory.companions()
 
     def packed_block(self, index: int) -> dict[str, Any]:
         """Block `index` with a VQTensor of the (out, in) weight as each quantized kernel.
@@ -109,11 +124,13 @@ def _read_format(directory: HFDirectory) -> AQLMFormat:
         )
     method = quantization.get("quant_method")
     if method != "aqlm":
-        raise NotImplementedError(f"{path}: quant_method={method!r} is not supported, only 'aqlm'")
-    fields = {name: quantization.get(name, default) for name, default in _DEFAULTS.items()}
-    for name, value in fields.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {name} must be a positive integer, got {value!r}")
+        raise NotImplementedError(
+            f"{path}: quant_method={show(method)} is not supported, only 'aqlm'"
+        )
+    try:
+        fields = {name: field.read(quantization, name) for name, field in _FIELDS.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: quantization_config.{error}") from None
     if fields["out_group_size"] != 1:
         raise NotImplementedError(
             f"{path}: out_group_size={fields['out_group_size']} is not supported, only 1: a vector "

@@ -4,21 +4,61 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+from gptvq_jax.models.fields import (
+    EPSILON,
+    FLAG,
+    OBJECT,
+    ROPE_BASE,
+    ROPE_FACTOR,
+    SIZE,
+    TEXT,
+    TOKEN_ID,
+    TOKEN_IDS,
+    integer,
+    show,
 )
+
+_MAX_LAYERS = 10_000  # ten times the deepest; names of all tensors are made before one is read
+_FIELDS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": integer(1, _MAX_LAYERS, f"a positive integer, at most {_MAX_LAYERS}"),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE.optional(),
+    "head_dim": SIZE.optional(),
+    "rms_norm_eps": EPSILON.optional(1e-6, null=False),
+    "max_position_embeddings": SIZE.optional(2048, null=False),
+    "sliding_window": SIZE.optional(),
+    "tie_word_embeddings": FLAG.optional(False),
+    "bos_token_id": TOKEN_ID.optional(1),
+    "eos_token_id": TOKEN_IDS.optional(2),
+}
 # What a config.json leaves unsaid means the default of transformers' LlamaConfig / MistralConfig.
 _DEFAULTS = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
+    "llama": {},
     "mistral": {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+}
+# Values of which the decoder knows only these; transformers reads the fields of either family.
+_ONLY = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "is_causal": (True, None),
+    "partial_rotary_factor": (1, None),
+    "layer_types": (None,),
+    "per_layer_config": (None,),
+    "quantization_config": (None,),
+}
+_SCALING_FIELDS = {
+    "factor": ROPE_FACTOR,
+    "low_freq_factor": ROPE_FACTOR,
+    "high_freq_factor": ROPE_FACTOR,
+    "original_max_position_embeddings": SIZE,
 }
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
@@ -38,9 +78,8 @@ class Llama3RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"rope_scaling.{field.name} must be positive, got {self}")
+        for name, field in _SCALING_FIELDS.items():
+            field.check(f"rope_scaling.{name}", getattr(self, name))
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(f"rope_scaling.low_freq_factor must be < high_freq_factor, got {self}")
 
@@ -77,11 +116,11 @@ class ModelConfig:
 
     def __post_init__(self):
         _check_model_type(self.model_type)
-        sizes = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, field in _FIELDS.items():
+            field.check(name, getattr(self, name))
+        ROPE_BASE.check("rope_theta", self.rope_theta)
+        for name in ("num_key_value_heads", "head_dim"):  # null in a file only
+            SIZE.check(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be divisible by "
@@ -89,17 +128,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {self.rope_theta}")
-        if self.sliding_window is not None:
-            if self.model_type == "llama":
-                raise ValueError(
-                    "sliding_window must be null for model_type 'llama', which has none"
-                )
-            if self.sliding_window < 1:
-                raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if self.sliding_window is not None and self.model_type == "llama":
+            raise ValueError("sliding_window must be null for model_type 'llama', which has none")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -116,36 +146,30 @@ class ModelConfig:
         model_type = hf.get("model_type")
         _check_model_type(model_type)
         _check_supported(hf)
-        for name in _REQUIRED:
-            if hf.get(name) is None:
-                raise ValueError(f"config.json lacks the field {name!r}")
-
         hf = {**_DEFAULTS[model_type], **hf}
-        heads = hf["num_attention_heads"]
-        head_dim = hf.get("head_dim")
-        if head_dim is None:
-            if hf["hidden_size"] % heads:
+        values = {name: field.read(hf, name) for name, field in _FIELDS.items()}
+        heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        if values["head_dim"] is None:
+            if hidden % heads:
                 raise ValueError(
-                    f"hidden_size={hf['hidden_size']} must be divisible by "
-                    f"num_attention_heads={heads} when head_dim is absent"
+                    f"hidden_size={hidden} must be divisible by num_attention_heads={heads} "
+                    "when head_dim is absent"
                 )
-            head_dim = hf["hidden_size"] // heads
-        kv_heads = hf["num_key_value_heads"]
-        rope_theta, rope_scaling = _read_rope(hf)
-        eos = hf.get("eos_token_id", 2)
+            values["head_dim"] = hidden // heads
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = heads
+        if isinstance(values["eos_token_id"], list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        rope_theta, rope_scaling = _read_rope(hf, values["max_position_embeddings"])
         return cls(
-            model_type=model_type,
-            **{name: hf[name] for name in _REQUIRED},
-            num_key_value_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            max_position_embeddings=hf["max_position_embeddings"],
-            sliding_window=hf.get("sliding_window"),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_token_id=hf.get("bos_token_id", 1),
-            eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else eos,
+            **{
+                **values,
+                "model_type": model_type,
+                "rms_norm_eps": float(values["rms_norm_eps"]),
+                "rope_theta": rope_theta,
+                "rope_scaling": rope_scaling,
+                "tie_word_embeddings": bool(values["tie_word_embeddings"]),
+            }
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -170,9 +194,9 @@ class ModelConfig:
 
 
 def _check_model_type(model_type: Any) -> None:
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise NotImplementedError(
-            f"model_type={model_type!r} is not supported; supported: {sorted(_ARCHITECTURES)}"
+            f"model_type={show(model_type)} is not supported; supported: {sorted(_ARCHITECTURES)}"
         )
 
 
@@ -184,39 +208,52 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
             "quantization_config of quant_method 'aqlm': not a float model; make a checkpoint of "
             "it with scripts/import.py"
         )
-    allowed = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "partial_rotary_factor": (1, None),
-        "layer_types": (None,),
-        "quantization_config": (None,),
-    }
-    for name, values in allowed.items():
+    for name, values in _ONLY.items():
         if name in hf and hf[name] not in values:
-            raise NotImplementedError(f"{name}={hf[name]!r} is not supported, only {values[0]!r}")
+            raise NotImplementedError(
+                f"{name}={show(hf[name])} is not supported, only {values[0]!r}"
+            )
 
 
-def _read_rope(hf: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
-    """Returns (theta, scaling) from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = dict(hf.get(field) or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta"))
+def _read_rope(
+    hf: Mapping[str, Any], max_position_embeddings: int
+) -> tuple[float, Llama3RopeScaling | None]:
+    """Returns (theta, scaling) as transformers 5 reads them.
+
+    A `rope_scaling` that is not empty takes the place of `rope_parameters` as a whole. What neither
+    says of theta the top level says.
+    """
+    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = OBJECT.optional().read(hf, field) or {}
+    for name in (name for name, value in rope.items() if isinstance(value, Mapping)):
+        raise NotImplementedError(
+            f"{field}.{name} holds parameters of one type of layer, which is not supported"
+        )
+    theta = ROPE_BASE.optional().check(f"{field}.rope_theta", rope.get("rope_theta"))
+    if theta is None:
+        theta = ROPE_BASE.optional().read(hf, "rope_theta")
     theta = 10000.0 if theta is None else float(theta)
     # Early version 4 files call it "type".
-    legacy_type = rope.pop("type", "default")
-    rope_type = rope.pop("rope_type", legacy_type)
-    if rope.pop("partial_rotary_factor", 1) not in (1, None):
+    rope_type = TEXT.check(f"{field}.rope_type", rope.get("rope_type", rope.get("type", "default")))
+    if rope.get("partial_rotary_factor") not in (1, None):
         raise NotImplementedError(f"{field}.partial_rotary_factor is not supported, only 1")
     if rope_type == "default":
         return theta, None
     if rope_type != "llama3":
         raise NotImplementedError(
-            f"{field}.rope_type={rope_type!r} is not supported, only 'default' and 'llama3'"
+            f"{field}.rope_type={show(rope_type)} is not supported, only 'default' and 'llama3'"
         )
-    names = [f.name for f in dataclasses.fields(Llama3RopeScaling)]
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise ValueError(f"{field} of rope_type 'llama3' lacks {missing}")
-    factor, low, high, original = (rope[name] for name in names)
-    return theta, Llama3RopeScaling(float(factor), float(low), float(high), int(original))
+    name = "original_max_position_embeddings"
+    if hf.get(name) is not None:  # said at top level it counts more, as in transformers
+        rope = {**rope, name: hf[name]}
+    rope = {name: max_position_embeddings, **rope}
+    try:
+        values = {name: field.read(rope, name) for name, field in _SCALING_FIELDS.items()}
+    except ValueError as error:
+        raise ValueError(f"{field} of rope_type 'llama3': {error}") from None
+    return theta, Llama3RopeScaling(
+        float(values["factor"]),
+        float(values["low_freq_factor"]),
+        float(values["high_freq_factor"]),
+        values["original_max_position_embeddings"],
+    )

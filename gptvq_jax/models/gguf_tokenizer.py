@@ -5,7 +5,7 @@ vocabulary as GPT-2 does, where llama.cpp and the model's own tokenizer.json fir
 apart. The ids differ only where several spaces or newlines precede a digit, or a space one like ½.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,25 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax.errors import first_line
+from gptvq_jax.models.fields import TEXT, TOKEN_ID, Field, is_integer, show
+
 # The token types of GGUF that the text may spell literally.
 _CONTROL, _USER_DEFINED = 3, 4
 
+_SPECIAL = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+_STRINGS = Field(
+    "a list of strings",
+    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+)
+_INTEGERS = Field(
+    "a list of integers", lambda value: isinstance(value, list) and all(map(is_integer, value))
+)
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,30 +56,40 @@ def build_tokenizer(field: Callable[[str], Any], path: Path) -> PreTrainedTokeni
       A transformers tokenizer with special tokens and, if the file has one, the chat template.
 
     Raises:
-      ValueError: a field is missing or inconsistent.
+      ValueError: a field is missing, of another type, or contradicts another.
       NotImplementedError: not a byte-level BPE, or an unknown splitting rule.
     """
+    try:
+        return _build(field)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: {error}") from None
+    except Exception as error:  # of which the Rust library raises the plain kind
+        raise ValueError(f"{path} has no usable tokenizer: {first_line(error)}") from None
+
+
+def _build(field: Callable[[str], Any]) -> PreTrainedTokenizerFast:
     model = field("tokenizer.ggml.model")
     if model != "gpt2":
         raise NotImplementedError(
-            f"{path}: tokenizer.ggml.model = {model!r} is not supported, only 'gpt2'; use the "
+            f"tokenizer.ggml.model = {show(model)} is not supported, only 'gpt2'; use the "
             "model's safetensors checkpoint instead"
         )
-    tokens, merges = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
-    types = field("tokenizer.ggml.token_type")
-    if not tokens or merges is None or types is None or len(types) != len(tokens):
-        raise ValueError(f"{path}: tokenizer.ggml.tokens, merges and token_type are inconsistent")
+    tokens = _STRINGS.check("tokenizer.ggml.tokens", field("tokenizer.ggml.tokens"))
+    types = _INTEGERS.check("tokenizer.ggml.token_type", field("tokenizer.ggml.token_type"))
+    if not tokens or len(types) != len(tokens):
+        raise ValueError("tokenizer.ggml.tokens and tokenizer.ggml.token_type are inconsistent")
 
     split = field("tokenizer.ggml.pre") or "default"
+    vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
+            vocab=vocab,
+            merges=_merges(field("tokenizer.ggml.merges"), vocab),
             # Llama 3 emits a word that is a token whole, even if merges cannot reach it.
             ignore_merges=split == "llama-bpe",
         )
     )
-    tokenizer.pre_tokenizer = _pre_tokenizer(split, path)
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
@@ -73,30 +99,40 @@ def build_tokenizer(field: Callable[[str], Any], path: Path) -> PreTrainedTokeni
         ]
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
 
-    special_ids = {
-        "bos_token": field("tokenizer.ggml.bos_token_id"),
-        "eos_token": field("tokenizer.ggml.eos_token_id"),
-        "unk_token": field("tokenizer.ggml.unknown_token_id"),
-        "pad_token": field("tokenizer.ggml.padding_token_id"),
-    }
-    special_tokens = {}
-    for name, index in special_ids.items():
+    special_ids, special_tokens = {}, {}
+    for name, key in _SPECIAL.items():
+        index = TOKEN_ID.optional().check(key, field(key))
         if index is None:
             continue
         if index >= len(tokens):
-            raise ValueError(f"{path}: the id {index} of {name} is not in the vocabulary")
-        special_tokens[name] = tokens[index]
+            raise ValueError(f"the id {index} of {name} is not in the vocabulary")
+        special_ids[name], special_tokens[name] = index, tokens[index]
 
-    tokenizer.post_processor = _post_processor(field, split, special_tokens, special_ids, path)
+    tokenizer.post_processor = _post_processor(field, split, special_tokens, special_ids)
+    template = field("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=field("tokenizer.chat_template"),
+        chat_template=TEXT.optional().check("tokenizer.chat_template", template),
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
 
 
-def _pre_tokenizer(split: str, path: Path) -> pre_tokenizers.PreTokenizer:
+def _merges(merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of tokens; each is checked, which the Rust library does in words of its own."""
+    pairs = []
+    for index, merge in enumerate(_STRINGS.check("tokenizer.ggml.merges", merges)):
+        pair = tuple(merge.split(" "))
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(
+                f"tokenizer.ggml.merges[{index}] must be two tokens, and make one, "
+                f"got {show(merge)}"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
     """Returns the rule that cuts text into words, under llama.cpp's name for it."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if split in ("gpt-2", "default"):
@@ -111,12 +147,12 @@ def _pre_tokenizer(split: str, path: Path) -> pre_tokenizers.PreTokenizer:
             ]
         )
     raise NotImplementedError(
-        f"{path}: tokenizer.ggml.pre = {split!r} is not supported, only 'smollm', 'llama-bpe' and "
+        f"tokenizer.ggml.pre = {show(split)} is not supported, only 'smollm', 'llama-bpe' and "
         "'gpt-2'; use the model's safetensors checkpoint instead"
     )
 
 
-def _post_processor(field, split, tokens, ids, path) -> processors.PostProcessor:
+def _post_processor(field, split, tokens, ids) -> processors.PostProcessor:
     """Adds BOS and EOS where the file asks for them."""
     add_bos = field("tokenizer.ggml.add_bos_token")
     if add_bos is None:
@@ -126,7 +162,7 @@ def _post_processor(field, split, tokens, ids, path) -> processors.PostProcessor
     for name, wanted in wrapped.items():
         if wanted:
             if name not in tokens:
-                raise ValueError(f"{path} asks for a {name} but does not name one")
+                raise ValueError(f"it asks for a {name} but does not name one")
             used[tokens[name]] = ids[name]
     if not used:
         return processors.ByteLevel(trim_offsets=False)

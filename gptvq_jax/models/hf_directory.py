@@ -1,5 +1,6 @@
 """A model's directory in Hugging Face's layout: config.json, a tokenizer, safetensors in shards."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -9,14 +10,20 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  teaches numpy the bfloat16 that safetensors returns
 import numpy as np
+from absl import logging
 from safetensors import safe_open
 
 from gptvq_jax.errors import brief, first_line
-from gptvq_jax.json_file import leaves_directory
+from gptvq_jax.json_file import leaves_directory, read_json_object
+from gptvq_jax.models.companions import CONFIG, read_companions, read_stop_tokens
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.fields import OBJECT
 from gptvq_jax.models.source import check_names, sampled_digest
+from gptvq_jax.models.tokenizer_files import load_tokenizer
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CHUNK_VALUES = 2**24  # compared at a time
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a hub repository may hold besides: PyTorch pickles, other runtimes' exports, a second copy.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja"]
@@ -32,14 +39,15 @@ class HFDirectory:
 
     Raises:
       FileNotFoundError: config.json is missing.
-      ValueError: it is not JSON.
+      ValueError: it, or generation_config.json, is damaged.
     """
 
     def __init__(self, path: str | Path, name: str | None = None):
         self.path = Path(path)
         self.name = name or self.path.resolve().name
         self.config_path = self.path / "config.json"
-        self.hf_config = _read_json(self.config_path)
+        self.hf_config = read_json_object(self.config_path)
+        self.stop_tokens = read_stop_tokens(self.path)
 
     @classmethod
     def open(cls, path: str) -> "HFDirectory":
@@ -76,15 +84,26 @@ class HFDirectory:
     def model_config(self, ignored: Collection[str] = ()) -> ModelConfig:
         """The architecture, as if config.json lacked the fields in `ignored`.
 
+        A head that is stored beside the embedding, and differs from it, counts more than
+        tie_word_embeddings, as in transformers 5; a warning says so.
+
         Raises:
           ValueError, NotImplementedError: see ModelConfig.from_hf; the message names the file.
         """
+        fields = {name: value for name, value in self.hf_config.items() if name not in ignored}
         try:
-            return ModelConfig.from_hf(
-                {name: value for name, value in self.hf_config.items() if name not in ignored}
-            )
+            config = ModelConfig.from_hf(fields)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{self.config_path}: {error}") from None
+        if config.tie_word_embeddings and self._differ(_EMBEDDING, _HEAD):
+            logging.warning(
+                "%s says tie_word_embeddings, but %s is stored and differs from the embedding: it "
+                "is kept, and the model counts as one with a head of its own",
+                self.config_path,
+                _HEAD,
+            )
+            return dataclasses.replace(config, tie_word_embeddings=False)
+        return config
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
@@ -104,8 +123,8 @@ class HFDirectory:
     def check_tensors(self, config: ModelConfig, expected: Iterable[str]) -> None:
         """Raises as `check_names` does if the files do not hold the tensors of the model."""
         stored = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings:
-            stored.discard("lm_head.weight")  # a second copy of the embedding
+        if config.tie_word_embeddings and _HEAD in stored:  # a second copy of the embedding, or
+            stored = stored - {_HEAD} | {_EMBEDDING}  # the only one
         check_names(self.path, stored, expected)
 
     def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES) -> tuple[np.ndarray, Path]:
@@ -118,6 +137,8 @@ class HFDirectory:
         Raises:
           NotImplementedError: it has another one.
         """
+        if name == _EMBEDDING and name not in self.files:
+            name = _HEAD
         path = self.files[name]
         with _open(path) as file:
             dtype = file.get_slice(name).get_dtype()
@@ -127,35 +148,36 @@ class HFDirectory:
                 )
             return file.get_tensor(name), path
 
-    def tokenizer(self, vocab_size: int) -> Any:
-        """The directory's tokenizer.
+    def tokenizer(self) -> Any:
+        """The directory's tokenizer; it may have ids that the embedding has no row for.
 
         Raises:
-          ValueError: it cannot be loaded, or has ids that an embedding of `vocab_size` rows lacks.
+          ValueError: it cannot be loaded.
         """
-        from transformers import AutoTokenizer
+        return load_tokenizer(self.path)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            reason = first_line(error)
-            raise ValueError(f"{self.path} has no usable tokenizer: {reason}") from None
-        largest = max(tokenizer.get_vocab().values(), default=-1)
-        if largest >= vocab_size:
-            raise ValueError(
-                f"{self.path}: the tokenizer has ids up to {largest}, but the embedding only "
-                f"{vocab_size} rows; it belongs to another model"
-            )
-        return tokenizer
+    def companions(self) -> dict[str, bytes]:
+        """See ModelSource.companions."""
+        return {**read_companions(self.path), CONFIG: self.config_path.read_bytes()}
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    def _differ(self, first: str, second: str) -> bool:
+        """Whether both tensors are stored and differ in float32; memory holds a slice of each."""
+        if first not in self.files or second not in self.files:
+            return False
+        with _open(self.files[first]) as a, _open(self.files[second]) as b:
+            pair = a.get_slice(first), b.get_slice(second)
+            shape, other = (tensor.get_shape() for tensor in pair)
+            floats = all(tensor.get_dtype() in FLOAT_DTYPES for tensor in pair)
+            if shape != other or len(shape) != 2 or not floats:
+                return True
+            rows = max(1, _CHUNK_VALUES // max(1, shape[1]))
+            for start in range(0, shape[0], rows):
+                end = min(start + rows, shape[0])
+                with np.errstate(over="ignore"):
+                    parts = (tensor[start:end].astype(np.float32) for tensor in pair)
+                    if not np.array_equal(*parts):
+                        return True
+        return False
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -165,7 +187,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
     if index.is_file():
-        files = _weight_map(index, _read_json(index))
+        files = _weight_map(index)
         for path in sorted(set(files.values())):
             with _open(path) as file:
                 held = set(file.keys())
@@ -182,11 +204,12 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     raise FileNotFoundError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
 
 
-def _weight_map(index: Path, content: Any) -> dict[str, Path]:
+def _weight_map(index: Path) -> dict[str, Path]:
     """{tensor name: file} of an index; a file outside its directory is none of the model's."""
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict):
-        raise ValueError(f"{index} is damaged: it has no weight_map")
+    try:
+        shards = OBJECT.read(read_json_object(index), "weight_map")
+    except ValueError as error:
+        raise ValueError(str(error) if str(index) in str(error) else f"{index}: {error}") from None
     for name, shard in shards.items():
         if not isinstance(shard, str) or not shard or leaves_directory(shard):
             raise ValueError(

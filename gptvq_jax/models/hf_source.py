@@ -29,7 +29,16 @@ class HFSource(CheckpointSource):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """See HFDirectory.tokenizer."""
-        return self._directory.tokenizer(self.config.vocab_size)
+        return self._directory.tokenizer()
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """See ModelSource.stop_tokens."""
+        return self._directory.stop_tokens
+
+    def companions(self) -> dict[str, bytes]:
+        """See ModelSource.companions."""
+        return self._directory.companions()
 
     def _read(self, name: str) -> tuple[np.ndarray, Path]:
         return self._directory.read(name)

@@ -26,12 +26,18 @@ class ModelSource(Protocol):
       name: short name for reports.
       fingerprint: identifies the weights; equal fingerprints allow an interrupted run to resume.
       tokenizer: a transformers tokenizer with a Rust backend.
+      stop_tokens: ids that end a text, beside those of `config` and `tokenizer`.
     """
 
     config: ModelConfig
     name: str
     fingerprint: str
     tokenizer: Any
+    stop_tokens: tuple[int, ...]
+
+    def companions(self) -> dict[str, bytes]:
+        """{name: content} of the files that transformers reads beside the weights; may be empty."""
+        ...
 
     def outer(self) -> dict[str, Any]:
         """Everything outside the blocks, float32:
@@ -53,6 +59,11 @@ class CheckpointSource:
     """
 
     config: ModelConfig
+    stop_tokens: tuple[int, ...] = ()
+
+    def companions(self) -> dict[str, bytes]:
+        """See ModelSource.companions."""
+        return {}
 
     def _read(self, name: str) -> tuple[np.ndarray, Path]:
         """Returns tensor `name` (Hugging Face's name), any float dtype, and the file it is in."""

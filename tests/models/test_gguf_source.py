@@ -8,6 +8,7 @@ rewrites golden/smollm2_gguf.json; it needs torch and accelerate.
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,7 @@ from gptvq_jax.models import gguf_source
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.source import PACKAGED_SMOLLM2, open_source
+from gptvq_jax.stop_tokens import stop_tokens
 
 GOLDEN = Path(__file__).with_name("golden") / "smollm2_gguf.json"
 GOLDEN_TEXT = (
@@ -205,8 +207,9 @@ def write_tiny(path, tensors, architecture="llama", split="smollm", vocab="gpt2"
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for key, value in extra:
-        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(key, value)
+        add.get(type(value), writer.add_string)(key, value)
     for name, array in tensors.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -343,8 +346,121 @@ def test_unsupported_tokenizers(tmp_path):
     source = open_source(str(write_tiny(path, tiny_tensors(), vocab="llama")))
     with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.model = 'llama'"):
         source.tokenizer  # noqa: B018
-    with pytest.raises(ValueError, match="inconsistent"):
+    with pytest.raises(ValueError, match=r"tiny\.gguf has no usable tokenizer: .*ggml\.tokens"):
         build_tokenizer({"tokenizer.ggml.model": "gpt2"}.get, path)
+
+
+METADATA = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3, 4, 1, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("merges", ["a b", "a"]),
+        ("merges", ["a b a"]),
+        ("merges", ["a  b"]),
+        ("merges", ["a z"]),
+        ("merges", ["b a"]),  # of which the result is no token
+        ("merges", [["a", "b"]]),
+        ("merges", [1]),
+        ("merges", "a b"),
+        ("merges", None),
+        ("tokens", [*TOKENS[:-1], 7]),
+        ("tokens", []),
+        ("tokens", 3),
+        ("token_type", [3, 3]),
+        ("token_type", ["3"] * 7),
+        ("eos_token_id", -1),
+        ("eos_token_id", 7),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [1]),
+    ],
+)
+def test_damaged_tokenizers(name, value):
+    build_tokenizer(METADATA.get, Path("tiny.gguf"))
+    name = f"tokenizer.ggml.{name}"
+    with pytest.raises(ValueError, match=r"tiny\.gguf has no usable tokenizer: ") as caught:
+        build_tokenizer((METADATA | {name: value}).get, Path("tiny.gguf"))
+    field = "the id 7 of eos_token" if value == 7 else name
+    assert field in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template must be a string"):
+        build_tokenizer((METADATA | {"tokenizer.chat_template": 1}).get, Path("tiny.gguf"))
+
+
+@pytest.mark.parametrize(
+    "extra, refused",
+    [
+        ({"scale_linear": 4.0}, "scale_linear = 4.0"),
+        ({"scaling.factor": 4.0}, "scaling.factor = 4.0"),
+        ({"scaling.factor": 0.5, "scaling.type": "linear"}, "scaling.factor = 0.5"),
+        ({"scaling.type": "yarn", "scaling.factor": 1.0}, "scaling.type = 'yarn'"),
+        ({"scaling.type": "longrope"}, "scaling.type = 'longrope'"),
+        ({"scaling.attn_factor": 1.2, "scaling.type": "none"}, "scaling.attn_factor = 1.2"),
+        ({"scaling.factor": 1.0, "scale_linear": 1.0, "scaling.attn_factor": 1.0}, None),
+        ({"scaling.factor": 0.0}, None),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, None),
+        ({"scaling.original_context_length": 32, "scaling.finetuned": True}, None),
+    ],
+)
+def test_stretched_rotary_embeddings_are_refused(tmp_path, extra, refused):
+    path = tmp_path / "tiny.gguf"
+    written = [(f"llama.rope.{name}", value) for name, value in extra.items()]
+    write_tiny(path, tiny_tensors(), extra=written)
+    if refused is None:
+        assert open_source(str(path)).config.rope_scaling is None
+    else:
+        message = re.escape(f"tiny.gguf: llama.rope.{refused}")
+        with pytest.raises(NotImplementedError, match=message):
+            open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [f"llama.{name}" for name in ("embedding_length", "block_count", "context_length")]
+    + ["llama.attention.head_count", "llama.attention.key_length", "llama.rope.freq_base"]
+    + ["llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.bos_token_id"]
+    + ["tokenizer.ggml.eot_token_id", "general.architecture"],
+)
+def test_metadata_of_another_type(key):
+    fields = {
+        "general.architecture": "llama",
+        "llama.embedding_length": HIDDEN,
+        "llama.feed_forward_length": INNER,
+        "llama.block_count": LAYERS,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.context_length": 64,
+    }
+    values = (-1, True, "4", [4], [], float("nan"), float("inf"), 10**38)
+    for value in values:
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            gguf_source.read_metadata((fields | {key: value}).get, {})
+        assert key in str(caught.value) or key == "general.architecture"
+
+
+def test_a_count_beyond_the_end_of_the_file_ends_at_once(tmp_path):
+    """The library would fill such an array with nothing, for years."""
+    path = write_tiny(tmp_path / "tiny.gguf", tiny_tensors())
+    whole = path.read_bytes()
+    key = b"tokenizer.ggml.token_type"
+    count = whole.index(key) + len(key) + 8
+    path.write_bytes(whole[:count] + (2**60).to_bytes(8, "little") + whole[count + 8 :])
+    with pytest.raises(ValueError, match=r"tiny\.gguf is not a complete GGUF file"):
+        open_source(str(path))
+
+
+def test_ends_of_turn_and_of_message_end_a_text(tmp_path):
+    extra = [("tokenizer.ggml.eot_token_id", 2), ("tokenizer.ggml.eom_token_id", 4)]
+    source = open_source(str(write_tiny(tmp_path / "tiny.gguf", tiny_tensors(), extra=extra)))
+    assert stop_tokens(source) == (1, 2, 4)
+    written = json.loads(source.companions()["generation_config.json"])
+    assert written == {"bos_token_id": 0, "eos_token_id": [1, 2, 4]}
 
 
 def test_paths_that_lead_nowhere(tmp_path):

@@ -1,5 +1,6 @@
 """Directories in Hugging Face's layout, written here: reading them, and what may be wrong."""
 
+import importlib.util
 import json
 
 import huggingface_hub
@@ -10,6 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gptvq_jax.data.windows import calibration_windows, evaluation_windows
+from gptvq_jax.generate_text import generate_text
+from gptvq_jax.models import hf_directory, tokenizer_files
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import block_shapes, open_source, outer_shapes
 
@@ -93,24 +97,98 @@ def test_tokenizer(tmp_path):
     assert source.tokenizer("w3 w10 other")["input_ids"] == [3, 10, 0]
 
 
-def test_tokenizer_larger_than_embedding(tmp_path):
-    source = open_source(write_model(tmp_path, random_tensors(), vocab_size=12))
-    with pytest.raises(ValueError, match="ids up to 11, but the embedding only 11 rows"):
-        source.tokenizer  # noqa: B018
+def test_only_a_text_with_an_id_beyond_the_embedding_is_refused(tmp_path):
+    path = write_model(tmp_path, random_tensors(), vocab_size=12)
+    source = open_source(path)
+    assert source.tokenizer("w3 w10")["input_ids"] == [3, 10]
+    message = r"holds the token 'w11': its token id 11 is outside .* vocabulary of 11"
+    for windows in (calibration_windows, evaluation_windows):
+        options = {"num_windows": 1, "seed": 0} if windows is calibration_windows else {}
+        windows(source.tokenizer, ["w3 w10"], seqlen=2, vocab_size=11, **options)
+        with pytest.raises(ValueError, match="the text " + message):
+            windows(source.tokenizer, ["w3 w11"], seqlen=2, vocab_size=11, **options)
+    with pytest.raises(ValueError, match="prompt 1 " + message):
+        generate_text(None, path, ["w3", "w11 w2"])
 
 
 def test_tokenizer_missing(tmp_path):
     source = open_source(write_model(tmp_path, random_tensors()))
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="has no usable tokenizer"):
+    # What transformers would make of the name of a class alone knows no word.
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ValueError, match="has no usable tokenizer: there is neither a tokenizer"):
         source.tokenizer  # noqa: B018
 
 
-def test_tied_head_may_be_stored_twice(tmp_path):
-    tensors = random_tensors()
-    source = open_source(write_model(tmp_path, tensors, config=CONFIG | TIED))
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda content: content.pop("model"), "Model missing"),
+        (lambda content: content.update(model={"type": "New"}), "did not match any variant"),
+        (lambda content: content.update(pre_tokenizer={"type": "New"}), "did not match any"),
+        (lambda content: content.update(model=3), "no usable tokenizer"),
+    ],
+)
+def test_tokenizer_of_a_newer_library(tmp_path, change, reason):
+    source = open_source(write_model(tmp_path, random_tensors()))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"has no usable tokenizer: .*{reason}|{reason}"):
+        source.tokenizer  # noqa: B018
+
+
+def test_a_sentencepiece_model_asks_for_its_package(tmp_path, monkeypatch):
+    source = open_source(write_model(tmp_path, random_tensors()))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        tokenizer_files.importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "sentencepiece" else found(name, *args),
+    )
+    with pytest.raises(ValueError, match="no usable tokenizer: .*pip install sentencepiece"):
+        source.tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_stored_head_counts_more_than_a_tied_config(tmp_path, monkeypatch, dtype, shards):
+    monkeypatch.setattr(hf_directory, "_CHUNK_VALUES", 24)  # two rows of 12 at a time
+    tensors = random_tensors(dtype)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    path = write_model(tmp_path, tensors, shards, config=CONFIG | TIED)
+    source = open_source(path)
+    assert source.config.tie_word_embeddings
     assert set(source.outer()) == {"embed_tokens", "norm"}
+
+    head[-1, -1] += 1  # the last value of the last slice
+    source = open_source(write_model(tmp_path, tensors, shards, config=CONFIG | TIED))
+    assert not source.config.tie_word_embeddings
+    assert source.config.to_hf()["tie_word_embeddings"] is False
+    kernel = source.outer()["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, head.astype(np.float32))
+
+    tensors["lm_head.weight"] = head[:5]
+    source = open_source(write_model(tmp_path, tensors, shards, config=CONFIG | TIED))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(5, 12\)"):
+        source.outer()
+
+
+def test_a_tied_matrix_may_be_stored_under_either_name(tmp_path):
+    tensors = random_tensors()
+    del tensors["model.embed_tokens.weight"]
+    outer = open_source(write_model(tmp_path, tensors, config=CONFIG | TIED)).outer()
+    assert set(outer) == {"embed_tokens", "norm"}
+    np.testing.assert_array_equal(outer["embed_tokens"]["embedding"], tensors["lm_head.weight"])
+    with pytest.raises(ValueError, match=r"lacks 1 tensor.*embed_tokens\.weight"):
+        open_source(write_model(tmp_path, tensors))
+
+
+def test_a_tied_head_need_not_be_stored(tmp_path):
+    tensors = random_tensors()
     del tensors["lm_head.weight"]
     open_source(write_model(tmp_path, tensors, config=CONFIG | TIED)).outer()
     with pytest.raises(ValueError, match=r"lacks 1 tensor.*lm_head\.weight"):
