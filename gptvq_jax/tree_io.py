@@ -4,21 +4,25 @@ arrays/        Orbax
 record.json    written last: its presence means complete
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import operator
-import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from gptvq_jax import durable
+from gptvq_jax.disk_space import check_room, naming_full_disk
 from gptvq_jax.tensor_io import (
     FORMAT_VERSION,
     check_format_version,
@@ -36,8 +40,14 @@ DENSE_DTYPES = {
 
 _RECORD = "record.json"
 
+_ODD = frozenset("[*?\\")  # characters of a path that Orbax takes for something else
+
 Tree = dict[str, Any]
 Record = dict[str, Any]
+
+
+class DamagedError(ValueError):
+    """What is stored is not what was written."""
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Record:
@@ -57,6 +67,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
 
     Raises:
       ValueError: a value is too large for `dense_dtype`.
+      FullDiskError: there is no room; nothing is left in `directory` then.
     """
     stored, quantized, dense = {}, {}, {}
     for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
@@ -70,18 +81,28 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             counts = {"shape": list(array.shape), "num_bytes": array.nbytes}
             dense[name] = counts | {"dtype": dense_dtype, "sha256": digest({"": array})}
 
+    size = sum(array.nbytes for array in jax.tree.leaves(stored))
+    check_room(directory, size)  # Orbax prints tracebacks of its threads on a full disk
     if directory.exists():
         (directory / _RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
+        durable.sync(directory)
         shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-    ocp.save(directory / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
-    record = {
-        "format_version": FORMAT_VERSION,
-        "quantized": quantized,
-        "dense": dense,
-        "files": _file_sums(directory),
-    }
-    write_json(directory / _RECORD, record)
+    try:
+        with naming_full_disk(directory, size):
+            durable.make_directory(directory)
+            with plain_path(directory) as plain:
+                ocp.save(plain / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
+            durable.sync_tree(directory)
+            record = {
+                "format_version": FORMAT_VERSION,
+                "quantized": quantized,
+                "dense": dense,
+                "files": _file_sums(directory),
+            }
+            write_json(directory / _RECORD, record)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     return record
 
 
@@ -116,11 +137,9 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
             "--workdir to complete it"
         )
     # Before Orbax reads them: what it says of a damaged file is long and does not name the block.
-    found = _file_sums(directory)
-    for path, sha256 in record["files"].items():
-        if found.get(path) != sha256:
-            raise _damaged(directory, path, "changed or truncated" if path in found else "missing")
-    arrays = ocp.load(directory / "arrays")
+    _check_files(directory, record)
+    with plain_path(directory) as plain:
+        arrays = ocp.load(plain / "arrays")
 
     tree = {}
     for name, meta in (record["quantized"] | record["dense"]).items():
@@ -135,6 +154,47 @@ def load_tree(directory: Path) -> tuple[Tree, Record]:
     return traverse_util.unflatten_dict(tree, sep="/"), record
 
 
+def is_stored(directory: Path) -> bool:
+    """Whether a tree was written to its end; says nothing of what became of it since."""
+    return (directory / _RECORD).exists()
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the files of a tree whose record is there; None if nothing is.
+
+    Raises:
+      ValueError: it is of another format version.
+    """
+    try:
+        record = read_record(directory)
+        if record is not None:
+            _check_files(directory, record)
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def plain_path(directory: Path) -> Iterator[Path]:
+    """A path to `directory` that Orbax can take, for as long as the context lasts.
+
+    Orbax looks for its files with a glob on their path, and its file driver takes a backslash for a
+    slash. Such a directory is reached through a link in the temporary directory.
+    """
+    if not _ODD & set(str(directory)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="gptvq-") as scratch:
+        if _ODD & set(scratch):
+            raise ValueError(
+                f"{directory} has one of the characters {' '.join(sorted(_ODD))} in its name, and "
+                f"so has the temporary directory {scratch}; set TMPDIR to another one"
+            )
+        link = Path(scratch) / "directory"
+        link.symlink_to(directory.absolute(), target_is_directory=True)
+        yield link
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a file that is whole or absent.
 
@@ -145,9 +205,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must hold finite JSON types: {error}") from error
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    durable.write_text(path, text)
 
 
 def cast_dense(values: Any, dtype: str, name: str) -> np.ndarray:
@@ -174,6 +232,14 @@ def check_dense_dtype(dtype: str) -> None:
         raise ValueError(f"{dtype=} must be one of {', '.join(DENSE_DTYPES)}")
 
 
+def _check_files(directory: Path, record: Record) -> None:
+    """Raises DamagedError unless the files are those whose sums are recorded."""
+    found = _file_sums(directory)
+    for path, sha256 in record["files"].items():
+        if found.get(path) != sha256:
+            raise _damaged(directory, path, "changed or truncated" if path in found else "missing")
+
+
 def _file_sums(directory: Path) -> dict[str, str]:
     """{path below `directory`: SHA-256} of Orbax's files."""
     sums = {}
@@ -183,8 +249,8 @@ def _file_sums(directory: Path) -> dict[str, str]:
     return sums
 
 
-def _damaged(directory: Path, name: str, why: str) -> ValueError:
-    return ValueError(
+def _damaged(directory: Path, name: str, why: str) -> DamagedError:
+    return DamagedError(
         f"{directory} is damaged at {name}: {why}; restore it from a copy, or quantize again in "
         "another --workdir"
     )
