@@ -6,6 +6,7 @@ whose relative errors do not compare.
 """
 
 import contextlib
+import io
 import math
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 
 from gptvq_jax import run
+from gptvq_jax.durable import replacing, write_text
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.hessian import factorize
 from gptvq_jax.layer import Objective, quantize_layer, relative_error
@@ -162,9 +164,9 @@ def model_row(
             value = int(base.calibration.num_windows * value)
         config.update_from_flattened_dict({field: value})
     path = directory / "".join(c if c.isalnum() else "_" for c in name)
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "report.txt", "w") as file, contextlib.redirect_stdout(file):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         summary = run.quantize(config, str(path), perplexity_float)
+    write_text(path / "report.txt", printed.getvalue())
     quantized, of_float = summary["perplexity_quantized"], summary["perplexity_float"]
     return {
         "row": name,
@@ -218,5 +220,6 @@ def plot(tables: dict[str, tuple[Sequence[dict[str, Any]], str]], path: Path) ->
         # Bars that are far off are cut, or the small differences would not show.
         axes.set_xlim(left=min(0.9, *ratios) - 0.05, right=min(2.0, max(ratios) + 0.05))
         axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)

@@ -13,7 +13,6 @@ polish.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax import knapsack
+from gptvq_jax.activations import num_bytes
 from gptvq_jax.calibrate import calibrate, embed_tokens
 from gptvq_jax.config import RunSettings
 from gptvq_jax.layer import losses, quantize_layer
@@ -30,10 +30,12 @@ from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, get_layer
 from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.pipeline import Plan, objectives_of
 from gptvq_jax.progress import Progress
+from gptvq_jax.sizes import packed_bytes
 from gptvq_jax.stopwatch import Stopwatch
 from gptvq_jax.vq_tensor import dequantize_compiled
 from gptvq_jax.workdir import WorkDir
 
+_ROW_BYTES = 160  # of one candidate in a file of curves, at most
 _STREAM = "curves"  # activations of the float model, of which a resumed measurement needs the last
 
 
@@ -48,9 +50,13 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     Raises:
       ValueError: they are not; the message names the bits per value that they take.
     """
+    groups = settings.calibration.gradient_groups or 1
     fewest, values = 0, 0
     for rows, cols in layer_shapes(config).values():
-        sizes = [_num_bytes(rows, cols, settings, candidate) for candidate in settings.candidates]
+        sizes = [
+            packed_bytes(settings.method, candidate, rows, cols, groups)
+            for candidate in settings.candidates
+        ]
         fewest += min(sizes)
         values += rows * cols
     if 8 * fewest > settings.allocation.bits_per_value * values:
@@ -61,19 +67,17 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
         )
 
 
-def _num_bytes(rows: int, cols: int, settings: RunSettings, candidate) -> int:
-    """Of the packed tensor, from its shapes alone; nothing is computed."""
-    groups = settings.calibration.gradient_groups or 1
-    quick = dataclasses.replace(candidate, polish_rounds=0)
-    square = jax.ShapeDtypeStruct((cols, cols), jnp.float32)
-    tensor = jax.eval_shape(
-        partial(METHODS[settings.method].quantize, settings=quick),
-        jax.ShapeDtypeStruct((rows // groups, cols), jnp.float32),
-        square,
-        square,
-        jax.random.key(0),
-    )
-    return groups * tensor.num_bytes
+def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_blocks: int, num_rows: int) -> int:
+    """Most bytes that `measure_curves` has on the disk at once, in the files that it makes.
+
+    Args:
+      config: of the model.
+      shape: of the tokens (n, T).
+      num_blocks: blocks to measure.
+      num_rows: candidates of a layer.
+    """
+    curves = num_blocks * len(LINEAR_LAYERS) * num_rows * _ROW_BYTES
+    return 2 * num_bytes((*shape, config.hidden_size)) + curves
 
 
 def measure_curves(
@@ -98,6 +102,10 @@ def measure_curves(
     """
     with stopwatch.stage("allocation"):
         done = next((i for i in range(num_blocks) if not workdir.has_curves(i)), num_blocks)
+        workdir.drop_activations(stream=_STREAM, after=done)
+        if done < num_blocks:
+            most = peak_bytes(source.config, tokens.shape, num_blocks, len(settings.candidates))
+            workdir.check_room(most, f"activations/*.{_STREAM}.npy", "curves/*")
         progress.skip(done * len(LINEAR_LAYERS))
         if done == 0:
             shape = (*tokens.shape, source.config.hidden_size)

@@ -12,14 +12,18 @@ The manifest holds no dates, so the same run on the same machine writes the same
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from flax import traverse_util
 
+from gptvq_jax import durable
+from gptvq_jax.disk_space import FullDiskError, naming_full_disk
 from gptvq_jax.errors import brief
 from gptvq_jax.json_file import read_own_object
 from gptvq_jax.manifest import check_manifest, check_shapes, counts, leaf_shapes, listed
@@ -30,7 +34,9 @@ from gptvq_jax.tensor_io import FORMAT_VERSION, check_format_version
 from gptvq_jax.tree_io import (
     Tree,
     check_dense_dtype,
+    damage,
     finished_record,
+    is_stored,
     load_arrays,
     read_record,
     save_tree,
@@ -54,6 +60,7 @@ class CheckpointWriter:
 
     Raises:
       ValueError: the directory cannot be written or the dtype is unknown.
+      FullDiskError: as from every method that writes.
     """
 
     def __init__(self, directory: str | os.PathLike, dense_dtype: str = "float16"):
@@ -61,10 +68,13 @@ class CheckpointWriter:
         self.directory = Path(directory).absolute()
         self.dense_dtype = dense_dtype
         try:
-            (self.directory / "blocks").mkdir(parents=True, exist_ok=True)
-            probe = self.directory / ".writable"
-            probe.touch()
-            probe.unlink()
+            with naming_full_disk(self.directory):
+                durable.make_directory(self.directory / "blocks")
+                probe = self.directory / ".writable"
+                probe.touch()
+                probe.unlink()
+        except FullDiskError:
+            raise
         except OSError as error:
             raise ValueError(
                 f"cannot write to {self.directory}: {error.strerror}; choose another directory"
@@ -107,13 +117,27 @@ class CheckpointWriter:
     ) -> None:
         """Stores a transformers tokenizer, and files that came with it (ModelSource.companions)."""
         self._reopen()
-        save_tokenizer(tokenizer, self.directory / "tokenizer", companions or {})
+        directory = self.directory / "tokenizer"
+        with naming_full_disk(directory):
+            save_tokenizer(tokenizer, directory, companions or {})
+            durable.sync_tree(directory)
 
     def finished_blocks(self) -> int:
-        """Number of leading blocks that are complete on disk: where a resumed run goes on."""
+        """Number of leading blocks that are complete on disk: where a resumed run goes on.
+
+        The sums of the last one are verified; where they are wrong it does not count, and a warning
+        says so.
+        """
         index = 0
-        while read_record(_block_path(self.directory, index)) is not None:
+        while is_stored(_block_path(self.directory, index)):
             index += 1
+        if index:
+            path = _block_path(self.directory, index - 1)
+            wrong = damage(path)
+            if wrong:
+                logging.warning("block %d is made again: %s", index - 1, wrong.partition(";")[0])
+                shutil.rmtree(path)
+                return index - 1
         return index
 
     def finalize(
@@ -164,7 +188,10 @@ class CheckpointWriter:
 
     def _reopen(self) -> None:
         """A directory that is being written is not complete."""
-        (self.directory / _MANIFEST).unlink(missing_ok=True)
+        manifest = self.directory / _MANIFEST
+        if manifest.exists():
+            manifest.unlink()
+            durable.sync(self.directory)
 
 
 class PackedCheckpoint:

@@ -1,5 +1,6 @@
 """Writes a packed checkpoint as a directory that transformers and most other tools load."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,13 +11,17 @@ from flax import traverse_util
 
 from gptvq_jax.aqlm_format import AQLMFormat, aqlm_format, to_aqlm
 from gptvq_jax.checkpoint import PackedCheckpoint
+from gptvq_jax.disk_space import directory_bytes
 from gptvq_jax.models.companions import write_companions
 from gptvq_jax.models.tokenizer_files import make_portable
 from gptvq_jax.new_directory import new_directory
 from gptvq_jax.shards import write_shards
 from gptvq_jax.tensor_io import abstract_tensor
-from gptvq_jax.tree_io import cast_dense, check_dense_dtype, write_json
+from gptvq_jax.tree_io import DENSE_DTYPES, cast_dense, check_dense_dtype, write_json
 from gptvq_jax.vq_tensor import VQTensor
+
+_CONFIG_BYTES = 1 << 16
+_ENTRY_BYTES = 1024  # of the names of a layer in the headers of files and in their index
 
 Params = Mapping[str, Any]
 Named = tuple[str, np.ndarray]
@@ -45,6 +50,7 @@ def hf_dense(
 
     Raises:
       ValueError: `output_dir` is in use or cannot be written, or a weight overflows `dtype`.
+      FullDiskError: there is no room; nothing is left then.
     """
     _write(checkpoint, output_dir, {}, checkpoint.block, dtype, shard_bytes, on_block)
 
@@ -118,12 +124,29 @@ def _write(
             on_block()
         yield from hf_tensors(checkpoint.outer(), dtype=dtype)
 
-    with new_directory(output_dir) as partial:
+    num_bytes = _num_bytes(checkpoint, dtype, packed=bool(extra_config))
+    with new_directory(output_dir, num_bytes) as partial:
         config = checkpoint.config.to_hf() | {"torch_dtype": dtype} | extra_config
         write_json(partial / "config.json", config)
         write_companions(checkpoint.companions(), partial)
         make_portable(partial)
         write_shards(tensors(), partial, shard_bytes)
+
+
+def _num_bytes(checkpoint: PackedCheckpoint, dtype: str, packed: bool) -> int:
+    """Of the files of an export, at most."""
+    item = DENSE_DTYPES[dtype].itemsize
+    size = directory_bytes(checkpoint.directory / "tokenizer") + _CONFIG_BYTES
+    for section in ("layers", "embeddings", "dense"):
+        for meta in checkpoint.manifest.get(section, {}).values():
+            if packed and section == "layers":
+                fmt = aqlm_format(abstract_tensor(meta))
+                codes, codebooks, scales = map(math.prod, fmt.shapes(*meta["shape"]).values())
+                size += codes * fmt.code_dtype.itemsize + 2 * (codebooks + scales)
+            else:
+                size += math.prod(meta["shape"]) * item
+            size += _ENTRY_BYTES
+    return size
 
 
 def _quantization_config(checkpoint: PackedCheckpoint) -> dict[str, Any]:

@@ -17,8 +17,9 @@ Costs:
   memory: device: a block, or the embedding and head, and what one batch keeps for its backward
     pass. Host: a block, and its token weights, 28 bytes * g per token.
   disk: (blocks + 2) * n * T * hidden * 2 bytes at the peak, all gone at the end; it grows with
-    depth. What stays is blocks * 7 * n * T * g * 4 bytes. For SmolLM2-135M on 32 x 1024 tokens:
-    1.2 GB, then 28 MB * g. For Llama-2-7B on 128 x 2048 tokens: 73 GB, then 0.23 GB * g.
+    depth, and whether there is room is checked first (`peak_bytes`). What stays is
+    blocks * 7 * n * T * g * 4 bytes. For SmolLM2-135M on 32 x 1024 tokens: 1.2 GB, then 28 MB * g.
+    For Llama-2-7B on 128 x 2048 tokens: 73 GB, then 0.23 GB * g.
 """
 
 import math
@@ -30,6 +31,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
+from gptvq_jax.activations import num_bytes
 from gptvq_jax.calibrate import batches, embed_tokens, on_device
 from gptvq_jax.evaluate import token_nll
 from gptvq_jax.models.config import ModelConfig
@@ -39,12 +41,31 @@ from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch
 from gptvq_jax.workdir import WorkDir
 
+_HEADER_BYTES = 512  # of one array in a file, at most
 _TIME_CHUNK = 256  # tokens whose logits are in memory at once
 
 
 def steps(config: ModelConfig) -> int:
     """By how much `save_token_weights` advances the progress."""
     return 2 * config.num_hidden_layers
+
+
+def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int, done: int) -> int:
+    """Most bytes that `save_token_weights` has on the disk at once, in the files that it makes.
+
+    Args:
+      config: of the model.
+      shape: of the tokens (n, T).
+      num_groups: g.
+      done: the blocks from here on have their weights already; the depth of the model: none has.
+    """
+    depth = config.num_hidden_layers
+    stream = num_bytes((*shape, config.hidden_size)) + _HEADER_BYTES
+    weights = len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
+    # While block i goes backward there are the inputs of blocks 0 to i, the gradients at its exit
+    # and at its entrance, and the weights from i on: most for the first block or the last.
+    during = [(i + 3) * stream + (depth - i) * weights for i in (0, done - 1) if done]
+    return max([depth * weights, *during])
 
 
 def save_token_weights(
@@ -74,7 +95,8 @@ def save_token_weights(
     Raises:
       ValueError: the rows of a layer do not split into g groups, an activation, gradient or weight
         is not finite (nothing of that block is written then), or a file that is needed to go on
-        is missing.
+        is missing or damaged.
+      FullDiskError: the disk lacks the room; said before anything is computed.
     """
     check_groups(source.config, num_groups)
     with stopwatch.stage("gradients"):
@@ -82,14 +104,18 @@ def save_token_weights(
         done = depth  # the blocks from here on have their weights
         while done and workdir.has_token_weights(done - 1):
             done -= 1
-        if done < depth or workdir.has_activations(depth, "gradient"):
+        goes_on = done < depth or workdir.has_activations(depth, "gradient")
+        if goes_on:
+            workdir.drop_backward(done)  # what a run that was killed has left
+        most = peak_bytes(source.config, tokens.shape, num_groups, done)
+        workdir.check_room(most, "gradients/*")
+        if goes_on:
             progress.skip(2 * depth - done)
         else:
             _go_forward(source, tokens, batch_size, workdir, progress)
             progress.note("gradient of the loss")
             _start_backward(source, tokens, batch_size, workdir)
-        # Also what a run that was killed before this line has left.
-        workdir.drop_backward(done)
+            workdir.drop_backward(done)
         for index in reversed(range(done)):
             _go_backward(source, index, batch_size, num_groups, workdir)
             workdir.drop_backward(index)

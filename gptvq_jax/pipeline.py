@@ -34,6 +34,7 @@ from gptvq_jax.models.llama import (
 )
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.progress import Progress
+from gptvq_jax.sizes import stored_bytes
 from gptvq_jax.stopwatch import Stopwatch
 from gptvq_jax.streams import Streams
 from gptvq_jax.vq_tensor import dequantize_compiled, unused_centroids
@@ -88,6 +89,9 @@ def quantize_model(
       tokens: calibration windows (n, T).
       progress: advanced by one per linear layer and per epoch of tuning, `steps` in all.
       stopwatch: receives the seconds of every stage.
+
+    Raises:
+      FullDiskError: the disk lacks the room; said before anything is computed.
     """
     streams = Streams(source, settings, workdir)
     job = _Job(source, settings, plan, workdir, streams, progress, stopwatch)
@@ -95,6 +99,10 @@ def quantize_model(
     finished = writer.finished_blocks()
     depth = source.config.num_hidden_layers
     last = _num_quantized(source.config, settings)
+    # Of a block that was killed or found damaged: it is made again.
+    workdir.drop_activations(after=finished)
+    most = streams.peak_bytes(tokens.shape, last) + stored_bytes(source.config, settings, plan)
+    workdir.check_room(most, "activations/*", "checkpoint/**/*")
     if finished == 0:
         with stopwatch.stage("embed"):
             _begin(job, writer, tokens)
@@ -123,14 +131,14 @@ def quantize_model(
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
             writer.write_block(index, packed)
-            workdir.drop_activations(before=index + 1)
-    workdir.drop_activations(before=depth + 1)  # what tuning of the last block compared with
+            workdir.drop_activations(before=index)  # its own stay, for the case that it is damaged
     writer.finalize(
         config=to_dict(settings),
         model_config=source.config,
         source_name=source.name,
         source_fingerprint=source.fingerprint,
     )
+    workdir.drop_activations(before=depth + 1)
 
 
 def _begin(job: _Job, writer: CheckpointWriter, tokens: np.ndarray) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gptvq_jax.durable import replacing
+
 _COLUMNS = "block  layer              rel. error   SQNR dB    code   bits/value   seconds"
 
 
@@ -102,7 +104,8 @@ def plot(
         axes.grid(alpha=0.3)
     all_axes[0, 0].legend(fontsize="small", ncols=2)
     all_axes[0, 0].set_title(title)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
 
 

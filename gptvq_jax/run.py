@@ -1,6 +1,5 @@
 """The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_dict
 from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
+from gptvq_jax.disk_space import directory_bytes
 from gptvq_jax.evaluate import PRECISION, passes, perplexity
 from gptvq_jax.layer import check_row_groups
 from gptvq_jax.models.source import ModelSource, layer_shapes, open_source
@@ -200,7 +200,3 @@ def check_seqlen(source: ModelSource, section: str, seqlen: int) -> None:
 
 def describe(dataset: str, windows: np.ndarray) -> str:
     return f"{len(windows)} x {windows.shape[1]} tokens of {dataset}"
-
-
-def directory_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

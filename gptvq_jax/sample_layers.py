@@ -1,7 +1,5 @@
 """Layers to measure methods on: of a real model with real inputs, or random of any size."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from gptvq_jax.models.llama import (
     embed,
     get_layer,
 )
-from gptvq_jax.models.source import PACKAGED_SMOLLM2, ModelSource, open_source
+from gptvq_jax.models.source import PACKAGED_SMOLLM2, ModelSource, layer_shapes, open_source
+from gptvq_jax.new_directory import new_directory
 from gptvq_jax.progress import Progress
 
 # From the first, middle and last block of SmolLM2-135M; together every kind of input and shape.
@@ -89,10 +88,10 @@ def make_layers(
         raise ValueError(f"blocks {sorted(wanted)} must be some of 0 to {depth - 1}")
     for name in {name for names in wanted.values() for name in names} - set(LINEAR_LAYERS):
         raise ValueError(f"{name!r} is not a linear layer of a block; choose from {LINEAR_LAYERS}")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".layers-", dir=directory.parent) as scratch:
-        partial = Path(scratch) / directory.name
-        partial.mkdir()
+    shapes = layer_shapes(source.config)
+    weights = [shapes[name] for names in wanted.values() for name in names]
+    num_bytes = sum(4 * cols * (rows + cols) for rows, cols in weights)
+    with new_directory(directory, num_bytes) as partial:
         activations = np.asarray(embed(source.outer(), tokens))
         for index in range(max(wanted) + 1):
             block = jax.device_put(source.block(index))
@@ -105,7 +104,6 @@ def make_layers(
                     hessian=np.asarray(mean(moments[_group_of(name)])),
                 )
             progress.advance(f"block {index}")
-        os.replace(partial, directory)
 
 
 def _forward(

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from gptvq_jax.disk_space import naming_full_disk
+
 
 def write_shards(
     tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int
@@ -17,13 +19,18 @@ def write_shards(
       tensors: (name, array) pairs; memory holds those of one file.
       directory: gets model.safetensors, or model-00001-of-00002.safetensors, ... and their index.
       shard_bytes: size of a file, at most, unless one tensor is larger.
+
+    Raises:
+      FullDiskError: the disk is full.
     """
     shards: list[list[str]] = []
     total = size = 0
     shard: dict[str, np.ndarray] = {}
 
     def write():
-        save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        path = directory / f"{len(shards)}.part"
+        with naming_full_disk(path, size):
+            save_file(shard, path, metadata={"format": "pt"})
         shards.append(list(shard))
         shard.clear()
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from gptvq_jax.activations import Activations, Writer
+from gptvq_jax.activations import Activations, Writer, num_bytes
 from gptvq_jax.calibrate import advance, embed_tokens
 from gptvq_jax.checkpoint import dequantize_tree
 from gptvq_jax.config import RunSettings
@@ -31,7 +31,22 @@ class Streams:
         self._source, self._workdir = source, workdir
         self._batch_size = c.batch_size
         self._float_inputs = c.inputs == "float"
+        self._tunes = settings.tune.block
         self._has_float = c.asymmetry > 0 or settings.tune.block
+
+    def peak_bytes(self, shape: tuple[int, int], num_quantized: int) -> int:
+        """Most bytes of all streams at once.
+
+        A stream has the inputs of the last finished block, of the one at work and of the next.
+
+        Args:
+          shape: of the tokens (n, T).
+          num_quantized: blocks that are quantized; those after them are not calibrated.
+        """
+        stream = num_bytes((*shape, self._source.config.hidden_size)) + 128  # of its header
+        # The last block's outputs are there only to tune towards.
+        of_float = min(3, num_quantized + self._tunes) if self._has_float else 0
+        return (min(3, num_quantized) + of_float) * stream
 
     def begin(self, outer: Params, stored: Params, tokens: np.ndarray) -> None:
         """Embeds the tokens (n, T), with the float model's table and with the one that is stored.

@@ -5,22 +5,19 @@ record.json    written last: its presence means complete
 """
 
 import functools
-import hashlib
 import json
-import logging
 import operator
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
-from orbax.checkpoint import v1 as ocp
 
-from gptvq_jax.check_tensor import signature
-from gptvq_jax.errors import brief, first_line
+from gptvq_jax import durable
+from gptvq_jax.disk_space import check_room, naming_full_disk
 from gptvq_jax.json_file import read_own_object
 from gptvq_jax.tensor_io import (
     FORMAT_VERSION,
@@ -29,23 +26,24 @@ from gptvq_jax.tensor_io import (
     state_to_tensor,
     tensor_to_state,
 )
+from gptvq_jax.tree_arrays import (
+    DamagedError,
+    Tree,
+    check_files,
+    damaged,
+    file_sums,
+    read_arrays,
+    write_arrays,
+)
 from gptvq_jax.tree_record import (
     DENSE_DTYPES,
+    RECORD,
     Record,
-    arrays_of,
     check_record,
     dense_meta,
     quantized_meta,
 )
 from gptvq_jax.vq_tensor import VQTensor
-
-_RECORD = "record.json"
-
-# Bytes of arrays for each byte that is stored, beyond those that any tree may have: Orbax does
-# compress, but no real weights so far.
-_MAX_RATIO, _FREE_BYTES = 1024, 2**26
-
-Tree = dict[str, Any]
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Record:
@@ -65,6 +63,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
 
     Raises:
       ValueError: a value is too large for `dense_dtype`.
+      FullDiskError: there is no room; nothing is left in `directory` then.
     """
     stored, quantized, dense = {}, {}, {}
     for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
@@ -75,18 +74,27 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             array = stored[name] = cast_dense(leaf, dense_dtype, name)
             dense[name] = dense_meta(array.shape, dense_dtype, digest({"": array}))
 
+    size = sum(array.nbytes for array in jax.tree.leaves(stored))
+    check_room(directory, size)  # Orbax prints tracebacks of its threads on a full disk
     if directory.exists():
-        (directory / _RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
+        (directory / RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
+        durable.sync(directory)
         shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-    ocp.save(directory / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
-    record = {
-        "format_version": FORMAT_VERSION,
-        "quantized": quantized,
-        "dense": dense,
-        "files": _file_sums(directory),
-    }
-    write_json(directory / _RECORD, record)
+    try:
+        with naming_full_disk(directory, size):
+            durable.make_directory(directory)
+            write_arrays(directory, traverse_util.unflatten_dict(stored, sep="/"))
+            durable.sync_tree(directory)
+            record = {
+                "format_version": FORMAT_VERSION,
+                "quantized": quantized,
+                "dense": dense,
+                "files": file_sums(directory),
+            }
+            write_json(directory / RECORD, record)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     return record
 
 
@@ -96,18 +104,18 @@ def read_record(directory: Path) -> Record | None:
     Raises:
       ValueError: it is damaged or of another format version.
     """
-    path = directory / _RECORD
+    path = directory / RECORD
     if not path.exists():
         return None
     try:
         record = read_own_object(path)
     except ValueError as error:
-        raise _damaged(directory, _RECORD, str(error)) from None
+        raise damaged(directory, RECORD, str(error)) from None
     check_format_version(record.get("format_version"), str(path))
     try:
         check_record(record)
     except ValueError as error:
-        raise _damaged(directory, _RECORD, str(error)) from None
+        raise damaged(directory, RECORD, str(error)) from None
     return record
 
 
@@ -147,84 +155,45 @@ def load_arrays(directory: Path, record: Record) -> Tree:
     Raises:
       ValueError: it is damaged; the message names the directory and the layer.
     """
-    _check_files(directory, record)
-    arrays = _read_arrays(directory, record)
+    check_files(directory, record)
+    arrays = read_arrays(directory, record)
     tree = {}
     for name, meta in (record["quantized"] | record["dense"]).items():
         leaf = functools.reduce(operator.getitem, name.split("/"), arrays)
         packed = name in record["quantized"]
         if digest(leaf if packed else {"": leaf}) != meta["sha256"]:
-            raise _damaged(directory, name, "its SHA-256 is not the one recorded")
+            raise damaged(directory, name, "its SHA-256 is not the one recorded")
         try:
             tree[name] = state_to_tensor(leaf, meta) if packed else _finite(leaf)
         except ValueError as error:
-            raise _damaged(directory, name, str(error)) from None
+            raise damaged(directory, name, str(error)) from None
     return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def _check_files(directory: Path, record: Record) -> None:
-    """Before Orbax reads them: what it says of a damaged file is long and names no block."""
-    for path in (directory / "arrays").rglob("*"):
-        # A pipe would be waited for; sums leave out what lies behind the link of a directory. Links
-        # of files are followed: the cache of the Hugging Face hub is made of them.
-        if not path.is_file() and (path.is_symlink() or not path.is_dir()):
-            raise _damaged(directory, str(path.relative_to(directory)), "neither file nor folder")
-    found = _file_sums(directory)
-    for path, sha256 in record["files"].items():
-        if found.get(path) != sha256:
-            raise _damaged(directory, path, "changed or truncated" if path in found else "missing")
-
-
-def _read_arrays(directory: Path, record: Record) -> Tree:
-    """The nested dict of host arrays, once their own description agrees with the record."""
-    path, expected = directory / "arrays", arrays_of(record)
-    stored_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    metas = (record["quantized"] | record["dense"]).values()
-    num_bytes = sum(meta["num_bytes"] for meta in metas)
-    if num_bytes > _FREE_BYTES + _MAX_RATIO * stored_bytes:
-        raise _damaged(
-            directory, _RECORD, f"{stored_bytes} bytes cannot hold {num_bytes} bytes of arrays"
-        )
-    _check_arrays(directory, _orbax(directory, ocp.metadata, path).metadata, expected)
-    arrays = _orbax(directory, ocp.load, path)
-    _check_arrays(directory, arrays, expected)
-    return arrays
-
-
-def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...], str]) -> None:
-    """Compares a nested dict of arrays, or of what Orbax says of them, with `arrays_of`."""
-    found = traverse_util.flatten_dict(arrays if isinstance(arrays, dict) else {})
-    for keys in sorted(expected):
-        name, array = "/".join(keys), found.pop(keys, None)
-        if array is None:  # of a quantized layer, or all of a dense one
-            raise _damaged(directory, "/".join(keys[:-1]), f"missing: {keys[-1]}")
-        stored = signature(array) if hasattr(array, "shape") else type(array).__name__
-        if stored != expected[keys]:
-            raise _damaged(directory, name, f"it is stored as {stored}, not as {expected[keys]}")
-        chunk = getattr(getattr(array, "storage_metadata", None), "chunk_shape", None) or ()
-        if any(part > size for part, size in zip(chunk, array.shape, strict=False)):
-            # Each would be allocated whole.
-            raise _damaged(directory, name, f"it is stored in chunks of {chunk}")
-    if found:
-        unknown = brief("/".join(map(str, next(iter(found)))))
-        raise _damaged(directory, unknown, "it is not in the record")
-
-
-def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # it logs the content of what it cannot parse
-    try:
-        return read(path)
-    except Exception as error:  # of damaged files it raises what it happens to, also KeyError
-        raise _damaged(directory, "arrays", f"Orbax: {first_line(error)[:500]}") from None
-    finally:
-        logging.disable(disabled)
 
 
 def _finite(array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError("it contains NaN or Inf")
     return array
+
+
+def is_stored(directory: Path) -> bool:
+    """Whether a tree was written to its end; says nothing of what became of it since."""
+    return (directory / RECORD).exists()
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the files of a tree whose record is there; None if nothing is.
+
+    Raises:
+      ValueError: it is of another format version.
+    """
+    try:
+        record = read_record(directory)
+        if record is not None:
+            check_files(directory, record)
+    except DamagedError as error:
+        return str(error)
+    return None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -237,9 +206,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must hold finite JSON types: {error}") from error
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    durable.write_text(path, text)
 
 
 def cast_dense(values: Any, dtype: str, name: str) -> np.ndarray:
@@ -264,19 +231,3 @@ def check_dense_dtype(dtype: str) -> None:
     """Raises ValueError if `dtype` is not a key of DENSE_DTYPES."""
     if dtype not in DENSE_DTYPES:
         raise ValueError(f"{dtype=} must be one of {', '.join(DENSE_DTYPES)}")
-
-
-def _file_sums(directory: Path) -> dict[str, str]:
-    """{path below `directory`: SHA-256} of Orbax's files."""
-    sums = {}
-    for path in sorted(path for path in (directory / "arrays").rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            sums[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
-def _damaged(directory: Path, name: str, why: str) -> ValueError:
-    return ValueError(
-        f"{directory} is damaged at {name}: {why}; restore it from a copy, or quantize again in "
-        "another --workdir"
-    )

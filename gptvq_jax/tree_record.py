@@ -18,6 +18,7 @@ from gptvq_jax.json_file import leaves_directory
 from gptvq_jax.tensor_io import abstract_tensor, describe
 from gptvq_jax.vq_tensor import VQTensor
 
+RECORD = "record.json"
 DENSE_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

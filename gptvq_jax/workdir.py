@@ -15,21 +15,28 @@
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
 
-Everything is written under another name and renamed, so a kill leaves the old or the new file.
-The inputs of block i + 1 are on disk before block i counts as finished.
+Everything is written under another name and renamed once it is on the disk (durable.py), so that a
+kill or a power loss leaves the old or the new file. The inputs of block i + 1 are on disk before
+block i counts as finished, and those of block i stay until block i + 1 does: where block i is found
+damaged, it is made again.
 """
 
 import fcntl
 import json
-import os
+import math
+import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
+from gptvq_jax import durable
 from gptvq_jax.activations import Activations, Writer, writing
 from gptvq_jax.config import difference
+from gptvq_jax.disk_space import FullDiskError, check_room, directory_bytes, naming_full_disk
+from gptvq_jax.errors import first_line
 
 _BACKWARD = ("inputs", "gradient")  # streams of the backward pass, which live in gradients/
 
@@ -39,13 +46,17 @@ class WorkDir:
 
     Raises:
       ValueError: it cannot be written, another process uses it, or it belongs to another config.
+      FullDiskError: there is no room for anything.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
         self.path = Path(path)
         try:
-            self._activations.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until close
+            with naming_full_disk(self.path):
+                durable.make_directory(self._activations)
+                self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until close
+        except FullDiskError:
+            raise
         except OSError as error:
             raise ValueError(
                 f"cannot write to the work directory {self.path} ({error.strerror}); "
@@ -54,7 +65,8 @@ class WorkDir:
         try:
             self._claim()
             self._check_config(config)
-        except ValueError:
+            self._drop_partial()
+        except BaseException:
             self.close()
             raise
 
@@ -98,12 +110,17 @@ class WorkDir:
                     f"{self.checkpoint} exists but {path} does not: this is no work directory of "
                     "a run; pass another --workdir"
                 )
-            self._replace(path, lambda tmp: tmp.write_text(json.dumps(new, indent=2) + "\n"))
+            durable.write_text(path, json.dumps(new, indent=2) + "\n")
             return
         try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); pass another --workdir") from error
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(old, dict):
+                raise ValueError(f"it holds a {type(old).__name__}")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not the config of a run ({first_line(error)}); restore it, or pass "
+                "another --workdir"
+            ) from error
         changed = difference(old, new)
         if changed:
             raise ValueError(
@@ -111,13 +128,40 @@ class WorkDir:
                 "Restore the config to resume, or pass another --workdir"
             )
 
+    def _drop_partial(self) -> None:
+        """Removes what a killed process was writing."""
+        for folder in (self.path, self._activations, self._gradients, self._curves(0).parent):
+            for path in folder.glob("*.partial"):
+                path.unlink()
+
+    def check_room(self, num_bytes: int, *kept: str) -> None:
+        """Checks, before a pass, that there is room for what it will write.
+
+        Args:
+          num_bytes: most bytes that the files below will have at any time of the pass.
+          kept: patterns of these files, such as "gradients/*"; what is there needs no room.
+
+        Raises:
+          FullDiskError: the disk has less.
+        """
+        present = sum(directory_bytes(self.path, pattern) for pattern in kept)
+        check_room(self.path, num_bytes - present)
+
     def load_tokens(self) -> np.ndarray | None:
         """Calibration windows of an earlier start, or None."""
         path = self.path / "tokens.npy"
-        return np.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return np.load(path)
+        except (ValueError, EOFError, OSError) as error:
+            logging.warning("%s is damaged and made again: %s", path, first_line(error))
+            return None
 
     def save_tokens(self, tokens: np.ndarray) -> None:
-        self._replace(self.path / "tokens.npy", lambda tmp: _save(tmp, tokens))
+        replacing = durable.replacing(self.path / "tokens.npy", tokens.nbytes)
+        with replacing as partial, open(partial, "wb") as file:  # np.save would append .npy
+            np.save(file, tokens)
 
     def load_activations(self, block: int, stream: str = "quantized") -> Activations:
         """One stream of arrays (n, T, hidden) at the entrance of a block.
@@ -130,34 +174,41 @@ class WorkDir:
         """
         path = self._stream(block, stream)
         self._must_exist(path)
-        return Activations(path)
+        try:
+            return Activations(path)
+        except ValueError as error:
+            raise self._lost(path, first_line(error).removeprefix(f"{path} ")) from error
 
     def write_activations(
         self, block: int, shape: tuple[int, ...], stream: str = "quantized"
     ) -> AbstractContextManager[Writer]:
         """A context whose Writer fills a stream; the file is there once the context ends."""
-        path = self._stream(block, stream)
-        path.parent.mkdir(exist_ok=True)
-        return writing(path, shape)
+        return writing(self._stream(block, stream), shape)
 
     def has_activations(self, block: int, stream: str = "quantized") -> bool:
         return self._stream(block, stream).exists()
 
-    def drop_activations(self, before: int, stream: str = "*") -> None:
-        """Removes the inputs of blocks that will not run again; of one stream, or of all."""
+    def drop_activations(self, before: int = 0, stream: str = "*", after: float = math.inf) -> None:
+        """Removes the inputs of blocks before or after one; of one stream, or of all."""
         for path in self._activations.glob(f"*.{stream}.npy"):
-            if int(path.name.partition(".")[0]) < before:
+            if not before <= int(path.name.partition(".")[0]) <= after:
                 path.unlink()
 
     def load_token_weights(self, block: int) -> dict[str, np.ndarray]:
         """{layer: weights of the calibration tokens (n, T, g) float32} of a block."""
         path = self._token_weights(block)
         self._must_exist(path)
-        with np.load(path) as file:
-            return dict(file)
+        try:
+            with np.load(path) as file:
+                return dict(file)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
+            raise self._lost(path, f"is damaged: {first_line(error)}") from error
 
     def save_token_weights(self, block: int, weights: dict[str, np.ndarray]) -> None:
-        self._replace(self._token_weights(block), lambda tmp: _save_all(tmp, weights))
+        size = sum(array.nbytes for array in weights.values())
+        replacing = durable.replacing(self._token_weights(block), size)
+        with replacing as partial, open(partial, "wb") as file:
+            np.savez(file, **weights)
 
     def has_token_weights(self, block: int) -> bool:
         return self._token_weights(block).exists()
@@ -166,8 +217,10 @@ class WorkDir:
         """Removes what the backward pass does not need once it is through block `done`."""
         for path in self._gradients.glob("*.npy"):
             block, stream, _ = path.name.split(".")
-            # The gradient at the entrance of block `done` is where the pass goes on.
-            if int(block) >= done + (stream == "gradient" and done > 0):
+            # The gradient at the entrance of block `done` is where the pass goes on; one further
+            # on is of a block that was killed.
+            keep = int(block) == done > 0 if stream == "gradient" else int(block) < done
+            if not keep:
                 path.unlink()
 
     def _stream(self, block: int, stream: str) -> Path:
@@ -179,21 +232,30 @@ class WorkDir:
 
     def _must_exist(self, path: Path) -> None:
         if not path.exists():
-            # The backward pass is of the float model: it can be run again at any time.
-            again = self._gradients if path.parent == self._gradients else self.path
-            raise ValueError(
-                f"{path} is missing, so the run cannot go on; "
-                f"restore the file or remove {again} to start again"
-            )
+            raise self._lost(path, "is missing")
+
+    def _lost(self, path: Path, what: str) -> ValueError:
+        """Says what to remove, so that the least is made again."""
+        again = path.parent
+        if again == self._activations:
+            curves = path.name.endswith(".curves.npy")
+            again = self._curves(0).parent if curves else self.checkpoint
+        return ValueError(
+            f"{path} {what}, so the run cannot go on; restore the file, or remove {again} to start "
+            "again from there with the same command"
+        )
 
     def load_curves(self, block: int) -> list[dict[str, Any]]:
         """Measured errors of the candidates of a block's layers."""
         path = self._curves(block)
         self._must_exist(path)
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._lost(path, f"is damaged: {first_line(error)}") from error
 
     def save_curves(self, block: int, rows: list[dict[str, Any]]) -> None:
-        self._replace(self._curves(block), lambda tmp: tmp.write_text(json.dumps(rows) + "\n"))
+        durable.write_text(self._curves(block), json.dumps(rows) + "\n")
 
     def has_curves(self, block: int) -> bool:
         return self._curves(block).exists()
@@ -207,11 +269,13 @@ class WorkDir:
         if not path.exists():
             return []
         rows = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:  # the line being written when the run was killed
                 continue
+            if isinstance(row, dict) and "kind" in row:
+                rows.append(row)
         return rows
 
     def summary(self) -> dict[str, Any] | None:
@@ -223,24 +287,8 @@ class WorkDir:
     def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by these rows."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        self._replace(self.path / "metrics.jsonl", lambda tmp: tmp.write_text(text))
+        durable.write_text(self.path / "metrics.jsonl", text)
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def _replace(self, path: Path, write) -> None:
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        write(partial)
-        os.replace(partial, path)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save would append .npy to a path
-        np.save(file, array)
-
-
-def _save_all(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
+        """Adds rows, all of them or none."""
+        durable.append_lines(self.path / "metrics.jsonl", rows)

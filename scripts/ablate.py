@@ -34,6 +34,7 @@ _DIRECTORY = flags.DEFINE_string("directory", "runs/ablations", "Where the resul
 
 def main(_) -> None:
     from gptvq_jax import ablations
+    from gptvq_jax.durable import write_text
     from gptvq_jax.layer_benchmark import layer_files
     from gptvq_jax.progress import Progress
     from gptvq_jax.sample_layers import smollm2_layers
@@ -64,10 +65,9 @@ def main(_) -> None:
 
     text = "\n\n".join(f"{t}\n\n{ablations.table(*rows)}" for t, rows in tables.items())
     print(text)
-    (directory / "tables.md").write_text(text + "\n")
-    (directory / "rows.json").write_text(
-        json.dumps({title: rows for title, (rows, _) in tables.items()}, indent=1) + "\n"
-    )
+    write_text(directory / "tables.md", text + "\n")
+    by_title = {title: rows for title, (rows, _) in tables.items()}
+    write_text(directory / "rows.json", json.dumps(by_title, indent=1) + "\n")
     ablations.plot(tables, directory / "ablations.png")
     print(f"written to {directory}")
 

@@ -45,6 +45,7 @@ def main(_) -> None:
 
     from gptvq_jax import decode_benchmark as bench
     from gptvq_jax import decode_report
+    from gptvq_jax.durable import write_text
     from gptvq_jax.progress import Progress
 
     on_cpu = jax.default_backend() == "cpu"
@@ -74,7 +75,7 @@ def main(_) -> None:
     print(decode_report.table(rows, copy))
     if _JSON.value:
         text = json.dumps({"device": device, "copy_bandwidth": copy, "rows": rows}, indent=1)
-        Path(_JSON.value).write_text(text + "\n")
+        write_text(_JSON.value, text + "\n")
     if _PLOT.value:
         decode_report.plot(rows, device, Path(_PLOT.value))
 

@@ -35,6 +35,7 @@ _COMPARE = flags.DEFINE_string("compare", None, "File of an earlier --json to co
 
 
 def main(_) -> None:
+    from gptvq_jax.durable import write_text
     from gptvq_jax.layer_benchmark import choose, compare, measure_all, read_rows, summarize
     from gptvq_jax.sample_layers import smollm2_layers
 
@@ -59,7 +60,7 @@ def main(_) -> None:
             flush=True,
         )
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(_JSON.value, json.dumps(rows, indent=1) + "\n")
 
     summary = summarize(rows, ratios)
     print(f"\n{'all layers':20s} {header.replace('  SQNR dB  bits/value', '')}{ratio_header}")

@@ -34,7 +34,7 @@ from gptvq_jax.ops.vq_matmul import VQKernel, vq_matmul
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 from gptvq_jax.serving import packed_params
 from gptvq_jax.tensor_io import digest, tensor_to_state
-from gptvq_jax.tree_io import _file_sums
+from gptvq_jax.tree_arrays import file_sums
 from gptvq_jax.vq_tensor import VQTensor
 
 USER_ERRORS = (ValueError, NotImplementedError, OSError)
@@ -224,7 +224,7 @@ def alter_arrays(draw, directory: Path, expected: dict) -> dict | None:
     stored[leaf] = arrays
     shutil.rmtree(directory / name / "arrays")
     ocp.save(directory / name / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
-    record["files"] = _file_sums(directory / name)
+    record["files"] = file_sums(directory / name)
     text = json.dumps(record)
     (directory / name / "record.json").write_text(text)
     if told == "all":
@@ -320,7 +320,7 @@ def alter_file(draw, directory: Path, expected: dict) -> None:
         record = directory / tree / "record.json"
         if path.is_relative_to(directory / tree / "arrays"):
             described = json.loads(record.read_text())
-            described["files"] = _file_sums(directory / tree)
+            described["files"] = file_sums(directory / tree)
             record.write_text(json.dumps(described))
 
 

@@ -44,7 +44,7 @@ class AQLMSource(CheckpointSource):
         self.fingerprint = directory.fingerprint
         expected = set()
         for name in tensor_names(self.config):
-            expected.update(self._parts(name) if self._quantized(name) else [name])
+            expected.update(self._parts(name) if self.is_quantized(name) else [name])
         directory.check_tensors(self.config, expected)
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class AQLMSource(CheckpointSource):
         return self._directory.read(name)
 
     def _read_leaf(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        if not self._quantized(name):
+        if not self.is_quantized(name):
             return super()._read_leaf(name, shape)
         codes_name, codebooks_name, scales_name = self._parts(name)
         try:
@@ -106,7 +106,7 @@ class AQLMSource(CheckpointSource):
             )
         return values.astype(np.float16)
 
-    def _quantized(self, name: str) -> bool:
+    def is_quantized(self, name: str) -> bool:
         """Whether the module whose weight is called `name` has at least one part of a layer."""
         return any(part in self._directory.files for part in self._parts(name))
 
