@@ -35,12 +35,21 @@ _DIRECTORY = flags.DEFINE_string("directory", "runs/ablations", "Where the resul
 def main(_) -> None:
     from gptvq_jax import ablations
     from gptvq_jax.layer_benchmark import layer_files
+    from gptvq_jax.overrides import settle
     from gptvq_jax.progress import Progress
+    from gptvq_jax.report import json_numbers
     from gptvq_jax.sample_layers import smollm2_layers
 
+    chosen = ablations.choose(_TABLES.value, _ROWS.value)
+    if "layers" not in chosen:
+        cli.refuse(["layers", "settings"], "without layer rows; add --tables=layers")
+    if "model" not in chosen:
+        cli.refuse(["config", *cli.given_flags("config")], "without model rows; add --tables=model")
+    base, note = settle(_CONFIG.value, cli.given_fields())
+    if note:
+        print(note)
     directory = Path(_DIRECTORY.value)
     directory.mkdir(parents=True, exist_ok=True)
-    chosen = ablations.choose(_TABLES.value, _ROWS.value)
     tables = {}
     if "layers" in chosen:
         if _LAYERS.value is None:
@@ -58,7 +67,7 @@ def main(_) -> None:
         rows, known = [], None
         for name in chosen["model"]:
             print(name, flush=True)
-            rows.append(ablations.model_row(name, _CONFIG.value, directory, known))
+            rows.append(ablations.model_row(name, base, directory, known))
             known = rows[0]["perplexity_float"]
         tables["model"] = rows, "rise"
 
@@ -66,7 +75,7 @@ def main(_) -> None:
     print(text)
     (directory / "tables.md").write_text(text + "\n")
     (directory / "rows.json").write_text(
-        json.dumps({title: rows for title, (rows, _) in tables.items()}, indent=1) + "\n"
+        json.dumps(json_numbers({t: rows for t, (rows, _) in tables.items()}), indent=1) + "\n"
     )
     ablations.plot(tables, directory / "ablations.png")
     print(f"written to {directory}")

@@ -35,6 +35,8 @@ def main(_) -> None:
         raise ValueError(f"--shape={_SHAPE.value} must be ROWSxCOLS, such as 11008x4096")
     chosen = choose(["gptvq", "aqlm"], _SETTINGS.value)
     if _ALONE.value:
+        if len(chosen) != 1:
+            raise ValueError(f"--alone measures one setting; --settings names {len(chosen)}")
         ((method, setting),) = chosen
         print(json.dumps(measure_memory(*map(int, shape.groups()), method, setting)))
         return

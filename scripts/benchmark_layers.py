@@ -35,10 +35,23 @@ _COMPARE = flags.DEFINE_string("compare", None, "File of an earlier --json to co
 
 
 def main(_) -> None:
-    from gptvq_jax.layer_benchmark import choose, compare, measure_all, read_rows, summarize
+    from gptvq_jax.layer_benchmark import (
+        choose,
+        compare,
+        measure_all,
+        read_rows,
+        settings_of,
+        summarize,
+    )
     from gptvq_jax.sample_layers import smollm2_layers
 
     chosen = choose(_METHODS.value, _SETTINGS.value)
+    for method in _METHODS.value:
+        if method not in dict(chosen):
+            raise ValueError(
+                f"--methods={method} has no effect with --settings={','.join(_SETTINGS.value)}; "
+                f"it has {', '.join(settings_of(method))}"
+            )
     earlier = read_rows(Path(_COMPARE.value)) if _COMPARE.value else None
     directory = Path(_LAYERS.value or "runs/layers")
     if _LAYERS.value is None:

@@ -30,7 +30,7 @@ def main(_) -> None:
     from gptvq_jax.run import quantize
 
     workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
-    quantize(_CONFIG.value, workdir)
+    quantize(_CONFIG.value, workdir, given=cli.given_fields())
 
 
 if __name__ == "__main__":
