@@ -3,7 +3,6 @@
 This file imports nothing that takes long: from its import on, Ctrl-C ends a script in one line.
 """
 
-import _thread
 import contextlib
 import ctypes
 import logging
@@ -31,18 +30,17 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self.on_signal)
         sys.unraisablehook = self.unraisable
 
-    def on_signal(self, *_) -> None:
-        if self.seen or self.at_exit:
+    def on_signal(self, _, frame) -> None:
+        if self.seen or self.at_exit or _imports(frame):
             leave(_INTERRUPTED, "interrupted")
         self.seen = True
         raise KeyboardInterrupt
 
     def unraisable(self, unraisable) -> None:
-        """Python drops what is raised in a finalizer or a callback: there, Ctrl-C comes again."""
+        """What is raised in a finalizer or a callback, Python drops: Ctrl-C must not get lost."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            self.seen = False
-            _thread.interrupt_main()
-        elif not self.seen:  # what breaks off in the middle leaves finalizers that complain
+            leave(_INTERRUPTED, "interrupted")
+        if not self.seen:  # what breaks off in the middle leaves finalizers that complain
             sys.__unraisablehook__(unraisable)
 
     def uncaught(self, kind, error, traceback) -> None:
@@ -52,12 +50,23 @@ class _Interrupts:
         sys.__excepthook__(kind, error, traceback)
 
 
+def _imports(frame) -> bool:
+    """Whether a module is being imported: one in C++ may abort if that ends in an exception."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def leave(status: int, line: str = "") -> None:
     """Ends the process at once: no thread is waited for, none gets to print a traceback."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     with contextlib.suppress(Exception):
-        print(line, end="\n" if line else "", file=sys.stderr, flush=True)
+        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        start = "\n" if bars is not None and bars._instances else ""
+        print(start + line, end="\n" if line else "", file=sys.stderr, flush=True)
     os._exit(status)
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+
 from absl import flags
 from ml_collections import config_flags
-
-from gptvq_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/smollm2_135m_2d.py:ablation", "What the model rows change."

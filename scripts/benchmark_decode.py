@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x4096", "11008x4096"], "smollm2, 7b, 70b or ROWSxCOLS (outputs x inputs)."

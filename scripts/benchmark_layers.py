@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _LAYERS = flags.DEFINE_string("layers", None, "Directory of .npz files; default: runs/layers.")
 _METHODS = flags.DEFINE_list("methods", ["gptvq"], "Methods, as in config.method.")

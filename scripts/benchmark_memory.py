@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 flags.DEFINE_list("depths", ["6", "24"], "Numbers of blocks.")
 flags.DEFINE_list("windows", ["8"], "Numbers of calibration windows of 512 tokens.")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+
 from absl import flags
 from ml_collections import config_flags
-
-from gptvq_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.")

@@ -19,12 +19,12 @@ BUDGET = {"allocation.bits_per_value": 3.0}
 # Two allowed values of every field, of which one is not what a scenario has.
 VALUES = {
     "vq": {
-        "dim": (1, 2), "bits": (2.0, 1.0), "group_size": (2048, 0), "codebook_overhead": (0.01, 0.02),
-        "max_group_cols": (8, 4), "seed": ("random", "kmeans++"), "em_iterations": (3, 2),
-        "exact_metric": (False, True), "block_size": (4, 2), "scale_block_size": (8, 0),
-        "codebook_update": ("none", "adam"), "update_iterations": (3, 2),
-        "learning_rate": (0.5, 0.25), "polish_rounds": (3, 2), "polish_tolerance": (0.25, 0.5),
-        "codebook_bits": (16, 8), "svd_rank": (2, 0),
+        "dim": (1, 2), "bits": (2.0, 1.0), "group_size": (2048, 0),
+        "codebook_overhead": (0.01, 0.02), "max_group_cols": (8, 4), "em_iterations": (3, 2),
+        "seed": ("random", "kmeans++"), "exact_metric": (False, True), "block_size": (4, 2),
+        "scale_block_size": (8, 0), "codebook_update": ("none", "adam"),
+        "update_iterations": (3, 2), "learning_rate": (0.5, 0.25), "polish_rounds": (3, 2),
+        "polish_tolerance": (0.25, 0.5), "codebook_bits": (16, 8), "svd_rank": (2, 0),
     },
     "aqlm": {
         "num_codebooks": (4, 2), "code_bits": (3, 2), "dim": (4, 8),
