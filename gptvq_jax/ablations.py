@@ -7,13 +7,13 @@ whose relative errors do not compare.
 
 import contextlib
 import io
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptvq_jax import run
 from gptvq_jax.durable import replacing, write_text
@@ -22,6 +22,7 @@ from gptvq_jax.hessian import factorize
 from gptvq_jax.layer import Objective, quantize_layer, relative_error
 from gptvq_jax.layer_benchmark import DAMPING, VQ_SETTINGS, geometric_mean, load_layer
 from gptvq_jax.methods import METHODS
+from gptvq_jax.report import log_ratio
 from gptvq_jax.vq_tensor import dequantize
 
 PAPER = {
@@ -173,7 +174,7 @@ def model_row(
         "bits_per_value": summary["bits_per_value"],
         "perplexity_float": of_float,
         "perplexity": quantized,
-        "rise": math.log(quantized / of_float),
+        "rise": log_ratio(quantized, of_float),
         "seconds": summary["seconds"] - summary["stages"].get("evaluate", 0.0),
     }
 
@@ -190,10 +191,16 @@ def table(rows: Sequence[dict[str, Any]], value: str) -> str:
     columns += ["perplexity"] * whole + ["bits per value", "seconds"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        cells = [row["row"], f"{row[value]:.5f}", f"{row[value] / rows[0][value]:.3f}"]
+        cells = [row["row"], f"{row[value]:.5f}", f"{_against(row, rows[0], value):.3f}"]
         cells += [f"{row['perplexity']:.2f}"] if whole else []
         lines.append([*cells, f"{row['bits_per_value']:.3f}", f"{row['seconds']:.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _against(row: dict[str, Any], first: dict[str, Any], value: str) -> float:
+    """A value over that of the first row; inf or nan where one of them is, or the first is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(row[value]) / np.float64(first[value]))
 
 
 def plot(tables: dict[str, tuple[Sequence[dict[str, Any]], str]], path: Path) -> None:
@@ -213,12 +220,13 @@ def plot(tables: dict[str, tuple[Sequence[dict[str, Any]], str]], path: Path) ->
         1, len(tables), figsize=(6 * len(tables), height), layout="constrained", squeeze=False
     )
     for axes, (title, (rows, value)) in zip(all_axes[0], tables.items(), strict=True):
-        ratios = [row[value] / rows[0][value] for row in rows]
-        axes.barh([row["row"] for row in rows], ratios)
+        ratios = [_against(row, rows[0], value) for row in rows]
+        finite = [ratio for ratio in ratios if np.isfinite(ratio)] or [1.0]
+        axes.barh([row["row"] for row in rows], np.nan_to_num(ratios, posinf=max(*finite, 2.0)))
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xlabel=f"{value.replace('_', ' ')}, first row = 1", title=title)
         # Bars that are far off are cut, or the small differences would not show.
-        axes.set_xlim(left=min(0.9, *ratios) - 0.05, right=min(2.0, max(ratios) + 0.05))
+        axes.set_xlim(left=min(0.9, *finite) - 0.05, right=min(2.0, max(finite) + 0.05))
         axes.invert_yaxis()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

@@ -5,6 +5,7 @@ they are the frozen dataclasses of this file.
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -14,6 +15,7 @@ from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.checkpoint import EMBEDDINGS
 from gptvq_jax.gptvq import GPTVQSettings
 from gptvq_jax.methods import METHODS
+from gptvq_jax.sampling import LARGEST_SEED
 from gptvq_jax.uniform import UniformSettings
 
 
@@ -113,6 +115,7 @@ class RunSettings:
         check(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         check(self.num_blocks >= 0, "num_blocks", "0 or the blocks to quantize")
         check(0 <= self.damping <= 1, "damping", "from 0 to 1")
+        check(0 <= self.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
         dtypes = ("float16", "bfloat16", "float32")
         check(self.dense_dtype in dtypes, "dense_dtype", f"one of {', '.join(dtypes)}")
         check(self.embeddings in EMBEDDINGS, "embeddings", f"one of {', '.join(EMBEDDINGS)}")
@@ -140,6 +143,7 @@ class RunSettings:
         )
         check(c.num_windows >= 1, "calibration.num_windows", "at least 1")
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
+        check(c.seed >= 0, "calibration.seed", "at least 0")
         check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
         check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
         check(0 <= c.asymmetry <= 1, "calibration.asymmetry", "from 0 to 1")
@@ -192,7 +196,27 @@ def from_config(config: config_dict.ConfigDict) -> RunSettings:
     Raises:
       ValueError: a field that does not exist, has the wrong type or an impossible value.
     """
+    if not hasattr(config, "to_dict"):
+        raise ValueError(
+            f"get_config of a config file must return what default_config() gives, not "
+            f"{type(config).__name__}"
+        )
     return _build(RunSettings, config.to_dict(), "")
+
+
+def evaluation_settings(made_with: dict[str, Any], given: dict[str, Any]) -> EvaluationSettings:
+    """The held-out text of a checkpoint, with other fields given.
+
+    Args:
+      made_with: section `evaluation` of the config that the checkpoint was made with.
+      given: fields that differ.
+
+    Raises:
+      ValueError: as `from_config`.
+    """
+    if not isinstance(made_with, dict):
+        raise ValueError(f"config.evaluation={made_with!r} must be a section of fields")
+    return _build(EvaluationSettings, {**made_with, **given}, "evaluation.")
 
 
 def to_dict(settings: RunSettings) -> dict[str, Any]:
@@ -223,6 +247,8 @@ def _build(kind: type, values: dict[str, Any], prefix: str):
     for name, value in values.items():
         expected = types[name]
         if dataclasses.is_dataclass(expected):
+            if not isinstance(value, dict):
+                raise ValueError(f"config.{prefix}{name}={value!r} must be a section of fields")
             fields[name] = _build(expected, value, f"{prefix}{name}.")
             continue
         if typing.get_origin(expected) is tuple:
@@ -235,11 +261,17 @@ def _build(kind: type, values: dict[str, Any], prefix: str):
                 f"config.{prefix}{name}={value!r} must be of type {expected.__name__}, "
                 f"not {type(value).__name__}"
             )
-        fields[name] = value
+        fields[name] = _finite(value, f"{prefix}{name}")
     return kind(**fields)
 
 
 def _build_tuple(kind: type, values: typing.Any, name: str) -> tuple:
     if not isinstance(values, tuple | list) or not all(type(v) in (int, kind) for v in values):
         raise ValueError(f"config.{name}={values!r} must be a tuple of {kind.__name__}")
-    return tuple(kind(value) for value in values)
+    return tuple(_finite(kind(value), name) for value in values)
+
+
+def _finite(value: Any, name: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config.{name}={value!r} must be finite")
+    return value

@@ -18,7 +18,7 @@ from jax import lax
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.models.llama import block_step, embed, head_logits
-from gptvq_jax.sampling import Sampling, sample
+from gptvq_jax.sampling import Sampling, random_key, sample
 
 STEPS_PER_CALL = 8  # tokens between two looks of the host
 NO_TOKEN = -1  # in the outputs of a sequence that has ended
@@ -91,7 +91,8 @@ def generate(
       on_tokens: called every few steps with the new tokens of each sequence.
 
     Raises:
-      ValueError: a prompt is empty, or too long for the model with `max_tokens` more.
+      ValueError: a prompt is empty, or too long for the model with `max_tokens` more; a seed out of
+        range.
     """
     check_prompts(config, prompts, max_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -105,7 +106,7 @@ def generate(
         max_len=_bucket(lengths.max() + max_tokens),
         dtype=dtype,
     )
-    inputs = (plan, params, padded, lengths, jax.random.key(seed))
+    inputs = (plan, params, padded, lengths, random_key(seed))
     compile_seconds = 0.0
     if compile_first:
         start = time.perf_counter()

@@ -1,10 +1,12 @@
 """Text to tokens before generation, tokens to text while it goes on."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from gptvq_jax.errors import first_line
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character (yet)
 
 
@@ -20,12 +22,14 @@ def encode_prompts(
       system: system message of the chat; None: the template's own, if any.
 
     Raises:
-      ValueError: an empty prompt; a chat without a template, or with one that refuses or fails; a
-        system message without a chat.
+      ValueError: a prompt that is empty or no Unicode; a chat without a template, or with one that
+        refuses or fails; a system message without a chat.
     """
     for index, prompt in enumerate(prompts):
-        if not prompt.strip():
+        if not prompt:
             raise ValueError(f"prompt {index} is empty; write what the model is to continue")
+        check_unicode(f"prompt {index}", prompt)
+    check_unicode("the system message", system or "")
     if not chat:
         if system is not None:
             raise ValueError("a system message is part of a chat; add --chat")
@@ -66,6 +70,22 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next:
     return text
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raises ValueError for a text that no tokenizer takes.
+
+    Python stands for a byte of the command line that is not UTF-8 with a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = code - 0xDC00
+        what = f"byte 0x{byte:02x}" if 0x80 <= byte <= 0xFF else f"surrogate \\u{code:04x}"
+        raise ValueError(
+            f"{name} is not UTF-8: {what} after {error.start} characters; pass it in UTF-8"
+        ) from None
+
+
 class TextStream:
     """Text of a sequence that grows by a few tokens at a time, in whole characters.
 
@@ -77,6 +97,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._tokens = list(context)  # the newest; older ones are forgotten
         self._complete = len(self._tokens)  # how many of them made whole characters together
         self._shown = len(self._decode())  # characters of their text
@@ -86,13 +107,18 @@ class TextStream:
         if not tokens:
             return ""
         self._tokens += tokens
+        if self._in_bytes():
+            return ""
         text = self._decode()
         certain = text.rstrip(_INCOMPLETE)
         new = certain[self._shown :]
         self._shown = max(self._shown, len(certain))
         if certain == text:
-            # Of what was complete before, nothing is needed: the newest tokens are context enough.
-            self._tokens = self._tokens[self._complete :]
+            # Of what was complete before, nothing is needed where the newest tokens have a text:
+            # they are context enough. Where they have none, as special tokens, they are no context.
+            newest = self._tokens[self._complete :]
+            if self._decode(newest):
+                self._tokens = newest
             self._complete, self._shown = len(self._tokens), len(self._decode())
         return new
 
@@ -100,7 +126,18 @@ class TextStream:
         """What is left: bytes that did not become a character."""
         return self._decode()[self._shown :]
 
-    def _decode(self) -> str:
+    def _in_bytes(self) -> bool:
+        """Whether the newest token is a byte like <0xE2>, which stands for what has no token.
+
+        Such bytes are decoded together: the next may make characters of them, or unmake them.
+        """
+        shown = (token for token in reversed(self._tokens) if token not in self._special)
+        token = self._tokenizer.convert_ids_to_tokens(next(shown, self._tokens[-1]))
+        return isinstance(token, str) and _BYTE.fullmatch(token) is not None
+
+    def _decode(self, tokens: Sequence[int] | None = None) -> str:
         return self._tokenizer.decode(
-            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._tokens if tokens is None else tokens,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )

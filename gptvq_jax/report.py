@@ -11,6 +11,21 @@ from gptvq_jax.durable import replacing
 _COLUMNS = "block  layer              rel. error   SQNR dB    code   bits/value   seconds"
 
 
+def json_numbers(value: Any) -> Any:
+    """JSON has no infinity and no NaN: in their place 'inf' and 'nan', which float() reads."""
+    if isinstance(value, dict):
+        return {name: json_numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [json_numbers(part) for part in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def log_ratio(after: float, before: float) -> float:
+    """Natural logarithm of after / before: inf where only `after` is, nan where both are."""
+    with np.errstate(invalid="ignore"):
+        return float(np.log(after) - np.log(before))
+
+
 def layer_table(rows: list[dict[str, Any]]) -> str:
     """One line per layer: relative output error, SQNR, code, true bits per value, seconds.
 
@@ -40,7 +55,7 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
          f"{summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
         ("perplexity", f"float {before:.3f} -> quantized {after:.3f}  "
-         f"(log-perplexity {np.log(after / before):+.4f}; {summary['evaluation']})"),
+         f"(log-perplexity {log_ratio(after, before):+.4f}; {summary['evaluation']})"),
         *([("block tuning", _tuning_text(tuned))] if tuned else []),
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "

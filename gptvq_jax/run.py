@@ -1,18 +1,21 @@
 """The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from gptvq_jax import allocation, gradients, report
 from gptvq_jax.checkpoint import PackedCheckpoint
-from gptvq_jax.config import EvaluationSettings, RunSettings, from_config, to_dict
+from gptvq_jax.config import RunSettings, evaluation_settings, from_config, to_dict
 from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
 from gptvq_jax.disk_space import directory_bytes
 from gptvq_jax.evaluate import PRECISION, passes, perplexity
 from gptvq_jax.layer import check_row_groups
 from gptvq_jax.models.source import ModelSource, layer_shapes, open_source
+from gptvq_jax.overrides import settle
 from gptvq_jax.pipeline import Plan, quantize_model, steps
 from gptvq_jax.progress import Progress
 from gptvq_jax.stopwatch import Stopwatch, peak_memory_bytes
@@ -20,7 +23,10 @@ from gptvq_jax.workdir import WorkDir
 
 
 def quantize(
-    config: Any, workdir_path: str, perplexity_float: float | None = None
+    config: Any,
+    workdir_path: str,
+    perplexity_float: float | None = None,
+    given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
 
@@ -28,12 +34,16 @@ def quantize(
       config: ConfigDict, as from `default_config`.
       workdir_path: directory for everything the run writes; an earlier run in it is resumed.
       perplexity_float: of the float model on the same held-out text, if it is known already.
+      given: fields of the config that the command line names; each must have an effect.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
     """
     stopwatch = Stopwatch()
+    config, note = settle(config, given)
     settings = from_config(config)
+    if note:
+        logging.warning("%s", note)
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
     check_seqlen(source, "calibration", settings.calibration.seqlen)
@@ -42,8 +52,10 @@ def quantize(
         summary = workdir.summary()
         if summary is None:
             summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
-            workdir.append_metrics([summary])
+            workdir.append_metrics([report.json_numbers(summary)])
         metrics = workdir.metrics()
+    for name in ("perplexity_float", "perplexity_quantized"):
+        summary[name] = float(summary[name])
     rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
     report.plot(rows, title, workdir.path / "report.png", tuned)
@@ -146,7 +158,7 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
     # An imported checkpoint was made without a text.
     made_with = source.manifest["config"].get("evaluation", {}) if checkpoint else {}
     given = {name: value for name, value in overrides.items() if value is not None}
-    settings = RunSettings(evaluation=EvaluationSettings(**{**made_with, **given}))
+    settings = RunSettings(evaluation=evaluation_settings(made_with, given))
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     windows = evaluation_tokens(source, settings)
     value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)

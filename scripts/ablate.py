@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+
 from absl import flags
 from ml_collections import config_flags
-
-from gptvq_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/smollm2_135m_2d.py:ablation", "What the model rows change."
@@ -36,12 +36,21 @@ def main(_) -> None:
     from gptvq_jax import ablations
     from gptvq_jax.durable import write_text
     from gptvq_jax.layer_benchmark import layer_files
+    from gptvq_jax.overrides import settle
     from gptvq_jax.progress import Progress
+    from gptvq_jax.report import json_numbers
     from gptvq_jax.sample_layers import smollm2_layers
 
+    chosen = ablations.choose(_TABLES.value, _ROWS.value)
+    if "layers" not in chosen:
+        cli.refuse(["layers", "settings"], "without layer rows; add --tables=layers")
+    if "model" not in chosen:
+        cli.refuse(["config", *cli.given_flags("config")], "without model rows; add --tables=model")
+    base, note = settle(_CONFIG.value, cli.given_fields())
+    if note:
+        print(note)
     directory = Path(_DIRECTORY.value)
     directory.mkdir(parents=True, exist_ok=True)
-    chosen = ablations.choose(_TABLES.value, _ROWS.value)
     tables = {}
     if "layers" in chosen:
         if _LAYERS.value is None:
@@ -59,14 +68,14 @@ def main(_) -> None:
         rows, known = [], None
         for name in chosen["model"]:
             print(name, flush=True)
-            rows.append(ablations.model_row(name, _CONFIG.value, directory, known))
+            rows.append(ablations.model_row(name, base, directory, known))
             known = rows[0]["perplexity_float"]
         tables["model"] = rows, "rise"
 
     text = "\n\n".join(f"{t}\n\n{ablations.table(*rows)}" for t, rows in tables.items())
     print(text)
     write_text(directory / "tables.md", text + "\n")
-    by_title = {title: rows for title, (rows, _) in tables.items()}
+    by_title = json_numbers({title: rows for title, (rows, _) in tables.items()})
     write_text(directory / "rows.json", json.dumps(by_title, indent=1) + "\n")
     ablations.plot(tables, directory / "ablations.png")
     print(f"written to {directory}")

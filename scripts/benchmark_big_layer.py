@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _SHAPE = flags.DEFINE_string("shape", "11008x4096", "Outputs x inputs.")
 _SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq or aqlm.")
@@ -35,6 +35,8 @@ def main(_) -> None:
         raise ValueError(f"--shape={_SHAPE.value} must be ROWSxCOLS, such as 11008x4096")
     chosen = choose(["gptvq", "aqlm"], _SETTINGS.value)
     if _ALONE.value:
+        if len(chosen) != 1:
+            raise ValueError(f"--alone measures one setting; --settings names {len(chosen)}")
         ((method, setting),) = chosen
         print(json.dumps(measure_memory(*map(int, shape.groups()), method, setting)))
         return

@@ -19,14 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x4096", "11008x4096"], "smollm2, 7b, 70b or ROWSxCOLS (outputs x inputs)."
 )
-_BATCHES = flags.DEFINE_list("batches", ["1"], "Rows of x.")
+flags.DEFINE_list("batches", ["1"], "Rows of x.")
 _FORMATS = flags.DEFINE_list("formats", None, "Such as 2d_2.25; a wrong name lists them.")
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", None, "Of vq_matmul; default: auto, and on a CPU cpu_int8."
@@ -34,8 +34,10 @@ _IMPLEMENTATIONS = flags.DEFINE_list(
 _DENSE = flags.DEFINE_list(
     "dense", None, "Dense weights: float32, bfloat16; default: both, on a CPU float32."
 )
-_WORKING_SET = flags.DEFINE_integer("working_set_mib", 256, "Of the copies of a weight.")
-_REPEATS = flags.DEFINE_integer("repeats", 25, "Rounds.")
+_WORKING_SET = flags.DEFINE_integer(
+    "working_set_mib", 256, "Of the copies of a weight.", lower_bound=0
+)
+_REPEATS = flags.DEFINE_integer("repeats", 25, "Rounds.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")
 
@@ -54,7 +56,7 @@ def main(_) -> None:
     formats = _FORMATS.value or list(bench.FORMATS)
     chosen = bench.contenders(formats, implementations, dense)
     shapes = list(bench.shapes_of(_SHAPES.value))
-    batches = [int(batch) for batch in _BATCHES.value]
+    batches = cli.integers("batches")
     copy = bench.copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}: a copy moves {copy / 1e9:.1f} GB/s")

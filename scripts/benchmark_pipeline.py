@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+
 from absl import flags
 from ml_collections import config_flags
-
-from gptvq_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.")
@@ -29,11 +29,23 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workdir = Path(_WORKDIR.value or scratch)
         if _CONFIG.value is not None:
-            quantize(_CONFIG.value, str(workdir))
-        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    if rows[-1]["kind"] != "summary":
+            quantize(_CONFIG.value, str(workdir), given=cli.given_fields())
+        rows = read_metrics(workdir / "metrics.jsonl")
+    if not rows or rows[-1]["kind"] != "summary":
         raise ValueError(f"{workdir} is not finished; run scripts/quantize.py on it first")
     print(time_table(rows[:-1], rows[-1]))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; pass the work directory of a run")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        _ = [row["kind"] for row in rows]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} holds no rows of a run; pass another work directory") from None
+    return rows
 
 
 if __name__ == "__main__":

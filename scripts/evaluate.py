@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a packed checkpoint.")
 _MODEL = flags.DEFINE_string("model", None, "A float model instead, named as config.model is.")

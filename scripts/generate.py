@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a packed checkpoint.")
 _MODEL = flags.DEFINE_string("model", None, "A float model instead, named as config.model is.")
@@ -40,14 +40,20 @@ _DENSE = flags.DEFINE_bool("dense", False, "Dequantize the checkpoint first, to 
 
 def main(_) -> None:
     from gptvq_jax.generate_text import generate_text
-    from gptvq_jax.sampling import Sampling
+    from gptvq_jax.sampling import Sampling, random_key
 
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    if sampling.temperature == 0:
+        random_key(_SEED.value)  # a seed that is none comes first
+        cli.refuse(
+            ["top_k", "top_p", "seed"], "at temperature 0, which draws nothing; set --temperature=1"
+        )
     generate_text(
         _CHECKPOINT.value,
         _MODEL.value,
         _PROMPT.value,
         max_tokens=_MAX_TOKENS.value,
-        sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
+        sampling=sampling,
         seed=_SEED.value,
         chat=_CHAT.value,
         system=_SYSTEM.value,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
 
-from gptvq_jax import cli
+from absl import flags
 
 _MODEL = flags.DEFINE_string("model", None, "Directory, or name on the Hugging Face hub.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; must be new or empty.")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+
 from absl import flags
 from ml_collections import config_flags
-
-from gptvq_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its argument after a colon.", lock_config=True
@@ -30,7 +30,7 @@ def main(_) -> None:
     from gptvq_jax.run import quantize
 
     workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
-    quantize(_CONFIG.value, workdir)
+    quantize(_CONFIG.value, workdir, given=cli.given_fields())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline.conftest import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.prompts import TextStream, encode_prompts
 
@@ -60,6 +62,11 @@ def test_context_is_not_shown_but_tells_how_to_decode():
     class Joins:
         """Puts a space before every word but the first, as many tokenizers do."""
 
+        all_special_ids = ()
+
+        def convert_ids_to_tokens(self, token):
+            return f"w{token}"
+
         def decode(self, tokens, **_):
             return " ".join(f"w{token}" for token in tokens)
 
@@ -80,11 +87,72 @@ def test_special_tokens_are_not_shown():
     assert texts.add([*tokenizer("ab")["input_ids"], tokenizer.eos_token_id]) == "ab"
 
 
+def with_specials(backend):
+    """A tokenizer of transformers with two special tokens behind the vocabulary."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    return tokenizer
+
+
+def metaspace():
+    """Words and spaces of sentencepiece; the decoder takes the first space away."""
+    pieces = ["\u2581quick", "\u2581fox", "\u2581", "es", "\u00f6", "\u2581\u2581", "\ufffd"]
+    backend = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="es"))
+    backend.decoder = decoders.Metaspace()
+    return with_specials(backend)
+
+
+def byte_fallback():
+    """As in Llama 2: what the vocabulary lacks is written in tokens of single bytes."""
+    pieces = ["\u2581quick", "\u2581fox", "\u2581", "es", "\u00f6"]
+    pieces += [f"<0x{byte:02X}>" for byte in (0x41, 0xE2, 0x82, 0xAC, 0xFF)]
+    backend = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="es"))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return with_specials(backend)
+
+
+def wordpiece():
+    pieces = ["quick", "fox", "##es", "."]
+    backend = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="fox"))
+    backend.decoder = decoders.WordPiece()
+    return with_specials(backend)
+
+
+def byte_level():
+    return with_specials(byte_tokenizer().backend_tokenizer)
+
+
+TOKENIZERS = {make.__name__: make() for make in (byte_level, metaspace, byte_fallback, wordpiece)}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=80)
+def test_any_pieces_are_the_text_as_a_whole(name, data):
+    """Whatever the tokens, their chunks and what came before; special tokens half of the time."""
+    tokenizer = TOKENIZERS[name]
+    special = st.sampled_from(tokenizer.all_special_ids)
+    ids = st.lists(st.one_of(special, st.integers(0, len(tokenizer) - 1)), max_size=12)
+    context, chunks = data.draw(ids), data.draw(st.lists(ids, max_size=8))
+    texts = TextStream(tokenizer, context)
+    shown = "".join([*map(texts.add, chunks), texts.finish()])
+    whole = tokenizer.decode([*context, *sum(chunks, [])], skip_special_tokens=True)
+    before = tokenizer.decode(context, skip_special_tokens=True)
+    if whole.startswith(before):  # else bytes of the context became characters
+        assert shown == whole[len(before) :]
+
+
+def test_a_space_survives_a_chunk_of_special_tokens():
+    tokenizer = TOKENIZERS["metaspace"]
+    texts = TextStream(tokenizer)
+    pieces = [texts.add(c) for c in ([0], [tokenizer.eos_token_id] * 2, [0, 1])]
+    assert pieces == ["quick", "", " quick fox"]
+
+
 def test_plain_prompts_are_tokenized():
-    assert [BYTES.decode(ids) for ids in encode_prompts(BYTES, ["one", "three"])] == [
-        "one",
-        "three",
-    ]
+    prompts = ["one", "three", "\n", "  "]
+    assert [BYTES.decode(ids) for ids in encode_prompts(BYTES, prompts)] == prompts
 
 
 def test_chat_fills_the_template_up_to_the_answer():
@@ -102,7 +170,10 @@ def test_chat_fills_the_template_up_to_the_answer():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"prompts": ["a", " \n"]}, "prompt 1 is empty"),
+        ({"prompts": ["a", ""]}, "prompt 1 is empty"),
+        ({"prompts": ["a", "b\udcff"]}, "prompt 1 is not UTF-8: byte 0xff after 1 characters"),
+        ({"prompts": ["\ud83d"]}, r"prompt 0 is not UTF-8: surrogate \\ud83d after 0"),
+        ({"prompts": ["a"], "chat": True, "system": "\udcff"}, "the system message is not UTF-8"),
         ({"prompts": ["a"], "chat": True}, "no chat template; leave out --chat"),
         ({"prompts": ["a"], "system": "Be short."}, "add --chat"),
     ],

@@ -9,17 +9,17 @@ Each corpus keeps the papers' protocol, so that perplexities compare:
   news: articles that the package gensim carries, all of them "test".
 """
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptvq_jax.data.local_files import READERS, check_file
 from gptvq_jax.data.news import news_articles
 from gptvq_jax.data.wikipedia import wikipedia_articles
 from gptvq_jax.errors import first_line
 
 SPLITS = ("train", "test")
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _C4_TEST_PAGES = 1100
 
 
@@ -34,7 +34,8 @@ def documents(name: str, split: str) -> Iterator[str]:
 
     Raises:
       FileNotFoundError: no such file, or the package that carries the corpus is not installed.
-      ValueError: unknown name or split, no text in the file, or no network for a download.
+      ValueError: unknown name or split, no text in the file or what is not Unicode text, with its
+        line; no network for a download.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -42,60 +43,14 @@ def documents(name: str, split: str) -> Iterator[str]:
         return _PACKAGED[name](split)
     if name in _DOWNLOADS:
         return iter(_DOWNLOADS[name](split))
-    path = Path(name).expanduser()
-    if path.suffix not in _SUFFIXES:
+    path = Path(os.path.expanduser(name))
+    if path.suffix.lower() not in READERS:
         known = [*_PACKAGED, *_DOWNLOADS]
-        raise ValueError(f"unknown corpus {name!r}; name one of {known} or a file in {_SUFFIXES}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    return _READERS[path.suffix](path)
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    return _non_empty(iter([text]), path)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    def texts():
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f'{path} line {number} is not a JSON object with "text": "..."'
-                    )
-                yield text
-
-    return _non_empty(texts(), path)
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    def texts():
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                if "text" not in file.schema_arrow.names:
-                    raise ValueError(f"{path} has no column 'text', only {file.schema_arrow.names}")
-                for batch in file.iter_batches(columns=["text"]):
-                    yield from (text for text in batch.column(0).to_pylist() if text is not None)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a complete Parquet file: {error}") from None
-
-    return _non_empty(texts(), path)
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        raise ValueError(
+            f"unknown corpus {name!r}; name one of {known} or a file in {tuple(READERS)}"
+        )
+    check_file(path)
+    return _non_empty(READERS[path.suffix.lower()](path), path)
 
 
 def _non_empty(texts: Iterator[str], path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -57,7 +58,7 @@ class HFDirectory:
           FileNotFoundError: `path` can be neither, or config.json is missing.
           ValueError: there is no such model on the hub, or no network; says what to pass instead.
         """
-        local = Path(path).expanduser()
+        local = Path(os.path.expanduser(path))
         if local.is_dir():
             return cls(local)
         if local.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):

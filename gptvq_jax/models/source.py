@@ -5,6 +5,7 @@ time, so that host memory holds one block whatever the depth of the model.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -225,5 +226,5 @@ def open_source(path: str) -> ModelSource:
     if path.startswith("package:"):
         raise ValueError(f"unknown package {path!r}; the only one is {PACKAGED_SMOLLM2!r}")
     if path.endswith(".gguf"):
-        return GGUFSource(Path(path).expanduser())
+        return GGUFSource(Path(os.path.expanduser(path)))
     return HFSource(HFDirectory.open(path))

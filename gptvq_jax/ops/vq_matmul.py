@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from gptvq_jax.check_tensor import check_tensor
+from gptvq_jax.user_cache import VARIABLE
 from gptvq_jax.vq_tensor import VQTensor
 
 # Name -> (platform it runs on, or None for all; what it is).
@@ -125,7 +126,9 @@ def _choose(tensor: VQTensor, implementation: str) -> str:
         reasons = {name: unsupported(tensor, name) for name in preferred}
         name = next(name for name in preferred if reasons[name] is None)
         passed_over = "".join(f"; not {n}: {why}" for n, why in reasons.items() if why)
-        _log_once(f"vq_matmul: auto chose {name} ({IMPLEMENTATIONS[name][1]}){passed_over}")
+        # A cache that can be moved is worth a line to everyone; a missing compiler may be meant.
+        level = logging.WARNING if VARIABLE in passed_over else logging.INFO
+        _log_once(f"vq_matmul: auto chose {name} ({IMPLEMENTATIONS[name][1]}){passed_over}", level)
         return name
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
@@ -142,10 +145,10 @@ def _choose(tensor: VQTensor, implementation: str) -> str:
 _logged: set[str] = set()
 
 
-def _log_once(message: str) -> None:
+def _log_once(message: str, level: int) -> None:
     if message not in _logged:
         _logged.add(message)
-        logging.info(message)
+        logging.log(level, message)
 
 
 def _module(implementation: str):

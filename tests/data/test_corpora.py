@@ -1,55 +1,12 @@
-"""Texts by name: local files, and the downloads' protocol (with the network replaced)."""
+"""Texts by name, and the downloads' protocol (with the network replaced)."""
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from gptvq_jax.data import documents
 
-TEXTS = ["First text.", "Zweiter Text über Öl."]
 
-
-def test_local_files(tmp_path):
-    txt, jsonl, parquet = (tmp_path / f"t{suffix}" for suffix in (".txt", ".jsonl", ".parquet"))
-    txt.write_text("\n".join(TEXTS), encoding="utf-8")
-    jsonl.write_text(
-        '{"text": "First text."}\n\n{"id": 1, "text": "Zweiter Text über Öl."}\n', encoding="utf-8"
-    )
-    table = pyarrow.table({"text": [TEXTS[0], None, "", TEXTS[1]], "id": [0, 1, 2, 3]})
-    pyarrow.parquet.write_table(table, parquet)
-    assert list(documents(str(txt), "train")) == ["\n".join(TEXTS)]
-    assert list(documents(str(jsonl), "test")) == TEXTS
-    assert list(documents(str(parquet), "test")) == TEXTS
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("t.txt", b"", "t.txt contains no text"),
-        ("t.txt", b"\xff\xfe\x00", "t.txt is not UTF-8"),
-        ("t.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "t.jsonl line 2 is not a JSON object"),
-        ("t.jsonl", b'{"text": "a"}\n{"text": \n', "t.jsonl line 2 is not a JSON object"),
-        ("t.jsonl", b'["text"]\n', "t.jsonl line 1 is not a JSON object"),
-        ("t.parquet", b"PAR1 but not really", "t.parquet is not a complete Parquet file"),
-    ],
-)
-def test_bad_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(documents(str(tmp_path / name), "train"))
-
-
-def test_parquet_without_text(tmp_path):
-    path = tmp_path / "t.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), path)
-    with pytest.raises(ValueError, match=r"no column 'text', only \['body'\]"):
-        list(documents(str(path), "train"))
-
-
-def test_unknown_names(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
-        documents(str(tmp_path / "absent.txt"), "train")
+def test_unknown_names():
     with pytest.raises(ValueError, match=r"unknown corpus 'wiki'; name one of .*wikitext2"):
         documents("wiki", "train")
     with pytest.raises(ValueError, match="split must be one of"):

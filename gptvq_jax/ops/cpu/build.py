@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from gptvq_jax.errors import first_line
+from gptvq_jax.user_cache import VARIABLE, user_cache
 
 _SOURCES = (
     "kernels.cc",
@@ -37,7 +38,8 @@ def library() -> ctypes.CDLL:
     """The kernels, built if need be and registered as jax.ffi targets "gptvq_<name>".
 
     Raises:
-      NotImplementedError: there is no compiler, or it fails; the message says why.
+      NotImplementedError: there is no compiler, it fails, or what it makes cannot be kept; the
+        message says why.
     """
     loaded = _load_once()
     if isinstance(loaded, str):
@@ -49,14 +51,24 @@ def library() -> ctypes.CDLL:
 def _load_once() -> ctypes.CDLL | str:
     """The library, or why there is none: a compiler that failed is not called again."""
     try:
-        loaded = ctypes.CDLL(str(build(_cache())))
-    except NotImplementedError as error:
+        loaded = _load(build(user_cache("native")))
+    except (NotImplementedError, OSError) as error:
         return str(error)
     for name in _TARGETS:
         target = jax.ffi.pycapsule(getattr(loaded, name))
         jax.ffi.register_ffi_target(f"gptvq_{name}", target, platform="cpu")
     loaded.simd_name.restype = ctypes.c_char_p
     return loaded
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # cut off by a power loss; or its file system allows no programs
+        raise NotImplementedError(
+            f"{path} cannot be loaded ({first_line(error)}); remove it, or set {VARIABLE} to a "
+            "directory that programs can run from"
+        ) from None
 
 
 def instruction_set() -> str:
@@ -87,13 +99,19 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
         key.update(source.read_bytes())
     target = cache / f"kernels-{key.hexdigest()[:20]}.so"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         print(f"compiling the CPU kernels with {compiler}, once ...", file=sys.stderr, flush=True)
         include = ["-isystem", jax.ffi.include_dir()]
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = Path(scratch) / "kernels.so"
-            _run([compiler, *flags, *include, str(sources[0]), "-o", str(built)])
-            built.replace(target)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                built = Path(scratch) / "kernels.so"
+                _run([compiler, *flags, *include, str(sources[0]), "-o", str(built)])
+                built.replace(target)
+        except OSError as error:
+            raise NotImplementedError(
+                f"the kernels cannot be written to {cache} ({error.strerror}); set {VARIABLE} to a "
+                "directory that can be written"
+            ) from None
     return target
 
 
@@ -121,8 +139,3 @@ def _run(command: list[str]) -> str:
             "set CXX to choose another)"
         )
     return done.stdout
-
-
-def _cache() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "gptvq_jax" / "native"
