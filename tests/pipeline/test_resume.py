@@ -1,4 +1,8 @@
-"""kill -9 and run again: the same checkpoint, bit for bit. Runs the real script."""
+"""kill -9 and run again: the same checkpoint, bit for bit. Runs the real script, three times.
+
+Runs that are stopped and go on in one process are in test_pipeline, test_finetune, test_gradients
+and test_allocation.
+"""
 
 import os
 import signal
@@ -43,6 +47,7 @@ def command(tmp_path, model_dir, text_files):
     return start
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_identically(command, tmp_path):
     whole = command("whole")
     output, _ = whole.communicate(timeout=300)
