@@ -156,7 +156,7 @@ def public_moves():
 
 
 # A geometry is no array.
-MOVES = [move for move in public_moves() if move.__annotations__["return"] is not GroupGrid]
+MOVES = [move for move in public_moves() if move.__annotations__.get("return") is not GroupGrid]
 
 
 def call_of(move):
