@@ -172,6 +172,13 @@ def test_too_large_for_float16(case):
             run(case, of_weight=scale)
 
 
+def test_a_dead_input_may_be_of_any_size():
+    weight = ref.problem(ROWS, COLS).weight
+    expected = run("gptq", "dead", weight=weight)[1]
+    weight[:, 5] = 1e30  # input 5 is dead
+    np.testing.assert_array_equal(run("gptq", "dead", weight=weight)[1], expected)
+
+
 SMALLEST = {"1d svd": 1e-9, "2d scales": 1e-14}
 
 
