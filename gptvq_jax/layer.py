@@ -22,8 +22,7 @@ class Objective(NamedTuple):
 
     hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get, in any unit
     factor: Factor  # of that Hessian
-    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model, in the same unit;
-    # None: symmetric
+    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model; None: symmetric
 
 
 def quantize_layer(
@@ -49,14 +48,15 @@ def quantize_layer(
     Raises:
       ValueError: the weight is too large for the format, or the result is not finite.
     """
-    tensors = []
+    targets, tensors = [], []
     for part, objective in zip(row_groups(weight, len(objectives)), objectives, strict=True):
         hessian, hinv_chol = objective.hessian, objective.factor.hinv_chol
         if objective.cross is not None:
             part = asymmetric_target(part, hessian, objective.cross, hinv_chol, asymmetry)
-        tensors.append(quantize(zero_dead(part, hessian), hessian, hinv_chol, key, settings))
+        targets.append(zero_dead(part, hessian))
+        tensors.append(quantize(targets[-1], hessian, hinv_chol, key, settings))
     tensor = concat_rows(tensors)
-    _check_range(tensor, weight, name)
+    _check_range(tensor, max(float(jnp.max(jnp.abs(target))) for target in targets), name)
     return tensor
 
 
@@ -65,13 +65,12 @@ _TOO_SMALL = 2.0**-19  # float16 numbers are 2^-24 apart there
 _SQUARES = 1e15  # beyond it, and below its inverse, sums of squares leave float32
 
 
-def _check_range(tensor: VQTensor, weight: jax.Array, name: str) -> None:
-    """Says what no float16 codebook or scale can hold.
+def _check_range(tensor: VQTensor, peak: float, name: str) -> None:
+    """Says where weights of up to `peak` are what no float16 codebook or scale can hold.
 
     Raises:
-      ValueError: a stored number is not finite.
+      ValueError: they are too large, or a stored number is not finite.
     """
-    peak = float(jnp.max(jnp.abs(weight)))
     own_exponents = tensor.block_scales is not None
     smallest = 1 / _SQUARES if own_exponents else _TOO_SMALL
     if isinstance(tensor.codebook, FactoredCodebook) and tensor.codebook.left_scale is not None:

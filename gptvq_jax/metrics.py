@@ -32,6 +32,8 @@ def _loss_in_units(weight, quantized, hessian):
 
 def relative_error(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
     """L(Q) / tr(W H W^T), 0 for an exact copy and 1 for Q = 0; 0 where the layer's output is 0."""
+    size, hessian = power_of_two(jnp.max(jnp.abs(weight))), hessian / unit(hessian)
+    weight, quantized = weight / size, quantized / size
     signal = quadratic_loss(weight, jnp.zeros_like(weight), hessian)
     return quadratic_loss(weight, quantized, hessian) / jnp.where(signal > 0, signal, 1.0)
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptvq_jax import evaluate
+from gptvq_jax import evaluate, run
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.source import open_source
 
@@ -42,3 +42,10 @@ def test_more_text_than_memory_makes_more_passes(source, monkeypatch):
         whole, rel=1e-6
     )
     assert len(calls) == 2 * source.config.num_hidden_layers
+
+
+def test_says_at_which_precision_it_multiplies(model_dir, text_files, capsys):
+    text = dict(dataset=text_files[1], num_windows=2, seqlen=32, batch_size=2)
+    run.evaluate(None, str(model_dir), **text)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"on 2 x 32 tokens of {text_files[1]}, multiplied in float32")
