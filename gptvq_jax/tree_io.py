@@ -4,14 +4,18 @@ arrays/        Orbax
 record.json    written last: its presence means complete
 """
 
+import contextlib
 import functools
+import gc
 import hashlib
+import io
 import json
 import logging
 import operator
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,8 @@ _RECORD = "record.json"
 # Bytes of arrays for each byte that is stored, beyond those that any tree may have: Orbax does
 # compress, but no real weights so far.
 _MAX_RATIO, _FREE_BYTES = 1024, 2**26
+# For which reads that are under way when Orbax gives up are waited for, so that they say nothing.
+_LATE_SECONDS = 0.1
 
 Tree = dict[str, Any]
 
@@ -185,15 +191,15 @@ def _read_arrays(directory: Path, record: Record) -> Tree:
         raise _damaged(
             directory, _RECORD, f"{stored_bytes} bytes cannot hold {num_bytes} bytes of arrays"
         )
-    _check_arrays(directory, _orbax(directory, ocp.metadata, path).metadata, expected)
-    arrays = _orbax(directory, ocp.load, path)
+    _check_arrays(directory, _orbax(directory, _description, path), expected)
+    arrays = _orbax(directory, _contents, path)
     _check_arrays(directory, arrays, expected)
     return arrays
 
 
 def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...], str]) -> None:
     """Compares a nested dict of arrays, or of what Orbax says of them, with `arrays_of`."""
-    found = traverse_util.flatten_dict(arrays if isinstance(arrays, dict) else {})
+    found = traverse_util.flatten_dict(arrays)
     for keys in sorted(expected):
         name, array = "/".join(keys), found.pop(keys, None)
         if array is None:  # of a quantized layer, or all of a dense one
@@ -210,13 +216,42 @@ def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...],
         raise _damaged(directory, unknown, "it is not in the record")
 
 
+def _description(path: Path) -> Tree:
+    found = ocp.metadata(path).metadata
+    if not isinstance(found, dict):  # it swallows some errors
+        raise ValueError("it cannot describe the arrays")
+    return found
+
+
+def _contents(path: Path) -> Tree:
+    found = ocp.load(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"it finds a {type(found).__name__}")
+    return found
+
+
 def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
+    """read(path), of which a failure is one line and nothing else.
+
+    On damaged files Orbax logs what it cannot parse, and reads that are still under way when it
+    gives up print tracebacks of their own.
+    """
+    with contextlib.redirect_stderr(io.StringIO()), _no_logs():
+        try:
+            return read(path)
+        except Exception as error:  # it raises what it happens to, also KeyError
+            reason = first_line(error)[:500]
+        time.sleep(_LATE_SECONDS)
+        gc.collect()  # a task whose error nobody took logs it then
+    raise _damaged(directory, "arrays", f"Orbax: {reason}")
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
     disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # it logs the content of what it cannot parse
+    logging.disable(logging.ERROR)
     try:
-        return read(path)
-    except Exception as error:  # of damaged files it raises what it happens to, also KeyError
-        raise _damaged(directory, "arrays", f"Orbax: {first_line(error)[:500]}") from None
+        yield
     finally:
         logging.disable(disabled)
 
