@@ -8,12 +8,12 @@ import contextlib
 import functools
 import gc
 import hashlib
-import io
 import json
 import logging
 import operator
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -236,7 +236,8 @@ def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
     On damaged files Orbax logs what it cannot parse, and reads that are still under way when it
     gives up print tracebacks of their own.
     """
-    with contextlib.redirect_stderr(io.StringIO()), _no_logs():
+    with _no_logs():
+        _ignore_late_reads()
         try:
             return read(path)
         except Exception as error:  # it raises what it happens to, also KeyError
@@ -244,6 +245,18 @@ def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
         time.sleep(_LATE_SECONDS)
         gc.collect()  # a task whose error nobody took logs it then
     raise _damaged(directory, "arrays", f"Orbax: {reason}")
+
+
+@functools.cache
+def _ignore_late_reads() -> None:
+    """From now on: a read that ends after Orbax gave up has nobody to tell, which is no error."""
+    hook = sys.unraisablehook
+
+    def filtered(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = filtered
 
 
 @contextlib.contextmanager

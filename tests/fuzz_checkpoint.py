@@ -93,7 +93,10 @@ def stored_trees(embeddings: str, multiply: bool) -> dict:
 def serve(directory: Path, multiply: bool = True) -> dict:
     """Reads a checkpoint, prepares it, and multiplies once with each layer."""
     checkpoint = PackedCheckpoint(directory)
-    kernels = jax.tree.leaves(packed_params(checkpoint), is_leaf=is_kernel)
+    checkpoint.packed_outer = functools.cache(checkpoint.packed_outer)
+    checkpoint.packed_block = functools.cache(checkpoint.packed_block)
+    chosen = "auto" if multiply else "xla"  # which takes all and compiles nothing
+    kernels = jax.tree.leaves(packed_params(checkpoint, chosen), is_leaf=is_kernel)
     for kernel in filter(is_kernel, kernels) if multiply else ():
         np.asarray(jnp.ones((1, kernel.shape[0])) @ kernel)
     return {"outer": checkpoint.packed_outer(), "blocks/00000": checkpoint.packed_block(0)}

@@ -1,9 +1,7 @@
 """Checkpoints that somebody made to do harm: one line each, before anything is done with them."""
 
-import dataclasses
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +78,7 @@ def store_layer(directory, leaf, meta=None, name=LAYER, tree=BLOCK):
         (lambda m: m["grid"].update(strip_cols=4), "codebook.centroids must be"),
         (lambda m: m["grid"].update(strip_cols=2**40), "grid.strip_cols=1099511627776 must be"),
         (lambda m: m["grid"].update(strip_rows=10**6), "grid.strip_rows=1000000 must be at most"),
-        (lambda m: m["grid"].update(cols=2**31 - 1), "codes must be"),
+        (lambda m: m["grid"].update(cols=2**31 - 1), "centroids are more than 2147483647"),
         (lambda m: m.update(index_bits=16), "codebook_size=32 must be 65536"),
         (lambda m: m["codebook"].update(codebook_size=4), "codebook_size=4 must be 32"),
         (lambda m: m["codebook"].update(dim=1), "codebook.dim=1 must be"),
@@ -91,14 +89,13 @@ def store_layer(directory, leaf, meta=None, name=LAYER, tree=BLOCK):
         (lambda m: m.update(extra=1), "the field 'extra' is unknown"),
         (lambda m: m.update(block_scales={}), "block_scales={} must be an object of block_size"),
         (lambda m: m.update(sha256=None), "sha256=None must be 64 hexadecimal digits"),
-        (lambda m: m["arrays"].update(codes="uint8[4096,4096,4096,4096]"), "codes must have 3 axes"),
-        (lambda m: m["arrays"].update(row_scales="float16[36]"), "num_bytes is"),
+        (lambda m: m["arrays"].update(codes="uint8[9999,9999,9999,9999]"), "codes must have 3"),
+        (lambda m: m["arrays"].update({"block_scales.step": "float16[2]"}), "has no place for the"),
     ],
 )  # fmt: skip
 def test_a_description_that_cannot_be_true_is_refused(copy, change, message):
     describe_layer(copy, change)
     refused(copy, message)
-    edit(copy / "manifest.json", lambda m: m.update(layers=m["layers"]))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "outer/record.json", f"{BLOCK}/record.json"])
@@ -231,10 +228,8 @@ def test_a_scale_that_is_not_finite_is_named(copy, value):
 
 
 def test_arrays_that_would_fill_the_memory_are_refused_before_they_are_made(copy):
-    """Two thousand billion bytes of zeros, which no file has to hold."""
+    """A thousand million bytes of zeros, which no file has to hold."""
     path = copy / BLOCK / "arrays/state"
-    tensor = random_tensor(TensorFormat(dim=2, index_bits=16, codebook_bits=16), 
-                           tiny.settings("int8").grid(36, 52))  # fmt: skip
     fmt = TensorFormat(dim=2, index_bits=16, codebook_bits=16)
     tensor = random_tensor(fmt, fmt.grid(36, 52))
     store_layer(copy, tensor)
@@ -249,10 +244,10 @@ def test_arrays_that_would_fill_the_memory_are_refused_before_they_are_made(copy
         meta["bits_per_value"] = 8 * meta["num_bytes"] / (36 * 52)
 
     describe_layer(copy, many)
-    refused(copy, "bytes cannot hold 1056083712 bytes of arrays")
-    enlarge(path, "mlp.down_proj.kernel.codes", [2**20, 2**20, 2])
+    enlarge(path, "mlp.down_proj.kernel.codes", [books, 36, 52])
+    enlarge(path, "mlp.down_proj.kernel.codebook.centroids", [books, 1, 1, 65536, 2])
     rewrite_sums(copy)
-    refused(copy, "cannot hold")
+    refused(copy, "bytes cannot hold 10560[0-9]+ bytes of arrays")
 
 
 def enlarge(path, name, shape, chunk=None):
@@ -339,7 +334,7 @@ def test_a_checkpoint_of_links_to_files_is_read(whole, tmp_path):
 
 
 def test_altered_checkpoints_end_in_one_line_or_unaltered():
-    lines = fuzz.fuzz(lambda draw: fuzz.run_example(draw, multiply=False), 25)
+    lines = fuzz.fuzz(lambda draw: fuzz.run_example(draw, multiply=False), 20)
     assert None in lines and len(set(lines)) > 5
 
 
