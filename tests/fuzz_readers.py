@@ -81,9 +81,8 @@ def gguf(scratch: Path):
 def main() -> None:
     name, options = sys.argv[1], sys.argv[2:]
     scratch = Path(tempfile.mkdtemp(prefix="gptvq-fuzz-"))
-    path, read, examples = {f.__name__: f for f in (record, manifest, index, safetensors, gguf)}[
-        name
-    ](scratch)
+    readers = {f.__name__: f for f in (record, manifest, index, safetensors, gguf)}
+    path, read, examples = readers[name](scratch)
     corpus = scratch / "corpus"
     corpus.mkdir()
     for number, content in enumerate(examples):

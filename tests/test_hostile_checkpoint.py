@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.json_file import read_json_object
+from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.ops.cpu import build
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 from gptvq_jax.tensor_io import digest, tensor_to_state
@@ -330,6 +331,48 @@ def test_a_checkpoint_of_links_to_files_is_read(whole, tmp_path):
     assert fuzz.outcome(tmp_path / "c", expected, multiply=False) is None
 
 
+# --- safetensors ---
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["/etc/passwd", "../x.safetensors", "a/../../x", "..\\x", "C:\\x", "a\0", "", 3, None, []],
+)
+def test_an_index_leads_to_files_of_its_directory(tmp_path, shard):
+    (tmp_path / "config.json").write_text("{}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(ValueError, match=r"index\.json") as error:
+        _ = HFDirectory(tmp_path).files
+    assert len(str(error.value).splitlines()) == 1
+
+
+HEADER = {"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("length", "header"),
+    [
+        (2**63, HEADER),
+        (10, HEADER),
+        (None, {"a": HEADER["a"] | {"data_offsets": [0, 2**40]}}),
+        (None, {"a": HEADER["a"] | {"data_offsets": [-1, 3]}}),
+        (None, {"a": HEADER["a"], "b": HEADER["a"]}),
+        (None, {"a": HEADER["a"] | {"dtype": "F99"}}),
+        (None, {"a": HEADER["a"] | {"shape": [2**40, 2**40]}}),
+        (None, []),
+    ],
+)
+def test_a_damaged_header_of_safetensors_is_one_line(tmp_path, length, header):
+    (tmp_path / "config.json").write_text("{}")
+    text = json.dumps(header).encode()
+    content = (length or len(text)).to_bytes(8, "little") + text + b"1234"
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete") as error:
+        _ = HFDirectory(tmp_path).files
+    assert len(str(error.value).splitlines()) == 1
+
+
 # --- fuzzing ---
 
 
@@ -348,16 +391,15 @@ def test_2000_altered_checkpoints_end_in_one_line_or_unaltered():
 @pytest.mark.slow
 def test_kernels_touch_nothing_but_their_arrays(tmp_path):
     """300 tensors and as many checkpoints, with AddressSanitizer in the kernels."""
-    names = ("libasan.so", "libubsan.so")
-    command = [build.find_compiler(), "-print-file-name="]
-    paths = [
-        subprocess.run(
-            [command[0], command[1] + name], capture_output=True, text=True
-        ).stdout.strip()
-        for name in names
+    compiler = build.find_compiler()
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in ("libasan.so", "libubsan.so")
     ]
+    paths = [done.stdout.strip() for done in libraries]
     if not all(Path(path).is_absolute() for path in paths):
-        pytest.skip("the compiler has no AddressSanitizer")
+        pytest.skip(f"{compiler} has no AddressSanitizer")
+    build.build(tmp_path, fuzz.SANITIZE)  # here, because a compiler that is watched takes minutes
     settings = {"LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run(
         [sys.executable, str(Path(fuzz.__file__)), str(tmp_path), "300"],
