@@ -145,7 +145,9 @@ def _part(cls: type, arrays: Mapping[str, Any], static: Any, name: str) -> Any:
     """One dataclass of a tensor, of arrays and of static fields, which are integers."""
     names = _static_fields(cls)
     if not isinstance(static, dict) or static.keys() != set(names):
-        raise ValueError(f"{name}={brief(static)} must be an object of {', '.join(names) or '{}'}")
+        raise ValueError(
+            f"{name}={brief(static)} must be an object of {', '.join(names) or 'nothing'}"
+        )
     for field, value in static.items():
         if type(value) is not int or abs(value) > _MAX_INT:
             raise ValueError(f"{name}.{field}={brief(value)} must be an integer of 64 bits")

@@ -4,9 +4,13 @@ Nothing is allocated before the files are known to be what the tree's descriptio
 """
 
 import contextlib
+import functools
+import gc
 import hashlib
 import logging
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from gptvq_jax.tree_record import RECORD, Record, arrays_of
 # Bytes of arrays for each byte that is stored, beyond those that any tree may have: Orbax does
 # compress, but no real weights so far.
 _MAX_RATIO, _FREE_BYTES = 1024, 2**26
+# For which reads that are under way when Orbax gives up are waited for, so that they say nothing.
+_LATE_SECONDS = 0.1
 _ODD = frozenset("[*?\\")  # characters of a path that Orbax takes for something else
 
 Tree = dict[str, Any]
@@ -51,9 +57,9 @@ def read_arrays(directory: Path, record: Record) -> Tree:
             directory, RECORD, f"{stored_bytes} bytes cannot hold {num_bytes} bytes of arrays"
         )
     with plain_path(directory) as plain:
-        described = _orbax(directory, ocp.metadata, plain / "arrays").metadata
+        described = _orbax(directory, _description, plain / "arrays")
         _check_arrays(directory, described, expected)
-        arrays = _orbax(directory, ocp.load, plain / "arrays")
+        arrays = _orbax(directory, _contents, plain / "arrays")
     _check_arrays(directory, arrays, expected)
     return arrays
 
@@ -93,7 +99,7 @@ def damaged(directory: Path, name: str, why: str) -> DamagedError:
 
 def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...], str]) -> None:
     """Compares a nested dict of arrays, or of what Orbax says of them, with `arrays_of`."""
-    found = traverse_util.flatten_dict(arrays if isinstance(arrays, dict) else {})
+    found = traverse_util.flatten_dict(arrays)
     for keys in sorted(expected):
         name, array = "/".join(keys), found.pop(keys, None)
         if array is None:  # of a quantized layer, or all of a dense one
@@ -110,13 +116,55 @@ def _check_arrays(directory: Path, arrays: Tree, expected: dict[tuple[str, ...],
         raise damaged(directory, unknown, "it is not in the record")
 
 
+def _description(path: Path) -> Tree:
+    found = ocp.metadata(path).metadata
+    if not isinstance(found, dict):  # it swallows some errors
+        raise ValueError("it cannot describe the arrays")
+    return found
+
+
+def _contents(path: Path) -> Tree:
+    found = ocp.load(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"it finds a {type(found).__name__}")
+    return found
+
+
 def _orbax(directory: Path, read: Callable[[Path], Any], path: Path) -> Any:
+    """read(path), of which a failure is one line and nothing else.
+
+    On damaged files Orbax logs what it cannot parse, and reads that are still under way when it
+    gives up print tracebacks of their own.
+    """
+    with _no_logs():
+        _ignore_late_reads()
+        try:
+            return read(path)
+        except Exception as error:  # it raises what it happens to, also KeyError
+            reason = first_line(error)[:500]
+        time.sleep(_LATE_SECONDS)
+        gc.collect()  # a task whose error nobody took logs it then
+    raise damaged(directory, "arrays", f"Orbax: {reason}")
+
+
+@functools.cache
+def _ignore_late_reads() -> None:
+    """From now on: a read that ends after Orbax gave up has nobody to tell, which is no error."""
+    hook = sys.unraisablehook
+
+    def filtered(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = filtered
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
     disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # it logs the content of what it cannot parse
+    logging.disable(logging.ERROR)
     try:
-        return read(path)
-    except Exception as error:  # of damaged files it raises what it happens to, also KeyError
-        raise damaged(directory, "arrays", f"Orbax: {first_line(error)[:500]}") from None
+        yield
     finally:
         logging.disable(disabled)
 
