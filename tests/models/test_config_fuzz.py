@@ -72,6 +72,7 @@ CHANGES = st.lists(
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzzed")
     write_model(path, random_tensors(), config=FULL)
+    open_source(str(path))  # imports, which are not of the time of one config
     return path
 
 
