@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptvq_jax.errors import first_line
+from gptvq_jax.vocabulary import encode
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character (yet)
 
@@ -20,8 +21,8 @@ def encode_prompts(
       system: system message of the chat; None: the template's own, if any.
 
     Raises:
-      ValueError: an empty prompt; a chat without a template, or with one that refuses or fails; a
-        system message without a chat.
+      ValueError: an empty prompt, or one that the tokenizer cannot read; a chat without a template,
+        or with one that refuses or fails; a system message without a chat.
     """
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
@@ -29,7 +30,7 @@ def encode_prompts(
     if not chat:
         if system is not None:
             raise ValueError("a system message is part of a chat; add --chat")
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        return [encode(tokenizer, text, f"prompt {i}") for i, text in enumerate(prompts)]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the model's tokenizer has no chat template; leave out --chat")
     first = [] if system is None else [{"role": "system", "content": system}]
@@ -38,7 +39,10 @@ def encode_prompts(
         for prompt in prompts
     ]
     # The template has written the special tokens.
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [
+        encode(tokenizer, text, f"prompt {i}", add_special_tokens=False)
+        for i, text in enumerate(texts)
+    ]
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next: bool) -> str:

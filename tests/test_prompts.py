@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline.conftest import byte_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax.data.windows import evaluation_windows
 from gptvq_jax.prompts import TextStream, encode_prompts
 from gptvq_jax.stop_tokens import end_of_turn
 
@@ -88,6 +91,16 @@ def test_plain_prompts_are_tokenized():
         "one",
         "three",
     ]
+
+
+def test_a_text_that_the_tokenizer_cannot_read():
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="<unk>"))  # which it lacks
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert encode_prompts(tokenizer, ["a"]) == [[0]]
+    with pytest.raises(ValueError, match="tokenizer cannot read prompt 1: WordLevel error"):
+        encode_prompts(tokenizer, ["a", "b"])
+    with pytest.raises(ValueError, match="tokenizer cannot read the text: WordLevel error"):
+        evaluation_windows(tokenizer, ["b"], 1)
 
 
 def test_chat_fills_the_template_up_to_the_answer():

@@ -227,7 +227,7 @@ def _read_rope(
     rope = OBJECT.optional().read(hf, field) or {}
     for name in (name for name, value in rope.items() if isinstance(value, Mapping)):
         raise NotImplementedError(
-            f"{field}.{name} holds parameters of one type of layer, which is not supported"
+            f"{field} has parameters of its own for {show(name)}, which is not supported"
         )
     theta = ROPE_BASE.optional().check(f"{field}.rope_theta", rope.get("rope_theta"))
     if theta is None:
