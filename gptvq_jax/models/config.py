@@ -143,6 +143,7 @@ class ModelConfig:
           NotImplementedError: the model needs something this decoder does not compute; the
             message names the field.
         """
+        OBJECT.check("the config", hf)
         model_type = hf.get("model_type")
         _check_model_type(model_type)
         _check_supported(hf)
