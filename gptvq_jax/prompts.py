@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptvq_jax.errors import first_line
+from gptvq_jax.vocabulary import encode
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character (yet)
@@ -22,8 +23,8 @@ def encode_prompts(
       system: system message of the chat; None: the template's own, if any.
 
     Raises:
-      ValueError: a prompt that is empty or no Unicode; a chat without a template, or with one that
-        refuses or fails; a system message without a chat.
+      ValueError: a prompt that is empty, no Unicode, or one that the tokenizer cannot read; a chat
+        without a template, or with one that refuses or fails; a system message without a chat.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -33,7 +34,7 @@ def encode_prompts(
     if not chat:
         if system is not None:
             raise ValueError("a system message is part of a chat; add --chat")
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        return [encode(tokenizer, text, f"prompt {i}") for i, text in enumerate(prompts)]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the model's tokenizer has no chat template; leave out --chat")
     first = [] if system is None else [{"role": "system", "content": system}]
@@ -42,7 +43,10 @@ def encode_prompts(
         for prompt in prompts
     ]
     # The template has written the special tokens.
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [
+        encode(tokenizer, text, f"prompt {i}", add_special_tokens=False)
+        for i, text in enumerate(texts)
+    ]
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next: bool) -> str:

@@ -1,9 +1,28 @@
-"""Tokens that the tokenizer knows and the model does not: ids beyond the rows of the embedding."""
+"""From a text to ids that the model has embeddings of, or to one line about why not."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from gptvq_jax.errors import first_line
+
+
+def encode(tokenizer: Any, text: str, name: str, **options: Any) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+      tokenizer: of transformers, called with `options`.
+      name: of the text, for the message.
+
+    Raises:
+      ValueError: the tokenizer fails, because it has no token for what it does not know, say.
+    """
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # the Rust library raises the plain kind
+        reason = first_line(error)
+        raise ValueError(f"the model's tokenizer cannot read {name}: {reason}") from None
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int, tokenizer: Any, text: str) -> None:

@@ -1,9 +1,11 @@
 """The job of scripts/generate.py: which weights it runs, what it prints, what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pipeline.conftest import byte_tokenizer
@@ -105,11 +107,30 @@ def test_a_float_model_and_its_chat_template(model, capsys):
     assert chat == plain != text
 
 
-def test_stop_tokens_are_the_configs_and_the_tokenizers():
+def test_whatever_names_a_stop_token_counts():
     tokenizer = tiny_tokenizer()
-    assert stop_tokens(TIED, tokenizer) == (1, 2)  # the config's; w1 is the tokenizer's
+    source = SimpleNamespace(config=TIED, tokenizer=tokenizer, stop_tokens=())
+    assert stop_tokens(source) == (1, 2)  # the config's; w1 is the tokenizer's
     tokenizer.eos_token = "w9"
-    assert stop_tokens(TIED, tokenizer) == (1, 2, 9)
+    assert stop_tokens(source) == (1, 2, 9)
+    source.stop_tokens = (2, 7, TIED.vocab_size, 10**6)  # of which two cannot be drawn
+    assert stop_tokens(source) == (1, 2, 7, 9)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["w11"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} w11{% endfor %}"
+    assert stop_tokens(source) == (1, 2, 7, 9, 11)
+
+
+def test_a_checkpoint_stops_where_its_generation_config_says(checkpoint, tmp_path, monkeypatch):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    path, seen = copy / "tokenizer/generation_config.json", {}
+    monkeypatch.setattr(job, "generate", lambda *_, **options: seen.update(options) or 1 / 0)
+    path.write_text(json.dumps({"eos_token_id": [2, 5]}))
+    with pytest.raises(ZeroDivisionError):
+        run(str(copy), PROMPTS[0])
+    assert seen["stop_tokens"] == (1, 2, 5)
+    path.write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be"):
+        run(str(copy), PROMPTS[0])
 
 
 @pytest.mark.parametrize(

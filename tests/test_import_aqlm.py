@@ -21,6 +21,7 @@ from gptvq_jax.models.llama import with_layer
 from gptvq_jax.models.source import open_source
 from gptvq_jax.run import evaluate
 from gptvq_jax.sample_tensors import TensorFormat
+from gptvq_jax.stop_tokens import stop_tokens
 
 SCRIPT = Path(__file__).parent.parent / "scripts/import.py"
 FORMATS = {
@@ -78,6 +79,28 @@ def test_import_of_an_export_is_the_checkpoint(kind, directory, tmp_path):
     assert manifest["source"] == {"name": kind, "fingerprint": source.fingerprint}
     same = ("model", "layers", "dense", "bits_per_value")
     assert {key: manifest[key] for key in same} == {key: before.manifest[key] for key in same}
+
+
+def test_companions_and_a_stored_head_come_along(directory, tmp_path):
+    path = changed(directory / "2x8", tmp_path / "model")
+    texts = {
+        "generation_config.json": '{"eos_token_id": [1, 7]}',
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in texts.items():
+        (path / name).write_text(text)
+    hf = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**hf, "tie_word_embeddings": True}))
+    import_aqlm(open_aqlm(path), tmp_path / "packed")
+    after, before = PackedCheckpoint(tmp_path / "packed"), PackedCheckpoint(directory / "c_2x8")
+    assert stop_tokens(after) == (1, 2, 7)
+    # As in transformers, a head that is stored and differs is no copy of the embedding.
+    assert not after.config.tie_word_embeddings
+    tiny.assert_same_tree(after.packed_outer(), before.packed_outer())
+    hf_aqlm(after, tmp_path / "out")
+    for name, text in texts.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_shards_of_other_dtypes(directory, tmp_path):

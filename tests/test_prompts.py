@@ -1,5 +1,7 @@
 """Prompts to tokens, tokens to text piece by piece."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,9 @@ from pipeline.conftest import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax.data.windows import evaluation_windows
 from gptvq_jax.prompts import TextStream, encode_prompts
+from gptvq_jax.stop_tokens import end_of_turn
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -155,6 +159,16 @@ def test_plain_prompts_are_tokenized():
     assert [BYTES.decode(ids) for ids in encode_prompts(BYTES, prompts)] == prompts
 
 
+def test_a_text_that_the_tokenizer_cannot_read():
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="<unk>"))  # which it lacks
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert encode_prompts(tokenizer, ["a"]) == [[0]]
+    with pytest.raises(ValueError, match="tokenizer cannot read prompt 1: WordLevel error"):
+        encode_prompts(tokenizer, ["a", "b"])
+    with pytest.raises(ValueError, match="tokenizer cannot read the text: WordLevel error"):
+        evaluation_windows(tokenizer, ["b"], 1)
+
+
 def test_chat_fills_the_template_up_to_the_answer():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -165,6 +179,54 @@ def test_chat_fills_the_template_up_to_the_answer():
     ]
     (prompt,) = encode_prompts(tokenizer, ["hi"], chat=True, system="Be short.")
     assert tokenizer.decode(prompt) == "<system>Be short.<user>hi<assistant>"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{% for m in messages %}", "endfor"),
+        ("{{ missing('x') }}", "'missing' is undefined"),
+        ("{% for tool in tools %}x{% endfor %}", "not iterable"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[7].content.x }}", "UndefinedError"),
+        ("{% include 'other' %}", "TypeError|TemplateError|no loader"),
+        (5, "chat template fails"),
+        (["a"], "chat template fails"),
+        ({"tool_use": "x"}, "chat template fails"),
+    ],
+)
+def test_a_template_that_fails_is_quoted_in_one_line(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the model's chat template fails: ") as caught:
+        encode_prompts(tokenizer, ["hi"], chat=True, system="Be short.")
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),  # ChatML
+        ("[{{ m.role }}]{{ m.content }}<|eot_id|>", "<|eot_id|>"),
+        (" {{ m.content }} </s>", "</s>"),  # Llama 2
+        ("{{ m.content | trim }}{{ eos_token }}", "</s>"),
+        ("{{ m.content }}<|im_end|>x<|eot_id|>", "<|im_end|>"),
+        ("{{ m.role }}: {{ m.content }}\n\n", None),  # no token ends a turn
+        ("{{ m.content }}.</s>", None),
+        ("<|eot_id|>", None),
+        ("{{ raise_exception('no') }}", None),
+    ],
+)
+def test_the_token_that_the_template_writes_after_an_answer(answer, expected):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
+    tokenizer.add_tokens(["<|im_end|>", "<|im_"])  # some models do not call it special
+    assert end_of_turn(tokenizer) is None
+    tokenizer.chat_template = "{% for m in messages %}" + answer + "{% endfor %}"
+    found = end_of_turn(tokenizer)
+    assert found == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gptvq_jax.vocabulary import check_tokens
+from gptvq_jax.vocabulary import check_tokens, encode
 
 _SEPARATOR = "\n\n"
 
@@ -101,10 +101,8 @@ def _document_windows(tokenizer, documents, num_windows, seqlen, rng, vocab_size
 
 def _tokenize(tokenizer: Any, text: str, vocab_size: int | None) -> np.ndarray:
     # verbose=False: a text longer than the model's context is the point here, not a mistake.
-    encoded = tokenizer(
-        text, verbose=False, return_attention_mask=False, return_token_type_ids=False
-    )
-    tokens = np.asarray(encoded["input_ids"], np.int32)
+    options = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+    tokens = np.asarray(encode(tokenizer, text, "the text", **options), np.int32)
     if vocab_size is not None:
         check_tokens(tokens, vocab_size, tokenizer, "the text")
     return tokens

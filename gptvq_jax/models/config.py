@@ -143,6 +143,7 @@ class ModelConfig:
           NotImplementedError: the model needs something this decoder does not compute; the
             message names the field.
         """
+        OBJECT.check("the config", hf)
         model_type = hf.get("model_type")
         _check_model_type(model_type)
         _check_supported(hf)
@@ -227,7 +228,7 @@ def _read_rope(
     rope = OBJECT.optional().read(hf, field) or {}
     for name in (name for name, value in rope.items() if isinstance(value, Mapping)):
         raise NotImplementedError(
-            f"{field}.{name} holds parameters of one type of layer, which is not supported"
+            f"{field} has parameters of its own for {show(name)}, which is not supported"
         )
     theta = ROPE_BASE.optional().check(f"{field}.rope_theta", rope.get("rope_theta"))
     if theta is None:

@@ -27,7 +27,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CHUNK_VALUES = 2**24  # compared at a time
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a hub repository may hold besides: PyTorch pickles, other runtimes' exports, a second copy.
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
 
 

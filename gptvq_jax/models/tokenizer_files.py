@@ -32,10 +32,8 @@ def load_tokenizer(directory: Path) -> Any:
         if (directory / name).is_file():
             read_json_object(directory / name)
     try:
-        # Neither the tokenizer's own code nor the network is asked.
-        return AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
+        # False: code that came with the tokenizer is not run, and nobody is asked.
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises plain Exception, and panics

@@ -15,6 +15,8 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.rope import inverse_frequencies
 from gptvq_jax.models.source import open_source
+from gptvq_jax.prompts import encode_prompts
+from gptvq_jax.stop_tokens import stop_tokens
 
 ROPE = {
     "rope_type": "llama3",
@@ -72,6 +74,7 @@ CHANGES = st.lists(
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzzed")
     write_model(path, random_tensors(), config=FULL)
+    open_source(str(path))  # imports, which are not of the time of one config
     return path
 
 
@@ -223,3 +226,29 @@ def test_quantization_config_with_every_kind_of_value(directory):
             (directory / "config.json").write_text(json.dumps(config))
             # The tensors are those of a float model, so that sound fields open it, all dense.
             opens_or_says_why(directory, lambda: AQLMSource(HFDirectory(directory)))
+
+
+SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "unk_token": "w0",
+    "eos_token": "w1",
+    "chat_template": "{{ messages[0].content }}",
+    "additional_special_tokens": ["w2"],
+    "added_tokens_decoder": {"1": {"content": "w1", "special": True}},
+    "model_max_length": 64,
+    "auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]},
+}
+
+
+@pytest.mark.parametrize("value", [5, True, [7], {"a": 1}, "x"], ids=repr)
+def test_tokenizer_config_with_fields_of_other_types(tmp_path, value):
+    path = write_model(tmp_path, random_tensors(), config=FULL)
+    for name in SETTINGS:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**SETTINGS, name: value}))
+        try:
+            source = open_source(path)
+            assert set(stop_tokens(source)) >= {2, 3}
+            encode_prompts(source.tokenizer, ["w3"], chat=bool(source.tokenizer.chat_template))
+        except ValueError as error:
+            assert "\n" not in str(error)
+            assert str(tmp_path) in str(error) or "the model's" in str(error)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from make_golden import CONFIGS, random_params, random_tokens, torch_logits, torch_model
+from transformers import LlamaConfig
 
 from gptvq_jax.models import llama
 from gptvq_jax.models.config import Llama3RopeScaling, ModelConfig
@@ -296,6 +297,59 @@ def test_both_forms_of_rope_fields_read_alike():
     assert (plain.rope_theta, plain.rope_scaling) == (10000.0, None)
 
 
+BOTH_ROPES = {
+    "rope_scaling wins": ({"rope_type": "default"}, LLAMA3_SCALING, None),
+    "rope_scaling says default": ({**LLAMA3_SCALING, "rope_theta": 5e5}, {"type": "default"}, None),
+    "an empty one does not": ({**LLAMA3_SCALING, "rope_theta": 5e5}, {}, None),
+    "null does not": ({"rope_type": "default", "rope_theta": 5e5}, None, None),
+    "theta of the one that loses": ({"rope_theta": 5e5}, LLAMA3_SCALING, None),
+    "theta of both": ({"rope_theta": 5e5}, {**LLAMA3_SCALING, "rope_theta": 7e5}, 9e5),
+    "theta of the top level": ({"rope_type": "default"}, LLAMA3_SCALING, 9e5),
+    "type beside rope_type": (None, {**LLAMA3_SCALING, "type": "yarn"}, None),
+    "old name of the type": (None, {"type": "default", "factor": 4.0}, None),
+    "no original length": (
+        None,
+        {key: value for key, value in LLAMA3_SCALING.items() if "original" not in key},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BOTH_ROPES)
+def test_rope_fields_are_merged_as_transformers_does(case):
+    """Against transformers' own reading, which needs no torch."""
+    parameters, scaling, theta = BOTH_ROPES[case]
+    hf = CONFIGS["llama2"].to_hf()
+    del hf["rope_theta"], hf["rope_scaling"]
+    hf |= {"rope_parameters": parameters, "rope_scaling": scaling}
+    hf |= {} if theta is None else {"rope_theta": theta}
+    ours = ModelConfig.from_hf(hf)
+    given = {name: dict(value) if isinstance(value, dict) else value for name, value in hf.items()}
+    theirs = LlamaConfig(**given).rope_parameters
+    assert ours.rope_theta == theirs["rope_theta"]
+    assert (ours.rope_scaling is None) == (theirs["rope_type"] == "default")
+    if ours.rope_scaling is not None:
+        for name, value in dataclasses.asdict(ours.rope_scaling).items():
+            assert value == theirs[name], name
+
+
+def test_what_the_winning_rope_field_says_is_refused_by_name():
+    base = CONFIGS["llama2"].to_hf()
+    for kind in ("linear", "dynamic", "yarn", "longrope"):
+        hf = {**base, "rope_parameters": LLAMA3_SCALING, "rope_scaling": {"type": kind}}
+        with pytest.raises(NotImplementedError, match=f"rope_scaling.rope_type='{kind}'"):
+            ModelConfig.from_hf(hf)
+    nested = {"full_attention": {"rope_type": "default"}}
+    with pytest.raises(NotImplementedError, match="rope_parameters .* for 'full_attention'"):
+        ModelConfig.from_hf({**base, "rope_scaling": None, "rope_parameters": nested})
+
+
+def test_the_original_length_at_top_level_counts_more():
+    hf = {**CONFIGS["llama2"].to_hf(), "rope_scaling": LLAMA3_SCALING}
+    hf["original_max_position_embeddings"] = 77
+    assert ModelConfig.from_hf(hf).rope_scaling.original_max_position_embeddings == 77
+
+
 def test_absent_fields_mean_the_defaults_of_transformers():
     base = {key: value for key, value in CONFIGS["mistral"].to_hf().items() if "window" not in key}
     assert ModelConfig.from_hf(base).sliding_window == 4096
@@ -315,6 +369,8 @@ def test_absent_fields_mean_the_defaults_of_transformers():
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"is_causal": False}, "is_causal"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.*yarn"),
