@@ -11,6 +11,7 @@ import json
 import operator
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax import durable
-from gptvq_jax.disk_space import check_room, naming_full_disk
+from gptvq_jax.disk_space import check_room, is_full, naming_full_disk
 from gptvq_jax.tensor_io import (
     FORMAT_VERSION,
     check_format_version,
@@ -82,7 +83,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             dense[name] = counts | {"dtype": dense_dtype, "sha256": digest({"": array})}
 
     size = sum(array.nbytes for array in jax.tree.leaves(stored))
-    check_room(directory, size)  # Orbax prints tracebacks of its threads on a full disk
+    check_room(directory, size)
     if directory.exists():
         (directory / _RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
         durable.sync(directory)
@@ -90,7 +91,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
     try:
         with naming_full_disk(directory, size):
             durable.make_directory(directory)
-            with plain_path(directory) as plain:
+            with plain_path(directory) as plain, _threads_quiet_on_a_full_disk():
                 ocp.save(plain / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
             durable.sync_tree(directory)
             record = {
@@ -172,6 +173,22 @@ def damage(directory: Path) -> str | None:
     except DamagedError as error:
         return str(error)
     return None
+
+
+@contextlib.contextmanager
+def _threads_quiet_on_a_full_disk() -> Iterator[None]:
+    """Keeps Orbax's threads from printing a traceback of what it raises again in the caller."""
+    before = threading.excepthook
+
+    def quiet(args):
+        if not is_full(args.exc_value):
+            before(args)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,6 +199,44 @@ def test_room_is_compared_with_what_is_needed(tmp_path, monkeypatch):
     with pytest.raises(FullDiskError), new_directory(tmp_path / "out", 2 * 10**9):
         raise AssertionError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, monkeypatch, capfd):
+    """With files of every library, although there seemed to be room."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    noise = np.random.default_rng(0).normal(size=(400, 400)).astype(np.float32)
+
+    def write_activations(path):
+        with activations.writing(path, (4, 100, 1000)):
+            raise AssertionError
+
+    def write_directory(path):
+        with new_directory(path) as partial:
+            write_shards([("a", noise)], partial, 10**9)
+
+    writes = [
+        write_activations,
+        write_directory,
+        lambda path: save_tree(path, {"a": noise}, "float32"),
+        lambda path: durable.write_text(path, "x" * 400_000),
+        lambda path: durable.append_lines(path, [{"x": "x" * 400_000}]),
+    ]
+    for write in writes:
+        with pytest.raises(FullDiskError) as caught:
+            write(small_disk / "new")
+        assert_named(caught.value, small_disk / "new")
+        assert sum(path.stat().st_size for path in small_disk.rglob("*") if path.is_file()) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
