@@ -56,12 +56,21 @@ class Writer:
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self.shape = shape
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `writing`
-        header = {"descr": _ITEM.str, "fortran_order": False, "shape": tuple(map(int, shape))}
+        self._file = open(path, "wb")  # noqa: SIM115 - held until close
+        try:
+            self._start = self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> int:
+        """Writes the header and takes the room of the rest; returns where that starts."""
+        header = {"descr": _ITEM.str, "fortran_order": False, "shape": tuple(map(int, self.shape))}
         np.lib.format.write_array_header_1_0(self._file, header)
-        self._start = self._file.tell()
         self._file.flush()
-        _reserve(self._file.fileno(), self._start + num_bytes(shape))
+        start = self._file.tell()
+        _reserve(self._file.fileno(), start + num_bytes(self.shape))
+        return start
 
     def __setitem__(self, part: slice, values) -> None:
         start, stop, _ = part.indices(self.shape[0])

@@ -43,9 +43,14 @@ def naming_full_disk(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[No
     except FullDiskError:
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _WORDS):
+        if is_full(error):
             raise _full(path, num_bytes) from error
         raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an exception of any library says that a disk is full."""
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _WORDS)
 
 
 def directory_bytes(path: Path, pattern: str = "**/*") -> int:

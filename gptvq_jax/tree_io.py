@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from gptvq_jax import durable
+from gptvq_jax import durable, orbax_files
 from gptvq_jax.disk_space import check_room, naming_full_disk
 from gptvq_jax.json_file import read_own_object
 from gptvq_jax.tensor_io import (
@@ -33,7 +33,6 @@ from gptvq_jax.tree_arrays import (
     damaged,
     file_sums,
     read_arrays,
-    write_arrays,
 )
 from gptvq_jax.tree_record import (
     DENSE_DTYPES,
@@ -75,7 +74,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             dense[name] = dense_meta(array.shape, dense_dtype, digest({"": array}))
 
     size = sum(array.nbytes for array in jax.tree.leaves(stored))
-    check_room(directory, size)  # Orbax prints tracebacks of its threads on a full disk
+    check_room(directory, size)
     if directory.exists():
         (directory / RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
         durable.sync(directory)
@@ -83,7 +82,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
     try:
         with naming_full_disk(directory, size):
             durable.make_directory(directory)
-            write_arrays(directory, traverse_util.unflatten_dict(stored, sep="/"))
+            orbax_files.save(directory / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
             durable.sync_tree(directory)
             record = {
                 "format_version": FORMAT_VERSION,

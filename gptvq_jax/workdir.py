@@ -153,7 +153,8 @@ class WorkDir:
         if not path.exists():
             return None
         try:
-            return np.load(path)
+            with open(path, "rb") as file:
+                return np.load(file)
         except (ValueError, EOFError, OSError) as error:
             logging.warning("%s is damaged and made again: %s", path, first_line(error))
             return None
@@ -199,8 +200,8 @@ class WorkDir:
         path = self._token_weights(block)
         self._must_exist(path)
         try:
-            with np.load(path) as file:
-                return dict(file)
+            with open(path, "rb") as file, np.load(file) as arrays:
+                return dict(arrays)
         except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
             raise self._lost(path, f"is damaged: {first_line(error)}") from error
 
