@@ -42,3 +42,12 @@ def test_more_text_than_memory_makes_more_passes(source, monkeypatch):
         whole, rel=1e-6
     )
     assert len(calls) == 2 * source.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "loss, expected", [(800.0, np.inf), (np.inf, np.inf), (np.nan, np.nan), (2.0, np.exp(2.0))]
+)
+def test_losses_beyond_every_number(source, monkeypatch, loss, expected):
+    monkeypatch.setattr(evaluate, "token_nll", lambda *_: np.full((1, 31), loss, np.float32))
+    windows = np.zeros((1, 32), np.int32)
+    np.testing.assert_equal(evaluate.perplexity(source, windows), expected)
