@@ -5,11 +5,12 @@
   python scripts/ablate.py --config=configs/smollm2_135m_2d.py:ablation # 2 bits, less calibration
 
 Index bits are allocated to the layers under a budget of true bits per value (2b: 2.125, 3b: 3.085,
-4b: 4.1), tokens weighted by gradients; --config.allocation.bits_per_value=0 gives every layer the
-same bits.
+4b: 4.1), tokens weighted by gradients; --config.allocation.bits_per_value=0, or --config.vq.dim or
+vq.bits, gives every layer the same bits.
 
-On 2 CPU cores, calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024 others (float
-14.59): 3b 3.085 bits per value, 17.93 in 9.9 min; 2b 2.125 bits, 33.29; smoke in about 40 s.
+Calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024 others (float 14.59): 3b 3.085
+bits per value, 17.93; 2b 2.125 bits, 33.29. On 2 CPU cores 3b took 9.9 min (processor not noted),
+27 min on a Zen 3 without AVX-512; smoke about 40 s.
 """
 
 from gptvq_jax.config import default_config

@@ -40,7 +40,8 @@ class _Interrupts:
         """What is raised in a finalizer or a callback, Python drops: Ctrl-C must not get lost."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             leave(_INTERRUPTED, "interrupted")
-        if not self.seen:  # what breaks off in the middle leaves finalizers that complain
+        # What breaks off in the middle leaves finalizers that complain, and so does a closed pipe.
+        if not self.seen and not isinstance(unraisable.exc_value, BrokenPipeError):
             sys.__unraisablehook__(unraisable)
 
     def uncaught(self, kind, error, traceback) -> None:

@@ -123,8 +123,10 @@ class RunSettings:
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
         if a.bits_per_value:
             check(bool(self.candidates), "allocation.bits", "such that dim * bits is whole, 1 to 8")
-            check(self.method == "gptvq", "method", "'gptvq' if allocation.bits_per_value")
-            check(self.vq.group_size == 0, "vq.group_size", "0 if allocation.bits_per_value")
+            check(self.method == "gptvq", "method", "'gptvq' unless allocation.bits_per_value is 0")
+            check(
+                self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"
+            )
         # The default is left alone: it means "where there are codebooks".
         polish = self.vq.polish_rounds
         check(

@@ -48,6 +48,8 @@ def main(_) -> None:
         cli.refuse(
             ["top_k", "top_p", "seed"], "at temperature 0, which draws nothing; set --temperature=1"
         )
+    if not _CHAT.value:
+        cli.refuse(["system"], "without a chat, of which it is part; add --chat")
     generate_text(
         _CHECKPOINT.value,
         _MODEL.value,

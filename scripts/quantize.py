@@ -1,12 +1,13 @@
 """Quantizes a language model to 2-4 bits per weight and measures it.
 
-  python scripts/quantize.py --config=configs/smollm2_135m_2d.py            # 3 bits, about 10 min
+  python scripts/quantize.py --config=configs/smollm2_135m_2d.py            # 3 bits, 10 to 27 min
   python scripts/quantize.py --config=configs/smollm2_135m_2d.py:2b --workdir=runs/mine
   python scripts/quantize.py --config=configs/llama2_7b_2d.py:2.125b --config.model=/models/llama2
 
 Everything goes to the work directory: the packed checkpoint, metrics.jsonl, report.png. A run that
 was stopped goes on where it was when the same command is given again. Any field of the config can
-be set on the command line, as in --config.vq.group_size=4096; gptvq_jax/config.py lists them.
+be set on the command line, as in --config.vq.group_size=4096; gptvq_jax/config.py lists them. A
+field that has no effect beside the others is refused with what to set instead.
 """
 
 import sys

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptvq_jax.sampling import Sampling, in_top_p, sample
+from gptvq_jax.sampling import Sampling, in_top_p, random_key, sample
 
 
 def random_logits(seed, batch=3, vocab=50, spread=3.0):
@@ -111,3 +111,14 @@ def test_equal_keys_draw_equal_tokens_and_others_do_not():
 def test_fields_out_of_range_raise(fields, name):
     with pytest.raises(ValueError, match=f"{name}=.* must be"):
         Sampling(**fields)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**30])
+def test_a_seed_that_would_be_taken_for_another_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed={seed} must be from 0 to 4294967295"):
+        random_key(seed)
+
+
+def test_the_largest_seed_is_one_of_its_own():
+    keys = {str(jax.random.key_data(random_key(seed))) for seed in (0, 1, 2**31, 2**32 - 1)}
+    assert len(keys) == 4

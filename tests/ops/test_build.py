@@ -3,7 +3,9 @@
 import stat
 
 import pytest
+from tiny_checkpoint import random_tensor
 
+from gptvq_jax.ops import vq_matmul
 from gptvq_jax.ops.cpu import build
 
 
@@ -51,7 +53,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(compiler, tmp_path):
 
 def test_a_compiler_that_failed_is_not_called_again(compiler, tmp_path, monkeypatch):
     calls = compiler("exit 1")
-    monkeypatch.setattr(build, "_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(3):
         with pytest.raises(NotImplementedError, match="exit status 1"):
             build.library()
@@ -63,3 +65,41 @@ def test_a_missing_cxx_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "g++-99")
     with pytest.raises(NotImplementedError, match="no g..-99 on the path"):
         build.find_compiler()
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    """A file where the cache should be: not even root can write into it."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(vq_matmul, "_logged", set())
+    build._load_once.cache_clear()
+    yield
+    build._load_once.cache_clear()
+
+
+def test_without_a_cache_auto_takes_xla_and_says_so(no_cache, caplog):
+    kernel = vq_matmul.make_kernel(random_tensor("int8", 8, 16))
+    assert kernel.implementation == "xla"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "auto chose xla" in record.message and "set XDG_CACHE_HOME" in record.message
+
+
+def test_without_a_cache_the_named_kernel_says_what_moves_it(no_cache):
+    message = "'cpu' cannot run: the cache .* cannot be made .*; set XDG_CACHE_HOME to a directory"
+    with pytest.raises(NotImplementedError, match=message):
+        vq_matmul.make_kernel(random_tensor("int8", 8, 16), "cpu")
+
+
+def test_a_place_that_fails_while_it_is_written(compiler, tmp_path):
+    compiler(_WORKS)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotImplementedError, match="cannot be written to .*set XDG_CACHE_HOME"):
+        build.build(tmp_path / "file/native")
+
+
+def test_a_library_that_was_cut_off_is_named(tmp_path):
+    (tmp_path / "kernels.so").write_bytes(b"\x7fELF")
+    with pytest.raises(NotImplementedError, match=r"kernels\.so cannot be loaded .*; remove it"):
+        build._load(tmp_path / "kernels.so")

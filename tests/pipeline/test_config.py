@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from gptvq_jax.aqlm import AQLMSettings
-from gptvq_jax.config import RunSettings, default_config, difference, from_config, to_dict
+from gptvq_jax.config import (
+    RunSettings,
+    default_config,
+    difference,
+    evaluation_settings,
+    from_config,
+    to_dict,
+)
 from gptvq_jax.gptvq import GPTVQSettings
 
 
@@ -60,6 +67,12 @@ BUDGET = {"allocation.bits_per_value": 2.5}
     "given, field",
     [
         ({"embeddings": "int4"}, "embeddings='int4'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"calibration.seed": -1}, "calibration.seed=-1"),
+        ({"allocation.bits_per_value": float("inf")}, "config.allocation.bits_per_value=inf"),
+        ({"allocation.bits": (2.0, float("nan"))}, "config.allocation.bits=nan"),
+        ({"vq.learning_rate": float("inf")}, "config.vq.learning_rate=inf"),
         ({"allocation.bits_per_value": -1.0}, "allocation.bits_per_value=-1.0"),
         ({"allocation.em_iterations": -1}, "allocation.em_iterations=-1"),
         ({**BUDGET, "allocation.bits": (1.25, 9.0)}, "allocation.bits=(1.25, 9.0)"),
@@ -232,3 +245,32 @@ def test_default_job_spends_at_most_an_eighth_of_a_bit_on_codebooks(arg, bits):
     without_group_size = dataclasses.replace(vq, group_size=0)
     grid = without_group_size.grid(1536, 576)
     assert grid.row_strips * grid.col_strips * stored / (1536 * 576) <= 0.125
+
+
+@pytest.mark.parametrize(
+    "made_with, given, message",
+    [
+        (3, {}, r"config\.evaluation=3 must be a section"),
+        ({"seqlen": "long"}, {}, r"config\.evaluation\.seqlen='long' must be of type int"),
+        ({"windows": 3}, {}, r"config\.evaluation\.windows is not a field"),
+    ],
+)
+def test_the_evaluation_of_a_checkpoint_is_checked(made_with, given, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation_settings(made_with, given)
+
+
+def test_the_evaluation_of_a_checkpoint_gives_way_to_what_is_given():
+    settings = evaluation_settings({"seqlen": 64, "dataset": "ptb"}, {"seqlen": 32})
+    assert (settings.seqlen, settings.dataset, settings.batch_size) == (32, "ptb", 4)
+
+
+def test_a_config_file_that_returns_something_else_is_named():
+    for value in (None, {"vq": {}}):
+        with pytest.raises(ValueError, match=r"must return what default_config\(\) gives"):
+            from_config(value)
+    config = default_config()
+    with config.ignore_type():
+        config.vq = 3
+    with pytest.raises(ValueError, match=r"config\.vq=3 must be a section of fields"):
+        from_config(config)

@@ -49,3 +49,12 @@ def test_says_at_which_precision_it_multiplies(model_dir, text_files, capsys):
     run.evaluate(None, str(model_dir), **text)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"on 2 x 32 tokens of {text_files[1]}, multiplied in float32")
+
+
+@pytest.mark.parametrize(
+    "loss, expected", [(800.0, np.inf), (np.inf, np.inf), (np.nan, np.nan), (2.0, np.exp(2.0))]
+)
+def test_losses_beyond_every_number(source, monkeypatch, loss, expected):
+    monkeypatch.setattr(evaluate, "token_nll", lambda *_: np.full((1, 31), loss, np.float32))
+    windows = np.zeros((1, 32), np.int32)
+    np.testing.assert_equal(evaluate.perplexity(source, windows), expected)

@@ -1,0 +1,72 @@
+"""Flags of scripts that would have no effect beside the others are refused."""
+
+import pytest
+from documented import REPOSITORY, parsed
+
+LAYERS = "python scripts/benchmark_layers.py"
+GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (f"{GENERATE} --top_k=3", "--top_k has no effect at temperature 0, .* set --temperature=1"),
+        (f"{GENERATE} --top_p=1.0", "--top_p has no effect at temperature 0"),
+        (f"{GENERATE} --seed=3", "--seed has no effect at temperature 0"),
+        (f"{GENERATE} --seed=9223372036854775808", "seed=9223372036854775808 must be from 0 to"),
+        (f"{GENERATE} --top_p=1.5", "top_p=1.5 must be above 0"),
+        (f"{GENERATE} --system=Short", "--system has no effect without a chat, .*; add --chat"),
+        (f"{GENERATE} --dense --implementation=xla", "--implementation is of packed weights"),
+        (f"{GENERATE} --model=M", "either --checkpoint=DIR or --model=NAME"),
+        ("python scripts/evaluate.py --checkpoint=DIR --model=M", "either --checkpoint=DIR or"),
+        (
+            "python scripts/ablate.py --tables=layers --config=configs/smollm2_135m_2d.py",
+            "--config has no effect without model rows; add --tables=model",
+        ),
+        (
+            "python scripts/ablate.py --tables=layers --config.vq.dim=1",
+            r"--config\.vq\.dim has no effect without model rows",
+        ),
+        (
+            "python scripts/ablate.py --tables=model --settings=2d_2.125",
+            "--settings has no effect without layer rows; add --tables=layers",
+        ),
+        (
+            "python scripts/ablate.py --rows='true sequential' --layers=DIR",
+            "--layers has no effect without layer rows",
+        ),
+        (
+            "python scripts/ablate.py --tables=model --config.tune.epochs=3",
+            r"--config\.tune\.epochs has no effect .* set --config\.tune\.block=True",
+        ),
+        (
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py --config.vq.dim=4",
+            r"vq\.bits=3\.0 must be such that .*; dim is 4",
+        ),
+        (
+            "python scripts/benchmark_pipeline.py --config=configs/smollm2_135m_2d.py "
+            "--config.aqlm.beam=2",
+            r"--config\.aqlm\.beam has no effect with method 'gptvq'",
+        ),
+        ("python scripts/benchmark_pipeline.py --workdir=tests", "there is no tests/metrics.jsonl"),
+        (
+            f"{LAYERS} --methods=gptvq,aqlm --settings=aqlm_2x8",
+            "--methods=gptvq has no effect with --settings=aqlm_2x8; it has 1d_",
+        ),
+        (
+            "python scripts/benchmark_big_layer.py --alone --settings=2d_2.125,aqlm_2x8",
+            "--alone measures one setting; --settings names 2",
+        ),
+        ("python scripts/benchmark_decode.py --batches=0", "--batches=0 must be integers of at"),
+        ("python scripts/benchmark_memory.py --depths=six", "--depths=six must be integers of at"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(command, message, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("gptvq_jax.run.WorkDir", pytest.fail)
+    with (
+        parsed(command, monkeypatch) as module,
+        pytest.raises((ValueError, OSError), match=message),
+    ):
+        module.main([])
