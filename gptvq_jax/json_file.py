@@ -21,9 +21,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
         names the file.
     """
     try:
-        return _object(_load(path))
+        value = _load(path)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {brief(value)}, not a JSON object with named fields")
+    return value
 
 
 def read_own_object(path: Path) -> dict[str, Any]:
@@ -34,9 +37,10 @@ def read_own_object(path: Path) -> dict[str, Any]:
       ValueError: as `read_json_object`, or a name occurs twice in one of its objects, or a number
         is not finite; the caller names the file.
     """
-    return _object(
-        _load(path, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-    )
+    value = _load(path, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {brief(value)}, not an object with named fields")
+    return value
 
 
 def _load(path: Path, **hooks: Callable) -> Any:
@@ -52,12 +56,6 @@ def _load(path: Path, **hooks: Callable) -> Any:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
         raise ValueError(first_line(error)) from None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds {brief(value)}, not an object with named fields")
-    return value
 
 
 def leaves_directory(path: str) -> bool:

@@ -8,7 +8,8 @@ import numpy as np
 
 from gptvq_jax.aqlm_format import AQLMFormat, from_aqlm
 from gptvq_jax.checkpoint import dequantize_tree
-from gptvq_jax.models.fields import SIZE, show
+from gptvq_jax.errors import brief
+from gptvq_jax.models.fields import SIZE
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.source import CheckpointSource, check_shape, tensor_names
 from gptvq_jax.packing import MAX_BITS
@@ -125,7 +126,7 @@ def _read_format(directory: HFDirectory) -> AQLMFormat:
     method = quantization.get("quant_method")
     if method != "aqlm":
         raise NotImplementedError(
-            f"{path}: quant_method={show(method)} is not supported, only 'aqlm'"
+            f"{path}: quant_method={brief(method)} is not supported, only 'aqlm'"
         )
     try:
         fields = {name: field.read(quantization, name) for name, field in _FIELDS.items()}

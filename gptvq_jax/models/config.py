@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gptvq_jax.errors import brief
 from gptvq_jax.models.fields import (
     EPSILON,
     FLAG,
@@ -15,7 +16,6 @@ from gptvq_jax.models.fields import (
     TOKEN_ID,
     TOKEN_IDS,
     integer,
-    show,
 )
 
 _MAX_LAYERS = 10_000  # ten times the deepest; names of all tensors are made before one is read
@@ -197,7 +197,7 @@ class ModelConfig:
 def _check_model_type(model_type: Any) -> None:
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise NotImplementedError(
-            f"model_type={show(model_type)} is not supported; supported: {sorted(_ARCHITECTURES)}"
+            f"model_type={brief(model_type)} is not supported; supported: {sorted(_ARCHITECTURES)}"
         )
 
 
@@ -212,7 +212,7 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
     for name, values in _ONLY.items():
         if name in hf and hf[name] not in values:
             raise NotImplementedError(
-                f"{name}={show(hf[name])} is not supported, only {values[0]!r}"
+                f"{name}={brief(hf[name])} is not supported, only {values[0]!r}"
             )
 
 
@@ -228,7 +228,7 @@ def _read_rope(
     rope = OBJECT.optional().read(hf, field) or {}
     for name in (name for name, value in rope.items() if isinstance(value, Mapping)):
         raise NotImplementedError(
-            f"{field} has parameters of its own for {show(name)}, which is not supported"
+            f"{field} has parameters of its own for {brief(name)}, which is not supported"
         )
     theta = ROPE_BASE.optional().check(f"{field}.rope_theta", rope.get("rope_theta"))
     if theta is None:
@@ -242,7 +242,7 @@ def _read_rope(
         return theta, None
     if rope_type != "llama3":
         raise NotImplementedError(
-            f"{field}.rope_type={show(rope_type)} is not supported, only 'default' and 'llama3'"
+            f"{field}.rope_type={brief(rope_type)} is not supported, only 'default' and 'llama3'"
         )
     name = "original_max_position_embeddings"
     if hf.get(name) is not None:  # said at top level it counts more, as in transformers

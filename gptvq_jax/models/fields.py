@@ -5,13 +5,12 @@ are integers of at most 31 bits, numbers have bounds within float32, no boolean 
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gptvq_jax.errors import brief
+
 _MAX_INT = 2**31 - 1
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _REQUIRED = object()
 
 
@@ -38,7 +37,7 @@ class Field:
     def check(self, name: str, value: Any) -> Any:
         """Returns `value`; raises ValueError, which calls it `name`, if it cannot be."""
         if not (self.null if value is None else self.accepts(value)):
-            raise ValueError(f"{name} must be {self.text}, got {show(value)}")
+            raise ValueError(f"{name} must be {self.text}, got {brief(value)}")
         return value
 
     def read(self, fields: Mapping[str, Any], name: str) -> Any:
@@ -91,8 +90,3 @@ TEXT = Field("a string", lambda value: isinstance(value, str))
 OBJECT = Field("an object with fields", lambda value: isinstance(value, Mapping))
 TOKEN_ID = Field("a token id, an integer from 0", _is_token_id)
 TOKEN_IDS = Field("a token id, an integer from 0, or a list of them", _is_token_ids)
-
-
-def show(value: Any) -> str:
-    """repr(value) of any JSON, cut where it is long or deep."""
-    return _SHORT.repr(value)

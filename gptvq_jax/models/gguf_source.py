@@ -11,10 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.data.packaged import packaged_file
-from gptvq_jax.errors import first_line
+from gptvq_jax.errors import brief, first_line
 from gptvq_jax.models.companions import GENERATION_CONFIG, generation_config
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.fields import EPSILON, ROPE_BASE, SIZE, TOKEN_ID, integer, show
+from gptvq_jax.models.fields import EPSILON, ROPE_BASE, SIZE, TOKEN_ID, integer
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.source import CheckpointSource, check_names, sampled_digest, tensor_names
 
@@ -41,7 +41,7 @@ _RENAMES = {
 
 _OR_ZERO = integer(0, text="a positive integer, or 0 for the usual one")
 _BASE_OR_ZERO = dataclasses.replace(
-    ROPE_BASE, accepts=lambda value: ROPE_BASE.accepts(value) or show(value) in ("0", "0.0")
+    ROPE_BASE, accepts=lambda value: ROPE_BASE.accepts(value) or brief(value) in ("0", "0.0")
 )
 # ModelConfig's names -> metadata keys and what they may hold.
 _METADATA = {
@@ -191,7 +191,7 @@ def read_metadata(
     """
     architecture = field("general.architecture")
     if architecture != "llama":
-        raise NotImplementedError(f"architecture {show(architecture)}, only 'llama' is read")
+        raise NotImplementedError(f"architecture {brief(architecture)}, only 'llama' is read")
     values = {}
     for name, (key, kind) in _METADATA.items():
         value = field(key)
@@ -202,7 +202,7 @@ def read_metadata(
 
     def only(key: str, *allowed: Any) -> None:
         if field(key) not in (None, *allowed):
-            raise NotImplementedError(f"{key} = {show(field(key))} is not supported")
+            raise NotImplementedError(f"{key} = {brief(field(key))} is not supported")
 
     head_dim = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
     only("llama.rope.dimension_count", head_dim)
@@ -239,7 +239,7 @@ def _check_rope(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> None
     kind = field("llama.rope.scaling.type")
     if kind not in (None, "none", "linear"):
         raise NotImplementedError(
-            f"llama.rope.scaling.type = {show(kind)} is not supported; {way_out}"
+            f"llama.rope.scaling.type = {brief(kind)} is not supported; {way_out}"
         )
     for key in ("scaling.factor", "scale_linear", "scaling.attn_factor"):
         key = f"llama.rope.{key}"
@@ -249,6 +249,6 @@ def _check_rope(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> None
         # A factor without a type means linear; 0 stands for none.
         if factor not in (None, 0, 1) or isinstance(factor, bool):
             raise NotImplementedError(
-                f"{key} = {show(factor)} stretches the rotary embeddings, which is not supported; "
+                f"{key} = {brief(factor)} stretches the rotary embeddings, which is not supported; "
                 f"{way_out}"
             )

@@ -20,8 +20,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax.errors import first_line
-from gptvq_jax.models.fields import TEXT, TOKEN_ID, Field, is_integer, show
+from gptvq_jax.errors import brief, first_line
+from gptvq_jax.models.fields import TEXT, TOKEN_ID, Field, is_integer
 
 # The token types of GGUF that the text may spell literally.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -71,7 +71,7 @@ def _build(field: Callable[[str], Any]) -> PreTrainedTokenizerFast:
     model = field("tokenizer.ggml.model")
     if model != "gpt2":
         raise NotImplementedError(
-            f"tokenizer.ggml.model = {show(model)} is not supported, only 'gpt2'; use the "
+            f"tokenizer.ggml.model = {brief(model)} is not supported, only 'gpt2'; use the "
             "model's safetensors checkpoint instead"
         )
     tokens = _STRINGS.check("tokenizer.ggml.tokens", field("tokenizer.ggml.tokens"))
@@ -126,7 +126,7 @@ def _merges(merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise ValueError(
                 f"tokenizer.ggml.merges[{index}] must be two tokens, and make one, "
-                f"got {show(merge)}"
+                f"got {brief(merge)}"
             )
         pairs.append(pair)
     return pairs
@@ -147,7 +147,7 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
             ]
         )
     raise NotImplementedError(
-        f"tokenizer.ggml.pre = {show(split)} is not supported, only 'smollm', 'llama-bpe' and "
+        f"tokenizer.ggml.pre = {brief(split)} is not supported, only 'smollm', 'llama-bpe' and "
         "'gpt-2'; use the model's safetensors checkpoint instead"
     )
 
