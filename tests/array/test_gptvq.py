@@ -52,9 +52,9 @@ def error_of(problem=P, **kw):
     return ref.loss(problem.weight, quantized, problem.hessian) / signal
 
 
-def mean_error(**kw):
-    """Of four layers: of one alone, a near tie that rounding breaks may cost a percent."""
-    return np.mean([error_of(layer(seed), **kw) for seed in range(4)])
+def mean_error(layers=4, **kw):
+    """Of several: of one alone, a near tie that rounding breaks may cost a percent."""
+    return np.mean([error_of(layer(seed), **kw) for seed in range(layers)])
 
 
 @functools.cache
@@ -152,7 +152,8 @@ def test_error_falls_with_dim_at_equal_bits():
 
 def test_smaller_groups_cost_bits_and_lower_the_error():
     small, large = PAPER, dict(PAPER, group_size=1024)
-    assert mean_error(**small) < 0.99 * mean_error(**large)
+    # By 4.4 percent in the mean of 16 layers, of which one deviates by 7.
+    assert mean_error(16, **small) < 0.99 * mean_error(16, **large)
     assert tensor_of(**small).num_bytes == 512 + 4 * 16 * 2 * 2
     assert tensor_of(**large).num_bytes == 512 + 2 * 16 * 2 * 2
 
@@ -210,7 +211,7 @@ def test_codebook_bits():
 
 def test_svd_rank():
     dense, rank1 = dict(dim=1), dict(dim=1, svd_rank=1)
-    assert 1.05 * mean_error(**dense) < mean_error(**rank1) < 2 * mean_error(**dense)
+    assert 1.1 * error_of(**dense) < error_of(**rank1) < 2 * error_of(**dense)  # 1.52
     tensor = tensor_of(**rank1)
     assert tensor.codebook.left.shape == (1, 2, 2, 1)
     # 64 codes of 2 bits a row; 4 int8 and a float16 scale on the left, 4 float16 on the right
