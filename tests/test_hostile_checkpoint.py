@@ -409,3 +409,17 @@ def test_kernels_touch_nothing_but_their_arrays(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "tensors and" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["record", "manifest", "index", "safetensors", "gguf"])
+def test_readers_under_atheris(reader):
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    program = Path(__file__).with_name("fuzz_readers.py")
+    done = subprocess.run(
+        [sys.executable, str(program), reader, "-max_total_time=60"],
+        env=os.environ | {"PYTHONPATH": str(program.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
