@@ -107,8 +107,9 @@ def save_token_weights(
         goes_on = done < depth or workdir.has_activations(depth, "gradient")
         if goes_on:
             workdir.drop_backward(done)  # what a run that was killed has left
-        most = peak_bytes(source.config, tokens.shape, num_groups, done)
-        workdir.check_room(most, "gradients/*")
+        if done:
+            most = peak_bytes(source.config, tokens.shape, num_groups, done)
+            workdir.check_room(most, "gradients/*")
         if goes_on:
             progress.skip(2 * depth - done)
         else:

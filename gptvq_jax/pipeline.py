@@ -101,8 +101,10 @@ def quantize_model(
     last = _num_quantized(source.config, settings)
     # Of a block that was killed or found damaged: it is made again.
     workdir.drop_activations(after=finished)
-    most = streams.peak_bytes(tokens.shape, last) + stored_bytes(source.config, settings, plan)
-    workdir.check_room(most, "activations/*", "checkpoint/**/*")
+    if finished < depth:
+        most = streams.peak_bytes(tokens.shape, finished, last)
+        most += stored_bytes(source.config, settings, plan)
+        workdir.check_room(most, "activations/*", "checkpoint/**/*")
     if finished == 0:
         with stopwatch.stage("embed"):
             _begin(job, writer, tokens)

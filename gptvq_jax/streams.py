@@ -34,19 +34,23 @@ class Streams:
         self._tunes = settings.tune.block
         self._has_float = c.asymmetry > 0 or settings.tune.block
 
-    def peak_bytes(self, shape: tuple[int, int], num_quantized: int) -> int:
-        """Most bytes of all streams at once.
+    def peak_bytes(self, shape: tuple[int, int], finished: int, last: int) -> int:
+        """Most bytes of all streams at once, from now on.
 
         A stream has the inputs of the last finished block, of the one at work and of the next.
 
         Args:
           shape: of the tokens (n, T).
-          num_quantized: blocks that are quantized; those after them are not calibrated.
+          finished: blocks that are done.
+          last: blocks that are quantized; those after them are not calibrated.
         """
-        stream = num_bytes((*shape, self._source.config.hidden_size)) + 128  # of its header
-        # The last block's outputs are there only to tune towards.
-        of_float = min(3, num_quantized + self._tunes) if self._has_float else 0
-        return (min(3, num_quantized) + of_float) * stream
+        if finished >= last:
+            return 0
+        inputs = last - max(0, finished - 1)  # blocks whose inputs there will be
+        count = min(3, inputs)
+        if self._has_float:  # of the last block the outputs are there only to tune towards
+            count += min(3, inputs + self._tunes)
+        return count * (num_bytes((*shape, self._source.config.hidden_size)) + 128)  # a header
 
     def begin(self, outer: Params, stored: Params, tokens: np.ndarray) -> None:
         """Embeds the tokens (n, T), with the float model's table and with the one that is stored.

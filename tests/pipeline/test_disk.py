@@ -137,7 +137,9 @@ def test_a_run_takes_what_was_said(source, cheap, tmp_path, peak, monkeypatch):
     quantize(cheap, path)  # the same again, with room
     shape = (cheap.calibration.num_windows, cheap.calibration.seqlen)
     with WorkDir(path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
-        streams = Streams(source, settings, workdir).peak_bytes(shape, 3)
+        peaks = Streams(source, settings, workdir).peak_bytes
+        streams, at_the_end = peaks(shape, 0, 3), [peaks(shape, done, 3) for done in (2, 3)]
+    assert at_the_end == [streams * 4 // 6, 0]  # a resumed run is not refused for what is over
     assert 0.99 * streams < peak["activations"] <= streams
     assert 0.3 * stored_bytes(source.config, settings, {}) < peak["checkpoint"]
     assert peak["checkpoint"] <= stored_bytes(source.config, settings, {})
