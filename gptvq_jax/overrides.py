@@ -45,7 +45,7 @@ def settle(
         named = " and ".join(f"--config.{field}" for field in contradicting)
         note = (
             f"allocation.bits_per_value={config.allocation.bits_per_value:g} of the config file is "
-            f"off: {named} is for all layers"
+            f"off, because all layers get what {named} says"
         )
         config = config.copy_and_resolve_references()
         config.allocation.bits_per_value = 0.0

@@ -54,7 +54,7 @@ def is_of_2_bits(call):
 def is_4d_in_all_layers(call):
     settings = call.settings
     assert (settings.vq.dim, settings.vq.bits, budget(settings)) == (4, 2.0, 0)
-    assert settings.method_settings == settings.vq and "is for all layers" in call.note
+    assert settings.method_settings == settings.vq and "all layers get" in call.note
 
 
 def is_gptq(call):

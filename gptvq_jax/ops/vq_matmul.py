@@ -12,6 +12,7 @@ and VQKernel multiplies by them.
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -127,8 +128,8 @@ def _choose(tensor: VQTensor, implementation: str) -> str:
         name = next(name for name in preferred if reasons[name] is None)
         passed_over = "".join(f"; not {n}: {why}" for n, why in reasons.items() if why)
         # A cache that can be moved is worth a line to everyone; a missing compiler may be meant.
-        level = logging.WARNING if VARIABLE in passed_over else logging.INFO
-        _log_once(f"vq_matmul: auto chose {name} ({IMPLEMENTATIONS[name][1]}){passed_over}", level)
+        say = logging.warning if VARIABLE in passed_over else logging.info
+        _say_once(say, f"vq_matmul: auto chose {name} ({IMPLEMENTATIONS[name][1]}){passed_over}")
         return name
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
@@ -145,10 +146,10 @@ def _choose(tensor: VQTensor, implementation: str) -> str:
 _logged: set[str] = set()
 
 
-def _log_once(message: str, level: int) -> None:
+def _say_once(say: Callable[[str], None], message: str) -> None:
     if message not in _logged:
         _logged.add(message)
-        logging.log(level, message)
+        say(message)
 
 
 def _module(implementation: str):

@@ -37,15 +37,15 @@ def test_ctrl_c_at_any_moment(model_dir, text_files, tmp_path):
     assert whole.communicate()[0] and whole.returncode == 0
     seconds = time.monotonic() - began
     generator = random.Random(0)
-    for attempt in range(8):
-        command[-1] = f"--workdir={tmp_path}/w{attempt // 4}"  # four times into one run
+    for attempt in range(6):
+        command[-1] = f"--workdir={tmp_path}/w{attempt // 3}"  # three times into one run
         process = start()
         # Python itself takes a moment until it runs a line of ours.
         time.sleep(generator.uniform(0.5, seconds))
         process.send_signal(signal.SIGINT)
         if attempt % 2:
             process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         if process.returncode == 0:  # it was faster than before
             continue
         assert process.returncode == 130, errors

@@ -202,7 +202,7 @@ def test_one_format_for_all_layers_switches_the_budget_of_the_file_off(given):
         section, _, name = field.rpartition(".")
         assert (flat[section] if section else flat)[name] == value
     named = next(field for field in given if field not in ("vq.svd_rank", "uniform.bits"))
-    assert note.startswith("allocation.bits_per_value=3 of the config file is off: --config.")
+    assert note.startswith("allocation.bits_per_value=3 of the config file is off, because ")
     assert f"--config.{named}" in note
     assert config.to_dict() == before
 
