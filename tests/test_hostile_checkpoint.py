@@ -14,12 +14,13 @@ import tiny_checkpoint as tiny
 from flax import traverse_util
 
 from gptvq_jax.checkpoint import PackedCheckpoint
-from gptvq_jax.json_file import read_json_object
+from gptvq_jax.json_file import read_own_object
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.ops.cpu import build
 from gptvq_jax.sample_tensors import TensorFormat, random_tensor
 from gptvq_jax.tensor_io import digest, tensor_to_state
-from gptvq_jax.tree_io import _file_sums, load_tree
+from gptvq_jax.tree_arrays import file_sums
+from gptvq_jax.tree_io import load_tree
 from gptvq_jax.tree_record import quantized_meta
 
 BLOCK, LAYER = "blocks/00000", "mlp/down_proj/kernel"
@@ -123,7 +124,7 @@ def test_a_description_larger_than_any_is_not_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr("gptvq_jax.json_file.MAX_BYTES", 100)
     (tmp_path / "record.json").write_text(f'{{"a": "{"x" * 100}"}}')
     with pytest.raises(ValueError, match="more than 100 bytes"):
-        read_json_object(tmp_path / "record.json")
+        read_own_object(tmp_path / "record.json")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def enlarge(path, name, shape, chunk=None):
 def rewrite_sums(directory):
     edit(
         directory / BLOCK / "record.json",
-        lambda record: record.update(files=_file_sums(directory / BLOCK)),
+        lambda record: record.update(files=file_sums(directory / BLOCK)),
     )
 
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,7 @@ EFFECTS = {
     "python scripts/benchmark_big_layer.py": has(["2d_2.125", "4d_2.222"]),
     "python scripts/benchmark_decode.py": has([(4096, 4096), (11008, 4096)], 1),
     "python scripts/ablate.py": has(["layers", "model"]),
+    "python scripts/torture.py": lambda call: has(100, 0)(SimpleNamespace(args=call.args[1:])),
 }
 # Not scripts; the last is what all of these tests run under.
 OTHERS = {
@@ -183,6 +185,7 @@ def call(monkeypatch, tmp_path):
                 job("export", name, of=of_checkpoint)
             job("import_aqlm", "import_aqlm", of=of_checkpoint)
             job("report", "time_table")
+            job("torture", "torture", (Counter(), 0, 0))
             benchmarks(module)
             module.main(sys.argv)
         return calls[0]

@@ -23,7 +23,7 @@ from gptvq_jax.sample_layers import make_layers
 from gptvq_jax.uniform import UniformSettings
 from gptvq_jax.vq_tensor import dequantize_compiled
 
-pytestmark = pytest.mark.usefixtures("short_programs", "fast_compilation")
+pytestmark = pytest.mark.usefixtures("short_programs")
 
 FEW = dict(em_iterations=5)
 GPTVQ_2D = GPTVQSettings(**FEW, bits=2.0, group_size=2048, max_group_cols=64, polish_rounds=1)

@@ -4,7 +4,9 @@ The library goes to the user's cache, under a name that changes with the sources
 the instruction set of this machine.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -99,20 +102,34 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
         key.update(source.read_bytes())
     target = cache / f"kernels-{key.hexdigest()[:20]}.so"
     if not target.exists():
-        print(f"compiling the CPU kernels with {compiler}, once ...", file=sys.stderr, flush=True)
         include = ["-isystem", jax.ffi.include_dir()]
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                built = Path(scratch) / "kernels.so"
-                _run([compiler, *flags, *include, str(sources[0]), "-o", str(built)])
-                built.replace(target)
+            with _alone(cache / "lock"):
+                if not target.exists():  # nor made by the process that was waited for
+                    _compile([compiler, *flags, *include, str(sources[0])], target)
         except OSError as error:
             raise NotImplementedError(
                 f"the kernels cannot be written to {cache} ({error.strerror}); set {VARIABLE} to a "
                 "directory that can be written"
             ) from None
     return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    print(f"compiling the CPU kernels with {command[0]}, once ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        _run([*command, "-o", str(built)])
+        built.replace(target)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock of one that dies."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def find_compiler() -> str:
