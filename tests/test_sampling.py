@@ -60,7 +60,7 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(seed, top_p, spread):
     for row, keep in zip(probabilities.astype(np.float64), kept, strict=True):
         ordered = np.sort(row)[::-1]
         before = np.concatenate([[0.0], np.cumsum(ordered)[:-1]])
-        # All whose betters do not have the mass yet; float32 may decide otherwise where it is close.
+        # All whose betters do not have the mass yet; float32 may decide otherwise near it.
         fewest, most = (np.sum(before < top_p + margin) for margin in (-1e-6, 1e-6))
         assert fewest <= keep.sum() <= most
         np.testing.assert_array_equal(np.sort(row[keep])[::-1], ordered[: keep.sum()])
