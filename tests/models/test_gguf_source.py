@@ -380,6 +380,8 @@ METADATA = {
         ("eos_token_id", 7),
         ("eos_token_id", "</s>"),
         ("eos_token_id", [1]),
+        ("add_bos_token", "false"),
+        ("add_eos_token", [True]),
     ],
 )
 def test_damaged_tokenizers(name, value):
@@ -453,6 +455,14 @@ def test_a_count_beyond_the_end_of_the_file_ends_at_once(tmp_path):
     path.write_bytes(whole[:count] + (2**60).to_bytes(8, "little") + whole[count + 8 :])
     with pytest.raises(ValueError, match=r"tiny\.gguf is not a complete GGUF file"):
         open_source(str(path))
+
+
+def test_token_ids_that_are_none(tmp_path):
+    names = ("eot", "padding", "unknown")
+    extra = [(f"tokenizer.ggml.{name}_token_id", 2**32 - 1) for name in names]  # -1
+    source = open_source(str(write_tiny(tmp_path / "tiny.gguf", tiny_tensors(), extra=extra)))
+    assert stop_tokens(source) == (1,)
+    assert (source.tokenizer.pad_token, source.tokenizer.unk_token) == (None, None)
 
 
 def test_ends_of_turn_and_of_message_end_a_text(tmp_path):
