@@ -14,7 +14,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.*.json",
-    "*.model*",
+    "*.model",
+    "*.model.v*",  # Mistral's
     "*.tiktoken",
     "tekken.json",
     "vocab.*",
