@@ -1,13 +1,17 @@
 """Text to tokens before generation, tokens to text while it goes on."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptvq_jax.errors import first_line
 from gptvq_jax.vocabulary import encode
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_TEMPLATE_SECONDS = 3  # a real template takes milliseconds, but anyone may write one without end
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character (yet)
 
 
@@ -58,12 +62,14 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next:
       answer_next: end where the assistant's answer begins.
 
     Raises:
-      ValueError: the template refuses them, or is faulty; the message quotes its own.
+      ValueError: the template refuses them, is faulty, or takes too long (which only the main
+        thread notices); the message quotes its own.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer_next
-        )
+        with _time_limit(_TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next
+            )
     except Exception as error:  # a template is a program
         raise ValueError(
             f"the model's chat template fails: {first_line(error)} ({type(error).__name__}); "
@@ -72,6 +78,25 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next:
     if not isinstance(text, str):
         raise ValueError("the model's chat template makes no text; leave out --chat")
     return text
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what runs for longer, if the main thread runs it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it takes more than {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def check_unicode(name: str, text: str) -> None:

@@ -25,11 +25,18 @@ TEXTS = {
     "merges.txt": "#version: 0.2\n",
     "vocab.json": "{}",
     "tokenizer.model": "bytes",
+    "tokenizer.model.v3": "bytes",
     "tekken.json": "{}",
     "processor_config.json": "{}",
     "preprocessor_config.json": "{}",
 }
-OTHER = ["README.md", "model.safetensors.index.json", "pytorch_model.bin", "notes/x.json"]
+OTHER = [
+    "README.md",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "x.model.bin",
+    "notes/x.json",
+]
 
 
 @pytest.fixture

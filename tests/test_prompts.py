@@ -1,6 +1,7 @@
 """Prompts to tokens, tokens to text piece by piece."""
 
 import re
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from pipeline.conftest import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax import prompts
 from gptvq_jax.data.windows import evaluation_windows
 from gptvq_jax.prompts import TextStream, encode_prompts
 from gptvq_jax.stop_tokens import end_of_turn
@@ -202,6 +204,19 @@ def test_a_template_that_fails_is_quoted_in_one_line(template, message):
     with pytest.raises(ValueError, match="the model's chat template fails: ") as caught:
         encode_prompts(tokenizer, ["hi"], chat=True, system="Be short.")
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_a_template_without_end_is_ended(monkeypatch):
+    monkeypatch.setattr(prompts, "_TEMPLATE_SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGALRM)
+    tokenizer = byte_tokenizer()
+    loop = "{% for i in range(99999) %}"
+    tokenizer.chat_template = 3 * loop + 3 * "{% endfor %}"
+    with pytest.raises(ValueError, match="chat template fails: it takes more than 0.05 s"):
+        encode_prompts(tokenizer, ["hi"], chat=True)
+    assert end_of_turn(tokenizer) is None
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gptvq_jax.json_file import read_json_object
-from gptvq_jax.models.fields import TOKEN_IDS
+from gptvq_jax.models.fields import SIGNED_IDS, token_ids
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -14,7 +14,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.*.json",
-    "*.model*",
+    "*.model",
+    "*.model.v*",  # Mistral's
     "*.tiktoken",
     "tekken.json",
     "vocab.*",
@@ -64,10 +65,10 @@ def read_stop_tokens(directory: Path) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     try:
-        ids = TOKEN_IDS.optional().read(read_json_object(path), "eos_token_id")
+        ids = SIGNED_IDS.optional().read(read_json_object(path), "eos_token_id")
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    return token_ids(ids)
 
 
 def generation_config(bos_token_id: int | None, stop_tokens: Collection[int]) -> bytes:

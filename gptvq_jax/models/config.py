@@ -11,11 +11,13 @@ from gptvq_jax.models.fields import (
     OBJECT,
     ROPE_BASE,
     ROPE_FACTOR,
+    SIGNED_ID,
+    SIGNED_IDS,
     SIZE,
     TEXT,
-    TOKEN_ID,
-    TOKEN_IDS,
     integer,
+    is_number,
+    token_ids,
 )
 
 _MAX_LAYERS = 10_000  # ten times the deepest; names of all tensors are made before one is read
@@ -31,8 +33,8 @@ _FIELDS = {
     "max_position_embeddings": SIZE.optional(2048, null=False),
     "sliding_window": SIZE.optional(),
     "tie_word_embeddings": FLAG.optional(False),
-    "bos_token_id": TOKEN_ID.optional(1),
-    "eos_token_id": TOKEN_IDS.optional(2),
+    "bos_token_id": SIGNED_ID.optional(1),
+    "eos_token_id": SIGNED_IDS.optional(2),
 }
 # What a config.json leaves unsaid means the default of transformers' LlamaConfig / MistralConfig.
 _DEFAULTS = {
@@ -159,8 +161,9 @@ class ModelConfig:
             values["head_dim"] = hidden // heads
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = heads
-        if isinstance(values["eos_token_id"], list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
+        eos = values["eos_token_id"]
+        values["eos_token_id"] = token_ids(eos) if isinstance(eos, list) else _token(eos)
+        values["bos_token_id"] = _token(values["bos_token_id"])
         rope_theta, rope_scaling = _read_rope(hf, values["max_position_embeddings"])
         return cls(
             **{
@@ -192,6 +195,10 @@ class ModelConfig:
             "hidden_act": "silu",
             "torch_dtype": "float32",
         }
+
+
+def _token(value: int | None) -> int | None:
+    return next(iter(token_ids(value)), None)
 
 
 def _check_model_type(model_type: Any) -> None:
@@ -238,7 +245,8 @@ def _read_rope(
     rope_type = TEXT.check(f"{field}.rope_type", rope.get("rope_type", rope.get("type", "default")))
     if rope.get("partial_rotary_factor") not in (1, None):
         raise NotImplementedError(f"{field}.partial_rotary_factor is not supported, only 1")
-    if rope_type == "default":
+    factor = rope.get("factor")
+    if rope_type == "default" or (rope_type == "linear" and is_number(factor) and factor == 1):
         return theta, None
     if rope_type != "llama3":
         raise NotImplementedError(

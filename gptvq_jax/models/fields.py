@@ -60,7 +60,7 @@ def integer(low: int, high: int = _MAX_INT, text: str | None = None) -> Field:
 def number(low: float, high: float) -> Field:
     """An integer or a float from `low` to `high`."""
     text = f"a number from {low:g} to {high:g}"
-    return Field(text, lambda value: _is_number(value) and low <= value <= high)
+    return Field(text, lambda value: is_number(value) and low <= value <= high)
 
 
 def is_integer(value: Any) -> bool:
@@ -68,17 +68,24 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float."""
     return is_integer(value) or isinstance(value, float)
 
 
-def _is_token_id(value: Any) -> bool:
-    return is_integer(value) and 0 <= value <= _MAX_INT
-
-
-def _is_token_ids(value: Any) -> bool:
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The ids that a value of SIGNED_ID or SIGNED_IDS names; null and negative ones are none."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return all(map(_is_token_id, values))
+    return tuple(token for token in values if token is not None and token >= 0)
+
+
+def _is_signed_id(value: Any) -> bool:
+    return is_integer(value) and abs(value) <= _MAX_INT
+
+
+def _is_signed_ids(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(map(_is_signed_id, values))
 
 
 SIZE = integer(1, text="a positive integer")
@@ -88,5 +95,7 @@ ROPE_FACTOR = number(1e-6, 1e9)
 FLAG = Field("true or false", lambda value: isinstance(value, bool))
 TEXT = Field("a string", lambda value: isinstance(value, str))
 OBJECT = Field("an object with fields", lambda value: isinstance(value, Mapping))
-TOKEN_ID = Field("a token id, an integer from 0", _is_token_id)
-TOKEN_IDS = Field("a token id, an integer from 0, or a list of them", _is_token_ids)
+TOKEN_ID = integer(0, text="a token id, an integer from 0")
+# Hugging Face's files may say -1 for a token that there is not; transformers never meets it.
+SIGNED_ID = Field("a token id, an integer (negative: none)", _is_signed_id)
+SIGNED_IDS = Field("a token id, an integer (negative: none), or a list of them", _is_signed_ids)

@@ -57,6 +57,7 @@ _METADATA = {
     "bos_token_id": ("tokenizer.ggml.bos_token_id", TOKEN_ID.optional()),
     "eos_token_id": ("tokenizer.ggml.eos_token_id", TOKEN_ID.optional()),
 }
+_NO_TOKEN = 2**32 - 1
 _STOP_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
@@ -115,9 +116,11 @@ class GGUFSource(CheckpointSource):
     def _field(self, key: str) -> Any:
         field = self._reader.get_field(key)
         try:
-            return None if field is None else field.contents()
+            value = None if field is None else field.contents()
         except Exception as error:  # whatever numpy makes of bytes that are not what they should be
             raise ValueError(f"{key} is damaged: {first_line(error)}") from None
+        # llama.cpp's id of a token that there is not, -1, in the unsigned field that it has.
+        return None if key.endswith("_token_id") and value == _NO_TOKEN else value
 
     def _read(self, name: str) -> tuple[np.ndarray, Path]:
         tensor = self._tensors[_gguf_name(name)]

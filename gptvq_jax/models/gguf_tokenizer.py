@@ -39,6 +39,7 @@ _STRINGS = Field(
 _INTEGERS = Field(
     "a list of integers", lambda value: isinstance(value, list) and all(map(is_integer, value))
 )
+_FLAG = Field("true or false", lambda value: brief(value) in ("True", "False", "0", "1"), null=True)
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -154,10 +155,13 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 def _post_processor(field, split, tokens, ids) -> processors.PostProcessor:
     """Adds BOS and EOS where the file asks for them."""
-    add_bos = field("tokenizer.ggml.add_bos_token")
+    add_bos, add_eos = (
+        _FLAG.check(key, field(key))
+        for key in ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
+    )
     if add_bos is None:
         add_bos = split == "llama-bpe"  # llama.cpp's default for this vocabulary
-    wrapped = {"bos_token": bool(add_bos), "eos_token": bool(field("tokenizer.ggml.add_eos_token"))}
+    wrapped = {"bos_token": bool(add_bos), "eos_token": bool(add_eos)}
     used = {}
     for name, wanted in wrapped.items():
         if wanted:

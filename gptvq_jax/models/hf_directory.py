@@ -189,13 +189,15 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), single)
     if index.is_file():
         files = _weight_map(index)
+        unlisted = {}  # transformers reads them as well
         for path in sorted(set(files.values())):
             with _open(path) as file:
                 held = set(file.keys())
+            unlisted |= dict.fromkeys(held - files.keys(), path)
             for name in (name for name, home in files.items() if home == path):
                 if name not in held:
                     raise ValueError(f"{path} lacks tensor {name}, which {_INDEX} places there")
-        return files
+        return files | unlisted
     if any(directory.glob("pytorch_model*.bin")):
         raise ValueError(
             f"{directory} has PyTorch pickles (pytorch_model*.bin) only; convert them once, in an "

@@ -38,7 +38,10 @@ def load_tokenizer(directory: Path) -> Any:
         raise
     except BaseException as error:  # the Rust library raises plain Exception, and panics
         reason = first_line(error)
-        raise ValueError(f"{directory} has no usable tokenizer: {reason}") from None
+        raise ValueError(
+            f"{directory} has no usable tokenizer: {reason}; if newer libraries wrote it, "
+            "pip install --upgrade transformers tokenizers"
+        ) from None
 
 
 def save_tokenizer(tokenizer: Any, directory: Path, own_files: Mapping[str, bytes]) -> None:

@@ -380,6 +380,7 @@ METADATA = {
         ("eos_token_id", 7),
         ("eos_token_id", "</s>"),
         ("eos_token_id", [1]),
+        ("add_bos_token", "false"),
     ],
 )
 def test_damaged_tokenizers(name, value):
@@ -437,8 +438,7 @@ def test_metadata_of_another_type(key):
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.context_length": 64,
     }
-    values = (-1, True, "4", [4], [], float("nan"), float("inf"), 10**38)
-    for value in values:
+    for value in (-1, True, "4", [4], [], float("nan"), float("inf"), 10**38):
         with pytest.raises((ValueError, NotImplementedError)) as caught:
             gguf_source.read_metadata((fields | {key: value}).get, {})
         assert key in str(caught.value) or key == "general.architecture"
@@ -456,9 +456,10 @@ def test_a_count_beyond_the_end_of_the_file_ends_at_once(tmp_path):
 
 
 def test_ends_of_turn_and_of_message_end_a_text(tmp_path):
-    extra = [("tokenizer.ggml.eot_token_id", 2), ("tokenizer.ggml.eom_token_id", 4)]
+    ids = [("eot", 2), ("eom", 4), ("padding", 2**32 - 1)]  # -1: none
+    extra = [(f"tokenizer.ggml.{name}_token_id", index) for name, index in ids]
     source = open_source(str(write_tiny(tmp_path / "tiny.gguf", tiny_tensors(), extra=extra)))
-    assert stop_tokens(source) == (1, 2, 4)
+    assert stop_tokens(source) == (1, 2, 4) and source.tokenizer.pad_token is None
     written = json.loads(source.companions()["generation_config.json"])
     assert written == {"bos_token_id": 0, "eos_token_id": [1, 2, 4]}
 

@@ -16,6 +16,7 @@ from gptvq_jax.generate_text import generate_text
 from gptvq_jax.models import hf_directory, tokenizer_files
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import block_shapes, open_source, outer_shapes
+from gptvq_jax.stop_tokens import stop_tokens
 
 CONFIG = {
     "model_type": "llama",
@@ -134,8 +135,9 @@ def test_tokenizer_of_a_newer_library(tmp_path, change, reason):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"has no usable tokenizer: .*{reason}|{reason}"):
+    with pytest.raises(ValueError, match=f"has no usable tokenizer: .*{reason}|{reason}") as caught:
         source.tokenizer  # noqa: B018
+    assert "--upgrade" in str(caught.value)
 
 
 def test_a_sentencepiece_model_asks_for_its_package(tmp_path, monkeypatch):
@@ -236,6 +238,29 @@ def test_tensor_absent_from_its_shard(tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"lacks tensor {UP}, which model.safetensors.index"):
         open_source(path)
+
+
+def test_a_head_that_the_index_does_not_list_counts(tmp_path):
+    tensors = random_tensors()
+    path = write_model(tmp_path, tensors, shards=2, config=CONFIG | TIED)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(content))
+    kernel = open_source(path).outer()["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, tensors["lm_head.weight"])
+
+
+def test_token_ids_that_are_none(tmp_path):
+    none = {"bos_token_id": -1, "eos_token_id": -1}
+    path = write_model(tmp_path, random_tensors(), config=CONFIG | none)
+    source = open_source(path)
+    assert (source.config.bos_token_id, source.config.eos_token_id) == (None, None)
+    assert stop_tokens(source) == ()
+    assert ModelConfig.from_hf(CONFIG | {"eos_token_id": [3, -1]}).eos_token_id == (3,)
+    for ids, expected in ((-1, ()), ([5, -1], (5,)), ([], ()), (None, ())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert stop_tokens(open_source(path)) == expected
 
 
 def test_unknown_tensor(tmp_path):

@@ -344,6 +344,16 @@ def test_what_the_winning_rope_field_says_is_refused_by_name():
         ModelConfig.from_hf({**base, "rope_scaling": None, "rope_parameters": nested})
 
 
+def test_a_linear_stretch_by_one_is_none():
+    hf = CONFIGS["llama2"].to_hf()
+    for factor in (1, 1.0):
+        scaling = {"type": "linear", "factor": factor}
+        assert ModelConfig.from_hf(hf | {"rope_scaling": scaling}) == ModelConfig.from_hf(hf)
+    for factor in (True, None, "1", 0.5):
+        with pytest.raises(NotImplementedError, match="rope_type='linear'"):
+            ModelConfig.from_hf(hf | {"rope_scaling": {"type": "linear", "factor": factor}})
+
+
 def test_the_original_length_at_top_level_counts_more():
     hf = {**CONFIGS["llama2"].to_hf(), "rope_scaling": LLAMA3_SCALING}
     hf["original_max_position_embeddings"] = 77
