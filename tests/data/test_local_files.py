@@ -56,7 +56,7 @@ GOOD = b'{"text": "a"}\n'
         ("t.txt", "Text".encode("utf-32"), "mark of UTF-32; .* iconv -f UTF-32 -t UTF-8"),
         ("t.txt", b"\xfe\xff\0T", "t.txt line 1 is not UTF-8 text: .* mark of UTF-16"),
         ("t.txt", "Text".encode("utf-16-le"), "t.txt line 1 is not UTF-8 text: it has a NUL"),
-        ("t.txt", gzip.compress(b"text", mtime=0), "t.txt is not UTF-8 text but gzip data; unpack it"),
+        ("t.txt", gzip.compress(b"text", mtime=0), "is not UTF-8 text but gzip data; unpack it"),
         ("t.jsonl", gzip.compress(GOOD, mtime=0), "t.jsonl is not UTF-8 text but gzip data"),
         ("t.txt", b"PAR1....PAR1", "a Parquet file; name it .parquet"),
         ("t.jsonl", b"", "t.jsonl contains no text"),
