@@ -53,6 +53,8 @@ def quantize(
         if summary is None:
             summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
             workdir.append_metrics([report.json_numbers(summary)])
+        else:
+            print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
         metrics = workdir.metrics()
     for name in ("perplexity_float", "perplexity_quantized"):
         summary[name] = float(summary[name])
@@ -159,7 +161,7 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
     made_with = source.manifest["config"].get("evaluation", {}) if checkpoint else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = RunSettings(evaluation=evaluation_settings(made_with, given))
-    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen, flag="--seqlen")
     windows = evaluation_tokens(source, settings)
     value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)
     print(
@@ -201,12 +203,13 @@ def evaluate_source(source: ModelSource, windows: np.ndarray, batch_size: int, n
         return perplexity(source, windows, batch_size, progress.advance)
 
 
-def check_seqlen(source: ModelSource, section: str, seqlen: int) -> None:
+def check_seqlen(source: ModelSource, section: str, seqlen: int, flag: str = "") -> None:
+    """Raises ValueError for windows beyond the model's positions; `flag` is what sets them."""
     limit = source.config.max_position_embeddings
     if seqlen > limit:
         raise ValueError(
             f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
-            f"set --config.{section}.seqlen={limit} or less"
+            f"set {flag or f'--config.{section}.seqlen'}={limit} or less"
         )
 
 
