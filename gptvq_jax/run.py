@@ -76,6 +76,7 @@ def _quantize(
     perplexity_float: float | None,
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
+    _check_plan(source, settings)
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out = evaluation_tokens(source, settings)
@@ -114,6 +115,19 @@ def _quantize(
     }
 
 
+def _check_plan(source: ModelSource, settings: RunSettings) -> None:
+    """Refuses, before anything is made, token weights or a budget that the model does not allow."""
+    groups = settings.weight_groups
+    if not groups:
+        return
+    allocated = settings.allocation.bits_per_value > 0
+    gradients.check_groups(source.config, groups)
+    used = settings.candidates if allocated else [settings.method_settings]
+    check_row_groups(layer_shapes(source.config), used, groups)
+    if allocated:
+        allocation.check_budget(source.config, settings)
+
+
 def _prepare(
     source: ModelSource,
     settings: RunSettings,
@@ -126,17 +140,11 @@ def _prepare(
     groups = settings.weight_groups
     if not groups:
         return {}
-    allocated = settings.allocation.bits_per_value > 0
-    gradients.check_groups(source.config, groups)
-    used = settings.candidates if allocated else [settings.method_settings]
-    check_row_groups(layer_shapes(source.config), used, groups)
-    if allocated:
-        allocation.check_budget(source.config, settings)
     with Progress(gradients.steps(source.config), "gradients", "block") as progress:
         gradients.save_token_weights(
             source, tokens, c.batch_size, groups, workdir, progress, stopwatch
         )
-    if not allocated:
+    if not settings.allocation.bits_per_value:
         return {}
     depth = source.config.num_hidden_layers
     num_blocks = min(settings.num_blocks or depth, depth)
