@@ -14,6 +14,7 @@ bits per value, 17.93; 2b 2.125 bits, 33.29. On 2 CPU cores 3b took 9.9 min (pro
 """
 
 from gptvq_jax.config import default_config
+from gptvq_jax.paper import set_index_bits
 
 BUDGET = {"2b": 2.125, "3b": 3.085, "4b": 4.1}
 CANDIDATES = {"2b": (1.5, 2.0, 2.5, 3.0, 4.0), "3b": (2.0, 2.5, 3.0, 3.5, 4.0), "4b": (3.5, 4.0)}
@@ -27,7 +28,7 @@ def get_config(arg: str = "3b"):
     if width not in BUDGET:
         raise ValueError(f"{arg!r} is not one of 2b, 3b, 4b, smoke, ablation")
     config.vq.dim = 2
-    config.vq.bits = float(width[0])
+    set_index_bits(config, float(width[0]))
     config.allocation.bits = CANDIDATES[width]
     if not (smoke or ablation):
         config.allocation.bits_per_value = BUDGET[width]

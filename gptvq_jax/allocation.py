@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from gptvq_jax import knapsack
 from gptvq_jax.activations import num_bytes
@@ -47,23 +48,33 @@ def steps(num_blocks: int) -> int:
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """Checks, before any work, that the smallest candidates are within the budget.
 
+    Says so where the largest ones leave some of it: every layer gets these, whatever the budget.
+
     Raises:
       ValueError: they are not; the message names the bits per value that they take.
     """
     groups = settings.calibration.gradient_groups or 1
-    fewest, values = 0, 0
+    fewest, most, values = 0, 0, 0
     for rows, cols in layer_shapes(config).values():
         sizes = [
             packed_bytes(settings.method, candidate, rows, cols, groups)
             for candidate in settings.candidates
         ]
         fewest += min(sizes)
+        most += max(sizes)
         values += rows * cols
     if 8 * fewest > settings.allocation.bits_per_value * values:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: the "
             f"smallest candidates take {8 * fewest / values:.4f} bits per value; raise it, or add "
             "smaller ones to allocation.bits"
+        )
+    if 8 * most < settings.allocation.bits_per_value * values:
+        logging.warning(
+            "allocation.bits_per_value=%g is not used up: the largest candidates take %.4f bits "
+            "per value, so every layer gets its best one; add larger ones to allocation.bits",
+            settings.allocation.bits_per_value,
+            8 * most / values,
         )
 
 

@@ -211,10 +211,7 @@ class PackedCheckpoint:
             raise FileNotFoundError(f"no checkpoint directory {self.directory}; check the path")
         path = self.directory / _MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: the run did not finish; rerun scripts/quantize.py with the "
-                "same --workdir"
-            )
+            raise FileNotFoundError(f"{path} is missing: {_why_no_manifest(self.directory)}")
         try:
             self.manifest = read_own_object(path)
         except ValueError as error:
@@ -361,3 +358,13 @@ def _check_embeddings(outer: Tree, path: Path) -> None:
                 check_int8_rows(leaf)
             except NotImplementedError as error:
                 raise NotImplementedError(f"{path}: {name}: {error}") from None
+
+
+def _why_no_manifest(directory: Path) -> str:
+    """What a directory is instead of a finished checkpoint, and what to do."""
+    inner = directory / "checkpoint"
+    if (inner / _MANIFEST).is_file():
+        return f"{directory} is the work directory of a run; pass {inner}"
+    if (directory / "config.json").is_file() and not inner.is_dir():
+        return "the directory holds a model of another format; pass it as --model"
+    return "the run did not finish; rerun scripts/quantize.py with the same --workdir"

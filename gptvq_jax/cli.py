@@ -251,7 +251,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:  # --config.field=value without such a field
-        text = str(error.args[0]).replace("\\n", ". ").replace("\\'", "'").strip("'")
+        text = str(error.args[0]).replace("\\n", ". ").replace("\\'", "'").strip("'\"")
+        text += "" if "'" in text else "'"
         _print_error(f"no such field of the config: '{text}; gptvq_jax/config.py lists all")
     except flags.UnrecognizedFlagError as error:
         flag, _, field = error.flagname.partition(".")

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from gptvq_jax.aqlm import AQLMSettings
 from gptvq_jax.checkpoint import EMBEDDINGS
-from gptvq_jax.gptvq import GPTVQSettings
+from gptvq_jax.gptvq import GPTVQSettings, makes_codes
 from gptvq_jax.methods import METHODS
 from gptvq_jax.sampling import LARGEST_SEED
 from gptvq_jax.uniform import UniformSettings
@@ -122,7 +122,8 @@ class RunSettings:
         check(a.bits_per_value >= 0, "allocation.bits_per_value", "0 or the bits to spend")
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
         if a.bits_per_value:
-            check(bool(self.candidates), "allocation.bits", "such that dim * bits is whole, 1 to 8")
+            whole = f"such that dim * bits is whole, 1 to 8, for one of allocation.dims={a.dims}"
+            check(bool(self.candidates), "allocation.bits", whole)
             check(self.method == "gptvq", "method", "'gptvq' unless allocation.bits_per_value is 0")
             check(
                 self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"
@@ -183,7 +184,7 @@ class RunSettings:
             dataclasses.replace(self.vq, dim=dim, bits=bits)
             for dim in self.allocation.dims
             for bits in self.allocation.bits
-            if (dim * bits).is_integer() and 1 <= dim * bits <= 8
+            if makes_codes(dim, bits)
         ]
 
 

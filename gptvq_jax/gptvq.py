@@ -28,6 +28,12 @@ from gptvq_jax.vq_tensor import BlockScales, FactoredCodebook, VQTensor, pack_co
 CODEBOOK_UPDATES = ("least_squares", "adam", "none")
 
 
+def makes_codes(dim: int, bits: float) -> bool:
+    """Whether vectors of `dim` weights at `bits` per weight have codes of 1 to 8 whole bits."""
+    width = round(dim * bits)
+    return abs(dim * bits - width) < 1e-6 and 1 <= width <= 8
+
+
 @dataclasses.dataclass(frozen=True)
 class GPTVQSettings:
     """One row of the paper's tables; hashable, so that a compiled step is made once per setting."""
@@ -56,9 +62,8 @@ class GPTVQSettings:
                 raise ValueError(f"vq.{field}={getattr(self, field)!r} must be {allowed}")
 
         check(self.dim >= 1, "dim", "at least 1 (the paper uses 1, 2 and 4)")
-        whole = abs(self.bits * self.dim - round(self.bits * self.dim)) < 1e-6
         check(
-            whole and 1 <= self.index_bits <= 8,
+            makes_codes(self.dim, self.bits),
             "bits",
             f"such that dim * bits is a whole number from 1 to 8; dim is {self.dim}",
         )

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from gptvq_jax.config import RunSettings, from_config
+from gptvq_jax.gptvq import makes_codes
 from gptvq_jax.methods import METHODS
 
 _SECTIONS = {
@@ -153,6 +154,19 @@ def _allocation(settings: RunSettings, when) -> None:
         "allocation.dims allocation.bits allocation.em_iterations",
         "without a budget; set --config.allocation.bits_per_value to the bits to spend",
     )
+    unused = {
+        "bits": [bits for bits in a.bits if not any(makes_codes(dim, bits) for dim in a.dims)],
+        "dims": [dim for dim in a.dims if not any(makes_codes(dim, bits) for bits in a.bits)],
+    }
+    for field, values in unused.items():
+        other = "dims" if field == "bits" else "bits"
+        when(
+            a.bits_per_value > 0 and bool(values),
+            f"allocation.{field}",
+            f"in {', '.join(f'{v:g}' for v in values)}, which with no value of allocation.{other} "
+            f"makes codes of 1 to 8 whole bits (dim * bits); leave it out, or set "
+            f"--config.allocation.{other}",
+        )
     for field, candidates in (("dim", a.dims), ("bits", a.bits)):
         value = getattr(vq, field)
         listed = f"allocation.{field.removesuffix('s')}s"

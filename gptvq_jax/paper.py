@@ -5,6 +5,7 @@ import re
 from ml_collections import config_dict
 
 from gptvq_jax.config import default_config
+from gptvq_jax.gptvq import makes_codes
 
 # (dim, bits per value) -> (index bits per weight, weights per codebook), int8 centroids.
 GROUP_SIZES = {
@@ -36,7 +37,9 @@ def table2_config(model: str, dim: int, bits: str) -> config_dict.ConfigDict:
     config = default_config()
     config.model = model
     config.vq.dim = dim
-    config.vq.bits, config.vq.group_size = GROUP_SIZES[dim, bits]
+    width, config.vq.group_size = GROUP_SIZES[dim, bits]
+    set_index_bits(config, width)
+    config.uniform.group_size = round(16 / (float(bits.removesuffix("b")) - width))
     _set_text(config, "wikitext2", num_windows=128, seqlen=2048)
     return config
 
@@ -62,6 +65,8 @@ def aqlm_config(model: str, code: str) -> config_dict.ConfigDict:
     if bits > 12:
         config.aqlm.seed = "random"
     config.tune.block = True
+    if books and dim:
+        set_index_bits(config, books * bits / dim)
     return config
 
 
@@ -72,6 +77,22 @@ def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
     config.tune.batch_size = 8
     config.tune.held_out = 64
     return config
+
+
+def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
+    """Index bits per weight of every method, so that --config.method=... keeps those of the file.
+
+    Args:
+      config: whose `vq.dim` and, if the method is "aqlm", whole section `aqlm` are set.
+      bits: a method that has no format of so many takes the nearest, or keeps its default.
+    """
+    if makes_codes(config.vq.dim, bits):
+        config.vq.bits = float(bits)
+    config.uniform.bits = min(max(round(bits), 1), 8)
+    if config.method != "aqlm":
+        config.aqlm.num_codebooks = round(bits)  # of 8-bit codes for 8 weights
+        if config.aqlm.dim % config.aqlm.num_codebooks:
+            config.aqlm.start = "residual"
 
 
 def _set_text(config: config_dict.ConfigDict, dataset: str, num_windows: int, seqlen: int) -> None:

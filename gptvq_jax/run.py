@@ -53,6 +53,8 @@ def quantize(
         if summary is None:
             summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
             workdir.append_metrics([report.json_numbers(summary)])
+        else:
+            print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
         metrics = workdir.metrics()
     for name in ("perplexity_float", "perplexity_quantized"):
         summary[name] = float(summary[name])
@@ -74,6 +76,7 @@ def _quantize(
     perplexity_float: float | None,
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
+    _check_plan(source, settings)
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out = evaluation_tokens(source, settings)
@@ -112,6 +115,19 @@ def _quantize(
     }
 
 
+def _check_plan(source: ModelSource, settings: RunSettings) -> None:
+    """Refuses, before anything is made, token weights or a budget that the model does not allow."""
+    groups = settings.weight_groups
+    if not groups:
+        return
+    allocated = settings.allocation.bits_per_value > 0
+    gradients.check_groups(source.config, groups)
+    used = settings.candidates if allocated else [settings.method_settings]
+    check_row_groups(layer_shapes(source.config), used, groups)
+    if allocated:
+        allocation.check_budget(source.config, settings)
+
+
 def _prepare(
     source: ModelSource,
     settings: RunSettings,
@@ -124,17 +140,11 @@ def _prepare(
     groups = settings.weight_groups
     if not groups:
         return {}
-    allocated = settings.allocation.bits_per_value > 0
-    gradients.check_groups(source.config, groups)
-    used = settings.candidates if allocated else [settings.method_settings]
-    check_row_groups(layer_shapes(source.config), used, groups)
-    if allocated:
-        allocation.check_budget(source.config, settings)
     with Progress(gradients.steps(source.config), "gradients", "block") as progress:
         gradients.save_token_weights(
             source, tokens, c.batch_size, groups, workdir, progress, stopwatch
         )
-    if not allocated:
+    if not settings.allocation.bits_per_value:
         return {}
     depth = source.config.num_hidden_layers
     num_blocks = min(settings.num_blocks or depth, depth)
@@ -159,7 +169,7 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
     made_with = source.manifest["config"].get("evaluation", {}) if checkpoint else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = RunSettings(evaluation=evaluation_settings(made_with, given))
-    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen, flag="--seqlen")
     windows = evaluation_tokens(source, settings)
     value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)
     print(
@@ -201,12 +211,13 @@ def evaluate_source(source: ModelSource, windows: np.ndarray, batch_size: int, n
         return perplexity(source, windows, batch_size, progress.advance)
 
 
-def check_seqlen(source: ModelSource, section: str, seqlen: int) -> None:
+def check_seqlen(source: ModelSource, section: str, seqlen: int, flag: str = "") -> None:
+    """Raises ValueError for windows beyond the model's positions; `flag` is what sets them."""
     limit = source.config.max_position_embeddings
     if seqlen > limit:
         raise ValueError(
             f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
-            f"set --config.{section}.seqlen={limit} or less"
+            f"set {flag or f'--config.{section}.seqlen'}={limit} or less"
         )
 
 

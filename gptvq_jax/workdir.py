@@ -73,7 +73,10 @@ class WorkDir:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        # A run that was refused for its text, say, must not stand in the way of the corrected one.
+        if kind is not None and not self._begun():
+            (self.path / "config.json").unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -127,6 +130,11 @@ class WorkDir:
                 f"{self.path} was started with another config: {'; '.join(changed)}. "
                 "Restore the config to resume, or pass another --workdir"
             )
+
+    def _begun(self) -> bool:
+        """Whether anything is there that was made with the config."""
+        made = ("tokens.npy", "checkpoint", "gradients", "curves", "activations/*", "metrics.jsonl")
+        return any(any(self.path.glob(pattern)) for pattern in made)
 
     def _drop_partial(self) -> None:
         """Removes what a killed process was writing."""

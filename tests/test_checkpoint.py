@@ -415,6 +415,19 @@ def test_unfinished_checkpoint_is_refused(copy):
         PackedCheckpoint(copy)
 
 
+def test_what_is_given_in_place_of_a_checkpoint_is_named(copy, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="of another format; pass it as --model"):
+        PackedCheckpoint(tmp_path / "run")
+    (tmp_path / "run/checkpoint").symlink_to(copy)
+    with pytest.raises(FileNotFoundError, match="work directory of a run; pass .*run/checkpoint"):
+        PackedCheckpoint(tmp_path / "run")
+    (copy / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="did not finish"):
+        PackedCheckpoint(tmp_path / "run")
+
+
 @pytest.mark.parametrize("part", ["outer", "blocks/00001", "tokenizer"])
 def test_finalize_needs_every_part(copy, part):
     shutil.rmtree(copy / part)

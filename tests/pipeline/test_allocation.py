@@ -248,19 +248,26 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work(model_dir, text_
         assert not (tmp_path / "run" / name).exists()
 
 
-def test_sizes_are_known_before_anything_is_measured(finished):
+def test_sizes_are_known_before_anything_is_measured(finished, caplog):
     """What `check_budget` takes from shapes is what the packed tensors take, to the byte."""
     source = open_source(finished.settings.model)
     measured = curves(finished.path, 1)
     smallest = sum(min(row["num_bytes"] for row in rows) for rows in measured.values())
     values = sum(rows[0]["num_values"] for rows in measured.values())
 
+    largest = sum(max(row["num_bytes"] for row in rows) for rows in measured.values())
+
     def check(num_bytes):
+        caplog.clear()
         bits = 8 * num_bytes / values
         allocated = dataclasses.replace(finished.settings.allocation, bits_per_value=bits)
         settings = dataclasses.replace(finished.settings, allocation=allocated)
         allocation.check_budget(source.config, settings)
 
+    check(largest)
+    assert not caplog.records
+    check(largest + 1)
+    assert "not used up: the largest candidates take" in caplog.text
     check(smallest)
     with pytest.raises(ValueError, match=f"take {8 * smallest / values:.4f} bits per value"):
         check(smallest - 1)

@@ -17,6 +17,7 @@ from gptvq_jax.config import (
     to_dict,
 )
 from gptvq_jax.gptvq import GPTVQSettings
+from gptvq_jax.methods import METHODS
 
 
 def test_defaults_round_trip():
@@ -208,7 +209,8 @@ def test_every_config_file_builds():
 def test_codes_of_aqlm_configs(name, code, changes):
     settings = from_config(get_config(name, code))
     assert settings.method_settings == settings.aqlm == AQLMSettings(**changes)
-    assert settings.vq == GPTVQSettings()
+    bits = {"1x12": 1.5, "2x12": 3.0, "3x8": 3.0}.get(code, 2.0)
+    assert settings.vq == GPTVQSettings(bits=bits)
 
 
 def test_default_codes_of_aqlm_configs():
@@ -274,3 +276,31 @@ def test_a_config_file_that_returns_something_else_is_named():
         config.vq = 3
     with pytest.raises(ValueError, match=r"config\.vq=3 must be a section of fields"):
         from_config(config)
+
+
+@pytest.mark.parametrize(
+    "name, arg, group_size, books",
+    [
+        ("smollm2_135m_2d", "2b", 128, 2),
+        ("smollm2_135m_2d", "3b", 128, 3),
+        ("smollm2_135m_2d", "4b", 128, 4),
+        ("llama2_7b_2d", "2.25b", 64, 2),
+        ("mistral_7b_1d", "4.125b", 128, 4),
+    ],
+)
+def test_another_method_keeps_the_bits_of_the_config_argument(name, arg, group_size, books):
+    config = get_config(name, arg)
+    config.allocation.bits_per_value = 0.0
+    for method in METHODS:
+        config.method = method
+        settings = from_config(config).method_settings
+        if method == "aqlm":
+            assert (settings.num_codebooks, settings.code_bits, settings.dim) == (books, 8, 8)
+        else:
+            assert settings.bits == int(arg[0])
+    assert config.uniform.group_size == group_size
+
+
+@pytest.mark.parametrize("code, bits", [("2x8", 2), ("3x8", 3), ("1x12", 2), ("16x16", 8)])
+def test_uniform_grids_beside_aqlm_configs(code, bits):
+    assert from_config(get_config("smollm2_135m_aqlm", code)).uniform.bits == bits

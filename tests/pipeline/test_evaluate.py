@@ -58,3 +58,8 @@ def test_losses_beyond_every_number(source, monkeypatch, loss, expected):
     monkeypatch.setattr(evaluate, "token_nll", lambda *_: np.full((1, 31), loss, np.float32))
     windows = np.zeros((1, 32), np.int32)
     np.testing.assert_equal(evaluate.perplexity(source, windows), expected)
+
+
+def test_windows_beyond_the_model_name_the_flag_of_the_script(model_dir):
+    with pytest.raises(ValueError, match=r"beyond the 2048 positions of tiny; set --seqlen=2048"):
+        run.evaluate(None, str(model_dir), seqlen=2049)

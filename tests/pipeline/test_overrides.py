@@ -226,6 +226,20 @@ def test_a_format_beside_a_budget_on_one_command_line_is_refused(given, field):
 
 
 @pytest.mark.parametrize(
+    "given, field, what",
+    [
+        ({"allocation.bits": (2.0, 3.3, 5.0)}, "bits", "in 3.3, 5, which"),
+        ({"allocation.dims": (2, 16)}, "dims", "in 16, which"),
+    ],
+)
+def test_candidates_that_make_no_code_are_refused_where_they_are_named(given, field, what):
+    config = config_with({**FILE, **given})
+    with pytest.raises(ValueError, match=rf"^--config\.allocation\.{field} has no effect {what}"):
+        settle(config, list(given))
+    assert settle(config, ["seed"]) == (config, "")  # of a file's candidates some may be left out
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"vq.dim": 2},  # the budget's layers are 2D as they are

@@ -188,10 +188,13 @@ def test_evaluate_prints_what_quantize_printed(quantize, capsys):
     assert fewer != again
 
 
-def test_rerun_of_a_finished_run_changes_nothing(quantize):
+def test_rerun_of_a_finished_run_changes_nothing(quantize, capsys):
     first, _, path = quantize("run")
+    assert "finished run" not in capsys.readouterr().out
     manifest = (path / "checkpoint/manifest.json").read_bytes()
     second, layers, _ = quantize("run")
+    said = f"{path} holds the finished run of this config; nothing is left to do\n"
+    assert capsys.readouterr().out.startswith(said)
     assert (path / "checkpoint/manifest.json").read_bytes() == manifest
     assert second["perplexity_quantized"] == first["perplexity_quantized"]
     assert len(layers) == first["num_layers"]

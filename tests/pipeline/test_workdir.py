@@ -108,3 +108,17 @@ def test_half_written_files_do_not_count(workdir):
     with open(workdir.path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "lay')
     assert workdir.metrics() == [{"kind": "layer", "block": 0}]
+
+
+def test_a_run_that_was_refused_at_its_start_may_be_corrected(tmp_path):
+    def start(seed, *, begin=False):
+        with WorkDir(tmp_path, {"seed": seed}) as workdir:
+            if begin:
+                workdir.save_tokens(np.zeros((1, 2), np.int32))
+            raise ZeroDivisionError
+
+    for seed, begin in ((0, False), (1, True), (1, False)):
+        with pytest.raises(ZeroDivisionError):
+            start(seed, begin=begin)
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        start(2)
