@@ -123,7 +123,7 @@ def test_draws_follow_the_seed_and_the_settings(tied, params):
     assert draw(top_p=1e-6) == greedy
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bfloat16(tied, dense):
     weights = dense_params(tied, "bfloat16") if dense else packed_params(tied, "reference")
     plan = driver.Plan(tied.config, (), Sampling(), max_len=32, dtype="bfloat16")

@@ -51,6 +51,7 @@ def test_text_of_one_prompt_then_figures(checkpoint, capsys):
     assert f"packed {packed:.1f} and dense {stored['dense_bytes'] / 2**20:.1f}" in figures
 
 
+@pytest.mark.slow
 def test_a_batch_is_numbered_and_equals_its_prompts_alone(checkpoint, capsys):
     texts = run(checkpoint, *PROMPTS)
     lines = capsys.readouterr().out.splitlines()
@@ -165,6 +166,7 @@ def test_another_format_version_is_refused(tmp_path):
         run(path.parent, "w1")
 
 
+@pytest.mark.slow
 def test_the_script(checkpoint):
     def script(*flags):
         line = [sys.executable, SCRIPT, f"--checkpoint={checkpoint}", "--prompt=w5 w9 w3", *flags]

@@ -137,7 +137,9 @@ def write_checkpoint(
 def embedding_checkpoints():
     """A fixture of checkpoints with embeddings dense or int8, and a head of their own or not."""
 
-    @pytest.fixture(scope="module", params=["dense", "dense tied", "int8", "int8 tied"])
+    slow = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dense tied", "int8")]
+
+    @pytest.fixture(scope="module", params=["dense", *slow, "int8 tied"])
     def checkpoint(request, tmp_path_factory):
         embeddings, _, tied = request.param.partition(" ")
         path = tmp_path_factory.mktemp("checkpoint") / "packed"

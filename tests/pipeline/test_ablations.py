@@ -61,6 +61,7 @@ def test_layer_row(tmp_path):
     assert row["bits_per_value"] == pytest.approx(2 + 2 * (16 * 2 * 8 + 16) / 4096)
 
 
+@pytest.mark.slow
 def test_model_rows_are_runs_and_are_read_again(tiny_config, tmp_path, monkeypatch):
     first = ablations.model_row("default", tiny_config, tmp_path, None)
     more = ablations.model_row("twice the calibration windows", tiny_config, tmp_path, 2.0)

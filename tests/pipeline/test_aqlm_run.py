@@ -11,6 +11,7 @@ from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
 from gptvq_jax.models.source import open_source
 
 
+@pytest.mark.slow
 def test_a_run(tiny_config, tmp_path, capsys):
     tiny_config.method, tiny_config.num_blocks = "aqlm", 1
     tiny_config.update_from_flattened_dict({

@@ -127,6 +127,7 @@ def test_curves_take_what_was_said(source, cheap, tmp_path, peak, monkeypatch):
     assert 0.7 * most < peak["all"] <= most
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_was_said(source, cheap, tmp_path, peak, monkeypatch):
     path, settings = tmp_path / "run", from_config(cheap)
     with monkeypatch.context() as patch, pytest.raises(FullDiskError) as caught:

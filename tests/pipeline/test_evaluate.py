@@ -25,7 +25,7 @@ def whole_model_perplexity(source, windows):
 
 
 # 300 tokens end in a partly filled chunk of logits; 257 fill exactly one.
-@pytest.mark.parametrize("seqlen", [32, 257, 300])
+@pytest.mark.parametrize("seqlen", [32, pytest.param(257, marks=pytest.mark.slow), 300])
 def test_equals_the_whole_model(source, seqlen):
     windows = np.random.default_rng(0).integers(0, 256, (3, seqlen)).astype(np.int32)
     expected = whole_model_perplexity(source, windows)

@@ -248,7 +248,7 @@ def runs(model_dir, text_files, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("method", ["gptvq", "gptq"])
+@pytest.mark.parametrize("method", [pytest.param("gptvq", marks=pytest.mark.slow), "gptq"])
 def test_every_block_and_the_whole_model_come_closer_to_the_float_model(runs, method):
     """Walks the model again with the blocks that the checkpoints hold."""
     tuned, plain = runs(method, True), runs(method, False)

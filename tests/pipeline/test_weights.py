@@ -155,6 +155,7 @@ def losses(source, path, weights, sequential=False):
     return found
 
 
+@pytest.mark.slow
 def test_gradient_weights_lower_the_error_that_they_weigh(quantize, source):
     """With the weights to the power of 1, that error is the estimated rise of the loss.
 
@@ -180,6 +181,7 @@ def test_gradient_weights_lower_the_error_that_they_weigh(quantize, source):
         assert np.exp(np.mean(np.log(ratios))) < 0.93, ratios  # 0.83 to 0.89 with three seeds
 
 
+@pytest.mark.slow
 def test_weights_with_true_sequential_and_an_asymmetric_target(quantize, source):
     given = {"calibration.gradient_groups": 2, "true_sequential": True}
     _, rows, path = quantize("run", **given, **{"calibration.asymmetry": 0.5})
