@@ -255,6 +255,13 @@ def refused(message):
     return pytest.raises(ValueError, match=message)
 
 
+@pytest.mark.parametrize("name", ["out.partial", "out.lock"])
+def test_names_of_unfinished_directories_are_refused(tmp_path, name):
+    with refused(rf"{name} ends in \..*; choose another"), new_directory(tmp_path / name):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_second_writer_of_a_directory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
