@@ -122,6 +122,14 @@ class CheckpointWriter:
             save_tokenizer(tokenizer, directory, companions or {})
             durable.sync_tree(directory)
 
+    def has_outer(self) -> bool:
+        """Whether `write_outer` has come to its end; a warning says if its sums are wrong now."""
+        path = self.directory / "outer"
+        wrong = damage(path) if is_stored(path) else None
+        if wrong:
+            logging.warning("outer/ is stored again: %s", wrong.partition(";")[0])
+        return is_stored(path) and not wrong
+
     def finished_blocks(self) -> int:
         """Number of leading blocks that are complete on disk: where a resumed run goes on.
 

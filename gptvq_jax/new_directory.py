@@ -10,6 +10,8 @@ from pathlib import Path
 from gptvq_jax import durable
 from gptvq_jax.disk_space import FullDiskError, check_room, naming_full_disk
 
+_OURS = (".partial", ".lock")
+
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
@@ -55,6 +57,10 @@ def new_directory(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]
 
 
 def _check_unused(path: Path) -> None:
+    if path.suffix in _OURS:  # a writer of the name without it would remove it
+        raise ValueError(
+            f"{path} ends in {path.suffix}, as what is unfinished does; choose another"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty directory; choose another")
 

@@ -1,9 +1,11 @@
-"""Arrays in Orbax's files: in directories of any name, in silence where they are damaged."""
+"""Arrays in Orbax's files: in directories of any name, in silence where that fails."""
 
 import contextlib
+import errno
 import functools
 import gc
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -18,20 +20,25 @@ from gptvq_jax.disk_space import is_full
 from gptvq_jax.errors import first_line
 
 _ODD = frozenset("[*?\\")  # characters of a path that Orbax takes for something else
-# For which reads that are under way when Orbax gives up are waited for, so that they say nothing.
+# For which what is under way when Orbax gives up is waited for, so that it says nothing.
 _LATE_SECONDS = 0.1
+_LATE_THREADS_SECONDS = 2.0
 
 Tree = dict[str, Any]
 
 
 class OrbaxError(ValueError):
-    """Files that Orbax cannot read, in one line."""
+    """Files that Orbax cannot read or write, in one line."""
 
 
 def save(path: Path, arrays: Tree) -> None:
-    """Writes a nested dict of host arrays to a new directory, in one that exists."""
-    with _plain_path(path.parent) as plain, _threads_quiet_on_a_full_disk():
-        ocp.save(plain / path.name, arrays)
+    """Writes a nested dict of host arrays to a new directory, in one that exists.
+
+    Raises:
+      OSError: the disk is full.
+      OrbaxError: the files cannot be written.
+    """
+    _call(lambda plain: ocp.save(plain, arrays), path)
 
 
 def describe(path: Path) -> Tree:
@@ -40,7 +47,7 @@ def describe(path: Path) -> Tree:
     Raises:
       OrbaxError: the files are damaged.
     """
-    found = _read(lambda plain: ocp.metadata(plain).metadata, path)
+    found = _call(lambda plain: ocp.metadata(plain).metadata, path)
     if not isinstance(found, dict):  # it swallows some errors
         raise OrbaxError("Orbax: it cannot describe the arrays")
     return found
@@ -52,32 +59,38 @@ def load(path: Path) -> Tree:
     Raises:
       OrbaxError: the files are damaged.
     """
-    found = _read(ocp.load, path)
+    found = _call(ocp.load, path)
     if not isinstance(found, dict):
         raise OrbaxError(f"Orbax: it finds a {type(found).__name__}")
     return found
 
 
-def _read(read: Callable[[Path], Any], path: Path) -> Any:
-    """read(path), of which a failure is one line and nothing else.
+def _call(job: Callable[[Path], Any], path: Path) -> Any:
+    """job(path), of which a failure is one line and nothing else.
 
-    On damaged files Orbax logs what it cannot parse, and reads that are still under way when it
-    gives up print tracebacks of their own.
+    Orbax logs what it cannot parse, its threads print the errors that it raises in the caller too,
+    and what is still under way when it gives up prints tracebacks of its own.
     """
-    with _plain_path(path.parent) as plain, _no_logs():
-        _ignore_late_reads()
+    with _plain_path(path.parent) as plain, _silence():
+        _ignore_late_work()
+        before = set(threading.enumerate())
         try:
-            return read(plain / path.name)
+            return job(plain / path.name)
         except Exception as error:  # it raises what it happens to, also KeyError
-            reason = first_line(error)[:500]
+            full, reason = is_full(error), first_line(error)[:500]
+        deadline = time.monotonic() + _LATE_THREADS_SECONDS
+        for thread in set(threading.enumerate()) - before:
+            thread.join(max(0, deadline - time.monotonic()))
         time.sleep(_LATE_SECONDS)
         gc.collect()  # a task whose error nobody took logs it then
+    if full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     raise OrbaxError(f"Orbax: {reason}")
 
 
 @functools.cache
-def _ignore_late_reads() -> None:
-    """From now on: a read that ends after Orbax gave up has nobody to tell, which is no error."""
+def _ignore_late_work() -> None:
+    """From now on: what ends after Orbax gave up has nobody to tell, which is no error."""
     hook = sys.unraisablehook
 
     def filtered(unraisable):
@@ -88,29 +101,16 @@ def _ignore_late_reads() -> None:
 
 
 @contextlib.contextmanager
-def _no_logs() -> Iterator[None]:
-    disabled = logging.root.manager.disable
+def _silence() -> Iterator[None]:
+    """Nothing is logged, and no thread prints a traceback of what it raises."""
+    disabled, before = logging.root.manager.disable, threading.excepthook
     logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def _threads_quiet_on_a_full_disk() -> Iterator[None]:
-    """Keeps Orbax's threads from printing a traceback of what it raises again in the caller."""
-    before = threading.excepthook
-
-    def quiet(args):
-        if not is_full(args.exc_value):
-            before(args)
-
-    threading.excepthook = quiet
+    threading.excepthook = lambda args: None
     try:
         yield
     finally:
         threading.excepthook = before
+        logging.disable(disabled)
 
 
 @contextlib.contextmanager

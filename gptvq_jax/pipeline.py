@@ -108,6 +108,8 @@ def quantize_model(
     if finished == 0:
         with stopwatch.stage("embed"):
             _begin(job, writer, tokens)
+    else:
+        _mend(job, writer)
     rows = [row for row in workdir.metrics() if row["kind"] in ("layer", "block")]
     workdir.keep_metrics([row for row in rows if row["block"] < finished])
     progress.skip(sum(_block_steps(source.config, settings, i) for i in range(finished)))
@@ -149,6 +151,13 @@ def _begin(job: _Job, writer: CheckpointWriter, tokens: np.ndarray) -> None:
     stored = writer.write_outer(outer, job.settings.embeddings)
     writer.write_tokenizer(job.source.tokenizer, job.source.companions())
     job.streams.begin(outer, stored, tokens)
+
+
+def _mend(job: _Job, writer: CheckpointWriter) -> None:
+    """Stores again, before hours of work, what was damaged of what `_begin` stored."""
+    writer.write_tokenizer(job.source.tokenizer, job.source.companions())
+    if not writer.has_outer():
+        writer.write_outer(job.source.outer(), job.settings.embeddings)
 
 
 def _quantize_block(

@@ -228,6 +228,8 @@ def test_a_disk_that_is_really_full(small_disk, monkeypatch, capfd):
         write_activations,
         write_directory,
         lambda path: save_tree(path, {"a": noise}, "float32"),
+        # Several of Orbax's threads fail, each at its own time.
+        lambda path: save_tree(path, {f"a{i}": noise[:20] for i in range(24)}, "float32"),
         lambda path: durable.write_text(path, "x" * 400_000),
         lambda path: durable.append_lines(path, [{"x": "x" * 400_000}]),
     ]
@@ -251,6 +253,13 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 def refused(message):
     return pytest.raises(ValueError, match=message)
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.lock"])
+def test_names_of_unfinished_directories_are_refused(tmp_path, name):
+    with refused(rf"{name} ends in \..*; choose another"), new_directory(tmp_path / name):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_second_writer_of_a_directory_is_refused(tmp_path, monkeypatch):

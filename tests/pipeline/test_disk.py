@@ -9,6 +9,7 @@ import pytest
 from steps import Steps
 
 from gptvq_jax import allocation, durable, run
+from gptvq_jax.checkpoint import PackedCheckpoint
 from gptvq_jax.config import from_config, to_dict
 from gptvq_jax.disk_space import FullDiskError, directory_bytes
 from gptvq_jax.gradients import peak_bytes, save_token_weights, steps
@@ -184,6 +185,22 @@ def test_a_damaged_last_block_is_made_again(cheap, whole, tmp_path, caplog, fini
     assert f"block {finished - 1} is made again: " in messages[1] and str(block) in messages[1]
     assert (tmp_path / "checkpoint/manifest.json").read_bytes() == whole(cheap)
     assert not list((tmp_path / "activations").iterdir())
+
+
+def test_what_is_damaged_outside_the_blocks_is_stored_again(cheap, whole, tmp_path, caplog):
+    quantize(cheap, tmp_path, limit=len(LINEAR_LAYERS) + 1)
+    outer = tmp_path / "checkpoint/outer"
+    cut(array_file(outer))
+    tokenizer = tmp_path / "checkpoint/tokenizer/tokenizer.json"
+    before = tokenizer.read_bytes()
+    cut(tokenizer)
+    bar = quantize(cheap, tmp_path)
+    assert bar.skipped == len(LINEAR_LAYERS)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"outer/ is stored again: {outer}") and "\n" not in message
+    assert tokenizer.read_bytes() == before
+    assert (tmp_path / "checkpoint/manifest.json").read_bytes() == whole(cheap)
+    PackedCheckpoint(tmp_path / "checkpoint").packed_outer()
 
 
 def test_damaged_inputs_name_what_to_remove(cheap, whole, tmp_path):
