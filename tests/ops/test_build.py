@@ -1,5 +1,6 @@
 """Building the C++ kernels: cached, atomic, and clear where it fails."""
 
+import concurrent.futures
 import stat
 
 import pytest
@@ -40,7 +41,15 @@ def test_built_once_for_each_set_of_flags(compiler, tmp_path):
     assert sum("-dM" not in call for call in calls()) == 1
     assert build.build(cache, ("-mavx2",)) != first
     assert "-mavx2" in calls()[-1]
-    assert sorted(cache.iterdir()) == sorted({first, build.build(cache, ("-mavx2",))})
+    other = build.build(cache, ("-mavx2",))
+    assert set(cache.iterdir()) == {first, other, cache / "lock"}
+
+
+def test_processes_that_start_together_compile_once(compiler, tmp_path):
+    calls = compiler(_PREPROCESSES + "sleep 0.2\n" + _WORKS)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a lock is of an open file: as processes
+        paths = set(pool.map(build.build, [tmp_path / "cache"] * 4))
+    assert len(paths) == 1 and sum("-dM" not in call for call in calls()) == 1
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(compiler, tmp_path):
@@ -48,7 +57,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(compiler, tmp_path):
     cache = tmp_path / "cache"
     with pytest.raises(NotImplementedError, match=r"k.cc:3: error: no such .*set CXX"):
         build.build(cache)
-    assert list(cache.iterdir()) == []
+    assert list(cache.iterdir()) == [cache / "lock"]  # which holds nothing
 
 
 def test_a_compiler_that_failed_is_not_called_again(compiler, tmp_path, monkeypatch):
