@@ -42,7 +42,9 @@ def torture(
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["PYTHONWARNINGS"] = "ignore:os.fork:RuntimeWarning"  # JAX is imported, not started
+    # JAX is imported, not started; and processes that are killed leave semaphores behind.
+    quiet = "ignore:os.fork:RuntimeWarning", "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(quiet)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["gptvq_jax.run", "matplotlib.pyplot", "transformers"])
 
