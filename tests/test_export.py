@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,28 @@ def test_transformers_computes_the_same_logits(source, shard_bytes, tmp_path, re
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("w3 w5").input_ids == [3, 5]
+
+
+@pytest.mark.skipif(
+    "GPTVQ_TRANSFORMERS4_PYTHON" not in os.environ,
+    reason="GPTVQ_TRANSFORMERS4_PYTHON names no Python with transformers 4",
+)
+def test_transformers_4_reads_tokenizer_and_config(checkpoint, tmp_path):
+    hf_dense(checkpoint, tmp_path / "out")
+    program = (
+        "import json, sys, transformers as t; path = sys.argv[1]; ids = "
+        "t.AutoTokenizer.from_pretrained(path)('w3 w5').input_ids; "
+        "print(t.__version__, t.AutoConfig.from_pretrained(path).hidden_size, json.dumps(ids))"
+    )
+    done = subprocess.run(
+        [os.environ["GPTVQ_TRANSFORMERS4_PYTHON"], "-c", program, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    version, hidden, ids = done.stdout.splitlines()[-1].split(maxsplit=2)
+    assert version.startswith("4.") and int(hidden) == tiny.MODEL.hidden_size
+    assert json.loads(ids) == checkpoint.tokenizer("w3 w5").input_ids == [3, 5]
 
 
 def test_int8_embeddings_are_exported_dequantized(int8, tmp_path):
