@@ -98,6 +98,9 @@ def _ignore_late_work() -> None:
             hook(unraisable)
 
     sys.unraisablehook = filtered
+    # Tasks whose error nobody took log it when they are collected, some when Python ends.
+    asyncio_log = logging.getLogger("asyncio")
+    asyncio_log.addFilter(lambda record: "was never retrieved" not in record.getMessage())
 
 
 @contextlib.contextmanager
