@@ -1,7 +1,5 @@
 """Models that the aqlm package quantized, in Hugging Face's layout, read in packed form."""
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,8 @@ from gptvq_jax.checkpoint import dequantize_tree
 from gptvq_jax.errors import brief
 from gptvq_jax.models.fields import SIZE
 from gptvq_jax.models.hf_directory import HFDirectory
-from gptvq_jax.models.source import CheckpointSource, check_shape, tensor_names
+from gptvq_jax.models.hf_source import DirectorySource
+from gptvq_jax.models.source import check_shape, tensor_names
 from gptvq_jax.packing import MAX_BITS
 
 _PARTS = ("codes", "codebooks", "scales")
@@ -25,7 +24,7 @@ _FIELDS = {
 }
 
 
-class AQLMSource(CheckpointSource):
+class AQLMSource(DirectorySource):
     """A ModelSource over a directory whose config.json says quant_method 'aqlm'.
 
     A layer that has a dense weight in place of codes is left dense, whatever
@@ -48,20 +47,6 @@ class AQLMSource(CheckpointSource):
             expected.update(self._parts(name) if self.is_quantized(name) else [name])
         directory.check_tensors(self.config, expected)
 
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """See HFDirectory.tokenizer."""
-        return self._directory.tokenizer()
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """See ModelSource.stop_tokens."""
-        return self._directory.stop_tokens
-
-    def companions(self) -> dict[str, bytes]:
-        """See ModelSource.companions."""
-        return self._directory.companions()
-
     def packed_block(self, index: int) -> dict[str, Any]:
         """Block `index` with a VQTensor of the (out, in) weight as each quantized kernel.
 
@@ -75,9 +60,6 @@ class AQLMSource(CheckpointSource):
     def block(self, index: int) -> dict[str, Any]:
         """See ModelSource.block."""
         return dequantize_tree(self.packed_block(index))
-
-    def _read(self, name: str) -> tuple[np.ndarray, Path]:
-        return self._directory.read(name)
 
     def _read_leaf(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         if not self.is_quantized(name):

@@ -10,21 +10,13 @@ from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.source import CheckpointSource, tensor_names
 
 
-class HFSource(CheckpointSource):
-    """A ModelSource over a directory in Hugging Face's layout.
+class DirectorySource(CheckpointSource):
+    """The part of a ModelSource that any directory in Hugging Face's layout has.
 
-    Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a file is truncated, or a tensor is missing.
-      NotImplementedError: the decoder lacks this architecture.
+    A subclass sets `_directory`.
     """
 
-    def __init__(self, directory: HFDirectory):
-        self._directory = directory
-        self.name = directory.name
-        self.config = directory.model_config()
-        self.fingerprint = directory.fingerprint
-        directory.check_tensors(self.config, tensor_names(self.config))
+    _directory: HFDirectory
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -42,3 +34,20 @@ class HFSource(CheckpointSource):
 
     def _read(self, name: str) -> tuple[np.ndarray, Path]:
         return self._directory.read(name)
+
+
+class HFSource(DirectorySource):
+    """A ModelSource over a directory in Hugging Face's layout.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is truncated, or a tensor is missing.
+      NotImplementedError: the decoder lacks this architecture.
+    """
+
+    def __init__(self, directory: HFDirectory):
+        self._directory = directory
+        self.name = directory.name
+        self.config = directory.model_config()
+        self.fingerprint = directory.fingerprint
+        directory.check_tensors(self.config, tensor_names(self.config))
