@@ -11,12 +11,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from gptvq_jax.aqlm import AQLMSettings
-from gptvq_jax.checkpoint import EMBEDDINGS
-from gptvq_jax.gptvq import GPTVQSettings, makes_codes
-from gptvq_jax.methods import METHODS
-from gptvq_jax.sampling import LARGEST_SEED
-from gptvq_jax.uniform import UniformSettings
+from gptvq_jax.core.seeds import LARGEST_SEED
+from gptvq_jax.methods.aqlm import AQLMSettings
+from gptvq_jax.methods.gptvq import GPTVQSettings, makes_codes
+from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.methods.uniform import UniformSettings
+from gptvq_jax.storage.checkpoint import EMBEDDINGS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 from ml_collections import config_dict
 
 from gptvq_jax.config import default_config
-from gptvq_jax.gptvq import makes_codes
+from gptvq_jax.methods.gptvq import makes_codes
 
 # (dim, bits per value) -> (index bits per weight, weights per codebook), int8 centroids.
 GROUP_SIZES = {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 from ml_collections import config_flags
@@ -33,13 +33,13 @@ _DIRECTORY = flags.DEFINE_string("directory", "runs/ablations", "Where the resul
 
 
 def main(_) -> None:
-    from gptvq_jax import ablations
-    from gptvq_jax.durable import write_text
-    from gptvq_jax.layer_benchmark import layer_files
-    from gptvq_jax.overrides import settle
-    from gptvq_jax.progress import Progress
-    from gptvq_jax.report import json_numbers
-    from gptvq_jax.sample_layers import smollm2_layers
+    from gptvq_jax.console.progress import Progress
+    from gptvq_jax.console.report import json_numbers
+    from gptvq_jax.files.durable import write_text
+    from gptvq_jax.run.overrides import settle
+    from gptvq_jax.study import ablations
+    from gptvq_jax.study.layer_benchmark import layer_files
+    from gptvq_jax.study.sample_layers import smollm2_layers
 
     chosen = ablations.choose(_TABLES.value, _ROWS.value)
     if "layers" not in chosen:

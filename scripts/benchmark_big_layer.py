@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -28,7 +28,7 @@ _ALONE = flags.DEFINE_bool("alone", False, "Measure one setting in this process;
 
 
 def main(_) -> None:
-    from gptvq_jax.layer_benchmark import choose, measure_memory
+    from gptvq_jax.study.layer_benchmark import choose, measure_memory
 
     shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", _SHAPE.value)
     if not shape:

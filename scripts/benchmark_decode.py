@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -45,10 +45,10 @@ _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.
 def main(_) -> None:
     import jax
 
-    from gptvq_jax import decode_benchmark as bench
-    from gptvq_jax import decode_report
-    from gptvq_jax.durable import write_text
-    from gptvq_jax.progress import Progress
+    from gptvq_jax.console.progress import Progress
+    from gptvq_jax.files.durable import write_text
+    from gptvq_jax.study import decode_benchmark as bench
+    from gptvq_jax.study import decode_report
 
     on_cpu = jax.default_backend() == "cpu"
     implementations = _IMPLEMENTATIONS.value or (["cpu_int8", "auto"] if on_cpu else ["auto"])

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -35,8 +35,8 @@ _COMPARE = flags.DEFINE_string("compare", None, "File of an earlier --json to co
 
 
 def main(_) -> None:
-    from gptvq_jax.durable import write_text
-    from gptvq_jax.layer_benchmark import (
+    from gptvq_jax.files.durable import write_text
+    from gptvq_jax.study.layer_benchmark import (
         choose,
         compare,
         measure_all,
@@ -44,7 +44,7 @@ def main(_) -> None:
         settings_of,
         summarize,
     )
-    from gptvq_jax.sample_layers import smollm2_layers
+    from gptvq_jax.study.sample_layers import smollm2_layers
 
     chosen = choose(_METHODS.value, _SETTINGS.value)
     for method in _METHODS.value:

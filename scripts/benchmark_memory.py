@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -25,8 +25,8 @@ _HIDDEN = flags.DEFINE_integer("hidden", 576, "Hidden size.", lower_bound=1)
 
 
 def main(_) -> None:
-    from gptvq_jax.models.random_model import write_random_llama
-    from gptvq_jax.models.source import open_source
+    from gptvq_jax.models.open import open_source
+    from gptvq_jax.study.random_model import write_random_llama
 
     depths, numbers = cli.integers("depths"), cli.integers("windows")
     scripts = Path(__file__).parent

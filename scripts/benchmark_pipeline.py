@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 from ml_collections import config_flags
@@ -21,8 +21,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.
 
 
 def main(_) -> None:
-    from gptvq_jax.report import time_table
-    from gptvq_jax.run import quantize
+    from gptvq_jax.console.report import time_table
+    from gptvq_jax.run.job import quantize
 
     if (_CONFIG.value is None) == (_WORKDIR.value is None):
         raise ValueError("pass either --config=FILE or --workdir=DIR")

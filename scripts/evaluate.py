@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -27,7 +27,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows per forward pass
 
 
 def main(_) -> None:
-    from gptvq_jax.run import evaluate
+    from gptvq_jax.run.job import evaluate
 
     evaluate(
         _CHECKPOINT.value,

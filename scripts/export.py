@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -34,13 +34,14 @@ flags.mark_flags_as_required(["checkpoint", "output"])
 
 
 def main(_) -> None:
-    from gptvq_jax import export
-    from gptvq_jax.checkpoint import PackedCheckpoint
-    from gptvq_jax.progress import Progress
+    from gptvq_jax.console.progress import Progress
+    from gptvq_jax.exchange.hf_aqlm import hf_aqlm
+    from gptvq_jax.exchange.hf_dense import hf_dense
+    from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
     write, default_dtype = {
-        "hf-dense": (export.hf_dense, "float32"),
-        "hf-aqlm": (export.hf_aqlm, "float16"),
+        "hf-dense": (hf_dense, "float32"),
+        "hf-aqlm": (hf_aqlm, "float16"),
     }[_FORMAT.value]
     dtype = _DTYPE.value or default_dtype
     checkpoint = PackedCheckpoint(_CHECKPOINT.value)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -39,8 +39,9 @@ _DENSE = flags.DEFINE_bool("dense", False, "Dequantize the checkpoint first, to 
 
 
 def main(_) -> None:
-    from gptvq_jax.generate_text import generate_text
-    from gptvq_jax.sampling import Sampling, random_key
+    from gptvq_jax.core.seeds import random_key
+    from gptvq_jax.serve.generate_text import generate_text
+    from gptvq_jax.serve.sampling import Sampling
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     if sampling.temperature == 0:

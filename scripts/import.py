@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 
@@ -30,10 +30,10 @@ flags.mark_flags_as_required(["model", "output"])
 
 
 def main(_) -> None:
-    from gptvq_jax.import_aqlm import import_aqlm
-    from gptvq_jax.models.aqlm_source import AQLMSource
+    from gptvq_jax.console.progress import Progress
+    from gptvq_jax.exchange.aqlm_source import AQLMSource
+    from gptvq_jax.exchange.import_aqlm import import_aqlm
     from gptvq_jax.models.hf_directory import HFDirectory
-    from gptvq_jax.progress import Progress
 
     source = AQLMSource(HFDirectory.open(_MODEL.value))
     with Progress(source.config.num_hidden_layers, "import", "block") as progress:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptvq_jax import cli  # isort: skip  Ctrl-C is one line from here on
+from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,7 +28,7 @@ flags.mark_flag_as_required("config")
 
 
 def main(_) -> None:
-    from gptvq_jax.run import quantize
+    from gptvq_jax.run.job import quantize
 
     workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
     quantize(_CONFIG.value, workdir, given=cli.given_fields())

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
-from gptvq_jax import cli
+from gptvq_jax.console import cli
 
 _KILLS = flags.DEFINE_integer("kills", 100, "How often a process is killed.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -25,8 +25,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "New directory for its files; de
 
 
 def main(_) -> None:
-    from gptvq_jax.progress import Progress
-    from gptvq_jax.torture import torture
+    from gptvq_jax.console.progress import Progress
+    from gptvq_jax.study.torture import torture
 
     with (
         tempfile.TemporaryDirectory() as scratch,

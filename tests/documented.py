@@ -12,7 +12,7 @@ from types import ModuleType
 
 from absl import flags
 
-from gptvq_jax import cli
+from gptvq_jax.console import cli
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"

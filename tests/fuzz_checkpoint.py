@@ -26,17 +26,17 @@ from flax import traverse_util
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from gptvq_jax import manifest
-from gptvq_jax.checkpoint import PackedCheckpoint
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.cpu import build
 from gptvq_jax.ops.vq_matmul import VQKernel, vq_matmul
-from gptvq_jax.sample_tensors import TensorFormat, random_tensor
-from gptvq_jax.serving import packed_params
-from gptvq_jax.tensor_io import digest, tensor_to_state
-from gptvq_jax.tree_arrays import file_sums
-from gptvq_jax.tree_record import quantized_meta
-from gptvq_jax.vq_tensor import VQTensor
+from gptvq_jax.serve.params import packed_params
+from gptvq_jax.storage import manifest
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.tensor_io import digest, tensor_to_state
+from gptvq_jax.storage.tree_arrays import file_sums
+from gptvq_jax.storage.tree_record import quantized_meta
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
 USER_ERRORS = (ValueError, NotImplementedError, OSError)
 SECONDS = 5

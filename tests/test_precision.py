@@ -13,19 +13,22 @@ import optax
 import pytest
 from jax import lax
 
-from gptvq_jax import evaluate, finetune, gptvq, gradients, hessian, metrics, moves
-from gptvq_jax.aqlm import AQLMSettings
-from gptvq_jax.gptvq import GPTVQSettings
-from gptvq_jax.grid import GroupGrid
-from gptvq_jax.methods import METHODS
+from gptvq_jax import moves
+from gptvq_jax.core import hessian, metrics
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.row_weight import RowWeight
+from gptvq_jax.core.vq_tensor import dequantize
+from gptvq_jax.methods import gptvq
+from gptvq_jax.methods.aqlm import AQLMSettings
+from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.methods.trainable import decode, parameters
+from gptvq_jax.methods.uniform import UniformSettings
 from gptvq_jax.models import llama
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.moves.em import GroupData
-from gptvq_jax.row_weight import RowWeight
-from gptvq_jax.trainable import decode, parameters
-from gptvq_jax.uniform import UniformSettings
-from gptvq_jax.vq_tensor import dequantize
+from gptvq_jax.run import evaluate, finetune, gradients
 
 pytestmark = pytest.mark.usefixtures("short_programs")
 

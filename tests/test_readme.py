@@ -18,9 +18,9 @@ from documented import (
     shell_commands,
 )
 
-from gptvq_jax import cli
 from gptvq_jax.config import RunSettings, from_config
-from gptvq_jax.overrides import settle
+from gptvq_jax.console import cli
+from gptvq_jax.run.overrides import settle
 
 # By ml_collections, which loads a config file so.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -175,17 +175,17 @@ def call(monkeypatch, tmp_path):
 
     def run(command):
         with parsed(command, monkeypatch) as module:
-            job("run", "quantize")
-            job("run", "evaluate")
-            job("generate_text", "generate_text")
-            monkeypatch.setattr("gptvq_jax.checkpoint.PackedCheckpoint", opened)
+            job("run.job", "quantize")
+            job("run.job", "evaluate")
+            job("serve.generate_text", "generate_text")
+            monkeypatch.setattr("gptvq_jax.storage.checkpoint.PackedCheckpoint", opened)
             monkeypatch.setattr("gptvq_jax.models.hf_directory.HFDirectory.open", opened)
-            monkeypatch.setattr("gptvq_jax.models.aqlm_source.AQLMSource", lambda source: source)
+            monkeypatch.setattr("gptvq_jax.exchange.aqlm_source.AQLMSource", lambda source: source)
             for name in ("hf_dense", "hf_aqlm"):
-                job("export", name, of=of_checkpoint)
-            job("import_aqlm", "import_aqlm", of=of_checkpoint)
-            job("report", "time_table")
-            job("torture", "torture", (Counter(), 0, 0))
+                job(f"exchange.{name}", name, of=of_checkpoint)
+            job("exchange.import_aqlm", "import_aqlm", of=of_checkpoint)
+            job("console.report", "time_table")
+            job("study.torture", "torture", (Counter(), 0, 0))
             benchmarks(module)
             module.main(sys.argv)
         return calls[0]
@@ -194,9 +194,9 @@ def call(monkeypatch, tmp_path):
         # Of models that are made, of layers and of rows: what they would be measured with.
         made = []
         monkeypatch.setattr(
-            "gptvq_jax.models.source.open_source", lambda _: SimpleNamespace(tokenizer=0)
+            "gptvq_jax.models.open.open_source", lambda _: SimpleNamespace(tokenizer=0)
         )
-        monkeypatch.setattr("gptvq_jax.models.random_model.write_random_llama", lambda *a, **k: 0)
+        monkeypatch.setattr("gptvq_jax.study.random_model.write_random_llama", lambda *a, **k: 0)
 
         def measure(command, **_):
             option = dict(word.split("=", 1) for word in command if word.startswith("--"))
@@ -209,8 +209,10 @@ def call(monkeypatch, tmp_path):
 
         if module.__file__.endswith("benchmark_memory.py"):
             monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=measure, DEVNULL=None))
-        monkeypatch.setattr("gptvq_jax.sample_layers.smollm2_layers", lambda _: 0)
-        job("layer_benchmark", "measure_all", [], of=lambda path, chosen: (path, chosen[0][0]))
+        monkeypatch.setattr("gptvq_jax.study.sample_layers.smollm2_layers", lambda _: 0)
+        job(
+            "study.layer_benchmark", "measure_all", [], of=lambda path, chosen: (path, chosen[0][0])
+        )
         row = dict.fromkeys(
             ("peak_memory_bytes", "memory_before_bytes", "seconds_cold", "relative_error"), 1.0
         )
@@ -222,24 +224,24 @@ def call(monkeypatch, tmp_path):
                 return {**row, "bits_per_value": 2.0}
 
             monkeypatch.setattr(module, "measure_alone", alone)
-        monkeypatch.setattr("gptvq_jax.decode_benchmark.copy_bandwidth", lambda: 1e9)
+        monkeypatch.setattr("gptvq_jax.study.decode_benchmark.copy_bandwidth", lambda: 1e9)
 
         def product(rows, cols, batch, *_):
             made.append((rows, cols))
             calls[:] = [Called(args=(made, batch))]
             return []
 
-        monkeypatch.setattr("gptvq_jax.decode_benchmark.measure", product)
-        monkeypatch.setattr("gptvq_jax.decode_report.table", lambda *_: "")
+        monkeypatch.setattr("gptvq_jax.study.decode_benchmark.measure", product)
+        monkeypatch.setattr("gptvq_jax.study.decode_report.table", lambda *_: "")
         if module.__file__.endswith("ablate.py"):
             files = ["layer.npz"]
             of_run = {"row": "default", "perplexity_float": 2.0}
-            monkeypatch.setattr("gptvq_jax.layer_benchmark.layer_files", lambda _: files)
-            monkeypatch.setattr("gptvq_jax.ablations.layer_row", lambda *_: {})
-            monkeypatch.setattr("gptvq_jax.ablations.model_row", lambda *_: of_run)
-            monkeypatch.setattr("gptvq_jax.ablations.table", lambda *_: "")
-            job("ablations", "choose", {"layers": ["default"], "model": ["default"]})
-            job("ablations", "plot")
+            monkeypatch.setattr("gptvq_jax.study.layer_benchmark.layer_files", lambda _: files)
+            monkeypatch.setattr("gptvq_jax.study.ablations.layer_row", lambda *_: {})
+            monkeypatch.setattr("gptvq_jax.study.ablations.model_row", lambda *_: of_run)
+            monkeypatch.setattr("gptvq_jax.study.ablations.table", lambda *_: "")
+            job("study.ablations", "choose", {"layers": ["default"], "model": ["default"]})
+            job("study.ablations", "plot")
 
     return run
 

@@ -64,7 +64,7 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 )
 def test_a_flag_without_effect_is_refused(command, message, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("gptvq_jax.run.WorkDir", pytest.fail)
+    monkeypatch.setattr("gptvq_jax.run.job.WorkDir", pytest.fail)
     with (
         parsed(command, monkeypatch) as module,
         pytest.raises((ValueError, OSError), match=message),

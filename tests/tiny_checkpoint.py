@@ -12,13 +12,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax import sample_tensors
-from gptvq_jax.checkpoint import CheckpointWriter, PackedCheckpoint
-from gptvq_jax.gptvq import GPTVQSettings
+from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
-from gptvq_jax.sample_tensors import TensorFormat
-from gptvq_jax.vq_tensor import VQTensor
+from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.study import sample_tensors
+from gptvq_jax.study.sample_tensors import TensorFormat
 
 # Every kind of codebook, D = 1, 2, 4, code widths that do not fill bytes, with and without scales.
 SETTINGS = {

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptvq_jax.console.errors import first_line
 from gptvq_jax.data.local_files import READERS, check_file
 from gptvq_jax.data.news import news_articles
 from gptvq_jax.data.wikipedia import wikipedia_articles
-from gptvq_jax.errors import first_line
 
 SPLITS = ("train", "test")
 _C4_TEST_PAGES = 1100

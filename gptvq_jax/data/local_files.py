@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptvq_jax.errors import first_line
+from gptvq_jax.console.errors import first_line
 
 # First bytes of what is often named like a text.
 _PACKED = {

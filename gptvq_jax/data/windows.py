@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gptvq_jax.vocabulary import check_tokens, encode
+from gptvq_jax.data.vocabulary import check_tokens, encode
 
 _SEPARATOR = "\n\n"
 

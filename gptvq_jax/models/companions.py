@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from gptvq_jax.json_file import read_json_object
+from gptvq_jax.console.json_file import read_json_object
 from gptvq_jax.models.fields import SIGNED_IDS, token_ids
 
 CONFIG = "config.json"

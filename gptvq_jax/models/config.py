@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gptvq_jax.errors import brief
+from gptvq_jax.console.errors import brief
 from gptvq_jax.models.fields import (
     EPSILON,
     FLAG,

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gptvq_jax.errors import brief
+from gptvq_jax.console.errors import brief
 
 _MAX_INT = 2**31 - 1
 _REQUIRED = object()

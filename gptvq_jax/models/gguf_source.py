@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax.console.errors import brief, first_line
 from gptvq_jax.data.packaged import packaged_file
-from gptvq_jax.errors import brief, first_line
 from gptvq_jax.models.companions import GENERATION_CONFIG, generation_config
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.fields import EPSILON, ROPE_BASE, SIZE, TOKEN_ID, integer

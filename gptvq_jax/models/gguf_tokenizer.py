@@ -20,7 +20,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax.errors import brief, first_line
+from gptvq_jax.console.errors import brief, first_line
 from gptvq_jax.models.fields import TEXT, TOKEN_ID, Field, is_integer
 
 # The token types of GGUF that the text may spell literally.

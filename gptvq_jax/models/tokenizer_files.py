@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptvq_jax.errors import first_line
-from gptvq_jax.json_file import read_json_object
+from gptvq_jax.console.errors import first_line
+from gptvq_jax.console.json_file import read_json_object
 from gptvq_jax.models.companions import (
     TOKENIZER_CONFIG,
     VOCABULARIES,

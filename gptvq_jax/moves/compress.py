@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax import packing
-from gptvq_jax.vq_tensor import DenseCodebook, FactoredCodebook
+from gptvq_jax.core import packing
+from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook
 
 
 def quantize_centroids(centroids: jax.Array, bits: int) -> DenseCodebook:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.beam import follow, lookup_lanes, search
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.refit import decode

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.nearest import lookup
 
 _CONVERGED = 1e-12  # of the squared residual: float32 resolves no less

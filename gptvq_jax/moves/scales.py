@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax.vq_tensor import block_scale_values
+from gptvq_jax.core.vq_tensor import block_scale_values
 
 _LEVELS = 15  # 4-bit codes 0..15
 _SMALLEST_RATIO = 2.0**-15  # of the scales of a strip: a level is at most one octave

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.nearest import lookup, nearest
 from gptvq_jax.moves.scales import StripScales

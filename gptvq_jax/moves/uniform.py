@@ -7,25 +7,11 @@ or rank-1 product, so a uniform tensor is stored as one with factored codebooks.
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.uniform_grid import basis
+from gptvq_jax.core.vq_tensor import FactoredCodebook
 from gptvq_jax.moves.compress import FLOAT16_STEP, spanning_scale
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.sweep import Fit
-from gptvq_jax.vq_tensor import FactoredCodebook
-
-
-def uniform_grid(rows: int, cols: int, group_size: int) -> GroupGrid:
-    """Groups of one row; its columns are cut evenly into groups of at least `group_size`."""
-    groups = max(1, cols // group_size) if group_size else 1
-    return GroupGrid(rows, cols, dim=1, strip_rows=1, strip_cols=-(-cols // groups))
-
-
-def basis(size: int, symmetric: bool) -> jax.Array:
-    """Right factor (p, K): [k - (K - 1) / 2], or [k, 1]."""
-    level = jnp.arange(size, dtype=jnp.float32)
-    if symmetric:
-        return (level - (size - 1) / 2)[None]
-    return jnp.stack([level, jnp.ones_like(level)])
 
 
 def uniform_fit(size: int, symmetric: bool) -> Fit:

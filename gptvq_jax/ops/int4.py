@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GROUP_SIZE = 128
+from gptvq_jax.ops.cpu.kernels import INT4_GROUP_SIZE as GROUP_SIZE
+from gptvq_jax.ops.cpu.kernels import int4_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +25,6 @@ class Int4Kernel:
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """(N, C) -> (N, R) in the dtype of x."""
         if jax.default_backend() == "cpu":
-            from gptvq_jax.ops.cpu.kernels import int4_matmul  # needs a compiler
-
             return int4_matmul(x.astype(jnp.float32), self.codes, self.scale).astype(x.dtype)
         weight = self.dequantize()
         if x.shape[0] == 1:

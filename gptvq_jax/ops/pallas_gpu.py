@@ -49,10 +49,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops import xla
 from gptvq_jax.ops.gpu.decode import decode_runs, int_range, scaled
 from gptvq_jax.ops.gpu.layout import Layout, PackedWeight, pack, unpack
-from gptvq_jax.vq_tensor import VQTensor
 
 __all__ = ["check", "pack", "matmul"]
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.tpu.codes import pack_codes, pad_axis, read_codes, restore_rows
 from gptvq_jax.ops.tpu.layout import LANES, MAX_X_BYTES, SUBLANES, Layout, make_layout
 from gptvq_jax.ops.tpu.tables import expand_tables, grouped_loop, lookup, pack_right, pack_tables
-from gptvq_jax.vq_tensor import VQTensor
 
 _MAX_BATCH_TILE = 256  # decoding once for so many rows of x costs less than the product
 _LOOKUPS = 256  # in a step of the loop over columns, about: they hide each other's latency

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax.vq_tensor import VQTensor, dequantize
+from gptvq_jax.core.vq_tensor import VQTensor, dequantize
 
 
 def check(tensor: VQTensor) -> None:

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from gptvq_jax.check_tensor import check_tensor
-from gptvq_jax.user_cache import VARIABLE
-from gptvq_jax.vq_tensor import VQTensor
+from gptvq_jax.console.user_cache import VARIABLE
+from gptvq_jax.core.check_tensor import check_tensor
+from gptvq_jax.core.vq_tensor import VQTensor
 
 # Name -> (platform it runs on, or None for all; what it is).
 IMPLEMENTATIONS = {

@@ -8,7 +8,7 @@ dtype of x, and multiplied.
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax.vq_tensor import VQTensor, dequantize
+from gptvq_jax.core.vq_tensor import VQTensor, dequantize
 
 _FUSED_ROWS = 2  # of x, up to which decoding again for each row is cheaper than storing the weight
 

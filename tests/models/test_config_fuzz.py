@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from models.test_hf_source import CONFIG, random_tensors, write_model
 from numpy import isfinite
 
-from gptvq_jax.models.aqlm_source import AQLMSource
+from gptvq_jax.exchange.aqlm_source import AQLMSource
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.hf_directory import HFDirectory
+from gptvq_jax.models.open import open_source
 from gptvq_jax.models.rope import inverse_frequencies
-from gptvq_jax.models.source import open_source
-from gptvq_jax.prompts import encode_prompts
-from gptvq_jax.stop_tokens import stop_tokens
+from gptvq_jax.serve.prompts import encode_prompts
+from gptvq_jax.serve.stop_tokens import stop_tokens
 
 ROPE = {
     "rope_type": "llama3",

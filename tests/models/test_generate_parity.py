@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from make_golden import CONFIGS, random_params, random_tokens, torch_model
 
-from gptvq_jax.generate import generate
+from gptvq_jax.serve.generate import generate
 
 STEPS = 30  # beyond the sliding window of 16
 

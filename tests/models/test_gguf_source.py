@@ -21,8 +21,8 @@ from gptvq_jax.data import packaged as packaged_module
 from gptvq_jax.models import gguf_source
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.llama import Decoder
-from gptvq_jax.models.source import PACKAGED_SMOLLM2, open_source
-from gptvq_jax.stop_tokens import stop_tokens
+from gptvq_jax.models.open import PACKAGED_SMOLLM2, open_source
+from gptvq_jax.serve.stop_tokens import stop_tokens
 
 GOLDEN = Path(__file__).with_name("golden") / "smollm2_gguf.json"
 GOLDEN_TEXT = (

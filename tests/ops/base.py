@@ -13,7 +13,7 @@ import pytest
 from float64 import decode
 
 from gptvq_jax.ops import vq_matmul
-from gptvq_jax.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
 # name -> (format, rows, cols). Sizes are odd on purpose: strips that end short, rows that do not
 # fill bytes, groups of one row.

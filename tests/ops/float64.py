@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gptvq_jax.vq_tensor import DenseCodebook, VQTensor
+from gptvq_jax.core.vq_tensor import DenseCodebook, VQTensor
 
 
 def decode(tensor: VQTensor) -> np.ndarray:

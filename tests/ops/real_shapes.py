@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptvq_jax.sample_tensors import TensorFormat, random_tensor
-from gptvq_jax.vq_tensor import VQTensor
+from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
 SHAPES = (4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)
 FORMATS = {

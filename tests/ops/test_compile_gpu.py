@@ -18,9 +18,9 @@ from jax.sharding import (
 )
 from real_shapes import FORMATS, abstract_tensor, first_device, placed
 
+from gptvq_jax.core.vq_tensor import BlockScales
 from gptvq_jax.ops import pallas_gpu, xla
-from gptvq_jax.sample_tensors import TensorFormat
-from gptvq_jax.vq_tensor import BlockScales
+from gptvq_jax.study.sample_tensors import TensorFormat
 
 pytest.importorskip("jax_cuda13_plugin")
 # From JAX 0.11 on; why Triton all the same is written in pallas_gpu.py.

@@ -11,12 +11,12 @@ import real_shapes
 from base import CASES, MatmulTests, decoded, relative_error, tensor_of
 from float64 import decode
 
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.vq_tensor import FactoredCodebook
 from gptvq_jax.ops import pallas_gpu, vq_matmul
 from gptvq_jax.ops.gpu import layout
 from gptvq_jax.ops.pallas_gpu import Tile
-from gptvq_jax.sample_tensors import TensorFormat, random_tensor
-from gptvq_jax.vq_tensor import FactoredCodebook
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
 # What CASES do not have. Formats and grids (rows, columns, D, rows and columns of a strip).
 SHAPES = {

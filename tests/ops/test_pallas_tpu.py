@@ -11,10 +11,10 @@ from base import CASES, MatmulTests, relative_error, tensor_of
 from float64 import decode
 from jax.experimental.pallas import tpu as pltpu
 
-from gptvq_jax.grid import GroupGrid
+from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.ops import pallas_tpu, vq_matmul
 from gptvq_jax.ops.tpu import codes, layout
-from gptvq_jax.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
 REFUSED = ("block scales", "block scales, ragged", "aqlm 1x12", "aqlm 1x16")
 # In bfloat16 the tables and the order of rows differ, not how codes and centroids are read.

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 
-from gptvq_jax.errors import first_line
-from gptvq_jax.user_cache import VARIABLE, user_cache
+from gptvq_jax.console.errors import first_line
+from gptvq_jax.console.user_cache import VARIABLE, user_cache
 
 _SOURCES = (
     "kernels.cc",

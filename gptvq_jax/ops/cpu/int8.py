@@ -2,9 +2,9 @@
 
 import jax
 
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.cpu import kernels
 from gptvq_jax.ops.reference import pack
-from gptvq_jax.vq_tensor import VQTensor
 
 __all__ = ["check", "matmul", "pack"]
 

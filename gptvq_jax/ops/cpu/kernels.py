@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptvq_jax import packing
-from gptvq_jax.check_tensor import check_tensor
+from gptvq_jax.core import packing
+from gptvq_jax.core.check_tensor import check_tensor
+from gptvq_jax.core.vq_tensor import DenseCodebook, VQTensor, block_scale_values
 from gptvq_jax.ops.cpu.build import library
-from gptvq_jax.ops.int4 import GROUP_SIZE
-from gptvq_jax.vq_tensor import DenseCodebook, VQTensor, block_scale_values
 
+INT4_GROUP_SIZE = 128  # inputs that share a scale, in int4.py
 _DIMS = (1, 2, 4, 8, 16)
 
 
@@ -67,7 +67,7 @@ def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """
     rows, cols = codes.shape[0], 2 * codes.shape[1]
     _check_columns(x, cols)
-    if cols % GROUP_SIZE or scale.shape != (rows, cols // GROUP_SIZE):
+    if cols % INT4_GROUP_SIZE or scale.shape != (rows, cols // INT4_GROUP_SIZE):
         raise ValueError(f"codes {codes.shape} and scales {scale.shape} are not of one weight")
     return _call("int4_matmul", (x.shape[0], codes.shape[0]), x, codes, scale)
 

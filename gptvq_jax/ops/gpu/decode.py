@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptvq_jax.core.vq_tensor import BlockScales, block_scale_values
 from gptvq_jax.ops.gpu.layout import Layout, PackedWeight
-from gptvq_jax.vq_tensor import BlockScales, block_scale_values
 
 
 def decode_runs(

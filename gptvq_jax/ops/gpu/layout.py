@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptvq_jax import packing
-from gptvq_jax.grid import GroupGrid
-from gptvq_jax.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
+from gptvq_jax.core import packing
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
 
 _static = partial(dataclasses.field, metadata={"static": True})
 

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from gptvq_jax.grid import GroupGrid
-from gptvq_jax.vq_tensor import DenseCodebook, VQTensor
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.vq_tensor import DenseCodebook, VQTensor
 
 LANES, SUBLANES = 128, 8
 LANE_BITS = 7

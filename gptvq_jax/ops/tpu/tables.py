@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from gptvq_jax import packing
+from gptvq_jax.core import packing
+from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook
 from gptvq_jax.ops.tpu.codes import pad_axis
 from gptvq_jax.ops.tpu.layout import LANE_BITS, LANES, Layout
-from gptvq_jax.vq_tensor import DenseCodebook, FactoredCodebook
 
 
 def pack_tables(book: DenseCodebook | FactoredCodebook, layout: Layout) -> jax.Array:

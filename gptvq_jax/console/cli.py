@@ -1,0 +1,268 @@
+"""What every script shares: flags, quiet logs, and errors of one line instead of a traceback.
+
+This file imports nothing that takes long: from its import on, Ctrl-C ends a script in one line.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
+_BROKEN_PIPE = 141  # likewise after SIGPIPE: nobody reads the output any more
+
+
+class _Interrupts:
+    """Ctrl-C: the first asks the script to stop, the next does not wait for it."""
+
+    def __init__(self):
+        self.seen = False
+        self.at_exit = False  # the job is done: nothing is left that could stop in order
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.on_signal)
+        sys.unraisablehook = self.unraisable
+
+    def on_signal(self, _, frame) -> None:
+        if self.seen or self.at_exit or _imports(frame):
+            leave(_INTERRUPTED, "interrupted")
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def unraisable(self, unraisable) -> None:
+        """What is raised in a finalizer or a callback, Python drops: Ctrl-C must not get lost."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            leave(_INTERRUPTED, "interrupted")
+        # What breaks off in the middle leaves finalizers that complain, and so does a closed pipe.
+        if not self.seen and not isinstance(unraisable.exc_value, BrokenPipeError):
+            sys.__unraisablehook__(unraisable)
+
+    def uncaught(self, kind, error, traceback) -> None:
+        """While the script is imported, and its flags are parsed."""
+        if self.seen or issubclass(kind, KeyboardInterrupt):
+            leave(_INTERRUPTED, "interrupted")
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _imports(frame) -> bool:
+    """Whether a module is being imported: one in C++ may abort if that ends in an exception."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def leave(status: int, line: str = "") -> None:
+    """Ends the process at once: no thread is waited for, none gets to print a traceback."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        start = "\n" if bars is not None and bars._instances else ""
+        print(start + line, end="\n" if line else "", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+_interrupts = _Interrupts()
+sys.excepthook = _interrupts.uncaught
+
+from absl import app, flags  # noqa: E402 - Ctrl-C is one line from here on
+from absl import logging as absl_logging  # noqa: E402
+
+# Raised with a message that names the field or file and the fix; anything else is a bug of ours.
+_USER_ERRORS = (ValueError, NotImplementedError, OSError)
+
+
+def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
+    """Parses the flags, calls main(argv) and exits: 0, 1 after an error, 130 after Ctrl-C.
+
+    A ValueError, NotImplementedError or OSError (a missing file, a full disk) is printed as one
+    line; --verbosity=1 shows its traceback. Where the reader of the output has gone (`| head`), the
+    script ends without a word. What the terminal cannot show is printed as "?".
+
+    Args:
+      main: the script's job; what it returns is ignored.
+      doc: printed by --help above the flags; default: the docstring of the script.
+    """
+    if doc is not None:
+        sys.modules["__main__"].__doc__ = doc
+    _interrupts.install()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            if len(argv) > 1:
+                text = f"unexpected argument {argv[1]!r}; flags look like --name=value"
+                raise app.UsageError(text)
+            _refuse_empty_flags()
+            _return_freed_memory()
+            _quiet_logs()
+            _keep_compiled_programs()
+            main(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BaseException as error:
+            if _interrupts.seen or _comes_from(error, KeyboardInterrupt):
+                leave(_INTERRUPTED, "interrupted")
+            if isinstance(error, BrokenPipeError):
+                leave(_BROKEN_PIPE)
+            if not isinstance(error, _USER_ERRORS) or flags.FLAGS.verbosity > 0:
+                raise
+            _print_error(error)
+            _drop_output()
+            return 1
+        finally:
+            _interrupts.at_exit = True
+        return 0
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_name(flag: str = "config") -> str:
+    """Name of the file that a config flag was given, with its argument: x.py:4d -> x_4d."""
+    from ml_collections import config_flags
+
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS[flag]).partition(":")
+    return f"{Path(path).stem}_{argument}" if argument else Path(path).stem
+
+
+def given_fields(flag: str = "config") -> list[str]:
+    """Fields of a config that the command line names, in its order: ["vq.dim", ...]."""
+    from ml_collections import config_dict
+
+    fields = []
+    for field, value in flags.FLAGS[flag].override_values.items():
+        whole = isinstance(value, config_dict.ConfigDict)  # --config.vq={...}
+        fields += [f"{field}.{name}" for name in value] if whole else [field]
+    return fields
+
+
+def given_flags(flag: str = "config") -> list[str]:
+    """The same as names of flags: ["config.vq.dim", ...]."""
+    return [f"{flag}.{field}" for field in flags.FLAGS[flag].override_values]
+
+
+def refuse(names: Sequence[str], reason: str) -> None:
+    """Raises ValueError if one of these flags was given: it would have no effect.
+
+    Args:
+      names: of flags.
+      reason: why it has none, and what to do instead.
+    """
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name} has no effect {reason}")
+
+
+def integers(name: str, lowest: int = 1) -> list[int]:
+    """The numbers of a list flag.
+
+    Raises:
+      ValueError: one of them is no integer, or below `lowest`.
+    """
+    values = flags.FLAGS[name].value
+    try:
+        numbers = [int(value) for value in values]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < lowest:
+        raise ValueError(f"--{name}={','.join(values)} must be integers of at least {lowest}")
+    return numbers
+
+
+def _refuse_empty_flags() -> None:
+    """--name= sets nothing; only a text may be empty."""
+    for name, flag in flags.FLAGS.flag_values_dict().items():
+        if flag in ("", []) and flags.FLAGS[name].present and name not in ("prompt", "system"):
+            raise ValueError(f"--{name}= is empty; give it a value or leave it out")
+
+
+def _comes_from(error: BaseException | None, kind: type) -> bool:
+    """Whether an exception, or one that it was raised after, is of a kind."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, kind):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _drop_output() -> None:
+    """After a full disk or a closed pipe, Python would fail once more to write what is left."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _return_freed_memory() -> None:
+    """Large arrays go back to the system when freed, where the C library is glibc.
+
+    By default it learns to keep blocks of up to 32 MiB, and peak memory drifts with the order in
+    which the arrays of a block come and go.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_mmap_threshold = -3  # from malloc.h
+        mallopt(m_mmap_threshold, 4 << 20)
+
+
+def _quiet_logs() -> None:
+    """Warnings only, unless --verbosity asks for more; libraries below raise their own levels."""
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    # Where its cache cannot be written it takes a temporary one, which is fine.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    if not flags.FLAGS["verbosity"].present:
+        handler.setLevel(logging.WARNING)
+
+
+def _keep_compiled_programs() -> None:
+    """Compiles each program once per machine; JAX_COMPILATION_CACHE_DIR chooses another place.
+
+    Where nothing can be kept, it compiles them each time.
+    """
+    import jax
+
+    from gptvq_jax.console.user_cache import user_cache
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+        except OSError as error:
+            absl_logging.info("compiled programs are not kept: %s", error)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:  # --config.field=value without such a field
+        text = str(error.args[0]).replace("\\n", ". ").replace("\\'", "'").strip("'\"")
+        text += "" if "'" in text else "'"
+        _print_error(f"no such field of the config: '{text}; gptvq_jax/config.py lists all")
+    except flags.UnrecognizedFlagError as error:
+        flag, _, field = error.flagname.partition(".")
+        before = f"; pass --{flag}=FILE before it" if field and flag in flags.FLAGS else ""
+        _print_error(f"{str(error).splitlines()[0]}{before}")
+    except flags.Error as error:
+        # What a config file raised comes with its traceback, of which the last line says it all.
+        _print_error([line for line in str(error).splitlines() if line.strip()][-1])
+    sys.exit(1)
+
+
+def _print_error(error: Any) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

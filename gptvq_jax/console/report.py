@@ -1,0 +1,144 @@
+"""What a run tells its user: the table per layer, the summary, the picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptvq_jax.files.durable import replacing
+
+_COLUMNS = "block  layer              rel. error   SQNR dB    code   bits/value   seconds"
+
+
+def json_numbers(value: Any) -> Any:
+    """JSON has no infinity and no NaN: in their place 'inf' and 'nan', which float() reads."""
+    if isinstance(value, dict):
+        return {name: json_numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [json_numbers(part) for part in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def log_ratio(after: float, before: float) -> float:
+    """Natural logarithm of after / before: inf where only `after` is, nan where both are."""
+    with np.errstate(invalid="ignore"):
+        return float(np.log(after) - np.log(before))
+
+
+def layer_table(rows: list[dict[str, Any]]) -> str:
+    """One line per layer: relative output error, SQNR, code, true bits per value, seconds.
+
+    A code of 2x8/8 stands for two codes of 8 bits for 8 weights.
+    """
+    lines = [_COLUMNS]
+    for row in rows:
+        sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
+        code = f"{row['num_codebooks']}x{row['index_bits']}/{row['dim']}"
+        lines.append(
+            f"{row['block']:5d}  {row['layer']:<17s} {row['relative_error']:11.5f} {sqnr:>9s} "
+            f"{code:>7s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) -> str:
+    """The last lines of a run; `tuned` are the rows of its blocks, if they were tuned."""
+    before, after = summary["perplexity_float"], summary["perplexity_quantized"]
+    mib = 1 / 2**20
+    embedding_bytes = summary["embedding_bytes"]
+    embeddings = f"int8 embeddings {embedding_bytes * mib:.1f} MiB, " if embedding_bytes else ""
+    lines = [
+        ("bits per value", f"{summary['bits_per_value']:.4f}  (codes, codebooks and scales of "
+         f"{summary['num_layers']} layers)"),
+        ("bytes on disk", f"{summary['checkpoint_bytes'] * mib:.1f} MiB, of which quantized layers "
+         f"{summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
+         f"{summary['dense_bytes'] * mib:.1f} MiB"),
+        ("perplexity", f"float {before:.3f} -> quantized {after:.3f}  "
+         f"(log-perplexity {log_ratio(after, before):+.4f}; {summary['evaluation']})"),
+        *([("block tuning", _tuning_text(tuned))] if tuned else []),
+        ("calibration", summary["calibration"]),
+        ("time", f"{summary['seconds']:.0f} s, of which compilation "
+         f"{summary['compile_seconds']:.0f} s"),
+        ("stages", ", ".join(f"{k} {v:.0f} s" for k, v in summary["stages"].items())),
+        ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:>15s}  {text}" for name, text in lines)
+
+
+def _tuning_text(tuned: Sequence[dict[str, Any]]) -> str:
+    ratios = [row["tune_error_after"] / (row["tune_error_before"] or 1.0) for row in tuned]
+    epochs = sum(row["epochs"] for row in tuned) / len(tuned)
+    diverged = sum(row["diverged"] for row in tuned)
+    return (
+        f"held-out block error x {np.mean(ratios):.3f}, from {min(ratios):.3f} to "
+        f"{max(ratios):.3f}, in {epochs:.1f} epochs a block"
+        + (f"; {diverged} diverged" if diverged else "")
+    )
+
+
+def plot(
+    rows: list[dict[str, Any]],
+    title: str,
+    path: Path,
+    tuned: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Relative output error against depth, one line per kind of layer.
+
+    Further panels show the bits of the layers if they differ, and the errors of whole blocks before
+    and after their tuning, `tuned`, if there was one.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("relative_error", "relative output error", "log")]
+    if len({(row["dim"], row["index_bits"]) for row in rows}) > 1:
+        panels.append(("bits_per_value", "bits per value", "linear"))
+    count = len(panels) + bool(tuned)
+    figure, all_axes = plt.subplots(
+        count, 1, figsize=(8, 4.2 * count), layout="constrained", squeeze=False
+    )
+    for axes, (field, label, scale) in zip(all_axes[:, 0], panels, strict=False):
+        for name in dict.fromkeys(row["layer"] for row in rows):
+            of_layer = [row for row in rows if row["layer"] == name]
+            blocks = [row["block"] for row in of_layer]
+            axes.plot(blocks, [row[field] for row in of_layer], ".-", label=name)
+        axes.set(yscale=scale, ylabel=label)
+    if tuned:
+        axes, blocks = all_axes[-1, 0], [row["block"] for row in tuned]
+        for field, label in [("before", "quantized"), ("after", "and tuned")]:
+            errors = [row[f"tune_error_{field}"] for row in tuned]
+            axes.plot(blocks, errors, ".-", label=label)
+        axes.set(yscale="log", ylabel="held-out error of the block")
+        axes.legend(fontsize="small")
+    for axes in all_axes[:, 0]:
+        axes.set(xlabel="block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    all_axes[0, 0].legend(fontsize="small", ncols=2)
+    all_axes[0, 0].set_title(title)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    plt.close(figure)
+
+
+def time_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    """Seconds by stage and by kind of layer, with their share of the whole run."""
+    total = summary["seconds"]
+    by_layer: dict[str, float] = {}
+    for row in rows:
+        if row["kind"] != "layer":  # tuning of a block is a stage of its own
+            continue
+        by_layer[row["layer"]] = by_layer.get(row["layer"], 0.0) + row["seconds"]
+    parts = [*summary["stages"].items(), ("elsewhere", total - sum(summary["stages"].values()))]
+    lines = [f"{'stage':24s} seconds   share"]
+    lines += [f"{name:24s} {s:7.1f}  {s / total:6.1%}" for name, s in parts]
+    lines += [
+        f"{'  quantize ' + name:24s} {s:7.1f}  {s / total:6.1%}" for name, s in by_layer.items()
+    ]
+    compiling = summary["compile_seconds"]
+    lines.append(f"{'compilation, in these':24s} {compiling:7.1f}  {compiling / total:6.1%}")
+    lines.append(f"{'total':24s} {total:7.1f}")
+    return "\n".join(lines)

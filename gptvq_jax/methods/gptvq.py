@@ -1,0 +1,283 @@
+"""GPTVQ (arXiv 2402.15319) as a list of moves on one layer."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptvq_jax.core.grid import GroupGrid, make_grid
+from gptvq_jax.core.hessian import unit
+from gptvq_jax.core.packing import pack
+from gptvq_jax.core.vq_tensor import BlockScales, FactoredCodebook, VQTensor, pack_codes
+from gptvq_jax.moves.compress import (
+    quantize_centroids,
+    quantize_factors,
+    sort_codebook,
+    svd_factors,
+)
+from gptvq_jax.moves.em import em
+from gptvq_jax.moves.recode import recode
+from gptvq_jax.moves.refit import codebook_loss, decode, gradient_update, refit
+from gptvq_jax.moves.rounds import repeat
+from gptvq_jax.moves.scales import StripScales, normalize_strip
+from gptvq_jax.moves.seed import SEEDS
+from gptvq_jax.moves.sweep import SweepResult, pad_identity, sweep
+
+CODEBOOK_UPDATES = ("least_squares", "adam", "none")
+
+
+def makes_codes(dim: int, bits: float) -> bool:
+    """Whether vectors of `dim` weights at `bits` per weight have codes of 1 to 8 whole bits."""
+    width = round(dim * bits)
+    return abs(dim * bits - width) < 1e-6 and 1 <= width <= 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTVQSettings:
+    """One row of the paper's tables; hashable, so that a compiled step is made once per setting."""
+
+    dim: int = 2  # D: weights per vector: 1, 2 or 4 in the paper
+    bits: float = 3.0  # index bits per weight; dim * bits is the width of a code
+    group_size: int = 0  # weights that share a codebook; 0: as few as codebook_overhead allows
+    codebook_overhead: float = 0.125  # most bits per weight spent on codebooks, if group_size is 0
+    max_group_cols: int = 256  # widest group
+    seed: str = "kmeans++"  # 'mahalanobis' (paper), 'kmeans++', 'random', 'cdf' (1D)
+    em_iterations: int = 20  # the paper uses 100
+    exact_metric: bool = True  # False: the diagonal of the block metric (paper)
+    block_size: int = 128  # columns per lazy update
+    scale_block_size: int = 0  # weights per 4-bit block scale, 8 to 128; 0: no normalization
+    codebook_update: str = "least_squares"  # 'adam' (paper), 'none'
+    update_iterations: int = 6  # steps of conjugate gradients, or of Adam (the paper: 25)
+    learning_rate: float = 1e-3  # of Adam, relative to the root mean square of the codebooks
+    polish_rounds: int = 6  # most alternations of codebook update and recode (the paper: 0)
+    polish_tolerance: float = 0.005  # stop when a round lowers the loss by less than this fraction
+    codebook_bits: int = 8  # 16, 8 or 4 bits per stored centroid coordinate
+    svd_rank: int = 0  # 1D: rank of all codebooks together; 0: stored one by one
+
+    def __post_init__(self):
+        def check(ok: bool, field: str, allowed: str):
+            if not ok:
+                raise ValueError(f"vq.{field}={getattr(self, field)!r} must be {allowed}")
+
+        check(self.dim >= 1, "dim", "at least 1 (the paper uses 1, 2 and 4)")
+        check(
+            makes_codes(self.dim, self.bits),
+            "bits",
+            f"such that dim * bits is a whole number from 1 to 8; dim is {self.dim}",
+        )
+        check(self.group_size >= 0, "group_size", "0 or the weights per codebook")
+        check(self.codebook_overhead > 0, "codebook_overhead", "above 0")
+        check(self.max_group_cols >= self.dim, "max_group_cols", f"at least dim={self.dim}")
+        check(self.seed in SEEDS, "seed", f"one of {', '.join(SEEDS)}")
+        check(self.seed != "cdf" or self.dim == 1, "seed", "another one unless dim is 1")
+        check(self.em_iterations >= 0, "em_iterations", "at least 0")
+        check(self.block_size >= 1, "block_size", "at least 1")
+        check(
+            self.scale_block_size == 0
+            or 8 <= self.scale_block_size <= 128
+            and self.scale_block_size % self.dim == 0,
+            "scale_block_size",
+            f"0, or 8 to 128 and a multiple of dim={self.dim}",
+        )
+        check(
+            self.codebook_update in CODEBOOK_UPDATES,
+            "codebook_update",
+            f"one of {', '.join(CODEBOOK_UPDATES)}",
+        )
+        check(self.update_iterations >= 1, "update_iterations", "at least 1")
+        check(self.learning_rate > 0, "learning_rate", "above 0")
+        check(self.polish_rounds >= 0, "polish_rounds", "at least 0")
+        check(0 <= self.polish_tolerance < 1, "polish_tolerance", "from 0 to below 1")
+        check(self.codebook_bits in (4, 8, 16), "codebook_bits", "16, 8 or 4")
+        check(self.svd_rank >= 0, "svd_rank", "0 or the rank to keep")
+        check(self.svd_rank == 0 or self.dim == 1, "svd_rank", "0 unless dim is 1")
+        check(
+            self.svd_rank == 0 or self.codebook_bits != 4,
+            "codebook_bits",
+            "8 or 16 when svd_rank is set",
+        )
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of one code."""
+        return round(self.bits * self.dim)
+
+    @property
+    def codebook_size(self) -> int:
+        """K: centroids of one codebook."""
+        return 2**self.index_bits
+
+    def grid(self, rows: int, cols: int) -> GroupGrid:
+        """Groups of a rows x cols weight."""
+        return make_grid(
+            rows,
+            cols,
+            dim=self.dim,
+            group_size=self.group_size or self.smallest_group(),
+            max_group_cols=self.max_group_cols,
+        )
+
+    def smallest_group(self) -> int:
+        """Fewest weights whose codebook costs at most `codebook_overhead` bits per weight."""
+        scale = 0 if self.codebook_bits == 16 else 16
+        stored = self.codebook_size * self.dim * self.codebook_bits + scale
+        if self.svd_rank:
+            stored = self.svd_rank * self.codebook_bits
+        return -int(-stored // self.codebook_overhead)
+
+
+@partial(jax.jit, static_argnames="settings")
+def quantize(
+    weight: jax.Array,
+    hessian: jax.Array,
+    hinv_chol: jax.Array,
+    key: jax.Array,
+    settings: GPTVQSettings,
+) -> VQTensor:
+    """Sweep with EM codebooks, codebook update, compression (GPTVQ, Algorithm 1 and section 3.3).
+
+    With `polish_rounds`, codebooks and codes are updated in turn instead of the codebooks once.
+
+    Args:
+      weight: (R, C), dead columns already 0.
+      hessian: (C, C) mean x x^T, undamped, in any unit.
+      hinv_chol: (C, C) U of the damped Hessian, as from `hessian.factorize`, in any unit.
+      key: random key of the seeding.
+      settings: the row of the table.
+    """
+    grid = settings.grid(*weight.shape)
+    target = grid.pad_transpose(weight)
+    hessian = jnp.pad(hessian / unit(hessian), ((0, grid.padded_cols - grid.cols),) * 2)
+    swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
+    scales = swept.scales and _stacked_per_vector(swept.scales, grid)
+    centroids, codes = swept.centroids[None], swept.codes[None]  # M = 1
+    if settings.polish_rounds:
+        centroids, codes = _polish(target, hessian, scales, grid, settings, centroids, codes)
+    else:
+        centroids = _update_codebooks(target, hessian, scales, grid, settings, centroids, codes)
+
+    if settings.svd_rank:
+        centroids, rank = sort_codebook(centroids)
+        codes = _rename(codes, rank, grid)
+        codebook = _svd_codebook(target, hessian, scales, grid, settings, centroids, codes)
+    else:
+        codebook = quantize_centroids(centroids, settings.codebook_bits)
+    return VQTensor(
+        codes=pack_codes(codes, settings.index_bits, grid),
+        codebook=codebook,
+        block_scales=_stored_scales(swept.scales, grid, settings.scale_block_size),
+        index_bits=settings.index_bits,
+        grid=grid,
+    )
+
+
+def _sweep(target, hinv_chol, grid, key, settings) -> SweepResult:
+    seed = SEEDS[settings.seed]
+
+    def fit(data, key):
+        centroids = seed(data, settings.codebook_size, key)
+        return em(data, centroids, settings.em_iterations)
+
+    normalize = None
+    if settings.scale_block_size:
+        normalize = partial(normalize_strip, block_size=settings.scale_block_size)
+    return sweep(
+        target,
+        hinv_chol,
+        grid,
+        fit,
+        key,
+        block_size=settings.block_size,
+        exact_metric=settings.exact_metric,
+        normalize=normalize,
+    )
+
+
+def _polish(target, hessian, scales, grid, settings, centroids, codes):
+    """Codebook update and recode in turn; codes are chosen for the centroids as stored."""
+
+    def stored(centroids):
+        if settings.svd_rank:  # compressed once, at the end
+            return centroids
+        return quantize_centroids(centroids, settings.codebook_bits).values()
+
+    def loss_of(state):
+        centroids, codes = state
+        return codebook_loss(target, decode(stored(centroids), codes, scales, grid), hessian)
+
+    def one_round(state):
+        centroids = _update_codebooks(target, hessian, scales, grid, settings, *state)
+        codes = recode(
+            target,
+            hessian,
+            stored(centroids),
+            state[1],
+            scales,
+            grid,
+            block_size=settings.block_size,
+        )
+        return centroids, codes
+
+    start = (centroids, codes)
+    return repeat(one_round, loss_of, start, settings.polish_rounds, settings.polish_tolerance)
+
+
+def _update_codebooks(target, hessian, scales, grid, settings, centroids, codes):
+    if settings.codebook_update == "none":
+        return centroids
+    if settings.codebook_update == "least_squares":
+        return refit(target, hessian, centroids, codes, scales, grid, settings.update_iterations)
+    return gradient_update(
+        target,
+        hessian,
+        centroids,
+        lambda c: decode(c, codes, scales, grid),
+        iterations=settings.update_iterations,
+        optimizer=optax.adam(settings.learning_rate),
+    )
+
+
+def _svd_codebook(target, hessian, scales, grid, settings, centroids, codes) -> FactoredCodebook:
+    """Rank-reduced codebooks, factors tuned on the loss before they are rounded."""
+
+    def reconstruct(factors):
+        left, right = factors
+        product = jnp.matmul(left, right, precision="highest")[..., None]
+        return decode(product, codes, scales, grid)
+
+    factors = svd_factors(centroids, settings.svd_rank)
+    if settings.codebook_update != "none":
+        factors = gradient_update(
+            target,
+            hessian,
+            factors,
+            reconstruct,
+            iterations=settings.update_iterations,
+            optimizer=optax.adam(settings.learning_rate),
+        )
+    return quantize_factors(*factors, settings.codebook_bits)
+
+
+def _rename(codes: jax.Array, rank: jax.Array, grid: GroupGrid) -> jax.Array:
+    """Codes after centroid k of each group became centroid rank[..., k]."""
+    new = decode(rank[..., None].astype(jnp.float32), codes, None, grid)
+    # Padding decodes to 0, a valid code that is never stored.
+    return new.astype(jnp.int32)[None]
+
+
+def _stacked_per_vector(scales: StripScales, grid: GroupGrid) -> jax.Array:
+    per_vector = jax.vmap(lambda s: s.per_vector(grid.dim))(scales)
+    return per_vector.reshape(-1, grid.padded_rows)
+
+
+def _stored_scales(
+    scales: StripScales | None, grid: GroupGrid, block_size: int
+) -> BlockScales | None:
+    if scales is None:
+        return None
+    strips, blocks = scales.codes.shape[:2]
+    codes = scales.codes.reshape(strips, blocks, grid.padded_rows)[..., : grid.rows]
+    packed = pack(jnp.transpose(codes, (2, 0, 1)), 4)
+    return BlockScales(packed, scales.offset, scales.step, block_size, blocks)

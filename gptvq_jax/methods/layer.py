@@ -1,0 +1,136 @@
+"""One linear layer under what its calibration found: from weight to packed tensor.
+
+Rows whose outputs matter at different tokens may have Hessians of their own (GuidedQuant, arXiv
+2505.07004): the layer is then cut into groups of rows, each quantized as a layer by itself.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from gptvq_jax.core import metrics
+from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
+from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
+
+
+class Objective(NamedTuple):
+    """What a group of rows minimises."""
+
+    hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get, in any unit
+    factor: Factor  # of that Hessian
+    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model; None: symmetric
+
+
+def quantize_layer(
+    quantize: Callable[..., VQTensor],
+    settings: Any,
+    weight: jax.Array,
+    objectives: Sequence[Objective],
+    key: jax.Array,
+    asymmetry: float = 0.0,
+    name: str = "layer",
+) -> VQTensor:
+    """Quantizes a weight. The result does not depend on the unit of an objective.
+
+    Args:
+      quantize: of a method, and its settings.
+      settings: hashable.
+      weight: (R, C).
+      objectives: of g contiguous groups of R / g rows.
+      key: random key of the seeding.
+      asymmetry: strength of `asymmetric_target`, for objectives that have a cross moment.
+      name: of the layer, for messages.
+
+    Raises:
+      ValueError: the weight is too large for the format, or the result is not finite.
+    """
+    targets, tensors = [], []
+    for part, objective in zip(row_groups(weight, len(objectives)), objectives, strict=True):
+        hessian, hinv_chol = objective.hessian, objective.factor.hinv_chol
+        if objective.cross is not None:
+            part = asymmetric_target(part, hessian, objective.cross, hinv_chol, asymmetry)
+        targets.append(zero_dead(part, hessian))
+        tensors.append(quantize(targets[-1], hessian, hinv_chol, key, settings))
+    tensor = concat_rows(tensors)
+    _check_range(tensor, max(float(jnp.max(jnp.abs(target))) for target in targets), name)
+    return tensor
+
+
+_TOO_LARGE = float(np.finfo(np.float16).max) / 2  # feedback may double a weight
+_TOO_SMALL = 2.0**-19  # float16 numbers are 2^-24 apart there
+_SQUARES = 1e15  # beyond it, and below its inverse, sums of squares leave float32
+
+
+def _check_range(tensor: VQTensor, peak: float, name: str) -> None:
+    """Says where weights of up to `peak` are what no float16 codebook or scale can hold.
+
+    Raises:
+      ValueError: they are too large, or a stored number is not finite.
+    """
+    own_exponents = tensor.block_scales is not None
+    smallest = 1 / _SQUARES if own_exponents else _TOO_SMALL
+    if isinstance(tensor.codebook, FactoredCodebook) and tensor.codebook.left_scale is not None:
+        smallest = _TOO_SMALL**2  # a product of two stored numbers
+    stored = [leaf for leaf in jax.tree.leaves(tensor) if leaf.dtype == jnp.float16]
+    finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in stored)
+    if peak > _SQUARES or not finite and not own_exponents and peak > _TOO_LARGE:
+        raise ValueError(f"{name} holds {peak:.3g}, too large for {_ADVICE}")
+    if not finite:
+        raise ValueError(f"{name}: the quantized weight is not finite; raise config.damping")
+    if 0 < peak < smallest:
+        logging.warning("%s holds at most %.3g, too small for %s", name, peak, _ADVICE)
+
+
+_ADVICE = (
+    "float16, in which codebooks and scales are stored whatever dense_dtype is; use "
+    "method='gptvq' with vq.scale_block_size=16, for 1e-15 to 1e15, or leave the block dense "
+    "(num_blocks, with dense_dtype='bfloat16')"
+)
+
+
+def losses(weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]) -> list[float]:
+    """L(Q) of every group of rows; weight and quantized are (R, C)."""
+    groups = len(objectives)
+    parts = zip(row_groups(weight, groups), row_groups(quantized, groups), objectives, strict=True)
+    return [metrics.loss_of_any_size(w, q, objective.hessian) for w, q, objective in parts]
+
+
+def relative_error(
+    weight: jax.Array, quantized: jax.Array, objectives: Sequence[Objective]
+) -> float:
+    """L(Q) / L(0), summed over the groups of rows; 0 where the layer's output is 0."""
+    signal = sum(losses(weight, jnp.zeros_like(weight), objectives))
+    return sum(losses(weight, quantized, objectives)) / (signal if signal > 0 else 1.0)
+
+
+def check_row_groups(
+    shapes: Mapping[str, tuple[int, int]], settings: Iterable[Any], groups: int
+) -> None:
+    """Checks, before any work, that quantized groups of rows can be stacked again.
+
+    Args:
+      shapes: {layer: (R, C)}, R a multiple of `groups`.
+      settings: of the method, every one that a layer may get.
+      groups: g.
+
+    Raises:
+      ValueError: the rows of a group are not whole row strips.
+    """
+    for name, (rows, cols) in shapes.items():
+        for of_layer in settings:
+            grid = of_layer.grid(rows // groups, cols)
+            if groups > 1 and grid.rows % grid.strip_rows:
+                raise ValueError(
+                    f"calibration.gradient_groups={groups}: the {grid.rows} rows of a group of "
+                    f"{name} are not whole strips of {grid.strip_rows} rows; choose another "
+                    "number of groups or vq.group_size"
+                )
+
+
+def row_groups(weight: jax.Array, groups: int) -> list[jax.Array]:
+    """A weight (R, C) as `groups` contiguous parts of equal height."""
+    return jnp.split(weight, groups)

@@ -1,0 +1,20 @@
+"""The table of methods, each (weight, hessian, hinv_chol, key, settings) -> VQTensor."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gptvq_jax.methods import aqlm, gptvq, uniform
+
+
+class Method(NamedTuple):
+    quantize: Callable
+    settings: type  # frozen dataclass
+    section: str  # of the config: where the settings stand
+
+
+METHODS = {
+    "gptvq": Method(gptvq.quantize, gptvq.GPTVQSettings, "vq"),
+    "aqlm": Method(aqlm.quantize, aqlm.AQLMSettings, "aqlm"),
+    "gptq": Method(uniform.gptq, uniform.UniformSettings, "uniform"),
+    "rtn": Method(uniform.rtn, uniform.UniformSettings, "uniform"),
+}

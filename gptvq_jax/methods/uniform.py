@@ -1,0 +1,82 @@
+"""Uniform grids with groups: GPTQ (arXiv 2210.17323) and round-to-nearest."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.uniform_grid import uniform_grid
+from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
+from gptvq_jax.moves.sweep import pad_identity, sweep
+from gptvq_jax.moves.uniform import factored, uniform_fit
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformSettings:
+    """A uniform grid per group of consecutive inputs of a row."""
+
+    bits: int = 3  # bits of a code
+    group_size: int = 128  # inputs that share a scale; 0: a whole row
+    symmetric: bool = False  # True: no offset, 16 bits less per group
+    block_size: int = 128  # columns per lazy update of the sweep
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"uniform.bits={self.bits} must be 1 to 8")
+        if self.group_size < 0:
+            raise ValueError(f"uniform.group_size={self.group_size} must be at least 0")
+        if self.block_size < 1:
+            raise ValueError(f"uniform.block_size={self.block_size} must be at least 1")
+
+    def grid(self, rows: int, cols: int) -> GroupGrid:
+        """Groups of a rows x cols weight."""
+        return uniform_grid(rows, cols, self.group_size)
+
+
+@partial(jax.jit, static_argnames="settings")
+def gptq(
+    weight: jax.Array,
+    hessian: jax.Array,
+    hinv_chol: jax.Array,
+    key: jax.Array,
+    settings: UniformSettings,
+) -> VQTensor:
+    """Rounds column by column and feeds the error forward through hinv_chol.
+
+    Args:
+      weight: (R, C).
+      hessian: not used; here so that every method has one signature.
+      hinv_chol: (C, C) U of the damped Hessian, in any unit.
+      key: not used.
+      settings: bits and groups.
+    """
+    del hessian
+    grid = settings.grid(*weight.shape)
+    result = sweep(
+        grid.pad_transpose(weight),
+        pad_identity(hinv_chol, grid),
+        grid,
+        uniform_fit(2**settings.bits, settings.symmetric),
+        key,
+        block_size=settings.block_size,
+    )
+    return VQTensor(
+        codes=pack_codes(result.codes[None], settings.bits, grid),
+        codebook=factored(result.centroids[None], settings.symmetric),
+        block_scales=None,
+        index_bits=settings.bits,
+        grid=grid,
+    )
+
+
+def rtn(
+    weight: jax.Array,
+    hessian: jax.Array,
+    hinv_chol: jax.Array,
+    key: jax.Array,
+    settings: UniformSettings,
+) -> VQTensor:
+    """Rounds every weight to the nearest level: the same sweep with nothing fed forward."""
+    return gptq(weight, hessian, jnp.eye(hinv_chol.shape[0]), key, settings)

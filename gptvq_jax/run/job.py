@@ -1,0 +1,227 @@
+"""The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gptvq_jax.config import RunSettings, evaluation_settings, from_config, to_dict
+from gptvq_jax.console import report
+from gptvq_jax.console.progress import Progress
+from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
+from gptvq_jax.data.corpora import documents
+from gptvq_jax.data.windows import calibration_windows, evaluation_windows
+from gptvq_jax.files.disk_space import directory_bytes
+from gptvq_jax.methods.layer import check_row_groups
+from gptvq_jax.models.open import open_source
+from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.run import allocation, gradients
+from gptvq_jax.run.evaluate import PRECISION, passes, perplexity
+from gptvq_jax.run.overrides import settle
+from gptvq_jax.run.quantize import Plan, quantize_model, steps
+from gptvq_jax.run.workdir import WorkDir
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+
+def quantize(
+    config: Any,
+    workdir_path: str,
+    perplexity_float: float | None = None,
+    given: Collection[str] = (),
+) -> dict[str, Any]:
+    """Runs one config to its end and returns the summary, which is also printed.
+
+    Args:
+      config: ConfigDict, as from `default_config`.
+      workdir_path: directory for everything the run writes; an earlier run in it is resumed.
+      perplexity_float: of the float model on the same held-out text, if it is known already.
+      given: fields of the config that the command line names; each must have an effect.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input, in one line that names the field or file.
+    """
+    stopwatch = Stopwatch()
+    config, note = settle(config, given)
+    settings = from_config(config)
+    if note:
+        logging.warning("%s", note)
+    with stopwatch.stage("open model"):
+        source = open_source(settings.model)
+    check_seqlen(source, "calibration", settings.calibration.seqlen)
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
+        summary = workdir.summary()
+        if summary is None:
+            summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
+            workdir.append_metrics([report.json_numbers(summary)])
+        else:
+            print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
+        metrics = workdir.metrics()
+    for name in ("perplexity_float", "perplexity_quantized"):
+        summary[name] = float(summary[name])
+    rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
+    title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
+    report.plot(rows, title, workdir.path / "report.png", tuned)
+    print(report.layer_table(rows))
+    print()
+    print(report.summary_text(summary, tuned))
+    print(f"{'written to':>15s}  {workdir.path}")
+    return summary
+
+
+def _quantize(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    stopwatch: Stopwatch,
+    perplexity_float: float | None,
+) -> dict[str, Any]:
+    """Quantizes and evaluates; returns the summary."""
+    _check_plan(source, settings)
+    # Both texts are read before hours of work: what is wrong with them shows at once.
+    with stopwatch.stage("read text"):
+        held_out = evaluation_tokens(source, settings)
+        tokens = workdir.load_tokens()
+        if tokens is None:
+            tokens = calibration_tokens(source, settings)
+            workdir.save_tokens(tokens)
+    plan = _prepare(source, settings, workdir, tokens, stopwatch)
+    unit = "step" if settings.tune.block else "layer"
+    with Progress(steps(source.config, settings), "quantize", unit) as progress:
+        quantize_model(source, settings, plan, workdir, tokens, progress, stopwatch)
+
+    packed = PackedCheckpoint(workdir.checkpoint)
+    with stopwatch.stage("evaluate"):
+        before = perplexity_float
+        if before is None:
+            before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
+        after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
+    manifest = packed.manifest
+    return {
+        "kind": "summary",
+        "bits_per_value": manifest["bits_per_value"],
+        "num_layers": len(manifest["layers"]),
+        "quantized_bytes": manifest["quantized_bytes"],
+        "embedding_bytes": manifest["embedding_bytes"],
+        "dense_bytes": manifest["dense_bytes"],
+        "checkpoint_bytes": directory_bytes(workdir.checkpoint),
+        "perplexity_float": before,
+        "perplexity_quantized": after,
+        "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
+        "calibration": describe(settings.calibration.dataset, tokens),
+        "seconds": stopwatch.total,
+        "compile_seconds": stopwatch.compile_seconds,
+        "stages": dict(stopwatch.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _check_plan(source: ModelSource, settings: RunSettings) -> None:
+    """Refuses, before anything is made, token weights or a budget that the model does not allow."""
+    groups = settings.weight_groups
+    if not groups:
+        return
+    allocated = settings.allocation.bits_per_value > 0
+    gradients.check_groups(source.config, groups)
+    used = settings.candidates if allocated else [settings.method_settings]
+    check_row_groups(layer_shapes(source.config), used, groups)
+    if allocated:
+        allocation.check_budget(source.config, settings)
+
+
+def _prepare(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    tokens: np.ndarray,
+    stopwatch: Stopwatch,
+) -> Plan:
+    """What comes before quantization, if asked for: token weights, and the allocation of bits."""
+    c = settings.calibration
+    groups = settings.weight_groups
+    if not groups:
+        return {}
+    with Progress(gradients.steps(source.config), "gradients", "block") as progress:
+        gradients.save_token_weights(
+            source, tokens, c.batch_size, groups, workdir, progress, stopwatch
+        )
+    if not settings.allocation.bits_per_value:
+        return {}
+    depth = source.config.num_hidden_layers
+    num_blocks = min(settings.num_blocks or depth, depth)
+    with Progress(allocation.steps(num_blocks), "allocate bits", "layer") as progress:
+        allocation.measure_curves(
+            source, settings, workdir, tokens, num_blocks, progress, stopwatch
+        )
+    return allocation.plan(settings, workdir, num_blocks)
+
+
+def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:
+    """Prints and returns the perplexity of a packed checkpoint or of a float model.
+
+    Args:
+      checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
+      overrides: fields of EvaluationSettings; None leaves what the checkpoint was made with.
+    """
+    if (checkpoint is None) == (model is None):
+        raise ValueError("pass either --checkpoint=DIR or --model=NAME")
+    source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
+    # An imported checkpoint was made without a text.
+    made_with = source.manifest["config"].get("evaluation", {}) if checkpoint else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    settings = RunSettings(evaluation=evaluation_settings(made_with, given))
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen, flag="--seqlen")
+    windows = evaluation_tokens(source, settings)
+    value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)
+    print(
+        f"perplexity {value:.4f} on {describe(settings.evaluation.dataset, windows)}, {PRECISION}"
+    )
+    return value
+
+
+def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
+    """Random windows (n, T) of the calibration text."""
+    c = settings.calibration
+    return calibration_windows(
+        source.tokenizer,
+        documents(c.dataset, "train"),
+        num_windows=c.num_windows,
+        seqlen=c.seqlen,
+        seed=c.seed,
+        per_document=c.dataset == "c4",
+        vocab_size=source.config.vocab_size,
+    )
+
+
+def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
+    """Consecutive windows (n, T) of the held-out text."""
+    e = settings.evaluation
+    return evaluation_windows(
+        source.tokenizer,
+        documents(e.dataset, "test"),
+        seqlen=e.seqlen,
+        max_windows=e.num_windows or None,
+        vocab_size=source.config.vocab_size,
+    )
+
+
+def evaluate_source(source: ModelSource, windows: np.ndarray, batch_size: int, name: str) -> float:
+    """Perplexity with a progress bar."""
+    steps = passes(source.config, windows) * source.config.num_hidden_layers
+    with Progress(steps, f"evaluate {name}", "block") as progress:
+        return perplexity(source, windows, batch_size, progress.advance)
+
+
+def check_seqlen(source: ModelSource, section: str, seqlen: int, flag: str = "") -> None:
+    """Raises ValueError for windows beyond the model's positions; `flag` is what sets them."""
+    limit = source.config.max_position_embeddings
+    if seqlen > limit:
+        raise ValueError(
+            f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
+            f"set {flag or f'--config.{section}.seqlen'}={limit} or less"
+        )
+
+
+def describe(dataset: str, windows: np.ndarray) -> str:
+    return f"{len(windows)} x {windows.shape[1]} tokens of {dataset}"

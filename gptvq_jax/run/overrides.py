@@ -1,0 +1,220 @@
+"""Fields set on the command line, against those of the config file: each counts or is refused.
+
+A config file sets many fields together. A field that somebody names on the command line may have no
+effect under the others: the run would go on as if it had not been named. `ignored` lists such
+fields with what to set instead; `settle` refuses them.
+
+One conflict is settled instead, because only one reading makes sense: a budget of bits that stands
+in the file gives way to a method, or to one format for all layers, that the command line names.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from ml_collections import config_dict
+
+from gptvq_jax.config import RunSettings, from_config
+from gptvq_jax.methods.gptvq import makes_codes
+from gptvq_jax.methods.registry import METHODS
+
+_SECTIONS = {
+    "vq": "--config.method=gptvq",
+    "aqlm": "--config.method=aqlm",
+    "uniform": "--config.method=gptq or rtn",
+}
+_WITHOUT_BUDGET = "--config.allocation.bits_per_value=0"
+
+
+def settle(
+    config: config_dict.ConfigDict, given: Collection[str]
+) -> tuple[config_dict.ConfigDict, str]:
+    """Settles what the command line names against the rest of a config.
+
+    Args:
+      config: with the values of the command line in it.
+      given: the fields named there, such as "vq.dim".
+
+    Returns:
+      The config that is meant, and a line for the user on what changed in it, or "".
+
+    Raises:
+      ValueError: as `from_config`; or a field that was named has no effect.
+    """
+    note = ""
+    contradicting = _against_budget(config, given)
+    if contradicting:
+        named = " and ".join(f"--config.{field}" for field in contradicting)
+        note = (
+            f"allocation.bits_per_value={config.allocation.bits_per_value:g} of the config file is "
+            f"off, because all layers get what {named} says"
+        )
+        config = config.copy_and_resolve_references()
+        config.allocation.bits_per_value = 0.0
+    reasons = ignored(from_config(config))
+    for field in given:
+        if field in reasons:
+            raise ValueError(f"--config.{field} has no effect {reasons[field]}")
+    return config, note
+
+
+def _against_budget(config: config_dict.ConfigDict, given: Collection[str]) -> list[str]:
+    """Fields named that a budget of the file rules out, if nothing of the budget was named."""
+    known = isinstance(config, config_dict.ConfigDict) and {"allocation", "vq"} <= {*config}
+    if not known or any(field.startswith("allocation.") for field in given):
+        return []
+    a, vq = config.allocation, config.vq
+    if not a.bits_per_value:
+        return []
+    against = {
+        "method": config.method != "gptvq",
+        "vq.dim": set(a.dims) != {vq.dim},
+        "vq.bits": set(a.bits) != {vq.bits},
+        "vq.group_size": vq.group_size != 0,
+    }
+    return [field for field in given if against.get(field)]
+
+
+def ignored(settings: RunSettings) -> dict[str, str]:
+    """{field: why it has no effect under the other settings, and what to set instead}."""
+    reasons: dict[str, str] = {}
+
+    def when(condition: bool, fields: str, reason: str) -> None:
+        for field in fields.split() if condition else ():
+            reasons.setdefault(field, reason)
+
+    section = METHODS[settings.method].section
+    for other, instead in _SECTIONS.items():
+        when(
+            other != section,
+            " ".join(f"{other}.{field}" for field in _fields(getattr(settings, other))),
+            f"with method {settings.method!r}, which takes {section}.*; set {instead}",
+        )
+    _vq(settings, when)
+    _aqlm(settings, when)
+    _allocation(settings, when)
+    _tune(settings, when)
+    _method(settings, when)
+    when(
+        settings.calibration.gradient_groups == 0,
+        "calibration.gradient_power",
+        "where tokens are not weighted by gradients; set --config.calibration.gradient_groups=1",
+    )
+    return reasons
+
+
+def _vq(settings: RunSettings, when) -> None:
+    vq, budget = settings.vq, settings.allocation.bits_per_value > 0
+    dims = set(settings.allocation.dims) if budget else {vq.dim}
+    when(
+        vq.group_size > 0,
+        "vq.codebook_overhead",
+        f"with vq.group_size={vq.group_size}; set --config.vq.group_size=0",
+    )
+    when(
+        dims == {1}, "vq.exact_metric", "on single weights, whose metric is a number; set vq.dim=2"
+    )
+    when(
+        vq.codebook_update == "none",
+        "vq.update_iterations vq.learning_rate",
+        "with vq.codebook_update='none'; set --config.vq.codebook_update=least_squares or adam",
+    )
+    when(
+        vq.codebook_update == "least_squares" and not vq.svd_rank,
+        "vq.learning_rate",
+        "on conjugate gradients; set --config.vq.codebook_update=adam",
+    )
+    when(
+        vq.polish_rounds <= 1,
+        "vq.polish_tolerance",
+        f"with vq.polish_rounds={vq.polish_rounds}; set --config.vq.polish_rounds=2 or more",
+    )
+
+
+def _aqlm(settings: RunSettings, when) -> None:
+    aqlm = settings.aqlm
+    rounds = f"with aqlm.rounds={aqlm.rounds}; set --config.aqlm.rounds="
+    when(aqlm.rounds == 0, "aqlm.beam", rounds + "1 or more")
+    when(aqlm.rounds <= 1, "aqlm.tolerance", rounds + "2 or more")
+    when(
+        aqlm.rounds == 0 and aqlm.start == "residual",
+        "aqlm.block_size",
+        rounds + "1 or more, or --config.aqlm.start=product",
+    )
+    when(
+        aqlm.codebook_update != "adam",
+        "aqlm.learning_rate",
+        "on conjugate gradients; set --config.aqlm.codebook_update=adam",
+    )
+
+
+def _allocation(settings: RunSettings, when) -> None:
+    a, vq = settings.allocation, settings.vq
+    when(
+        a.bits_per_value == 0,
+        "allocation.dims allocation.bits allocation.em_iterations",
+        "without a budget; set --config.allocation.bits_per_value to the bits to spend",
+    )
+    unused = {
+        "bits": [bits for bits in a.bits if not any(makes_codes(dim, bits) for dim in a.dims)],
+        "dims": [dim for dim in a.dims if not any(makes_codes(dim, bits) for bits in a.bits)],
+    }
+    for field, values in unused.items():
+        other = "dims" if field == "bits" else "bits"
+        when(
+            a.bits_per_value > 0 and bool(values),
+            f"allocation.{field}",
+            f"in {', '.join(f'{v:g}' for v in values)}, which with no value of allocation.{other} "
+            f"makes codes of 1 to 8 whole bits (dim * bits); leave it out, or set "
+            f"--config.allocation.{other}",
+        )
+    for field, candidates in (("dim", a.dims), ("bits", a.bits)):
+        value = getattr(vq, field)
+        listed = f"allocation.{field.removesuffix('s')}s"
+        when(
+            a.bits_per_value > 0 and set(candidates) != {value},
+            f"vq.{field}",
+            f"under allocation.bits_per_value={a.bits_per_value:g}, which chooses from {listed}; "
+            f"set --config.{listed}={value}, or {_WITHOUT_BUDGET} for one format in all layers",
+        )
+
+
+def _tune(settings: RunSettings, when) -> None:
+    t = settings.tune
+    others = [field for field in _fields(t) if field != "block"]
+    when(
+        not t.block,
+        " ".join(f"tune.{field}" for field in others),
+        "where blocks are not tuned; set --config.tune.block=True",
+    )
+    when(t.epochs == 1, "tune.patience", "on a single epoch; set --config.tune.epochs=2 or more")
+    when(
+        t.patience >= t.epochs,
+        "tune.tolerance",
+        f"with tune.patience={t.patience}, which {t.epochs} epochs do not exhaust; set "
+        "--config.tune.epochs above it",
+    )
+
+
+def _method(settings: RunSettings, when) -> None:
+    """Of what all methods are given, what this one does not use."""
+    drawn = ("kmeans++", "random")
+    seeds = {"vq": settings.vq.seed, "aqlm": settings.aqlm.seed, "uniform": "none"}
+    section = METHODS[settings.method].section
+    instead = "--config.tune.block=True, which shuffles windows"
+    if section != "uniform":
+        instead = f"--config.{section}.seed={' or '.join(drawn)}, or {instead}"
+    when(
+        seeds[section] not in drawn and not settings.tune.block,
+        "seed",
+        f"where nothing is drawn at random; set {instead}",
+    )
+    when(
+        settings.method == "rtn" and settings.calibration.asymmetry == 0,
+        "damping",
+        "with method 'rtn' and a symmetric target, which invert no Hessian; set "
+        "--config.method=gptq, or calibration.asymmetry above 0",
+    )
+
+
+def _fields(section: Any) -> list[str]:
+    return list(section.__dataclass_fields__)

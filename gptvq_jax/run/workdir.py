@@ -1,0 +1,303 @@
+"""The work directory of a run: what a killed run needs to go on.
+
+    config.json             the run's settings; a run with others is refused
+    tokens.npy              calibration windows (n, T) int32
+    activations/            00007.quantized.npy: inputs of block 7 (n, T, hidden), bfloat16 bits;
+                            00007.float.npy: the float model's, where the target is asymmetric or
+                            blocks are tuned towards it;
+                            00007.curves.npy: likewise, while the curves are measured
+    gradients/              00007.npz: weights of the calibration tokens (n, T, g) float32 for each
+                            layer of block 7, where calibration.gradient_groups asks for them; until
+                            they are there also 00007.inputs.npy: the float model's inputs, and
+                            00007.gradient.npy: of the loss with respect to them, bfloat16 bits
+    curves/                 00007.json: measured errors of the candidates for each layer of block 7,
+                            where allocation.bits_per_value asks for them
+    metrics.jsonl           one JSON object per line: layers, blocks, summary
+    checkpoint/             the packed model; a block in it is finished
+
+Everything is written under another name and renamed once it is on the disk (durable.py), so that a
+kill or a power loss leaves the old or the new file. The inputs of block i + 1 are on disk before
+block i counts as finished, and those of block i stay until block i + 1 does: where block i is found
+damaged, it is made again.
+"""
+
+import fcntl
+import json
+import math
+import zipfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gptvq_jax.config import difference
+from gptvq_jax.console.errors import first_line
+from gptvq_jax.files import durable
+from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_bytes, naming_full_disk
+from gptvq_jax.run.activations import Activations, Writer, writing
+
+_BACKWARD = ("inputs", "gradient")  # streams of the backward pass, which live in gradients/
+
+
+class WorkDir:
+    """Opens (or makes) a work directory and locks it for this process until it is closed.
+
+    Raises:
+      ValueError: it cannot be written, another process uses it, or it belongs to another config.
+      FullDiskError: there is no room for anything.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any]):
+        self.path = Path(path)
+        try:
+            with naming_full_disk(self.path):
+                durable.make_directory(self._activations)
+                self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until close
+        except FullDiskError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the work directory {self.path} ({error.strerror}); "
+                "pass another one with --workdir"
+            ) from error
+        try:
+            self._claim()
+            self._check_config(config)
+            self._drop_partial()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # A run that was refused for its text, say, must not stand in the way of the corrected one.
+        if kind is not None and not self._begun():
+            (self.path / "config.json").unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes use the directory."""
+        self._lock.close()
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process is using the work directory {self.path}; wait for it or pass "
+                "another --workdir"
+            ) from error
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def _activations(self) -> Path:
+        return self.path / "activations"
+
+    @property
+    def _gradients(self) -> Path:
+        return self.path / "gradients"
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        path = self.path / "config.json"
+        new = json.loads(json.dumps(config))
+        if not path.exists():
+            if self.checkpoint.exists():
+                raise ValueError(
+                    f"{self.checkpoint} exists but {path} does not: this is no work directory of "
+                    "a run; pass another --workdir"
+                )
+            durable.write_text(path, json.dumps(new, indent=2) + "\n")
+            return
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(old, dict):
+                raise ValueError(f"it holds a {type(old).__name__}")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not the config of a run ({first_line(error)}); restore it, or pass "
+                "another --workdir"
+            ) from error
+        changed = difference(old, new)
+        if changed:
+            raise ValueError(
+                f"{self.path} was started with another config: {'; '.join(changed)}. "
+                "Restore the config to resume, or pass another --workdir"
+            )
+
+    def _begun(self) -> bool:
+        """Whether anything is there that was made with the config."""
+        made = ("tokens.npy", "checkpoint", "gradients", "curves", "activations/*", "metrics.jsonl")
+        return any(any(self.path.glob(pattern)) for pattern in made)
+
+    def _drop_partial(self) -> None:
+        """Removes what a killed process was writing."""
+        for folder in (self.path, self._activations, self._gradients, self._curves(0).parent):
+            for path in folder.glob("*.partial"):
+                path.unlink()
+
+    def check_room(self, num_bytes: int, *kept: str) -> None:
+        """Checks, before a pass, that there is room for what it will write.
+
+        Args:
+          num_bytes: most bytes that the files below will have at any time of the pass.
+          kept: patterns of these files, such as "gradients/*"; what is there needs no room.
+
+        Raises:
+          FullDiskError: the disk has less.
+        """
+        present = sum(directory_bytes(self.path, pattern) for pattern in kept)
+        check_room(self.path, num_bytes - present)
+
+    def load_tokens(self) -> np.ndarray | None:
+        """Calibration windows of an earlier start, or None."""
+        path = self.path / "tokens.npy"
+        if not path.exists():
+            return None
+        try:
+            with open(path, "rb") as file:
+                return np.load(file)
+        except (ValueError, EOFError, OSError) as error:
+            logging.warning("%s is damaged and made again: %s", path, first_line(error))
+            return None
+
+    def save_tokens(self, tokens: np.ndarray) -> None:
+        replacing = durable.replacing(self.path / "tokens.npy", tokens.nbytes)
+        with replacing as partial, open(partial, "wb") as file:  # np.save would append .npy
+            np.save(file, tokens)
+
+    def load_activations(self, block: int, stream: str = "quantized") -> Activations:
+        """One stream of arrays (n, T, hidden) at the entrance of a block.
+
+        Args:
+          block: its index; the number of blocks means the head.
+          stream: "quantized" or "float" for the inputs in that model, which quantization goes
+            through; "curves" for the float model's while bits are allocated; "inputs" or
+            "gradient" for those of the backward pass.
+        """
+        path = self._stream(block, stream)
+        self._must_exist(path)
+        try:
+            return Activations(path)
+        except ValueError as error:
+            raise self._lost(path, first_line(error).removeprefix(f"{path} ")) from error
+
+    def write_activations(
+        self, block: int, shape: tuple[int, ...], stream: str = "quantized"
+    ) -> AbstractContextManager[Writer]:
+        """A context whose Writer fills a stream; the file is there once the context ends."""
+        return writing(self._stream(block, stream), shape)
+
+    def has_activations(self, block: int, stream: str = "quantized") -> bool:
+        return self._stream(block, stream).exists()
+
+    def drop_activations(self, before: int = 0, stream: str = "*", after: float = math.inf) -> None:
+        """Removes the inputs of blocks before or after one; of one stream, or of all."""
+        for path in self._activations.glob(f"*.{stream}.npy"):
+            if not before <= int(path.name.partition(".")[0]) <= after:
+                path.unlink()
+
+    def load_token_weights(self, block: int) -> dict[str, np.ndarray]:
+        """{layer: weights of the calibration tokens (n, T, g) float32} of a block."""
+        path = self._token_weights(block)
+        self._must_exist(path)
+        try:
+            with open(path, "rb") as file, np.load(file) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
+            raise self._lost(path, f"is damaged: {first_line(error)}") from error
+
+    def save_token_weights(self, block: int, weights: dict[str, np.ndarray]) -> None:
+        size = sum(array.nbytes for array in weights.values())
+        replacing = durable.replacing(self._token_weights(block), size)
+        with replacing as partial, open(partial, "wb") as file:
+            np.savez(file, **weights)
+
+    def has_token_weights(self, block: int) -> bool:
+        return self._token_weights(block).exists()
+
+    def drop_backward(self, done: int) -> None:
+        """Removes what the backward pass does not need once it is through block `done`."""
+        for path in self._gradients.glob("*.npy"):
+            block, stream, _ = path.name.split(".")
+            # The gradient at the entrance of block `done` is where the pass goes on; one further
+            # on is of a block that was killed.
+            keep = int(block) == done > 0 if stream == "gradient" else int(block) < done
+            if not keep:
+                path.unlink()
+
+    def _stream(self, block: int, stream: str) -> Path:
+        folder = self._gradients if stream in _BACKWARD else self._activations
+        return folder / f"{block:05d}.{stream}.npy"
+
+    def _token_weights(self, block: int) -> Path:
+        return self._gradients / f"{block:05d}.npz"
+
+    def _must_exist(self, path: Path) -> None:
+        if not path.exists():
+            raise self._lost(path, "is missing")
+
+    def _lost(self, path: Path, what: str) -> ValueError:
+        """Says what to remove, so that the least is made again."""
+        again = path.parent
+        if again == self._activations:
+            curves = path.name.endswith(".curves.npy")
+            again = self._curves(0).parent if curves else self.checkpoint
+        return ValueError(
+            f"{path} {what}, so the run cannot go on; restore the file, or remove {again} to start "
+            "again from there with the same command"
+        )
+
+    def load_curves(self, block: int) -> list[dict[str, Any]]:
+        """Measured errors of the candidates of a block's layers."""
+        path = self._curves(block)
+        self._must_exist(path)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._lost(path, f"is damaged: {first_line(error)}") from error
+
+    def save_curves(self, block: int, rows: list[dict[str, Any]]) -> None:
+        durable.write_text(self._curves(block), json.dumps(rows) + "\n")
+
+    def has_curves(self, block: int) -> bool:
+        return self._curves(block).exists()
+
+    def _curves(self, block: int) -> Path:
+        return self.path / "curves" / f"{block:05d}.json"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line being written when the run was killed
+                continue
+            if isinstance(row, dict) and "kind" in row:
+                rows.append(row)
+        return rows
+
+    def summary(self) -> dict[str, Any] | None:
+        """That of a run that was finished here, or None."""
+        if not (self.checkpoint / "manifest.json").exists():
+            return None
+        return next((row for row in self.metrics() if row["kind"] == "summary"), None)
+
+    def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces metrics.jsonl by these rows."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        durable.write_text(self.path / "metrics.jsonl", text)
+
+    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Adds rows, all of them or none."""
+        durable.append_lines(self.path / "metrics.jsonl", rows)

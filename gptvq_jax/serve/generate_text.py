@@ -1,0 +1,111 @@
+"""The job of scripts/generate.py: open a model, continue prompts, show text and figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gptvq_jax.data.vocabulary import check_tokens
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.open import open_source
+from gptvq_jax.serve.generate import Generation, check_prompts, generate
+from gptvq_jax.serve.params import (
+    dense_params,
+    float32_bytes,
+    implementations,
+    memory_bytes,
+    packed_params,
+)
+from gptvq_jax.serve.prompts import TextStream, encode_prompts
+from gptvq_jax.serve.sampling import Sampling
+from gptvq_jax.serve.stop_tokens import stop_tokens
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+
+def generate_text(
+    checkpoint: str | None,
+    model: str | None,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 128,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    system: str | None = None,
+    implementation: str | None = None,
+    dtype: str = "float32",
+    dense: bool = False,
+) -> list[str]:
+    """Prints and returns a continuation of each prompt, and prints time and memory.
+
+    The text of a single prompt appears as it is made, that of several at the end, numbered.
+
+    Args:
+      checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
+      prompts: texts, continued as one batch.
+      max_tokens, sampling, seed: see `generate`.
+      chat, system: see `encode_prompts`.
+      implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto'.
+      dtype: of the activations, and of weights that are not packed: float32 or bfloat16.
+      dense: replace a checkpoint's packed weights by the dense ones that they stand for.
+
+    Raises:
+      ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
+    """
+    if (checkpoint is None) == (model is None):
+        raise ValueError("pass either --checkpoint=DIR or --model=NAME")
+    packed = checkpoint is not None and not dense
+    if implementation is not None and not packed:
+        raise ValueError(
+            "--implementation is of packed weights; leave it out with --model or --dense"
+        )
+    if dense and model is not None:
+        raise ValueError("--dense is of a checkpoint; a --model is dense already")
+    source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
+    tokens = encode_prompts(source.tokenizer, prompts, chat, system)
+    for index, prompt in enumerate(tokens):
+        check_tokens(prompt, source.config.vocab_size, source.tokenizer, f"prompt {index}")
+    check_prompts(source.config, tokens, max_tokens)
+    if packed:
+        params = packed_params(source, implementation or "auto")
+    else:
+        params = dense_params(source, dtype)
+
+    streams = [TextStream(source.tokenizer, prompt) for prompt in tokens]
+    texts = ["" for _ in prompts]
+
+    def show(pieces: Sequence[str]) -> None:
+        for index, piece in enumerate(pieces):
+            texts[index] += piece
+        if len(texts) == 1:
+            print(pieces[0], end="", flush=True)
+
+    result = generate(
+        source.config,
+        params,
+        tokens,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop_tokens=stop_tokens(source),
+        dtype=dtype,
+        compile_first=True,
+        on_tokens=lambda new: show([s.add(t) for s, t in zip(streams, new, strict=True)]),
+    )
+    show([stream.finish() for stream in streams])
+    print()
+    if len(texts) > 1:
+        print("\n".join(f"[{index}]{text}" for index, text in enumerate(texts)))
+    print(figures(result, sum(map(len, tokens)), params, source.config))
+    return texts
+
+
+def figures(result: Generation, prompt_tokens: int, params: Any, config: ModelConfig) -> str:
+    """One line: tokens and seconds, and memory of the weights."""
+    packed, dense = (size / 2**20 for size in memory_bytes(params))
+    products = " and ".join(implementations(params)) or "dense"
+    return (
+        f"prompt: {prompt_tokens} tokens in {result.prefill_seconds:.2f} s; "
+        f"generated: {sum(map(len, result.tokens))} tokens, {result.tokens_per_second:.1f} "
+        f"tokens/s ({products}), compiled in {result.compile_seconds:.1f} s; "
+        f"weights in memory: {packed + dense:.1f} MiB, packed {packed:.1f} and dense {dense:.1f} "
+        f"(all in float32: {float32_bytes(config) / 2**20:.1f} MiB)"
+    )

@@ -1,0 +1,105 @@
+"""The parameter tree that generation runs on, held on the device: packed, or dense."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from gptvq_jax.core.row_weight import RowWeight
+from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.source import ModelSource, block_shapes, outer_shapes
+from gptvq_jax.ops.vq_matmul import VQKernel, make_kernel
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+Params = dict[str, Any]
+
+
+def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") -> Params:
+    """The tree of models/llama.py with packed leaves where dense kernels were.
+
+    Args:
+      checkpoint: its dense arrays keep the dtype that they are stored in, float16 by default.
+      implementation: of products with quantized layers, see `ops.vq_matmul`.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or there is no such implementation.
+      NotImplementedError: the named implementation does not support a layer or this platform.
+    """
+
+    def leaf(name: str, stored: Any) -> Any:
+        if not isinstance(stored, VQTensor):
+            return _dense_leaf(name, stored)
+        if name in ("embed_tokens/embedding", "lm_head/kernel"):
+            return RowWeight.from_int8_rows(stored)
+        return make_kernel(stored, implementation)
+
+    return _load(checkpoint.config, checkpoint.packed_outer, checkpoint.packed_block, leaf)
+
+
+def dense_params(source: ModelSource, dtype: str = "float32") -> Params:
+    """The same tree with every weight in one float dtype; norms are float32.
+
+    Args:
+      source: any model; of a PackedCheckpoint, the weights that its packed ones stand for.
+      dtype: float32, bfloat16 or float16.
+    """
+
+    def leaf(name: str, stored: np.ndarray) -> Any:
+        return _dense_leaf(name, stored.astype(jnp.dtype(dtype)) if stored.ndim > 1 else stored)
+
+    return _load(source.config, source.outer, source.block, leaf)
+
+
+def memory_bytes(params: Params) -> tuple[int, int]:
+    """Bytes of the arrays of a parameter tree: (packed leaves, dense leaves)."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_weight)
+    sizes = [(_is_packed(leaf), sum(a.nbytes for a in jax.tree.leaves(leaf))) for leaf in leaves]
+    return sum(n for packed, n in sizes if packed), sum(n for packed, n in sizes if not packed)
+
+
+def implementations(params: Params) -> list[str]:
+    """Those of `ops.vq_matmul` that the packed layers of a tree run on, sorted."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_weight)
+    return sorted({leaf.implementation for leaf in leaves if isinstance(leaf, VQKernel)})
+
+
+def float32_bytes(config: ModelConfig) -> int:
+    """Bytes of the dense float32 model."""
+
+    def values(shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(int(np.prod(shape)) for shape in shapes.values())
+
+    blocks = config.num_hidden_layers * values(block_shapes(config))
+    return 4 * (values(outer_shapes(config)) + blocks)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, (VQKernel, RowWeight))
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, VQKernel) or (isinstance(leaf, RowWeight) and leaf.scale is not None)
+
+
+def _dense_leaf(name: str, array: np.ndarray) -> Any:
+    if array.ndim == 1:
+        return array
+    by_rows = array.T if name.endswith("kernel") else array
+    return RowWeight(np.ascontiguousarray(by_rows))
+
+
+def _load(config: ModelConfig, outer, block, leaf) -> Params:
+    """Moves the model to the device part by part, so that the host holds one part at a time."""
+
+    def part(tree: Mapping[str, Any]) -> Params:
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        leaves = {name: leaf(name, stored) for name, stored in flat.items()}
+        # On a CPU, device_put may otherwise share, and keep alive, what the array is a view of.
+        return jax.device_put(traverse_util.unflatten_dict(leaves, sep="/"), may_alias=False)
+
+    blocks = {f"layers_{i}": part(block(i)) for i in range(config.num_hidden_layers)}
+    return part(outer()) | blocks

@@ -1,0 +1,82 @@
+"""The next token from its logits: greedy, or drawn at a temperature from the likeliest tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; hashable, so usable as a static argument of jit.
+
+    Raises:
+      ValueError: a field is out of range.
+    """
+
+    temperature: float = 0.0  # divides the logits; 0: the likeliest token, always
+    top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens that have this probability together
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or larger")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (off) or larger")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws a token for each sequence, first cut to top_k, then to top_p of what is left.
+
+    Args:
+      logits: (batch, vocab) float32.
+      key: of this step.
+      sampling: static.
+
+    Returns:
+      Tokens (batch,) int32.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = None
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits, tokens = lax.top_k(logits, sampling.top_k)
+    # Less their maximum, logits stay finite at any temperature.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    if sampling.top_p < 1:
+        logits = jnp.where(in_top_p(jax.nn.softmax(logits), sampling.top_p), logits, -jnp.inf)
+    drawn = jax.random.categorical(key, logits)
+    if tokens is not None:
+        drawn = jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)
+
+
+def in_top_p(probabilities: jax.Array, top_p: float) -> jax.Array:
+    """Marks the fewest likeliest tokens whose probabilities add up to at least top_p.
+
+    Bisection for the smallest probability that is let in; no sort, which is 10 times as slow on a
+    CPU. Tokens of equal probability are let in together.
+
+    Args:
+      probabilities: (batch, vocab) float32 that add up to 1.
+      top_p: above 0, at most 1.
+
+    Returns:
+      (batch, vocab) bool, at least one of a row true.
+    """
+    # Floats that are not negative are ordered as their bits are as integers.
+    bits = lax.bitcast_convert_type(probabilities, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # tokens from `low` on are enough, from `high` on they are not
+        middle = low + (high - low) // 2
+        mass = jnp.sum(jnp.where(bits >= middle, probabilities, 0), axis=-1, keepdims=True)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    high = jnp.max(bits, axis=-1, keepdims=True) + 1
+    low, _ = lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
+    return bits >= low

@@ -1,0 +1,233 @@
+"""What each choice is worth: one field of the config at a time, on layers and on the whole model.
+
+Layer rows give the relative output error, geometric mean over the layers. Model rows give the rise
+of log-perplexity over the float model; they are for the choices that change the objective itself,
+whose relative errors do not compare.
+"""
+
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptvq_jax.console.report import log_ratio
+from gptvq_jax.core.hessian import factorize
+from gptvq_jax.core.vq_tensor import dequantize
+from gptvq_jax.files.durable import replacing, write_text
+from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.methods.layer import Objective, quantize_layer, relative_error
+from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.run import job
+from gptvq_jax.study.layer_benchmark import DAMPING, VQ_SETTINGS, geometric_mean, load_layer
+
+PAPER = {
+    "seed": "mahalanobis",
+    "em_iterations": 100,
+    "exact_metric": False,
+    "codebook_update": "adam",
+    "update_iterations": 25,
+    "polish_rounds": 0,
+}
+
+# Fields of config.vq that differ from the default.
+LAYER_ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper's choices": PAPER,
+    "diagonal metric": {"exact_metric": False},
+    "diagonal metric + no polish": {"exact_metric": False, "polish_rounds": 0},
+    "seed mahalanobis": {"seed": "mahalanobis"},
+    "seed mahalanobis + no polish": {"seed": "mahalanobis", "polish_rounds": 0},
+    "0 EM steps": {"em_iterations": 0},
+    "5 EM steps": {"em_iterations": 5},
+    "50 EM steps": {"em_iterations": 50},
+    "100 EM steps": {"em_iterations": 100},
+    "no polish": {"polish_rounds": 0},
+    "no polish + no codebook update": {"codebook_update": "none", "polish_rounds": 0},
+    "no polish + 25 steps of Adam": {
+        "codebook_update": "adam",
+        "update_iterations": 25,
+        "polish_rounds": 0,
+    },
+    "recode without refit": {"codebook_update": "none"},
+    "1 polish round": {"polish_rounds": 1},
+    "3 polish rounds": {"polish_rounds": 3},
+    "20 polish rounds to 0.001": {"polish_rounds": 20, "polish_tolerance": 0.001},
+    "2 refit steps": {"update_iterations": 2},
+    "20 refit steps": {"update_iterations": 20},
+    "scale blocks of 32": {"scale_block_size": 32},
+    "scale blocks of 64": {"scale_block_size": 64},
+    "float16 codebooks": {"codebook_bits": 16},
+    "int4 codebooks": {"codebook_bits": 4},
+}
+
+# Fields of the config that differ from the base config.
+MODEL_ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default (seed 1)": {"seed": 1},
+    "default (seed 2)": {"seed": 2},
+    "paper's choices": {
+        "calibration.asymmetry": 0.0,
+        **{f"vq.{field}": value for field, value in PAPER.items()},
+    },
+    "no polish": {"vq.polish_rounds": 0},
+    "symmetric target": {"calibration.asymmetry": 0.0},
+    "asymmetric target 0.5": {"calibration.asymmetry": 0.5},
+    "gradient weights": {"calibration.gradient_groups": 1},
+    "gradient weights to power 1": {
+        "calibration.gradient_groups": 1,
+        "calibration.gradient_power": 1.0,
+    },
+    "gradient weights in 2 row groups": {"calibration.gradient_groups": 2},
+    "allocation of bits": {"allocation.bits_per_value": 2.125},
+    "allocation of bits + gradient weights": {
+        "allocation.bits_per_value": 2.125,
+        "calibration.gradient_groups": 1,
+    },
+    "allocation of bits in 2D and 4D + gradient weights": {
+        "allocation.bits_per_value": 2.125,
+        "allocation.dims": (2, 4),
+        "calibration.gradient_groups": 1,
+    },
+    "true sequential": {"true_sequential": True},
+    "float inputs": {"calibration.inputs": "float", "calibration.asymmetry": 0.0},
+    "half the calibration windows": {"calibration.num_windows": 0.5},
+    "twice the calibration windows": {"calibration.num_windows": 2},
+    "four times the calibration windows": {"calibration.num_windows": 4},
+    "int8 embedding": {"embeddings": "int8"},
+}
+
+
+def choose(tables: Sequence[str], rows: Sequence[str] | None) -> dict[str, list[str]]:
+    """{table: names of its rows to make}, tables without any left out.
+
+    Args:
+      tables: 'layers', 'model' or both.
+      rows: names to keep; None: all.
+
+    Raises:
+      ValueError: a name is in none of the tables.
+    """
+    known = {"layers": LAYER_ROWS, "model": MODEL_ROWS}
+    names = {name for table in tables for name in known[table]}
+    for name in rows or ():
+        if name not in names:
+            raise ValueError(f"unknown row {name!r}; choose from {'; '.join(sorted(names))}")
+    kept = {t: [name for name in known[t] if rows is None or name in rows] for t in tables}
+    return {t: of_table for t, of_table in kept.items() if of_table}
+
+
+def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
+    """One row of the layer table: mean relative error, true bits, warm seconds over layer files."""
+    settings = GPTVQSettings(**{**VQ_SETTINGS[setting], **LAYER_ROWS[name]})
+    errors, num_bytes, values, seconds = [], 0, 0, 0.0
+    for path in files:
+        weight, hessian = load_layer(path)
+        objectives = [Objective(hessian, factorize(hessian, DAMPING, path.stem))]
+        for _ in range(2):  # the first time compiles
+            start = time.perf_counter()
+            tensor = quantize_layer(
+                METHODS["gptvq"].quantize, settings, weight, objectives, jax.random.key(0)
+            )
+            jax.block_until_ready(tensor)
+            warm = time.perf_counter() - start
+        seconds += warm
+        errors.append(relative_error(weight, dequantize(tensor), objectives))
+        num_bytes += tensor.num_bytes
+        values += weight.size
+    return {
+        "row": name,
+        "setting": setting,
+        "relative_error": geometric_mean(errors),
+        "bits_per_value": 8 * num_bytes / values,
+        "seconds": seconds,
+    }
+
+
+def model_row(
+    name: str, base: Any, directory: Path, perplexity_float: float | None
+) -> dict[str, Any]:
+    """One row of the model table: a whole run, resumed or read where it was made before.
+
+    Args:
+      name: in MODEL_ROWS.
+      base: ConfigDict that the row changes.
+      directory: of all work directories.
+      perplexity_float: of the float model, if it is known already.
+    """
+    config = base.copy_and_resolve_references()
+    for field, value in MODEL_ROWS[name].items():
+        if field == "calibration.num_windows":  # relative to the base
+            value = int(base.calibration.num_windows * value)
+        config.update_from_flattened_dict({field: value})
+    path = directory / "".join(c if c.isalnum() else "_" for c in name)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        summary = job.quantize(config, str(path), perplexity_float)
+    write_text(path / "report.txt", printed.getvalue())
+    quantized, of_float = summary["perplexity_quantized"], summary["perplexity_float"]
+    return {
+        "row": name,
+        "bits_per_value": summary["bits_per_value"],
+        "perplexity_float": of_float,
+        "perplexity": quantized,
+        "rise": log_ratio(quantized, of_float),
+        "seconds": summary["seconds"] - summary["stages"].get("evaluate", 0.0),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], value: str) -> str:
+    """Markdown, the first row being what the others are compared with.
+
+    Args:
+      rows: of one table and setting.
+      value: 'relative_error' or 'rise'.
+    """
+    whole = value == "rise"
+    columns = ["row", value.replace("_", " "), "against the first"]
+    columns += ["perplexity"] * whole + ["bits per value", "seconds"]
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        cells = [row["row"], f"{row[value]:.5f}", f"{_against(row, rows[0], value):.3f}"]
+        cells += [f"{row['perplexity']:.2f}"] if whole else []
+        lines.append([*cells, f"{row['bits_per_value']:.3f}", f"{row['seconds']:.1f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _against(row: dict[str, Any], first: dict[str, Any], value: str) -> float:
+    """A value over that of the first row; inf or nan where one of them is, or the first is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(row[value]) / np.float64(first[value]))
+
+
+def plot(tables: dict[str, tuple[Sequence[dict[str, Any]], str]], path: Path) -> None:
+    """Bars of every row against the first of its table.
+
+    Args:
+      tables: {title: (rows, value)}, as for `table`.
+      path: of the PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 1 + 0.24 * max(len(rows) for rows, _ in tables.values())
+    figure, all_axes = plt.subplots(
+        1, len(tables), figsize=(6 * len(tables), height), layout="constrained", squeeze=False
+    )
+    for axes, (title, (rows, value)) in zip(all_axes[0], tables.items(), strict=True):
+        ratios = [_against(row, rows[0], value) for row in rows]
+        finite = [ratio for ratio in ratios if np.isfinite(ratio)] or [1.0]
+        axes.barh([row["row"] for row in rows], np.nan_to_num(ratios, posinf=max(*finite, 2.0)))
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(xlabel=f"{value.replace('_', ' ')}, first row = 1", title=title)
+        # Bars that are far off are cut, or the small differences would not show.
+        axes.set_xlim(left=min(0.9, *finite) - 0.05, right=min(2.0, max(finite) + 0.05))
+        axes.invert_yaxis()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    plt.close(figure)

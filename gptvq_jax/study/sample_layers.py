@@ -1,0 +1,147 @@
+"""Layers to measure methods on: of a real model with real inputs, or random of any size."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax.console.progress import Progress
+from gptvq_jax.core.hessian import Moment, add_inputs, init_moment, mean
+from gptvq_jax.data import calibration_windows, documents
+from gptvq_jax.files.new_directory import new_directory
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    LINEAR_LAYERS,
+    Params,
+    block_forward_with_inputs,
+    embed,
+    get_layer,
+)
+from gptvq_jax.models.open import PACKAGED_SMOLLM2, open_source
+from gptvq_jax.models.source import ModelSource, layer_shapes
+
+# From the first, middle and last block of SmolLM2-135M; together every kind of input and shape.
+SAMPLED_LAYERS = {
+    0: ("self_attn/k_proj",),
+    14: ("mlp/down_proj", "self_attn/o_proj", "mlp/up_proj", "self_attn/v_proj"),
+    29: ("self_attn/q_proj",),
+}
+_BATCH_SIZE = 4  # windows per forward pass
+
+
+def smollm2_layers(directory: Path, *, num_windows: int = 8, seqlen: int = 1024) -> None:
+    """Writes SAMPLED_LAYERS of SmolLM2-135M to a directory, unless it is already there.
+
+    The Hessians are those of the float model on random windows of the Wikipedia articles.
+
+    Args:
+      directory: to be made; see `make_layers`.
+      num_windows, seqlen: of the text.
+
+    Raises:
+      FileNotFoundError: the package with the model or the one with the text is not installed.
+    """
+    if directory.exists():
+        return
+    source = open_source(PACKAGED_SMOLLM2)
+    tokens = calibration_windows(
+        source.tokenizer,
+        documents("wikipedia", "train"),
+        num_windows,
+        seqlen,
+        seed=0,
+        vocab_size=source.config.vocab_size,
+    )
+    with Progress(max(SAMPLED_LAYERS) + 1, "sample layers", "block") as progress:
+        make_layers(source, tokens, SAMPLED_LAYERS, directory, progress)
+
+
+def make_layers(
+    source: ModelSource,
+    tokens: np.ndarray,
+    wanted: Mapping[int, Sequence[str]],
+    directory: Path,
+    progress: Progress,
+) -> None:
+    """Writes weights and Hessians of some layers of the float model, one .npz file per layer.
+
+    `block07.k_proj.npz` holds `weight` (out, in) and `hessian` (in, in), mean x x^T, float32. One
+    block is in memory at a time, and none after the last one wanted is read. The directory appears
+    only when it is complete; one that exists is left as it is.
+
+    Args:
+      source: the model.
+      tokens: windows (n, T) int32.
+      wanted: {block: names in LINEAR_LAYERS}.
+      directory: to be made.
+      progress: advanced by one per block up to the last one wanted.
+
+    Raises:
+      ValueError: a layer or a block that the model does not have.
+    """
+    if directory.exists():
+        return
+    depth = source.config.num_hidden_layers
+    if not wanted or not 0 <= min(wanted) <= max(wanted) < depth:
+        raise ValueError(f"blocks {sorted(wanted)} must be some of 0 to {depth - 1}")
+    for name in {name for names in wanted.values() for name in names} - set(LINEAR_LAYERS):
+        raise ValueError(f"{name!r} is not a linear layer of a block; choose from {LINEAR_LAYERS}")
+    shapes = layer_shapes(source.config)
+    weights = [shapes[name] for names in wanted.values() for name in names]
+    num_bytes = sum(4 * cols * (rows + cols) for rows, cols in weights)
+    with new_directory(directory, num_bytes) as partial:
+        activations = np.asarray(embed(source.outer(), tokens))
+        for index in range(max(wanted) + 1):
+            block = jax.device_put(source.block(index))
+            names = wanted.get(index, ())
+            activations, moments = _forward(source.config, block, activations, names)
+            for name in names:
+                np.savez(
+                    partial / f"block{index:02d}.{name.rpartition('/')[2]}.npz",
+                    weight=np.asarray(get_layer(block, name)["kernel"]).T,
+                    hessian=np.asarray(mean(moments[_group_of(name)])),
+                )
+            progress.advance(f"block {index}")
+
+
+def _forward(
+    config: ModelConfig, block: Params, activations: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, dict[str, Moment]]:
+    """Outputs (n, T, hidden) on the host, and the moments of what the layers named read."""
+    moments = {_group_of(n): init_moment(get_layer(block, n)["kernel"].shape[0]) for n in names}
+    outputs = np.empty_like(activations)
+    for start in range(0, len(activations), _BATCH_SIZE):
+        part = slice(start, start + _BATCH_SIZE)
+        outputs[part], inputs = block_forward_with_inputs(config, block, activations[part])
+        moments = {group: add_inputs(m, inputs[group]) for group, m in moments.items()}
+    return outputs, moments
+
+
+def _group_of(name: str) -> str:
+    """First name of the group that reads the same input as layer `name`."""
+    return next(group[0] for group in LINEAR_GROUPS if name in group)
+
+
+def random_layer(rows: int, cols: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """A weight (R, C) with outlier columns and the Hessian (C, C) of correlated inputs.
+
+    One column in 64 is 8 times as large as the others. H is a matrix of rank C / 16 plus a
+    diagonal of uneven size, trace C.
+    """
+    generator = np.random.default_rng(seed)
+    columns = np.where(generator.permutation(cols) % 64 == 0, np.float32(8), np.float32(1))
+    rank = -(-cols // 16)
+    factor = generator.standard_normal((cols, rank), np.float32) / np.float32(np.sqrt(rank))
+    size = np.exp(generator.standard_normal(cols, np.float32))
+    factor *= np.sqrt(size)[:, None]
+    hessian = factor @ factor.T
+    hessian[np.diag_indices(cols)] += 0.1 * size
+    hessian *= cols / np.trace(hessian)
+    # Changed in place and handed over one after the other: few copies in memory at once.
+    hessian = jax.block_until_ready(jnp.asarray(hessian))
+    weight = generator.standard_normal((rows, cols), np.float32)
+    weight *= columns
+    return jnp.asarray(weight), hessian

@@ -1,0 +1,66 @@
+"""What a run tells of numbers that are none."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gptvq_jax.console import report
+from gptvq_jax.study import ablations
+
+INF, NAN = float("inf"), float("nan")
+
+
+def test_numbers_that_json_does_not_have_are_written_as_float_reads_them():
+    rows = {"a": [1.5, INF, -INF, NAN], "b": {"c": np.float64(INF)}, "d": "inf", "e": None, "f": 3}
+    text = json.dumps(report.json_numbers(rows), allow_nan=False)
+    read = json.loads(text)
+    np.testing.assert_equal([float(value) for value in read["a"]], rows["a"])
+    assert float(read["b"]["c"]) == INF
+    assert (read["d"], read["e"], read["f"]) == ("inf", None, 3)
+
+
+@pytest.mark.parametrize(
+    "after, before, expected",
+    [(np.e, 1.0, 1.0), (INF, 2.0, INF), (2.0, INF, -INF), (INF, INF, NAN), (NAN, 2.0, NAN)],
+)
+def test_the_logarithm_of_a_ratio(after, before, expected):
+    np.testing.assert_equal(report.log_ratio(after, before), expected)
+
+
+@pytest.mark.parametrize("values", [(0.5, INF, NAN), (INF, 0.5), (0.0, NAN)])
+def test_ablations_with_runs_that_diverged(values, tmp_path):
+    rows = [
+        {"row": f"r{i}", "rise": v, "perplexity": v, "bits_per_value": 2.0, "seconds": 1.0}
+        for i, v in enumerate(values)
+    ]
+    assert len(ablations.table(rows, "rise").splitlines()) == 2 + len(values)
+    ablations.plot({"model": (rows, "rise")}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_run_of_a_hopeless_model_ends_with_its_summary(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    def job(source, settings, workdir, *_):
+        calls.append(settings)
+        layer = {"kind": "layer", "block": 0, "layer": "mlp/up_proj", "relative_error": 0.5}
+        layer |= {"sqnr_db": 3.0, "num_codebooks": 1, "index_bits": 2, "dim": 2, "seconds": 1.0}
+        workdir.append_metrics([{**layer, "bits_per_value": 2.0}])
+        workdir.checkpoint.mkdir()
+        (workdir.checkpoint / "manifest.json").write_text("{}")
+        sizes = ("num_layers", "quantized_bytes", "embedding_bytes", "dense_bytes", "seconds")
+        sizes += ("checkpoint_bytes", "compile_seconds", "peak_memory_bytes", "bits_per_value")
+        texts = {"evaluation": "1 x 32 tokens", "calibration": "6 x 32 tokens", "stages": {}}
+        perplexity = {"perplexity_float": INF, "perplexity_quantized": INF}
+        return {"kind": "summary", **dict.fromkeys(sizes, 1), **texts, **perplexity}
+
+    monkeypatch.setattr(job, "_quantize", job)
+    first = job.quantize(tiny_config, str(tmp_path / "w"))
+    assert "perplexity  float inf -> quantized inf  (log-perplexity +nan" in capsys.readouterr().out
+    assert job.quantize(tiny_config, str(tmp_path / "w")) == first and len(calls) == 1
+    assert first["perplexity_quantized"] == INF
+    for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # Infinity is not JSON

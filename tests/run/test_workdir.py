@@ -1,0 +1,124 @@
+"""The work directory: what survives a kill, and what is refused."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gptvq_jax.run.workdir import WorkDir
+
+CONFIG = {"vq": {"dim": 2}, "seed": 0}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    with WorkDir(tmp_path / "run", CONFIG) as opened:
+        yield opened
+
+
+def test_changed_config_is_refused_with_the_difference(workdir):
+    workdir.close()
+    WorkDir(workdir.path, CONFIG).close()
+    with pytest.raises(ValueError, match="vq.dim: 2 -> 4"):
+        WorkDir(workdir.path, {"vq": {"dim": 4}, "seed": 0})
+
+
+def test_unwritable_path_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--workdir"):
+        WorkDir(tmp_path / "file" / "run", CONFIG)
+
+
+def test_second_process_is_refused(workdir):
+    with pytest.raises(ValueError, match="another process"):
+        WorkDir(workdir.path, CONFIG)
+
+
+def test_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ValueError, match="no work directory"):
+        WorkDir(tmp_path, CONFIG)
+
+
+def save(workdir, block, x, stream="quantized"):
+    with workdir.write_activations(block, x.shape, stream) as out:
+        for i in range(len(x)):
+            out[i : i + 1] = x[i : i + 1].astype(np.float32)
+
+
+def test_activations_that_are_not_whole_do_not_count(workdir):
+    x = np.ones((2, 3, 4), ml_dtypes.bfloat16)
+    save(workdir, 1, x)
+    with pytest.raises(RuntimeError), workdir.write_activations(1, x.shape) as out:
+        out[0:1] = 2 * x[:1]
+        raise RuntimeError
+    with pytest.raises(RuntimeError), workdir.write_activations(2, x.shape):
+        raise RuntimeError
+    np.testing.assert_array_equal(workdir.load_activations(1)[:], x)
+    assert not workdir.has_activations(2)
+    assert not list(workdir.path.rglob("*.partial"))
+
+
+def test_activations_round_trip_and_drop(workdir):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
+    save(workdir, 0, x)
+    save(workdir, 1, x + x)
+    loaded = workdir.load_activations(0)
+    assert loaded.shape == x.shape and len(loaded) == 2
+    np.testing.assert_array_equal(loaded[0:1], x[:1])
+    workdir.drop_activations(before=1)
+    np.testing.assert_array_equal(workdir.load_activations(1)[:], x + x)
+    with pytest.raises(ValueError, match=r"00000\.quantized\.npy is missing"):
+        workdir.load_activations(0)
+
+
+def test_backward_pass_round_trips_and_keeps_apart_from_the_inputs(workdir):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
+    save(workdir, 1, x)
+    for block in range(3):
+        save(workdir, block, x * block, "inputs")
+        save(workdir, block, -x * block, "gradient")
+    np.testing.assert_array_equal(workdir.load_activations(2, "inputs")[:], x * 2)
+    np.testing.assert_array_equal(workdir.load_activations(2, "gradient")[:], -x * 2)
+    workdir.drop_activations(before=3)
+    assert not workdir.has_activations(1)
+    save(workdir, 1, x)
+    workdir.drop_backward(1)
+    assert [workdir.has_activations(block, "inputs") for block in range(3)] == [True, False, False]
+    kept = [workdir.has_activations(block, "gradient") for block in range(3)]
+    assert kept == [False, True, False]
+    assert workdir.has_activations(1)
+
+
+def test_token_weights_round_trip(workdir):
+    weights = {"mlp/up_proj": np.random.default_rng(0).random((2, 3, 4), np.float32)}
+    assert not workdir.has_token_weights(7)
+    with pytest.raises(ValueError, match=r"00007\.npz is missing.*remove .*gradients to start"):
+        workdir.load_token_weights(7)
+    workdir.save_token_weights(7, weights)
+    assert workdir.has_token_weights(7)
+    loaded = workdir.load_token_weights(7)
+    assert loaded.keys() == weights.keys()
+    np.testing.assert_array_equal(loaded["mlp/up_proj"], weights["mlp/up_proj"])
+
+
+def test_half_written_files_do_not_count(workdir):
+    (workdir.path / "tokens.npy.partial").write_bytes(b"half")
+    assert workdir.load_tokens() is None
+    workdir.append_metrics([{"kind": "layer", "block": 0}])
+    with open(workdir.path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "lay')
+    assert workdir.metrics() == [{"kind": "layer", "block": 0}]
+
+
+def test_a_run_that_was_refused_at_its_start_may_be_corrected(tmp_path):
+    def start(seed, *, begin=False):
+        with WorkDir(tmp_path, {"seed": seed}) as workdir:
+            if begin:
+                workdir.save_tokens(np.zeros((1, 2), np.int32))
+            raise ZeroDivisionError
+
+    for seed, begin in ((0, False), (1, True), (1, False)):
+        with pytest.raises(ZeroDivisionError):
+            start(seed, begin=begin)
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        start(2)

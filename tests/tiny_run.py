@@ -1,0 +1,53 @@
+"""A random two-block model with a byte-level tokenizer, and a text to calibrate on."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gptvq_jax.config import default_config
+from gptvq_jax.study.random_model import write_random_llama
+
+NUM_BLOCKS = 3
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    write_random_llama(path, byte_tokenizer(), NUM_BLOCKS, hidden=48, head_dim=16)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    """Random words from one vocabulary, a file to calibrate on and another to evaluate on."""
+    generator = np.random.default_rng(0)
+    words = ["".join(generator.choice(list("etaoinshrdlu"), 5)) for _ in range(300)]
+    paths = []
+    for name in ("train.txt", "test.txt"):
+        path = tmp_path_factory.mktemp("text") / name
+        path.write_text(" ".join(generator.choice(words, 2000)))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def tiny_config(model_dir, text_files):
+    """Cheap settings: 2D with 2-bit codes, one EM step, windows of 32 tokens."""
+    config = default_config()
+    config.model = str(model_dir)
+    config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1
+    config.vq.codebook_update, config.vq.polish_rounds = "none", 0
+    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.batch_size, config.calibration.asymmetry = 4, 0.0
+    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
+    return config
