@@ -4,6 +4,7 @@ Steps are what is shown; work, in any unit, is what the bar and its ETA go by, s
 is not taken for a large one.
 """
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -61,7 +62,7 @@ class _Bar(tqdm):
 
 
 class Progress:
-    """A bar over a known number of steps.
+    """A bar over a known number of steps, which any thread may count.
 
     Args:
       total: steps, shown as whole numbers.
@@ -86,10 +87,10 @@ class Progress:
         compiling: CompileTime = compile_time.PROCESS,
     ):
         self._total, self._steps, self._unit = total, 0.0, unit
+        self._steps_are_work = work is None
         self._all_work, self._work = total if work is None else work, 0.0
         self.seconds_left: float | None = None
-        self._eta = Eta(clock, compiling)
-        # In parts of the whole: sums of large numbers may end beside their total.
+        self._eta, self._lock = Eta(clock, compiling), threading.Lock()
         self._bar = _Bar(*self._texts(), total=1.0, desc=description)
 
     def __enter__(self):
@@ -100,8 +101,9 @@ class Progress:
 
     def skip(self, steps: float, work: float | None = None) -> None:
         """Steps that an earlier run finished: they count as done, but not towards the ETA."""
-        self._eta.skip()
-        self._bar.update(self._add(steps, work))
+        with self._lock:
+            self._eta.skip()
+            self._add(steps, self._work_of(steps, work))
         self._bar.refresh()
 
     def note(self, text: str) -> None:
@@ -109,21 +111,28 @@ class Progress:
         self._bar.set_postfix_str(text)
 
     def advance(self, text: str = "", steps: float = 1, work: float | None = None) -> None:
-        """Counts finished steps, and their work; default: every step is 1."""
-        self._eta.done(steps if work is None else work)
-        part = self._add(steps, work)
+        """Counts finished steps, and their work, in the unit of the work of all."""
+        work = self._work_of(steps, work)
         if text:
             self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(part)
+        with self._lock:
+            self._eta.done(work)
+            self._add(steps, work)
 
-    def _add(self, steps: float, work: float | None) -> float:
-        """The part of the whole that these steps are."""
-        work = steps if work is None else work
+    def _work_of(self, steps: float, work: float | None) -> float:
+        if (work is None) != self._steps_are_work:
+            raise ValueError("give the work of all steps and of each step, or of none")
+        return steps if work is None else work
+
+    def _add(self, steps: float, work: float) -> None:
         self._steps += steps
         self._work += work
         self.seconds_left = self._eta.seconds(max(0.0, self._all_work - self._work))
         self._bar.count, self._bar.left = self._texts()
-        return work / (self._all_work or 1)
+        # Sums of large numbers may end beside their total.
+        whole = self._steps >= self._total
+        part = 1.0 if whole else min(1.0, self._work / (self._all_work or 1))
+        self._bar.update(part - self._bar.n)
 
     def _texts(self) -> tuple[str, str]:
         count = f"{self._steps:.0f}/{self._total:.0f} {self._unit}s"

@@ -2,8 +2,8 @@
 
 With P the weights of a block's linear layers and N tokens, attention apart: 2 P N forward, 2 P N
 for the gradient with respect to what the layers read, 2 P N for that with respect to the weights.
-Attention costs twice its forward products on the way back. tests/models/test_decoder_flops.py counts the
-same in the traced programs.
+Attention costs twice its forward products on the way back. tests/models/test_decoder_flops.py
+counts the same in the traced programs.
 
 A driver adds a call where it makes one, in the stage that its thread is in:
 

@@ -64,7 +64,7 @@ def test_a_large_layer_is_more_work(capsys):
             clock.work(cost * seconds)
             progress.advance(work=cost * unit)
             assert progress.seconds_left == pytest.approx(sum(costs[i:]) * seconds, abs=1e-6)
-    assert "100%" in (text := shown(capsys)) and "80/80 layers [00:00, ETA 00:00]" in text
+    assert "100%|██████████| 80/80 layers [00:00, ETA 00:00]" in shown(capsys)
 
 
 def test_a_step_that_was_all_compilation_tells_nothing(capsys):
@@ -89,6 +89,17 @@ def test_steps_without_work_and_parts_of_steps():
         assert progress.seconds_left == pytest.approx(4.5)
     with bar(clock, 0) as progress:
         progress.skip(0)
+    with bar(clock, 2, work=0.0) as progress:
+        progress.advance(work=0.0)
+        assert progress.seconds_left is None
+
+
+@pytest.mark.parametrize("whole, part", [(None, 2.0), (9.0, None)])
+def test_work_of_all_and_of_each(whole, part):
+    with bar(Clock(), 4, work=whole) as progress:
+        for count in (progress.skip, progress.advance):
+            with pytest.raises(ValueError, match="give the work of all steps and of each step"):
+                count(steps=1, work=part)
 
 
 def test_what_jax_compiles_is_left_out():

@@ -1,6 +1,9 @@
 """The table of one run, and of two, by code of any age."""
 
+import json
+
 import pytest
+from documented import parsed
 
 from gptvq_jax.console import processor, time_table
 from gptvq_jax.console.processor import processor_name
@@ -112,6 +115,30 @@ def test_a_run_against_another():
         ("total", "100.0 100.0% 8.5 0.085 42.5% 1.62 12.0 3.00 1.00"),
         ("  against", "250.0 0.40x - - - - 30.0 - -"),
     ]
+
+
+@pytest.mark.parametrize("flag", ["", " --against=old"])
+def test_the_script_prints_runs_rate_and_table(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gptvq_jax.study.matmul_rate.matmul_rate", lambda: 0.2e12)
+    monkeypatch.setattr("gptvq_jax.console.processor.processor_name", lambda: "2 cores of A")
+    for name, rows in {"new": [*LAYERS, NEW], "old": [LAYERS[0], OLD], "half": LAYERS}.items():
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    with parsed(f"python scripts/benchmark_pipeline.py --workdir=new{flag}", monkeypatch) as script:
+        script.main([])
+        with pytest.raises(ValueError, match="half is not finished; run scripts/quantize.py"):
+            script.read_run(tmp_path / "half")
+    lines = capsys.readouterr().out.splitlines()
+    against = ["against old: on a processor that was not noted"] if flag else []
+    assert lines[: lines.index("")] == [
+        "this run: on 2 cores of A",
+        *against,
+        "rate: 0.200 TFLOP/s in float32 matrix products, on 2 cores of A",
+    ]
+    runs = [[*LAYERS, NEW], [LAYERS[0], OLD]][: 2 if flag else 1]
+    assert lines[lines.index("") + 1 :] == table(*runs, rate=0.2e12, processor="2 cores of A")
 
 
 def test_the_processor_has_its_name_or_another(tmp_path, monkeypatch):
