@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config to run.", lock_config=True)
+_CONFIG = cli.define_config(help="To run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.")
 
 
@@ -32,7 +31,7 @@ def main(_) -> None:
             quantize(_CONFIG.value, str(workdir), given=cli.given_fields())
         rows = read_metrics(workdir / "metrics.jsonl")
     if not rows or rows[-1]["kind"] != "summary":
-        raise ValueError(f"{workdir} is not finished; run scripts/quantize.py on it first")
+        raise ValueError(f"{workdir} is not finished; run gptvq_jax quantize on it first")
     print(time_table(rows[:-1], rows[-1]))
 
 
