@@ -15,7 +15,7 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
-_CONFIG = cli.define_config(help="To run.")
+_CONFIG = cli.define_config(help="Of a fresh run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.")
 
 

@@ -107,13 +107,23 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
-def test_the_map_to_a_closed_pipe(tmp_path):
+@pytest.mark.parametrize("words", [["--help"], ["export", "--help"]])
+def test_help_to_a_closed_pipe(words):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "gptvq_jax", "--help"]
+    command = [sys.executable, "-m", "gptvq_jax", *words]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=REPOSITORY)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["export", "--help"]])
+def test_help_to_a_full_disk(words):
+    command = [sys.executable, "-m", "gptvq_jax", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=REPOSITORY)
+    assert done.returncode == 1
+    assert done.stderr == b"error: [Errno 28] No space left on device\n"
 
 
 def test_version(tmp_path):

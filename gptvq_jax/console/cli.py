@@ -62,11 +62,9 @@ def _imports(frame) -> bool:
 
 
 def show(text: str) -> None:
-    """Prints a text; where its reader has gone, ends the process as `run` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        leave(_BROKEN_PIPE)
+    """Prints a text; where it cannot be written, ends the process as `run` does."""
+    with _written_output():
+        print(text)
 
 
 def leave(status: int, line: str = "") -> None:
@@ -243,6 +241,23 @@ def _drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def _written_output() -> Iterator[None]:
+    """What is printed is written now, or the process ends as after a job that printed it."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        leave(_BROKEN_PIPE)
+    except OSError as error:
+        print_error(error)
+        _drop_output()
+        sys.exit(1)
+
+
 def _return_freed_memory() -> None:
     """Large arrays go back to the system when freed, where the C library is glibc.
 
@@ -286,7 +301,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    with _refused_flags():
+    with _written_output(), _refused_flags():  # --help prints
         return flags.FLAGS(argv)
 
 
