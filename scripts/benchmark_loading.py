@@ -4,9 +4,9 @@
   python scripts/benchmark_loading.py --hidden=8192 --wide=28672      # of a 70B model, 4 GB on disk
 
 A random model of two blocks in bfloat16, in the shape of Llama-2-7B (0.8 GB), is written to a
-temporary directory (TMPDIR moves it) and read from the page cache. Loading a block reads it, casts it
-to float32, transposes its kernels, checks that all is finite, and leaves it on the device. The ratio is
-that to the faster of two casts, of one thread of NumPy and of XLA on the device.
+temporary directory (TMPDIR moves it) and read from the page cache. Loading a block reads it, casts
+it to float32, transposes its kernels, checks that all is finite, and leaves it on the device. The
+ratio is that to the faster of two casts: of one thread of NumPy, and of XLA on the device.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import jax
 
@@ -29,7 +30,7 @@ class Blocks:
     def __iter__(self) -> Iterator[tuple[int, Params]]:
         with ThreadPoolExecutor(1, "load block") as thread:
             ahead = None
-            for index, after in zip(self._order, [*self._order[1:], None], strict=True):
+            for index, after in zip_longest(self._order, self._order[1:]):
                 with self._stopwatch.stage("load block"):
                     block = (ahead or thread.submit(self._load, index)).result()
                 ahead = None if after is None else thread.submit(self._load, after)

@@ -1,9 +1,9 @@
 """Perplexity: one walk over the blocks, whatever the number of windows.
 
-It multiplies by dense kernels, also where the model is packed: each is dequantized on the device once
-for all of the text. On 2 cores of a Zen 4, 4 x 1024 tokens times 4096 x 4096 weights take 1.6 s dense,
-1.8 s by the packed kernel of 2D codes, 4.4 s of 1D and 6.5 s of AQLM's 2x8; dequantizing takes 0.04 s,
-0.09 s and 0.6 s.
+It multiplies by dense kernels, also where the model is packed: each is dequantized on the device
+once for all of the text. On 2 cores of a Zen 4, 4 x 1024 tokens times 4096 x 4096 weights take
+1.6 s dense, 1.8 s by the packed kernel of 2D codes, 4.4 s of 1D and 6.5 s of AQLM's 2x8;
+dequantizing takes 0.04 s, 0.09 s and 0.6 s.
 """
 
 import contextlib
