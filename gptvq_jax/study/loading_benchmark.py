@@ -1,6 +1,6 @@
 """How long a block takes to load, against what it cannot take less than: reading and casting it."""
 
-import statistics
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +23,12 @@ def measure(directory: Path, hidden: int, wide: int, head_dim: int, repeats: int
     Args:
       directory: to be made, for a model of two blocks in bfloat16.
       hidden, wide, head_dim: sizes of it; 4096, 11008 and 128 are those of Llama-2-7B.
-      repeats: of all measurements in turn, of each block, after one that is not counted.
+      repeats: of all measurements in turn, of each block.
 
     Returns:
-      Medians in seconds: "read" the bytes of a block; "cast_host", read and cast them by NumPy;
-      "cast_device", read them and cast them by XLA on the device; "load" the block. And "bytes" of
-      a block, "ratio" of "load" to the faster cast, the median of the rounds.
+      Seconds, the least of all rounds: "read" the bytes of a block; "cast_host", read and cast them
+      by NumPy; "cast_device", read them and cast them by XLA on the device; "load" the block. And
+      "bytes" of a block, "ratio" of "load" to the faster cast.
     """
     write_random_llama(
         directory, None, num_blocks=2, hidden=hidden, head_dim=head_dim, wide=wide, vocab_size=256
@@ -45,17 +45,12 @@ def measure(directory: Path, hidden: int, wide: int, head_dim: int, repeats: int
         "cast_device": lambda index: [_cast(x) for x in _read(blocks[index])],
         "load": source.block,
     }
-    rounds = []
-    for number in range(repeats + 1):
+    row: dict[str, Any] = dict.fromkeys(ways, math.inf)
+    for _ in range(repeats):
         for index in range(2):
-            seconds = {name: _seconds(way, index) for name, way in ways.items()}
-            rounds += [seconds] * (number > 0)
-    row: dict[str, Any] = {
-        name: statistics.median(seconds[name] for seconds in rounds) for name in ways
-    }
-    row["ratio"] = statistics.median(
-        s["load"] / min(s["cast_host"], s["cast_device"]) for s in rounds
-    )
+            for name, way in ways.items():
+                row[name] = min(row[name], _seconds(way, index))
+    row["ratio"] = row["load"] / min(row["cast_host"], row["cast_device"])
     row["bytes"] = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in blocks[0])
     return row
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gptvq_jax.models import on_device
 from gptvq_jax.models.file_tensor import read_header
 from gptvq_jax.models.on_device import Loader
 
@@ -118,6 +119,15 @@ def test_the_header_says_where_tensors_are(tmp_path):
     assert {name: tensor.offset - start for name, tensor in tensors.items()} == {
         name: begin for name, (begin, _) in offsets.items()
     }
+
+
+def test_a_cpu_shares_the_memory_that_the_host_filled(monkeypatch):
+    filled, aligned = [], on_device._aligned
+    monkeypatch.setattr(
+        on_device, "_aligned", lambda shape: filled.append(aligned(shape)) or filled[-1]
+    )
+    loaded = load(np.ones((1000, 40), ml_dtypes.bfloat16))
+    assert loaded.unsafe_buffer_pointer() == filled[0].ctypes.data
 
 
 def test_its_threads_end_with_it():
