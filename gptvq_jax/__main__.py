@@ -30,6 +30,7 @@ GROUPS = {
         "benchmark-layers",
         "benchmark-big-layer",
         "benchmark-memory",
+        "benchmark-loading",
         "benchmark-decode",
         "torture",
     ),

@@ -128,7 +128,7 @@ def test_the_script_prints_runs_rate_and_table(flag, tmp_path, monkeypatch, caps
         (tmp_path / name / "metrics.jsonl").write_text(text)
     with parsed(f"python scripts/benchmark_pipeline.py --workdir=new{flag}", monkeypatch) as script:
         script.main([])
-        with pytest.raises(ValueError, match="half is not finished; run scripts/quantize.py"):
+        with pytest.raises(ValueError, match="half is not finished; run gptvq_jax quantize"):
             script.read_run(tmp_path / "half")
     lines = capsys.readouterr().out.splitlines()
     against = ["against old: on a processor that was not noted"] if flag else []

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptvq_jax.core import int8_rows as int8_rows_file
 from gptvq_jax.core.int8_rows import dequantize_rows, int8_rows
 from gptvq_jax.core.vq_tensor import FactoredCodebook, dequantize
-from gptvq_jax.methods import uniform
 from gptvq_jax.methods.uniform import UniformSettings, gptq, rtn
 
 ROWS = 6
@@ -160,7 +160,7 @@ def test_int8_rows_are_the_symmetric_grid_of_rtn():
 def test_int8_rows_do_not_depend_on_chunks(values, monkeypatch):
     weight = rows_of_all_sizes()
     whole = int8_rows(weight)
-    monkeypatch.setattr(uniform, "_CHUNK_VALUES", values)
+    monkeypatch.setattr(int8_rows_file, "_CHUNK_VALUES", values)
     tensor = int8_rows(np.asfortranarray(weight))
     for a, b in zip(jax.tree.leaves(tensor), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
