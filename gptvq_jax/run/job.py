@@ -86,18 +86,8 @@ def _quantize(
         if tokens is None:
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
-    plan = _prepare(source, settings, workdir, tokens, stopwatch)
-    unit = "step" if settings.tune.block else "layer"
-    with Progress(steps(source.config, settings), "quantize", unit) as progress:
-        quantize_model(source, settings, plan, workdir, tokens, progress, stopwatch)
-
-    packed = PackedCheckpoint(workdir.checkpoint)
-    with stopwatch.stage("evaluate"):
-        before = perplexity_float
-        if before is None:
-            before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
-        after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
-    manifest = packed.manifest
+    before, after = passes.run(source, settings, workdir, tokens, held_out, stopwatch)
+    manifest = PackedCheckpoint(workdir.checkpoint).manifest
     return {
         "kind": "summary",
         "bits_per_value": manifest["bits_per_value"],
@@ -128,33 +118,6 @@ def _check_plan(source: ModelSource, settings: RunSettings) -> None:
     check_row_groups(layer_shapes(source.config), used, groups)
     if allocated:
         allocation.check_budget(source.config, settings)
-
-
-def _prepare(
-    source: ModelSource,
-    settings: RunSettings,
-    workdir: WorkDir,
-    tokens: np.ndarray,
-    stopwatch: Stopwatch,
-) -> Plan:
-    """What comes before quantization, if asked for: token weights, and the allocation of bits."""
-    c = settings.calibration
-    groups = settings.weight_groups
-    if not groups:
-        return {}
-    with Progress(gradients.steps(source.config), "gradients", "block") as progress:
-        gradients.save_token_weights(
-            source, tokens, c.batch_size, groups, workdir, progress, stopwatch
-        )
-    if not settings.allocation.bits_per_value:
-        return {}
-    depth = source.config.num_hidden_layers
-    num_blocks = min(settings.num_blocks or depth, depth)
-    with Progress(allocation.steps(num_blocks), "allocate bits", "layer") as progress:
-        allocation.measure_curves(
-            source, settings, workdir, tokens, num_blocks, progress, stopwatch
-        )
-    return allocation.plan(settings, workdir, num_blocks)
 
 
 def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:

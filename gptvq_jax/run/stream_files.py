@@ -1,6 +1,6 @@
 """Streams on disk: what goes from block to block, one file for every point between two blocks.
 
-00007.float.npy holds the stream "float" at point 7, the entrance of block 7 and the exit of block 6.
+00007.float.npy holds the stream "float" at point 7, where block 6 ends and block 7 begins.
 """
 
 from contextlib import AbstractContextManager

@@ -23,11 +23,9 @@ class Visitor(Protocol):
     """A pass over the blocks.
 
     Attributes:
-      stage: of the stopwatch.
       releases: streams that nobody reads behind this visitor.
     """
 
-    stage: str
     releases: Sequence[str]
 
     def position(self, order: range) -> int:
@@ -57,19 +55,17 @@ def walk(
       files: holds the streams.
       visitors: in the order in which they visit a block.
       order: of the blocks, up or down.
-      stopwatch: receives the seconds of every visitor's stage, and of loading blocks.
+      stopwatch: receives the seconds that are waited for blocks.
     """
     positions = [visitor.position(order) for visitor in visitors]
     for visitor, position in zip(visitors, positions, strict=True):
         if position == 0 and len(order):
-            with stopwatch.stage(visitor.stage):
-                visitor.begin()
+            visitor.begin()
     left = order[min(positions, default=len(order)) :]
     for index, block in Blocks(source, left, stopwatch):
         for visitor, position in zip(visitors, positions, strict=True):
             if order.index(index) >= position:
-                with stopwatch.stage(visitor.stage):
-                    visitor.visit(index, block)
+                visitor.visit(index, block)
         for visitor in visitors:
             for stream in visitor.releases:
                 files.drop_behind(stream, entrance(index, order), order.step)
