@@ -93,6 +93,7 @@ def has(*args, **options):
 
 
 PROMPT = "Once upon a time"
+RATE = 1e11  # FLOP/s
 # Command -> what holds of the call of its job.
 EFFECTS = {
     f"{Q}smollm2_135m_2d.py": is_default_job,
@@ -128,7 +129,10 @@ EFFECTS = {
     "python scripts/import.py --model=ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf "
     "--output=imported": has("ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf", "imported", "float16"),
     f"python scripts/benchmark_pipeline.py --workdir={RUN}": has(
-        [{"kind": "layer"}], {"kind": "summary"}
+        [{"kind": "layer"}, {"kind": "summary"}], None, RATE, "here"
+    ),
+    "python scripts/benchmark_pipeline.py --workdir=NEW --against=OLD": has(
+        [{"kind": "layer"}, {"kind": "summary"}], [{"kind": "summary"}], RATE, "here"
     ),
     "python scripts/benchmark_memory.py --depths=6,24": has([(6, 8), (24, 8)]),
     "python scripts/benchmark_layers.py": has(Path("runs/layers"), "gptvq"),
@@ -154,8 +158,10 @@ def call(monkeypatch, tmp_path):
     """Parses a command and runs the script up to its job, whose arguments it returns."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / RUN).mkdir(parents=True)
-    (tmp_path / RUN / "metrics.jsonl").write_text('{"kind": "layer"}\n{"kind": "summary"}\n')
+    rows = ['{"kind": "layer"}\n', '{"kind": "summary"}\n']
+    for work, lines in {RUN: rows, "NEW": rows, "OLD": rows[1:]}.items():
+        (tmp_path / work).mkdir(parents=True)
+        (tmp_path / work / "metrics.jsonl").write_text("".join(lines))
     calls = []
 
     def job(module, name, result=None, of=None):
@@ -184,7 +190,9 @@ def call(monkeypatch, tmp_path):
             for name in ("hf_dense", "hf_aqlm"):
                 job(f"exchange.{name}", name, of=of_checkpoint)
             job("exchange.import_aqlm", "import_aqlm", of=of_checkpoint)
-            job("console.report", "time_table")
+            job("console.time_table", "time_table")
+            monkeypatch.setattr("gptvq_jax.study.matmul_rate.matmul_rate", lambda: RATE)
+            monkeypatch.setattr("gptvq_jax.console.processor.processor_name", lambda: "here")
             job("study.torture", "torture", (Counter(), 0, 0))
             benchmarks(module)
             module.main(sys.argv)

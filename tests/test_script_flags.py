@@ -51,6 +51,11 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         ),
         ("python scripts/benchmark_pipeline.py --workdir=tests", "there is no tests/metrics.jsonl"),
         (
+            "python scripts/benchmark_pipeline.py --config=configs/smollm2_135m_2d.py "
+            "--against=docs",  # read before hours of work
+            "there is no docs/metrics.jsonl",
+        ),
+        (
             f"{LAYERS} --methods=gptvq,aqlm --settings=aqlm_2x8",
             "--methods=gptvq has no effect with --settings=aqlm_2x8; it has 1d_",
         ),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gptvq_jax.console.stopwatch import stages_of
 from gptvq_jax.files.durable import replacing
 
 _COLUMNS = "block  layer              rel. error   SQNR dB    code   bits/value   seconds"
@@ -60,7 +61,7 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "
          f"{summary['compile_seconds']:.0f} s"),
-        ("stages", ", ".join(f"{k} {v:.0f} s" for k, v in summary["stages"].items())),
+        ("stages", ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in stages_of(summary).items())),
         ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:>15s}  {text}" for name, text in lines)
@@ -122,23 +123,3 @@ def plot(
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
-
-
-def time_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """Seconds by stage and by kind of layer, with their share of the whole run."""
-    total = summary["seconds"]
-    by_layer: dict[str, float] = {}
-    for row in rows:
-        if row["kind"] != "layer":  # tuning of a block is a stage of its own
-            continue
-        by_layer[row["layer"]] = by_layer.get(row["layer"], 0.0) + row["seconds"]
-    parts = [*summary["stages"].items(), ("elsewhere", total - sum(summary["stages"].values()))]
-    lines = [f"{'stage':24s} seconds   share"]
-    lines += [f"{name:24s} {s:7.1f}  {s / total:6.1%}" for name, s in parts]
-    lines += [
-        f"{'  quantize ' + name:24s} {s:7.1f}  {s / total:6.1%}" for name, s in by_layer.items()
-    ]
-    compiling = summary["compile_seconds"]
-    lines.append(f"{'compilation, in these':24s} {compiling:7.1f}  {compiling / total:6.1%}")
-    lines.append(f"{'total':24s} {total:7.1f}")
-    return "\n".join(lines)

@@ -100,9 +100,7 @@ def _quantize(
         "perplexity_quantized": after,
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "calibration": describe(settings.calibration.dataset, tokens),
-        "seconds": stopwatch.total,
-        "compile_seconds": stopwatch.compile_seconds,
-        "stages": dict(stopwatch.seconds),
+        **stopwatch.summary(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from gptvq_jax.console.report import log_ratio
+from gptvq_jax.console.stopwatch import stages_of
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.vq_tensor import dequantize
 from gptvq_jax.files.durable import replacing, write_text
@@ -169,13 +170,14 @@ def model_row(
         summary = job.quantize(config, str(path), perplexity_float)
     write_text(path / "report.txt", printed.getvalue())
     quantized, of_float = summary["perplexity_quantized"], summary["perplexity_float"]
+    evaluating = stages_of(summary).get("evaluate", {"seconds": 0.0})["seconds"]
     return {
         "row": name,
         "bits_per_value": summary["bits_per_value"],
         "perplexity_float": of_float,
         "perplexity": quantized,
         "rise": log_ratio(quantized, of_float),
-        "seconds": summary["seconds"] - summary["stages"].get("evaluate", 0.0),
+        "seconds": summary["seconds"] - evaluating,
     }
 
 

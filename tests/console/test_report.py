@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptvq_jax.console import report
+from gptvq_jax.run import job
 from gptvq_jax.study import ablations
 
 INF, NAN = float("inf"), float("nan")
@@ -44,7 +45,7 @@ def test_a_run_of_a_hopeless_model_ends_with_its_summary(
 ):
     calls = []
 
-    def job(source, settings, workdir, *_):
+    def hopeless(source, settings, workdir, *_):
         calls.append(settings)
         layer = {"kind": "layer", "block": 0, "layer": "mlp/up_proj", "relative_error": 0.5}
         layer |= {"sqnr_db": 3.0, "num_codebooks": 1, "index_bits": 2, "dim": 2, "seconds": 1.0}
@@ -53,13 +54,19 @@ def test_a_run_of_a_hopeless_model_ends_with_its_summary(
         (workdir.checkpoint / "manifest.json").write_text("{}")
         sizes = ("num_layers", "quantized_bytes", "embedding_bytes", "dense_bytes", "seconds")
         sizes += ("checkpoint_bytes", "compile_seconds", "peak_memory_bytes", "bits_per_value")
-        texts = {"evaluation": "1 x 32 tokens", "calibration": "6 x 32 tokens", "stages": {}}
+        texts = {"evaluation": "1 x 32 tokens", "calibration": "6 x 32 tokens"}
+        stages = {"stages": {"evaluate": {"seconds": 3.2}, "elsewhere": {"seconds": 1.9}}}
         perplexity = {"perplexity_float": INF, "perplexity_quantized": INF}
-        return {"kind": "summary", **dict.fromkeys(sizes, 1), **texts, **perplexity}
+        return {"kind": "summary", **dict.fromkeys(sizes, 1), **texts, **stages, **perplexity}
 
-    monkeypatch.setattr(job, "_quantize", job)
+    monkeypatch.setattr(job, "_quantize", hopeless)
     first = job.quantize(tiny_config, str(tmp_path / "w"))
-    assert "perplexity  float inf -> quantized inf  (log-perplexity +nan" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "perplexity  float inf -> quantized inf  (log-perplexity +nan" in text
+    assert (
+        "time  1 s, of which compilation 1 s\n         stages  evaluate 3 s, elsewhere 2 s\n"
+        in text
+    )
     assert job.quantize(tiny_config, str(tmp_path / "w")) == first and len(calls) == 1
     assert first["perplexity_quantized"] == INF
     for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines():

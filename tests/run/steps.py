@@ -8,13 +8,13 @@ class Steps:
         self.skipped = self.advanced = 0
         self.limit = limit
 
-    def skip(self, steps):
+    def skip(self, steps, work=None):
         self.skipped += steps
 
     def note(self, text):
         pass
 
-    def advance(self, text="", steps=1):
+    def advance(self, text="", steps=1, work=None):
         self.advanced += steps
         if self.advanced == self.limit:
             raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from steps import Steps
 from tiny_checkpoint import MODEL, assert_same_tree, random_block
 
 from gptvq_jax.config import TuneSettings, default_config
-from gptvq_jax.console import report
+from gptvq_jax.console.time_table import time_table
 from gptvq_jax.methods.trainable import parameters, with_parameters
 from gptvq_jax.models.llama import LINEAR_LAYERS, block_forward, embed
 from gptvq_jax.models.open import open_source
@@ -320,5 +320,5 @@ def test_the_report_shows_what_the_tuning_did(runs, capsys):
     assert f"block tuning  held-out block error x {ratio:.3f}" in capsys.readouterr().out
     heights = [plt.imread(r.path / "report.png").shape[0] for r in (tuned, plain)]
     assert heights[0] == 2 * heights[1]  # a panel more
-    text = report.time_table(tuned.rows("layer") + rows, summary)
-    assert text == report.time_table(tuned.rows("layer"), summary)
+    text = time_table([*tuned.rows("layer"), *rows, summary])
+    assert text == time_table([*tuned.rows("layer"), summary])

@@ -1,0 +1,93 @@
+"""FLOP of matrix products in a decoder, as llama.py executes them. As in core/flops.py.
+
+With P the weights of a block's linear layers and N tokens, attention apart: 2 P N forward, 2 P N
+for the gradient with respect to what the layers read, 2 P N for that with respect to the weights.
+Attention costs twice its forward products on the way back. tests/models/test_decoder_flops.py
+counts the same in the traced programs.
+
+A driver adds a call where it makes one, in the stage that its thread is in:
+
+    y = block_forward(config, block, x)
+    stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
+"""
+
+from gptvq_jax.core.flops import product
+from gptvq_jax.models.config import ModelConfig
+
+_HEAD_CHUNK = 256  # tokens whose logits are in memory at once, in run/evaluate.py and gradients.py
+
+
+def linear_weights(config: ModelConfig) -> int:
+    """P, the weights of the linear layers of a block."""
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def visible_pairs(config: ModelConfig, time: int, chunk_size: int = 128) -> int:
+    """Pairs of a query and a key that are multiplied, masked or not, in a sequence of one head.
+
+    Args:
+      config: of the model; a sliding window leaves keys out.
+      time: tokens of the sequence.
+      chunk_size: queries that go together, against all keys that one of them sees.
+    """
+    reach = time if config.sliding_window is None else config.sliding_window
+    pairs = 0
+    for start in range(0, time, chunk_size):
+        stop = min(start + chunk_size, time)
+        pairs += (stop - start) * (stop - max(0, start - reach + 1))
+    return pairs
+
+
+def attention(config: ModelConfig, batch: int, time: int, chunk_size: int = 128) -> int:
+    """q k^T and its product with v, in all heads."""
+    pairs = batch * config.num_attention_heads * visible_pairs(config, time, chunk_size)
+    return 2 * product(1, config.head_dim, 1) * pairs
+
+
+def block_forward(config: ModelConfig, batch: int, time: int) -> int:
+    """A block on (batch, time, hidden)."""
+    layers = product(batch * time, linear_weights(config), 1)
+    return layers + attention(config, batch, time)
+
+
+def block_inputs(config: ModelConfig, batch: int, time: int) -> int:
+    """The same where only what its layers read is wanted: down_proj is not executed."""
+    last = product(batch * time, config.intermediate_size, config.hidden_size)
+    return block_forward(config, batch, time) - last
+
+
+def block_backward(config: ModelConfig, batch: int, time: int) -> int:
+    """run.gradients.block_backward: `block_inputs` again, and gradients of activations.
+
+    None of parameters: those with respect to the outputs of the layers come on the way.
+    """
+    layers = product(batch * time, linear_weights(config), 1)
+    back = layers + 2 * attention(config, batch, time)
+    return block_inputs(config, batch, time) + back
+
+
+def block_tuning(config: ModelConfig, batch: int, time: int) -> int:
+    """Loss of a block, and gradients with respect to all its weights and norms: a tuning step."""
+    layers = product(batch * time, linear_weights(config), 1)
+    return 3 * (layers + attention(config, batch, time))
+
+
+def head_forward(
+    config: ModelConfig, batch: int, time: int, chunk_size: int | None = _HEAD_CHUNK
+) -> int:
+    """Logits of windows (batch, time).
+
+    Args:
+      config: of the model.
+      batch, time: of the windows.
+      chunk_size: run.evaluate.token_nll needs time - 1 logits, and pads to whole chunks; None: all
+        `time`, as llama.head_logits.
+    """
+    count = time if chunk_size is None else -(-(time - 1) // chunk_size) * chunk_size
+    return product(batch * count, config.hidden_size, config.vocab_size)
+
+
+def head_backward(config: ModelConfig, batch: int, time: int, chunk_size: int = _HEAD_CHUNK) -> int:
+    """run.gradients.head_backward: `head_forward` again, and the gradient of activations."""
+    return 2 * head_forward(config, batch, time, chunk_size)
