@@ -100,7 +100,9 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
         points = [(s.bits, loss) for s, loss in measured if s.dim == candidate.dim]
         bits, values = zip(*points, strict=True)
         own = candidate.bits in bits
-        loss = values[bits.index(candidate.bits)] if own else interpolate(bits, values, candidate.bits)
+        loss = (
+            values[bits.index(candidate.bits)] if own else interpolate(bits, values, candidate.bits)
+        )
         table.append({
             "layer": name,
             "dim": candidate.dim,

@@ -28,15 +28,22 @@ class Forward:
       blocks: how many are wanted.
       first: what lies before this point is read no more.
       want_middle: whether "middle" is read.
+      counts: whether its blocks are steps of the progress.
     """
 
     releases = ()
 
     def __init__(
-        self, context: Context, tokens: np.ndarray, blocks: int, first: int, want_middle: bool
+        self,
+        context: Context,
+        tokens: np.ndarray,
+        blocks: int,
+        first: int,
+        want_middle: bool,
+        counts: bool = False,
     ):
         self._context, self._tokens, self._blocks = context, tokens, blocks
-        self._first, self._want_middle = first, want_middle
+        self._first, self._want_middle, self._counts = first, want_middle, counts
 
     def position(self, order: range) -> int:
         """Up to the last point, unless one is missing that will be read."""
@@ -62,14 +69,14 @@ class Forward:
         with stopwatch.stage("forward"):
             x = files.read(STREAM, index)
             middle = files.write(MIDDLE, index, x.shape) if self._want_middle else nullcontext()
-            with files.write(STREAM, index + 1, x.shape) as out:
-                with middle as halfway:
-                    for part in batches(len(x), settings.calibration.batch_size):
-                        between, y = block_halves(config, block, on_device(x[part]))
-                        out[part] = finite(y, what)
-                        if halfway is not None:
-                            halfway[part] = between
-        progress.advance(f"block {index} forward")
+            with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
+                for part in batches(len(x), settings.calibration.batch_size):
+                    between, y = block_halves(config, block, on_device(x[part]))
+                    out[part] = finite(y, what)
+                    if halfway is not None:
+                        halfway[part] = between
+        if self._counts:
+            progress.advance(f"block {index} forward")
 
 
 @partial(jax.jit, static_argnames="config")

@@ -46,18 +46,17 @@ _HEADER_BYTES = 512  # of one array in a file, at most
 _TIME_CHUNK = 256  # tokens whose logits are in memory at once
 
 
-def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int, done: int) -> int:
+def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> int:
     """Most bytes that `Backward` adds to what the forward pass has left on the disk.
 
     Args:
       config: of the model.
       shape: of the tokens (n, T).
       num_groups: g.
-      done: the blocks from here on have their weights already; the depth of the model: none has.
     """
     stream = num_bytes((*shape, config.hidden_size)) + _HEADER_BYTES
     weights = len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
-    return (3 * stream if done else 0) + config.num_hidden_layers * weights
+    return 3 * stream + config.num_hidden_layers * weights
 
 
 class Backward:

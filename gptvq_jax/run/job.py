@@ -19,7 +19,7 @@ from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.evaluate import PRECISION, passes, perplexity
 from gptvq_jax.run.overrides import settle
-from gptvq_jax.run.quantize import Plan, quantize_model, steps
+from gptvq_jax.run.passes import quantize_model
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -86,8 +86,14 @@ def _quantize(
         if tokens is None:
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
-    before, after = passes.run(source, settings, workdir, tokens, held_out, stopwatch)
-    manifest = PackedCheckpoint(workdir.checkpoint).manifest
+    quantize_model(source, settings, workdir, tokens, stopwatch).finalize()
+    packed = PackedCheckpoint(workdir.checkpoint)
+    with stopwatch.stage("evaluate"):
+        before = perplexity_float
+        if before is None:
+            before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
+        after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
+    manifest = packed.manifest
     return {
         "kind": "summary",
         "bits_per_value": manifest["bits_per_value"],

@@ -1,21 +1,19 @@
 """The passes of a run, and which of them share a walk over the blocks.
 
-    up     the float model over the calibration text, and its perplexity on the held-out text
+    up     the float model over the calibration text
     down   gradients, for token weights, and error curves, for the allocation of bits
     up     quantization
-    up     the quantized model's perplexity, from the checkpoint
 
 Where no gradients are wanted, the float model and quantization share one walk: no more of its
 activations are kept than the block at work needs.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from gptvq_jax.config import RunSettings, to_dict
+from gptvq_jax.config import RunSettings
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
@@ -25,8 +23,10 @@ from gptvq_jax.run.forward import Forward
 from gptvq_jax.run.gradients import Backward
 from gptvq_jax.run.quantize import Plan, Quantize, num_quantized, wants_float, wants_middle
 from gptvq_jax.run.sizes import stored_bytes
-from gptvq_jax.run.walk import Visitor, walk
+from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
+
+_HEADER = 128  # of a file of activations
 
 
 def quantize_model(
@@ -35,8 +35,8 @@ def quantize_model(
     workdir: WorkDir,
     tokens: np.ndarray,
     stopwatch: Stopwatch,
-) -> None:
-    """Quantizes all linear layers and writes the packed checkpoint, resuming where it can.
+) -> Quantize:
+    """Quantizes all linear layers and writes the blocks of the checkpoint, resuming where it can.
 
     Args:
       source: the float model.
@@ -45,44 +45,110 @@ def quantize_model(
       tokens: calibration windows (n, T).
       stopwatch: receives the seconds of every stage.
 
+    Returns:
+      The pass that wrote them; its `writer` finishes the checkpoint.
+
     Raises:
       ValueError: an activation or a gradient is not finite, or a file that is needed is lost.
       FullDiskError: the disk lacks the room; said before a pass computes anything.
     """
-    job = _Job(source, settings, workdir, tokens, stopwatch)
+    context = Context(source, settings, workdir, None, stopwatch)
     plan: Plan = {}
     if settings.weight_groups:
-        job.gradients()
+        find_gradients(context, tokens)
         if settings.allocation.bits_per_value:
-            plan = allocation.plan(settings, workdir, job.num_quantized)
-    job.quantize(plan)
+            plan = allocation.plan(settings, workdir, num_quantized(settings, source.config))
+    return quantize_blocks(context, tokens, plan)
 
 
-class _Job:
-    """The walks of one run."""
+def find_gradients(context: Context, tokens: np.ndarray) -> None:
+    """Token weights of all blocks, and curves of those that will be quantized."""
+    source, settings, workdir, _, stopwatch = context
+    depth, groups = source.config.num_hidden_layers, settings.weight_groups
+    allocates = settings.allocation.bits_per_value > 0
+    measured = num_quantized(settings, source.config) if allocates else 0
+    down = range(depth - 1, -1, -1)
+    done = sum(map(workdir.has_token_weights, down))
+    if done == depth:
+        return
+    middle = wants_middle(settings)
+    room = (depth + 1 + depth * middle) * _stream_bytes(source.config, tokens.shape)
+    room += gradients.peak_bytes(source.config, tokens.shape, groups)
+    room += allocation.curve_bytes(measured, len(settings.candidates))
+    workdir.check_room(room, "activations/*", "gradients/*", "curves/*")
+    with Progress(depth, "float model", "block") as progress:
+        own = context._replace(progress=progress)
+        forward = Forward(own, tokens, depth, 0, middle, counts=True)
+        walk(source, context.files, [forward], range(depth), stopwatch, progress)
+    with Progress(depth, "gradients and curves" if measured else "gradients", "block") as progress:
+        own = context._replace(progress=progress)
+        backward = Backward(own, tokens, groups, measured, wants_float(settings))
+        walk(source, context.files, [backward], down, stopwatch, progress)
 
-    def __init__(self, source, settings, workdir, tokens, stopwatch):
-        self._context = Context(source, settings, workdir, _Silent(), stopwatch)
-        self._tokens = tokens
-        self._depth = source.config.num_hidden_layers
-        self.num_quantized = num_quantized(self._context)
 
-    def gradients(self) -> None:
-        """Token weights of all blocks, and curves of those that will be quantized."""
-        source, settings, workdir, _, _ = self._context
-        down = range(self._depth - 1, -1, -1)
-        measured = self.num_quantized if settings.allocation.bits_per_value else 0
-        keep = wants_float(self._context)
-        groups = settings.weight_groups
-        backward = Backward(self._context, self._tokens, groups, measured, keep)
-        done = backward.position(down)
-        if done == self._depth:
-            return
-        shape = self._tokens.shape
-        room = gradients.peak_bytes(source.config, shape, groups, self._depth - done)
-        room += self._stream_bytes(self._depth + 1, self._depth * wants_middle(self._context))
-        room += allocation.curve_bytes(measured, len(settings.candidates))
-        workdir.check_room(room, "activations/*", "gradients/*", "curves/*")
-        self._walk([self._forward(self._depth, 0)], range(self._depth), "float model", "block")
-        self._walk([backward], down, "gradients", "block")
-        ...
+def quantize_blocks(context: Context, tokens: np.ndarray, plan: Plan) -> Quantize:
+    """The packed blocks."""
+    source, settings, workdir, _, stopwatch = context
+    depth = source.config.num_hidden_layers
+    with Progress(steps(source.config, settings), "quantize", "step") as progress:
+        own = context._replace(progress=progress)
+        quantize = Quantize(own, tokens, plan)
+        progress.skip(
+            sum(block_steps(source.config, settings, i) for i in range(quantize.finished))
+        )
+        if quantize.finished < depth:
+            room = peak_bytes(source.config, settings, tokens.shape, quantize.finished)
+            room += stored_bytes(source.config, settings, plan)
+            workdir.check_room(room, "activations/*", "checkpoint/**/*")
+        visitors = [quantize]
+        if wants_float(settings):
+            last, first = num_quantized(settings, source.config), quantize.finished
+            visitors.insert(0, Forward(own, tokens, last, first, wants_middle(settings)))
+        walk(source, context.files, visitors, range(depth), stopwatch)
+    return quantize
+
+
+def steps(config: ModelConfig, settings: RunSettings) -> int:
+    """By how much `Quantize` advances the progress: layers, and epochs of tuning."""
+    return sum(block_steps(config, settings, i) for i in range(config.num_hidden_layers))
+
+
+def block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
+    """The same for one block."""
+    tuned = settings.tune.block and index < num_quantized(settings, config)
+    return len(LINEAR_LAYERS) + tuned * settings.tune.epochs
+
+
+def peak_bytes(
+    config: ModelConfig, settings: RunSettings, shape: tuple[int, int], finished: int
+) -> int:
+    """Most bytes of all streams at once while blocks are quantized.
+
+    A stream has the inputs of the last finished block, of the one at work and of the next.
+
+    Args:
+      config: of the model.
+      settings: of the run.
+      shape: of the tokens (n, T).
+      finished: blocks that are done.
+    """
+    last = num_quantized(settings, config)
+    if finished >= last:
+        return 0
+    stream = _stream_bytes(config, shape)
+    inputs = last - max(0, finished - 1)  # blocks whose inputs there will be
+    count = min(3, inputs) if settings.calibration.inputs == "quantized" else 0
+    size = 0
+    if wants_float(settings):
+        count += min(3, inputs + 1)
+    if wants_middle(settings):
+        count += min(2, inputs)
+    if settings.true_sequential:
+        count += 1
+        width = config.intermediate_size + config.num_attention_heads * config.head_dim
+        size += num_bytes((*shape, width)) + 2 * _HEADER
+    return size + count * stream
+
+
+def _stream_bytes(config: ModelConfig, shape: tuple[int, int]) -> int:
+    return num_bytes((*shape, config.hidden_size)) + _HEADER

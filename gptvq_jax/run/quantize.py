@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.config import RunSettings, to_dict
 from gptvq_jax.core import metrics
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled, unused_centroids
@@ -31,6 +32,7 @@ from gptvq_jax.methods.layer import (
 )
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -76,7 +78,7 @@ class Quantize:
         self.writer = CheckpointWriter(context.workdir.checkpoint, settings.dense_dtype)
         self.finished = self.writer.finished_blocks()
         self._depth = context.source.config.num_hidden_layers
-        self._last = num_quantized(context)
+        self._last = num_quantized(settings, context.source.config)
         self._float_inputs = settings.calibration.inputs == "float"
         self.releases = (STREAM, forward.STREAM, forward.MIDDLE, _HALF, _INNER)
 
@@ -106,6 +108,16 @@ class Quantize:
             with self._context.files.write(STREAM, 0, shape) as out:
                 embed_tokens(dequantize_tree(stored), self._tokens, out)
 
+    def finalize(self) -> None:
+        """Completes the checkpoint."""
+        source = self._context.source
+        self.writer.finalize(
+            config=to_dict(self._context.settings),
+            model_config=source.config,
+            source_name=source.name,
+            source_fingerprint=source.fingerprint,
+        )
+
     def _mend(self) -> None:
         """Stores again, before hours of work, what was damaged of what `begin` stored."""
         source = self._context.source
@@ -128,21 +140,20 @@ class Quantize:
             self.writer.write_block(index, packed)
 
 
-def num_quantized(context: Context) -> int:
+def num_quantized(settings: RunSettings, config: ModelConfig) -> int:
     """Blocks that are quantized; those after them stay dense."""
-    depth = context.source.config.num_hidden_layers
-    return min(context.settings.num_blocks or depth, depth)
+    depth = config.num_hidden_layers
+    return min(settings.num_blocks or depth, depth)
 
 
-def wants_middle(context: Context) -> bool:
+def wants_middle(settings: RunSettings) -> bool:
     """Whether the float model's states inside the blocks are compared with."""
-    return context.settings.calibration.asymmetry > 0
+    return settings.calibration.asymmetry > 0
 
 
-def wants_float(context: Context) -> bool:
+def wants_float(settings: RunSettings) -> bool:
     """Whether the float model's activations are read."""
-    settings = context.settings
-    return wants_middle(context) or settings.tune.block or settings.calibration.inputs == "float"
+    return wants_middle(settings) or settings.tune.block or settings.calibration.inputs == "float"
 
 
 class _Block:
@@ -162,7 +173,7 @@ class _Block:
             powers = c.gradient_power
             self._weights = {n: relative_weights(w, powers) for n, w in loaded.items()}
         self._reference = None
-        if wants_middle(context):
+        if wants_middle(settings):
             self._reference = (
                 files.read(forward.STREAM, index),
                 files.read(forward.MIDDLE, index),
@@ -170,7 +181,7 @@ class _Block:
             )
 
     def quantized(self, goes_on: bool) -> tuple[Params, list[dict[str, Any]]]:
-        """The packed block and its rows of metrics; what follows it is calibrated if it `goes_on`."""
+        """The packed block and its metrics; what follows is calibrated if it `goes_on`."""
         settings = self._context.settings
         goes_on = goes_on and settings.calibration.inputs == "quantized"
         at = Files(self._files.read(self._stream, self._index), reference=self._reference)
@@ -229,7 +240,7 @@ class _Block:
 
     def _quantize(self, names: Sequence[str], moments: Moments) -> None:
         """Puts packed layers, and dense ones as they will be, in place of the float ones."""
-        settings, progress = self._context.settings, self._context.progress
+        progress = self._context.progress
         with self._context.stopwatch.stage("quantize"):
             start = time.perf_counter()
             problems = self._problems(names, moments)

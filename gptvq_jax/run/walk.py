@@ -12,6 +12,7 @@ block that was just done, which is made again from it where it is found damaged.
 from collections.abc import Sequence
 from typing import Protocol
 
+from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import ModelSource
@@ -47,6 +48,7 @@ def walk(
     visitors: Sequence[Visitor],
     order: range,
     stopwatch: Stopwatch,
+    progress: Progress | None = None,
 ) -> None:
     """Takes visitors through blocks, each from where it was.
 
@@ -56,8 +58,11 @@ def walk(
       visitors: in the order in which they visit a block.
       order: of the blocks, up or down.
       stopwatch: receives the seconds that are waited for blocks.
+      progress: of blocks; those that are done already are skipped.
     """
     positions = [visitor.position(order) for visitor in visitors]
+    if progress is not None:
+        progress.skip(min(positions))
     for visitor, position in zip(visitors, positions, strict=True):
         if position == 0 and len(order):
             visitor.begin()

@@ -135,7 +135,12 @@ class WorkDir:
 
     def _drop_partial(self) -> None:
         """Removes what a killed process was writing."""
-        for folder in (self.path, self._activations, self.path / "gradients", self._curves(0).parent):
+        for folder in (
+            self.path,
+            self._activations,
+            self.path / "gradients",
+            self._curves(0).parent,
+        ):
             for path in folder.glob("*.partial"):
                 path.unlink()
 
@@ -266,5 +271,10 @@ class Streams(StreamFiles):
             what = "is missing"
         except ValueError as error:
             what = first_line(error).removeprefix(f"{path} ")
-        again = {"quantized": self._workdir.checkpoint, "gradient": self._workdir.path / "gradients"}
-        raise self._workdir._lost(path, what, again.get(stream, self.path("float", 0).parent / "*.float.npy"))
+        again = {
+            "quantized": self._workdir.checkpoint,
+            "gradient": self._workdir.path / "gradients",
+        }
+        raise self._workdir._lost(
+            path, what, again.get(stream, self.path("float", 0).parent / "*.float.npy")
+        )
