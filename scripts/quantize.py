@@ -18,11 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here on
 
 from absl import flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with its argument after a colon.", lock_config=True
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default: runs/<config name>.")
 flags.mark_flag_as_required("config")
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from absl import flags
 
+from gptvq_jax.__main__ import COMMANDS, script
 from gptvq_jax.console import cli
 
 REPOSITORY = Path(__file__).parent.parent
@@ -32,10 +33,15 @@ def shell_commands(markdown: str) -> list[str]:
     return found
 
 
+def python_blocks(markdown: str) -> list[str]:
+    """The code of the python blocks."""
+    return re.findall(r"^```python\n(.*?)^```", markdown, re.S | re.M)
+
+
 def inline_commands(text: str) -> list[str]:
-    """`python scripts/...` in the running text."""
+    """`python scripts/...` and `gptvq_jax COMMAND --...` in the running text."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    spans = re.findall(r"`(python scripts/[^`]*)`", prose)
+    spans = re.findall(r"`(python scripts/[^`]*|gptvq_jax [\w-]+ --[^`]*)`", prose)
     return [" ".join(span.split()) for span in spans if "..." not in span]
 
 
@@ -53,6 +59,9 @@ def parsed(command: str, monkeypatch) -> Iterator[ModuleType]:
     Exits, as the script would, where a flag is wrong.
     """
     words = shlex.split(command, comments=True)
+    if words[0] == "gptvq_jax":
+        assert words[1] in COMMANDS, command
+        words[:2] = ["python", str(script(words[1]).relative_to(REPOSITORY))]
     assert words.pop(0) == "python" and re.fullmatch(r"scripts/\w+\.py", words[0]), command
     monkeypatch.setattr(sys, "argv", words)
     known = set(flags.FLAGS)

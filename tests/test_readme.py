@@ -18,6 +18,7 @@ from documented import (
     shell_commands,
 )
 
+from gptvq_jax.__main__ import as_commands
 from gptvq_jax.config import RunSettings, from_config
 from gptvq_jax.console import cli
 from gptvq_jax.run.overrides import settle
@@ -277,7 +278,8 @@ def printed_elsewhere():
             yield from (c for c in shell_commands(text) if c.startswith("python scripts"))
     for folder in ("scripts", "configs", "gptvq_jax"):
         for path in sorted((REPOSITORY / folder).rglob("*.py")):
-            yield from docstring_commands(path)
+            for command in docstring_commands(path):
+                yield from (command, as_commands(command))
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(printed_elsewhere()))

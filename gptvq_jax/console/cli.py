@@ -7,10 +7,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def _imports(frame) -> bool:
     return False
 
 
+def show(text: str) -> None:
+    """Prints a text; where it cannot be written, ends the process as `run` does."""
+    with _written_output():
+        print(text)
+
+
 def leave(status: int, line: str = "") -> None:
     """Ends the process at once: no thread is waited for, none gets to print a traceback."""
     with contextlib.suppress(Exception):
@@ -76,6 +83,8 @@ sys.excepthook = _interrupts.uncaught
 
 from absl import app, flags  # noqa: E402 - Ctrl-C is one line from here on
 from absl import logging as absl_logging  # noqa: E402
+
+flags.disclaim_key_flags()  # what is defined here belongs to the script that asked for it
 
 # Raised with a message that names the field or file and the fix; anything else is a bug of ours.
 _USER_ERRORS = (ValueError, NotImplementedError, OSError)
@@ -118,7 +127,7 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
                 leave(_BROKEN_PIPE)
             if not isinstance(error, _USER_ERRORS) or flags.FLAGS.verbosity > 0:
                 raise
-            _print_error(error)
+            print_error(error)
             _drop_output()
             return 1
         finally:
@@ -126,6 +135,31 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
         return 0
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def define_config(default: str | None = None, help: str = "") -> Any:
+    """Defines --config and --config.FIELD, as `config_flags.DEFINE_config_file` does.
+
+    Args:
+      default: as the flag takes it: a file, or the name of one that comes with the package.
+      help: what it is for, before what it may be.
+
+    Returns:
+      The flag's holder, whose value is a locked ConfigDict, or None.
+    """
+    from ml_collections import config_flags
+
+    from gptvq_jax.console.config_file import find_config
+
+    what = "A file, or a config that comes with gptvq_jax by its name; after a colon its argument."
+    holder = config_flags.DEFINE_config_file("config", None, f"{help} {what}".strip())
+    parser = flags.FLAGS["config"].parser
+    load = parser.parse
+    parser.parse = lambda name: load(find_config(name))
+    if default is not None:
+        with _refused_flags():  # fields that the command line names are set at once
+            flags.set_default(holder, default)
+    return holder
 
 
 def config_name(flag: str = "config") -> str:
@@ -207,6 +241,23 @@ def _drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def _written_output() -> Iterator[None]:
+    """What is printed is written now, or the process ends as after a job that printed it."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        leave(_BROKEN_PIPE)
+    except OSError as error:
+        print_error(error)
+        _drop_output()
+        sys.exit(1)
+
+
 def _return_freed_memory() -> None:
     """Large arrays go back to the system when freed, where the C library is glibc.
 
@@ -225,6 +276,8 @@ def _quiet_logs() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     # Where its cache cannot be written it takes a temporary one, which is fine.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # Without PyTorch, which nothing here needs, transformers advises to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not flags.FLAGS["verbosity"].present:
         handler.setLevel(logging.WARNING)
 
@@ -248,21 +301,32 @@ def _keep_compiled_programs() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    try:
+    with _written_output(), _refused_flags():  # --help prints
         return flags.FLAGS(argv)
+
+
+@contextlib.contextmanager
+def _refused_flags() -> Iterator[None]:
+    """Prints what is wrong with a flag in one line, and exits."""
+    try:
+        yield
+        return
     except (AttributeError, KeyError) as error:  # --config.field=value without such a field
         text = str(error.args[0]).replace("\\n", ". ").replace("\\'", "'").strip("'\"")
         text += "" if "'" in text else "'"
-        _print_error(f"no such field of the config: '{text}; gptvq_jax/config.py lists all")
+        print_error(f"no such field of the config: '{text}; gptvq_jax/config.py lists all")
     except flags.UnrecognizedFlagError as error:
         flag, _, field = error.flagname.partition(".")
         before = f"; pass --{flag}=FILE before it" if field and flag in flags.FLAGS else ""
-        _print_error(f"{str(error).splitlines()[0]}{before}")
+        print_error(f"{str(error).splitlines()[0]}{before}")
     except flags.Error as error:
         # What a config file raised comes with its traceback, of which the last line says it all.
-        _print_error([line for line in str(error).splitlines() if line.strip()][-1])
+        text = [line for line in str(error).splitlines() if line.strip()][-1]
+        missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
+        print_error(f"--{missing[1]} is missing; --help has examples" if missing else text)
     sys.exit(1)
 
 
-def _print_error(error: Any) -> None:
+def print_error(error: Any) -> None:
+    """Prints an error in one line."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -102,8 +102,7 @@ def _read_format(directory: HFDirectory) -> AQLMFormat:
     path, quantization = directory.config_path, directory.hf_config.get("quantization_config")
     if not isinstance(quantization, dict):
         raise ValueError(
-            f"{path} has no quantization_config: the model is not quantized; use "
-            "scripts/quantize.py"
+            f"{path} has no quantization_config: the model is not quantized; use gptvq_jax quantize"
         )
     method = quantization.get("quant_method")
     if method != "aqlm":

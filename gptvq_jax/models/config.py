@@ -214,7 +214,7 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
     if isinstance(quantization, Mapping) and quantization.get("quant_method") == "aqlm":
         raise NotImplementedError(
             "quantization_config of quant_method 'aqlm': not a float model; make a checkpoint of "
-            "it with scripts/import.py"
+            "it with gptvq_jax import"
         )
     for name, values in _ONLY.items():
         if name in hf and hf[name] not in values:

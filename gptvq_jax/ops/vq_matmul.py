@@ -108,6 +108,13 @@ class VQKernel:
         return y.astype(x.dtype).reshape(*x.shape[:-1], rows)
 
 
+def check_implementation(implementation: str) -> None:
+    """Raises ValueError for what is neither 'auto' nor a key of IMPLEMENTATIONS."""
+    known = ("auto", *IMPLEMENTATIONS)
+    if implementation not in known:
+        raise ValueError(f"{implementation=} must be one of {', '.join(known)}")
+
+
 def unsupported(tensor: VQTensor, implementation: str) -> str | None:
     """Why an implementation cannot take a tensor on this platform; None if it can."""
     platform = IMPLEMENTATIONS[implementation][0]
@@ -131,9 +138,7 @@ def _choose(tensor: VQTensor, implementation: str) -> str:
         say = logging.warning if VARIABLE in passed_over else logging.info
         _say_once(say, f"vq_matmul: auto chose {name} ({IMPLEMENTATIONS[name][1]}){passed_over}")
         return name
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"{implementation=} must be one of {known}")
+    check_implementation(implementation)
     reason = unsupported(tensor, implementation)
     if reason is not None:
         raise NotImplementedError(

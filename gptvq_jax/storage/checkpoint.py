@@ -375,4 +375,4 @@ def _why_no_manifest(directory: Path) -> str:
         return f"{directory} is the work directory of a run; pass {inner}"
     if (directory / "config.json").is_file() and not inner.is_dir():
         return "the directory holds a model of another format; pass it as --model"
-    return "the run did not finish; rerun scripts/quantize.py with the same --workdir"
+    return "the run did not finish; rerun gptvq_jax quantize with the same --workdir"

