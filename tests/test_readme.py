@@ -137,6 +137,9 @@ EFFECTS = {
     ),
     "python scripts/benchmark_memory.py --depths=6,24": has([(6, 8), (24, 8)]),
     "python scripts/benchmark_layers.py": has(Path("runs/layers"), "gptvq"),
+    "python scripts/benchmark_loading.py": lambda call: has(4096, 11008, 128, 5)(
+        SimpleNamespace(args=call.args[1:])
+    ),
     "python scripts/benchmark_big_layer.py": has(["2d_2.125", "4d_2.222"]),
     "python scripts/benchmark_decode.py": has([(4096, 4096), (11008, 4096)], 1),
     "python scripts/ablate.py": has(["layers", "model"]),
@@ -233,6 +236,8 @@ def call(monkeypatch, tmp_path):
                 return {**row, "bits_per_value": 2.0}
 
             monkeypatch.setattr(module, "measure_alone", alone)
+        seconds = ("bytes", "read", "cast_host", "cast_device", "load", "ratio")
+        job("study.loading_benchmark", "measure", dict.fromkeys(seconds, 1.0))
         monkeypatch.setattr("gptvq_jax.study.decode_benchmark.copy_bandwidth", lambda: 1e9)
 
         def product(rows, cols, batch, *_):

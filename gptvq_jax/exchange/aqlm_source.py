@@ -6,12 +6,13 @@ import numpy as np
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.core.packing import MAX_BITS
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.exchange.aqlm_format import AQLMFormat, from_aqlm
 from gptvq_jax.models.fields import SIZE
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.hf_source import DirectorySource
-from gptvq_jax.models.source import check_shape, tensor_names
-from gptvq_jax.storage.checkpoint import dequantize_tree
+from gptvq_jax.models.source import block_tree, check_shape, in_out, tensor_names
+from gptvq_jax.storage.checkpoint import dequantize_block
 
 _PARTS = ("codes", "codebooks", "scales")
 _SAFETENSORS_INTS = {np.dtype(np.int8): "I8", np.dtype(np.int16): "I16"}
@@ -55,15 +56,19 @@ class AQLMSource(DirectorySource):
             names file and tensor.
           NotImplementedError: a tensor has a dtype of another format.
         """
-        return super().block(index)
+        leaves = {}
+        for name, shape in self._block_tensors(index).items():
+            if self.is_quantized(name):
+                leaves[name] = self._read_packed(name, shape)
+            else:
+                leaves[name] = in_out(self._read_host(name, shape))
+        return block_tree(leaves)
 
     def block(self, index: int) -> dict[str, Any]:
         """See ModelSource.block."""
-        return dequantize_tree(self.packed_block(index))
+        return dequantize_block(self.packed_block(index))
 
-    def _read_leaf(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        if not self.is_quantized(name):
-            return super()._read_leaf(name, shape)
+    def _read_packed(self, name: str, shape: tuple[int, ...]) -> VQTensor:
         codes_name, codebooks_name, scales_name = self._parts(name)
         try:
             shapes = self.format.shapes(*shape)
@@ -71,16 +76,16 @@ class AQLMSource(DirectorySource):
             raise ValueError(f"{self._directory.config_path}: {name}: {error}") from None
         dtype = _SAFETENSORS_INTS[self.format.code_dtype]
         codes, path = self._directory.read(codes_name, (dtype,))
-        check_shape(codes, shapes["codes"], codes_name, path)
+        check_shape(codes.shape, shapes["codes"], codes_name, path)
         codebooks = self._read_float16(codebooks_name, shapes["codebooks"])
         scales = self._read_float16(scales_name, shapes["scales"])
         try:
-            return {"kernel": from_aqlm(self.format, codes, codebooks, scales)}
+            return from_aqlm(self.format, codes[:], codebooks, scales)
         except ValueError as error:
             raise ValueError(f"{path}: tensor {codes_name}: {error}") from None
 
     def _read_float16(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = self._read_checked(name, shape)
+        values = self._read_host(name, shape)
         peak = np.abs(values).max()
         if peak > np.finfo(np.float16).max:
             raise ValueError(

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 
 from gptvq_jax.exchange.hf_layout import write_model
-from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.models.llama import Params
+from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
 
 
 def hf_dense(
@@ -32,4 +33,8 @@ def hf_dense(
       ValueError: `output_dir` is in use or cannot be written, or a weight overflows `dtype`.
       FullDiskError: there is no room; nothing is left then.
     """
-    write_model(checkpoint, output_dir, {}, checkpoint.block, dtype, shard_bytes, on_block)
+
+    def block(index: int) -> Params:
+        return dequantize_tree(checkpoint.packed_block(index))
+
+    write_model(checkpoint, output_dir, {}, block, dtype, shard_bytes, on_block)

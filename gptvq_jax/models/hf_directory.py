@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  teaches numpy the bfloat16 that safetensors returns
 import numpy as np
 from absl import logging
 from safetensors import safe_open
@@ -19,6 +17,7 @@ from gptvq_jax.console.json_file import leaves_directory, read_json_object
 from gptvq_jax.models.companions import CONFIG, read_companions, read_stop_tokens
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.fields import OBJECT
+from gptvq_jax.models.file_tensor import FileTensor, read_header
 from gptvq_jax.models.source import check_names, sampled_digest
 from gptvq_jax.models.tokenizer_files import load_tokenizer
 
@@ -128,8 +127,12 @@ class HFDirectory:
             stored = stored - {_HEAD} | {_EMBEDDING}  # the only one
         check_names(self.path, stored, expected)
 
-    def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES) -> tuple[np.ndarray, Path]:
-        """Returns a tensor as it is stored, and the file it is in.
+    @functools.cached_property
+    def _tensors(self) -> dict[Path, dict[str, FileTensor]]:
+        return {path: read_header(path)[1] for path in set(self.files.values())}
+
+    def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES) -> tuple[FileTensor, Path]:
+        """Returns a tensor as it is stored, to be read when it is sliced, and the file it is in.
 
         Args:
           name: key of `files`.
@@ -141,13 +144,13 @@ class HFDirectory:
         if name == _EMBEDDING and name not in self.files:
             name = _HEAD
         path = self.files[name]
-        with _open(path) as file:
-            dtype = file.get_slice(name).get_dtype()
-            if dtype not in dtypes:
-                raise NotImplementedError(
-                    f"{path}: tensor {name} is stored as {dtype}, not as {' or '.join(dtypes)}"
-                )
-            return file.get_tensor(name), path
+        tensor = self._tensors[path][name]
+        if tensor.dtype_name not in dtypes:
+            raise NotImplementedError(
+                f"{path}: tensor {name} is stored as {tensor.dtype_name}, not as "
+                f"{' or '.join(dtypes)}"
+            )
+        return tensor, path
 
     def tokenizer(self) -> Any:
         """The directory's tokenizer; it may have ids that the embedding has no row for.
@@ -165,19 +168,18 @@ class HFDirectory:
         """Whether both tensors are stored and differ in float32; memory holds a slice of each."""
         if first not in self.files or second not in self.files:
             return False
-        with _open(self.files[first]) as a, _open(self.files[second]) as b:
-            pair = a.get_slice(first), b.get_slice(second)
-            shape, other = (tensor.get_shape() for tensor in pair)
-            floats = all(tensor.get_dtype() in FLOAT_DTYPES for tensor in pair)
-            if shape != other or len(shape) != 2 or not floats:
-                return True
-            rows = max(1, _CHUNK_VALUES // max(1, shape[1]))
-            for start in range(0, shape[0], rows):
-                end = min(start + rows, shape[0])
-                with np.errstate(over="ignore"):
-                    parts = (tensor[start:end].astype(np.float32) for tensor in pair)
-                    if not np.array_equal(*parts):
-                        return True
+        pair = [self._tensors[self.files[name]][name] for name in (first, second)]
+        shape, other = (tensor.shape for tensor in pair)
+        if shape != other or len(shape) != 2:
+            return True
+        if not all(tensor.dtype_name in FLOAT_DTYPES for tensor in pair):
+            return True
+        rows = max(1, _CHUNK_VALUES // max(1, shape[1]))
+        for start in range(0, shape[0], rows):
+            with np.errstate(over="ignore"):
+                parts = (tensor[start : start + rows].astype(np.float32) for tensor in pair)
+                if not np.array_equal(*parts):
+                    return True
         return False
 
 
@@ -235,10 +237,6 @@ def _open(path: Path):
 
 
 def _header(path: Path) -> tuple[Path, int, list[int]]:
-    """Returns (path, header size, tensor offsets), as the safetensors format defines them."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    start = 8 + length
-    return path, start, [start + tensor["data_offsets"][0] for tensor in header.values()]
+    """Returns (path, header size, tensor offsets)."""
+    start, tensors = read_header(path)
+    return path, start, [tensor.offset for tensor in tensors.values()]

@@ -4,8 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from gptvq_jax.models.file_tensor import FileTensor
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.source import CheckpointSource, tensor_names
 
@@ -32,7 +31,7 @@ class DirectorySource(CheckpointSource):
         """See ModelSource.companions."""
         return self._directory.companions()
 
-    def _read(self, name: str) -> tuple[np.ndarray, Path]:
+    def _read(self, name: str) -> tuple[FileTensor, Path]:
         return self._directory.read(name)
 
 

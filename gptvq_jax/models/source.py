@@ -1,18 +1,20 @@
 """Where a model's weights come from: one interface over every checkpoint format.
 
-A source hands out float32 numpy arrays in the layout of `models.llama`, one transformer block at a
-time, so that host memory holds one block whatever the depth of the model.
+A source hands out float32 arrays in the layout of `models.llama`, one transformer block at a time,
+on the device, so that memory holds one block whatever the depth of the model.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from flax import traverse_util
 
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS
+from gptvq_jax.models.on_device import Loader, Stored
 
 _SAMPLE_BYTES = 4096
 
@@ -39,7 +41,7 @@ class ModelSource(Protocol):
         ...
 
     def outer(self) -> dict[str, Any]:
-        """Everything outside the blocks, float32:
+        """Everything outside the blocks, float32, on the host:
 
         {"embed_tokens": {"embedding": (vocab, hidden)}, "norm": {"scale": (hidden,)}} and, unless
         the embeddings are tied, {"lm_head": {"kernel": (hidden, vocab)}}.
@@ -47,7 +49,7 @@ class ModelSource(Protocol):
         ...
 
     def block(self, index: int) -> dict[str, Any]:
-        """Block `index`, float32; kernels are (in, out), norm scales (hidden,)."""
+        """Block `index`, float32, on the device; kernels are (in, out), norm scales (hidden,)."""
         ...
 
 
@@ -64,8 +66,11 @@ class CheckpointSource:
         """See ModelSource.companions."""
         return {}
 
-    def _read(self, name: str) -> tuple[np.ndarray, Path]:
-        """Returns tensor `name` (Hugging Face's name), any float dtype, and the file it is in."""
+    def _read(self, name: str) -> tuple[Stored, Path]:
+        """Returns tensor `name` (Hugging Face's name), any float dtype, and the file it is in.
+
+        It may be an array, or be read when it is sliced.
+        """
         raise NotImplementedError
 
     def outer(self) -> dict[str, Any]:
@@ -73,47 +78,70 @@ class CheckpointSource:
         outer: dict[str, Any] = {}
         for name, shape in outer_shapes(self.config).items():
             key = name.split(".")[-2]
-            array = self._read_checked(name, shape)
+            array = self._read_host(name, shape)
             if key == "embed_tokens":
                 outer[key] = {"embedding": array}
             else:
-                outer[key] = _leaf(array)
+                outer[key] = _module(in_out(array))
         return outer
 
     def block(self, index: int) -> dict[str, Any]:
         """See ModelSource.block; touches only the tensors of this block."""
+        leaves = {}
+        with Loader() as loader:
+            for name, shape in self._block_tensors(index).items():
+                stored, path = self._read_shape(name, shape)
+                leaves[name] = loader.load(stored, name, path)
+            loader.check()
+        return block_tree(leaves)
+
+    def _block_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
+        """{name: shape as stored} of a block.
+
+        Raises:
+          ValueError: there is no such block.
+        """
         if not 0 <= index < self.config.num_hidden_layers:
             raise ValueError(
                 f"block {index} does not exist: the model has {self.config.num_hidden_layers}"
             )
-        block: dict[str, Any] = {}
-        for name, shape in block_shapes(self.config).items():
-            parent = block
-            *parents, last = name.removesuffix(".weight").split(".")
-            for key in parents:
-                parent = parent.setdefault(key, {})
-            parent[last] = self._read_leaf(f"model.layers.{index}.{name}", shape)
-        return block
+        shapes = block_shapes(self.config)
+        return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
-    def _read_leaf(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Parameters of the module whose weight is called `name`."""
-        return _leaf(self._read_checked(name, shape))
-
-    def _read_checked(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        array, path = self._read(name)
-        check_shape(array, shape, name, path)
-        # Widening to float32 cannot overflow, so the check covers what is stored.
-        array = np.asarray(array, np.float32)
+    def _read_host(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor in float32, (out, in) as it is stored."""
+        stored, path = self._read_shape(name, shape)
+        array = np.asarray(stored[:], np.float32)
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: tensor {name} contains NaN or Inf")
         return array
 
+    def _read_shape(self, name: str, shape: tuple[int, ...]) -> tuple[Stored, Path]:
+        stored, path = self._read(name)
+        check_shape(stored.shape, shape, name, path)
+        if stored.dtype == np.float64:  # which devices do not have here
+            with np.errstate(over="ignore"):  # an infinity is found by who checks
+                stored = stored[:].astype(np.float32)
+        return stored, path
 
-def _leaf(array: np.ndarray) -> dict[str, np.ndarray]:
-    # Checkpoints store weights (out, in); Flax multiplies by kernels (in, out).
-    if array.ndim == 1:
-        return {"scale": array}
-    return {"kernel": np.ascontiguousarray(array.T)}
+
+def in_out(array: np.ndarray) -> np.ndarray:
+    """A weight as stored, (out, in), as a kernel of Flax, (in, out); a vector as it is."""
+    return np.ascontiguousarray(array.T)
+
+
+def block_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of a block.
+
+    Args:
+      leaves: kernels and scales by Hugging Face's names, model.layers.7.mlp.up_proj.weight.
+    """
+    modules = {tuple(name.split(".")[3:-1]): _module(leaf) for name, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(modules)
+
+
+def _module(leaf: Any) -> dict[str, Any]:
+    return {"scale" if len(leaf.shape) == 1 else "kernel": leaf}
 
 
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -177,10 +205,10 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
         )
 
 
-def check_shape(array: np.ndarray, shape: tuple[int, ...], name: str, path: Path) -> None:
+def check_shape(found: tuple[int, ...], shape: tuple[int, ...], name: str, path: Path) -> None:
     """Raises ValueError if tensor `name` of file `path` does not have the shape that it should."""
-    if array.shape != shape:
-        raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the config says {shape}")
+    if found != shape:
+        raise ValueError(f"{path}: tensor {name} has shape {found}, the config says {shape}")
 
 
 def sampled_digest(files: Iterable[tuple[Path, int, Iterable[int]]]) -> str:

@@ -1,8 +1,8 @@
 """Activations on disk: arrays (n, T, hidden) that pass through memory a few windows at a time.
 
-More calibration tokens then cost disk and time, not memory. Values are bfloat16, stored as its bits
-in .npy files. They are read and written plainly, not through a map of the file: where a map meets a
-full disk or a file cut short, it kills the process.
+More tokens then cost disk and time, not memory. Values are bfloat16, stored as its bits in .npy
+files, or float32. They are read and written plainly, not through a map of the file: where a map
+meets a full disk or a file cut short, it kills the process.
 """
 
 import contextlib
@@ -17,11 +17,14 @@ import numpy as np
 
 from gptvq_jax.files.durable import replacing
 
-_ITEM = np.dtype(np.uint16)
+BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_STORED = {BFLOAT16: np.dtype(np.uint16), FLOAT32: FLOAT32}  # .npy has no name for bfloat16
 
 
 class Activations:
-    """Reads a finished file: `activations[2:4]` is a bfloat16 array in memory, as is [[3, 0]].
+    """Reads a finished file: `activations[2:4]` is an array in memory, as is [[3, 0]].
+
+    `dtype` is that of its values, bfloat16 or float32.
 
     Raises:
       ValueError: the file is damaged.
@@ -33,29 +36,30 @@ class Activations:
             header = np.lib.format.open_memmap(path, mode="r")  # which also checks the size
         except (ValueError, EOFError, SyntaxError) as error:
             raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-        if header.dtype != _ITEM or header.ndim != 3:
+        dtypes = [dtype for dtype, stored in _STORED.items() if stored == header.dtype]
+        if not dtypes or header.ndim != 3:
             raise ValueError(f"{path} is damaged: it holds {header.dtype} of shape {header.shape}")
-        self.shape, self._start = header.shape, header.offset
+        self.shape, self.dtype, self._start = header.shape, dtypes[0], header.offset
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
         windows = np.arange(len(self))[part]
-        values = np.empty((len(windows), *self.shape[1:]), _ITEM)
+        values = np.empty((len(windows), *self.shape[1:]), _STORED[self.dtype])
         with open(self.path, "rb") as file:
             for window, into in zip(windows, values, strict=True):
                 file.seek(self._start + int(window) * into.nbytes)
                 if file.readinto(into) != into.nbytes:
                     raise ValueError(f"{self.path} was cut short while it was read")
-        return values.view(ml_dtypes.bfloat16)
+        return values.view(self.dtype)
 
 
 class Writer:
-    """Fills a file: `out[2:4] = values` rounds to bfloat16."""
+    """Fills a file: `out[2:4] = values` rounds to its dtype, bfloat16 or float32."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self.shape = shape
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype = BFLOAT16):
+        self.shape, self.dtype = shape, dtype
         self._file = open(path, "wb")  # noqa: SIM115 - held until close
         try:
             self._start = self._begin()
@@ -65,42 +69,43 @@ class Writer:
 
     def _begin(self) -> int:
         """Writes the header and takes the room of the rest; returns where that starts."""
-        header = {"descr": _ITEM.str, "fortran_order": False, "shape": tuple(map(int, self.shape))}
+        shape, descr = tuple(map(int, self.shape)), _STORED[self.dtype].str
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
         self._file.flush()
         start = self._file.tell()
-        _reserve(self._file.fileno(), start + num_bytes(self.shape))
+        _reserve(self._file.fileno(), start + num_bytes(self.shape, self.dtype))
         return start
 
     def __setitem__(self, part: slice, values) -> None:
         start, stop, _ = part.indices(self.shape[0])
-        bits = np.ascontiguousarray(np.asarray(values).astype(ml_dtypes.bfloat16)).view(_ITEM)
-        if bits.shape != (stop - start, *self.shape[1:]):
-            raise ValueError(f"{bits.shape=} must be {(stop - start, *self.shape[1:])}")
-        self._file.seek(self._start + start * num_bytes(self.shape[1:]))
-        self._file.write(bits)
+        values = np.ascontiguousarray(np.asarray(values).astype(self.dtype, copy=False))
+        if values.shape != (stop - start, *self.shape[1:]):
+            raise ValueError(f"{values.shape=} must be {(stop - start, *self.shape[1:])}")
+        self._file.seek(self._start + start * num_bytes(self.shape[1:], self.dtype))
+        self._file.write(values.view(_STORED[self.dtype]))
 
     def close(self) -> None:
         self._file.close()
 
 
 @contextlib.contextmanager
-def writing(path: Path, shape: tuple[int, ...]) -> Iterator[Writer]:
+def writing(path: Path, shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> Iterator[Writer]:
     """A Writer whose file gets its name when the block ends, and disappears if it raises.
 
     Raises:
       FullDiskError: there is no room for the whole of it.
     """
     with (
-        replacing(path, num_bytes(shape)) as partial,
-        contextlib.closing(Writer(partial, shape)) as out,
+        replacing(path, num_bytes(shape, dtype)) as partial,
+        contextlib.closing(Writer(partial, shape, dtype)) as out,
     ):
         yield out
 
 
-def num_bytes(shape: tuple[int, ...]) -> int:
+def num_bytes(shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> int:
     """Of an array of activations on the disk, without its header."""
-    return math.prod(map(int, shape)) * _ITEM.itemsize
+    return math.prod(map(int, shape)) * dtype.itemsize
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -17,7 +17,7 @@ from gptvq_jax.methods.layer import check_row_groups
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.run import allocation, gradients
-from gptvq_jax.run.evaluate import PRECISION, passes, perplexity
+from gptvq_jax.run.evaluate import PRECISION, perplexity
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
 from gptvq_jax.run.workdir import WorkDir
@@ -175,8 +175,7 @@ def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
 
 def evaluate_source(source: ModelSource, windows: np.ndarray, batch_size: int, name: str) -> float:
     """Perplexity with a progress bar."""
-    steps = passes(source.config, windows) * source.config.num_hidden_layers
-    with Progress(steps, f"evaluate {name}", "block") as progress:
+    with Progress(source.config.num_hidden_layers, f"evaluate {name}", "block") as progress:
         return perplexity(source, windows, batch_size, progress.advance)
 
 

@@ -1,12 +1,15 @@
 """Streams on disk: what goes from block to block, one file for every point between two blocks.
 
-00007.float.npy holds the stream "float" at point 7, where block 6 ends and block 7 begins.
+00007.float.npy holds the stream "float" at point 7, the entrance of block 7 and the exit of block
+6.
 """
 
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from gptvq_jax.run.activations import Activations, Writer, writing
+import numpy as np
+
+from gptvq_jax.run.activations import BFLOAT16, Activations, Writer, writing
 
 
 class StreamFiles:
@@ -23,10 +26,10 @@ class StreamFiles:
         return Activations(self.path(stream, point))
 
     def write(
-        self, stream: str, point: int, shape: tuple[int, ...]
+        self, stream: str, point: int, shape: tuple[int, ...], dtype: np.dtype = BFLOAT16
     ) -> AbstractContextManager[Writer]:
         """A context whose Writer fills the file, which is there once the context ends."""
-        return writing(self.path(stream, point), shape)
+        return writing(self.path(stream, point), shape, dtype)
 
     def points(self, stream: str) -> list[int]:
         """Where there is such a file, rising."""

@@ -48,7 +48,7 @@ def dense_params(source: ModelSource, dtype: str = "float32") -> Params:
       dtype: float32, bfloat16 or float16.
     """
 
-    def leaf(name: str, stored: np.ndarray) -> Any:
+    def leaf(name: str, stored: np.ndarray | jax.Array) -> Any:
         return _dense_leaf(name, stored.astype(jnp.dtype(dtype)) if stored.ndim > 1 else stored)
 
     return _load(source.config, source.outer, source.block, leaf)
@@ -89,6 +89,8 @@ def _dense_leaf(name: str, array: np.ndarray) -> Any:
     if array.ndim == 1:
         return array
     by_rows = array.T if name.endswith("kernel") else array
+    if isinstance(by_rows, jax.Array):  # of a block, on the device already
+        return RowWeight(by_rows)
     return RowWeight(np.ascontiguousarray(by_rows))
 
 

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -25,7 +27,7 @@ from flax import traverse_util
 from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import read_own_object
 from gptvq_jax.core.int8_rows import check_int8_rows, dequantize_rows, int8_rows
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled
+from gptvq_jax.core.vq_tensor import VQTensor, dequantize, dequantize_compiled
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError, naming_full_disk
 from gptvq_jax.models.companions import read_companions, read_stop_tokens
@@ -205,8 +207,8 @@ class CheckpointWriter:
 class PackedCheckpoint:
     """A complete checkpoint, readable as a float32 model (a ModelSource) or in packed form.
 
-    Arrays are on the host. `fingerprint` is the SHA-256 of the manifest, and through the sums in it
-    of every array; `manifest` is its content as a dict.
+    Arrays are on the host, but for those of `block`. `fingerprint` is the SHA-256 of the manifest,
+    and through the sums in it of every array; `manifest` is its content as a dict.
 
     Raises:
       FileNotFoundError: the directory is missing or the run that fills it has not finished.
@@ -278,10 +280,12 @@ class PackedCheckpoint:
     def block(self, index: int) -> Tree:
         """Block `index` in float32, kernels (in, out): the model that the packed one stands for.
 
+        It is dequantized on the device, where it stays.
+
         Raises:
           ValueError: there is no such block, or it is damaged; the message names the layer.
         """
-        return dequantize_tree(self.packed_block(index))
+        return dequantize_block(self.packed_block(index))
 
     def packed_block(self, index: int) -> Tree:
         """Block `index` with a VQTensor of the (out, in) weight as each quantized kernel.
@@ -333,6 +337,16 @@ def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
 
     flat = traverse_util.flatten_dict(tree, sep="/")
     return traverse_util.unflatten_dict({n: dense(n, v) for n, v in flat.items()}, sep="/")
+
+
+def dequantize_block(block: Mapping[str, Any]) -> Tree:
+    """A packed block with every leaf in float32 on the device, kernels (in, out)."""
+    return jax.tree.map(_on_device, block, is_leaf=lambda leaf: isinstance(leaf, VQTensor))
+
+
+@jax.jit
+def _on_device(leaf: VQTensor | np.ndarray) -> jax.Array:
+    return dequantize(leaf).T if isinstance(leaf, VQTensor) else leaf.astype(jnp.float32)
 
 
 def _int8_outer(outer: Mapping[str, Any]) -> Tree:

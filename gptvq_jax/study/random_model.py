@@ -9,23 +9,34 @@ from safetensors.numpy import save_file
 
 
 def write_random_llama(
-    directory: Path, tokenizer, num_blocks: int, hidden: int, head_dim: int = 64, seed: int = 0
+    directory: Path,
+    tokenizer,
+    num_blocks: int,
+    hidden: int,
+    head_dim: int = 64,
+    seed: int = 0,
+    wide: int | None = None,
+    vocab_size: int | None = None,
 ) -> None:
     """Writes config.json, model.safetensors (bfloat16) and the tokenizer files.
 
     Args:
       directory: is made.
-      tokenizer: a transformers tokenizer; the vocabulary is as large as its.
+      tokenizer: a transformers tokenizer, or None where no text is read.
       num_blocks: depth.
-      hidden: width, a multiple of head_dim; the feed-forward layers are 8/3 of it.
+      hidden: width, a multiple of head_dim.
       head_dim: of an attention head.
       seed: of the weights.
+      wide: width of the feed-forward layers, by default 8/3 of `hidden`.
+      vocab_size: by default the tokenizer's.
     """
     if hidden % head_dim:
         raise ValueError(f"{hidden=} must be a multiple of {head_dim=}")
     directory.mkdir(parents=True)
-    tokenizer.save_pretrained(directory)
-    heads, wide, vocab = hidden // head_dim, hidden * 8 // 3, len(tokenizer)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    heads, wide = hidden // head_dim, wide or hidden * 8 // 3
+    vocab = vocab_size or len(tokenizer)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -246,7 +246,7 @@ def test_layout_of_a_small_file(tmp_path):
     for ours, theirs, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KV_HEADS)):
         order = [HEAD_DIM * head + row for head in range(heads) for row in (0, 2, 1, 3)]
         stored = tensors[f"blk.1.{theirs}.weight"]
-        np.testing.assert_array_equal(attention[ours]["kernel"].T[order], stored)
+        np.testing.assert_array_equal(np.asarray(attention[ours]["kernel"]).T[order], stored)
     assert {leaf.dtype for leaf in jax.tree.leaves((outer, block))} == {np.dtype(np.float32)}
 
 

@@ -270,6 +270,27 @@ def test_unknown_tensor(tmp_path):
         open_source(write_model(tmp_path, random_tensors() | extra))
 
 
+def test_a_shard_cut_short_after_it_was_opened(tmp_path):
+    source = open_source(write_model(tmp_path, random_tensors()))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors has changed since it was opened"):
+        source.block(0)
+    with pytest.raises(ValueError, match=r"model\.safetensors has changed since it was opened"):
+        source.outer()
+
+
+def test_float64_is_rounded(tmp_path):
+    tensors = random_tensors(np.float64)
+    source = open_source(write_model(tmp_path, tensors))
+    kernel = source.block(1)["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors[UP].astype(np.float32).T)
+    tensors[UP][0, 3] = 1e300
+    source = open_source(write_model(tmp_path, tensors))
+    with pytest.raises(ValueError, match=f"tensor {UP} contains NaN or Inf"):
+        source.block(1)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_not_finite(tmp_path, value):
     tensors = random_tensors(ml_dtypes.bfloat16)

@@ -1,12 +1,18 @@
 """Streamed perplexity against the whole model at once."""
 
+import tempfile
+
 import jax
 import numpy as np
 import pytest
 
+from gptvq_jax.console.stopwatch import Stopwatch
+from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import evaluate, job
+from gptvq_jax.run.stream_files import StreamFiles
+from gptvq_jax.run.walk import walk
 
 
 @pytest.fixture
@@ -32,16 +38,143 @@ def test_equals_the_whole_model(source, seqlen):
     assert evaluate.perplexity(source, windows, batch_size=2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_more_text_than_memory_makes_more_passes(source, monkeypatch):
-    windows = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.int32)
-    whole = evaluate.perplexity(source, windows)
-    monkeypatch.setattr(evaluate, "_CACHE_BYTES", 2 * 32 * source.config.hidden_size * 4)
-    assert evaluate.passes(source.config, windows) == 2
-    calls = []
-    assert evaluate.perplexity(source, windows, on_block=lambda: calls.append(0)) == pytest.approx(
-        whole, rel=1e-6
+def random_windows(count, seqlen=32):
+    return np.random.default_rng(0).integers(0, 256, (count, seqlen)).astype(np.int32)
+
+
+class Counted:
+    """A source that counts what is read of it, and may die before a block."""
+
+    def __init__(self, source, dies_at=None):
+        self.config, self._source, self.dies_at = source.config, source, dies_at
+        self.blocks, self.outers = [], 0
+
+    def outer(self):
+        self.outers += 1
+        return self._source.outer()
+
+    def block(self, index):
+        self.blocks.append(index)
+        if index == self.dies_at:
+            raise MemoryError("killed")
+        return self._source.block(index)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_batches_files_and_memory_give_the_same(
+    source, tmp_path, monkeypatch, in_files, batch_size
+):
+    windows = random_windows(5)
+    expected = whole_model_perplexity(source, windows)
+    if in_files:
+        monkeypatch.setattr(evaluate, "_MEMORY_BYTES", 0)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    written = []
+    writing = StreamFiles.write
+    monkeypatch.setattr(
+        StreamFiles, "write", lambda self, *a: written.append(a[:2]) or writing(self, *a)
     )
-    assert len(calls) == 2 * source.config.num_hidden_layers
+    counted, calls, depth = Counted(source), [], source.config.num_hidden_layers
+    found = evaluate.perplexity(counted, windows, batch_size, lambda: calls.append(0))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert counted.blocks == list(range(depth)) and counted.outers == 1 and len(calls) == depth
+    points = [("evaluation", i) for i in range(depth)] + [("losses", depth)]
+    assert written == (points if in_files else [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_and_memory_agree_to_the_last_bit(source, tmp_path):
+    windows = random_windows(5)
+    in_memory = evaluate.perplexity(source, windows, 2)
+    assert evaluate.perplexity(source, windows, 2, directory=tmp_path) == in_memory
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(source, tmp_path):
+    windows, depth = random_windows(3), source.config.num_hidden_layers
+    expected = evaluate.perplexity(source, windows)
+    for dies_at in range(depth):
+        counted = Counted(source, dies_at)
+        with pytest.raises(MemoryError):
+            evaluate.perplexity(counted, windows, directory=tmp_path)
+        # The visitor may have died before it was through with the block that came before.
+        assert counted.blocks[0] == max(0, dies_at - 1)
+        assert [path.name for path in tmp_path.glob("*.partial")] == []
+    counted = Counted(source)
+    assert evaluate.perplexity(counted, windows, directory=tmp_path) == expected
+    assert counted.blocks == [depth - 1]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{depth:05d}.losses.npy"]
+    again = Counted(source)
+    assert evaluate.perplexity(again, windows, directory=tmp_path) == expected
+    assert again.blocks == []
+
+
+def test_it_shares_a_walk(source, tmp_path):
+    """Behind another visitor that makes streams of the same points, and further than it."""
+    windows, config = random_windows(3), source.config
+    expected = evaluate.perplexity(source, windows)
+    files, seen = StreamFiles(tmp_path), []
+
+    class Other:
+        stage, releases = "other", ("other",)
+
+        def position(self, order):
+            return 0
+
+        def begin(self):
+            with files.write("other", 0, (1, 1, 1)) as out:
+                out[:1] = np.zeros((1, 1, 1))
+
+        def visit(self, index, block):
+            seen.append(index)
+            assert files.read("other", index).dtype != np.float32
+            with files.write("other", index + 1, (1, 1, 1)) as out:
+                out[:1] = np.zeros((1, 1, 1))
+
+    order = range(config.num_hidden_layers)
+    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files)
+    with pytest.raises(MemoryError):
+        walk(Counted(source, dies_at=2), files, [evaluation], order, Stopwatch())
+    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files)
+    counted = Counted(source)
+    walk(counted, files, [Other(), evaluation], order, Stopwatch())
+    assert counted.blocks == seen == list(order)
+    assert evaluation.perplexity() == expected
+    assert files.points("other") == files.points("evaluation") == []
+    with pytest.raises(ValueError, match="the whole model"):
+        evaluation.position(range(1))
+    with pytest.raises(ValueError, match="the whole model"):
+        evaluation.position(order[::-1])
+
+
+def test_room_on_the_disk_is_checked_first(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptvq_jax.files.disk_space._free", lambda path: 1000)
+    counted = Counted(source)
+    with pytest.raises(FullDiskError, match=f"{tmp_path} needs .* more, and .* are free"):
+        evaluate.perplexity(counted, random_windows(3), directory=tmp_path)
+    assert counted.blocks == [] and list(tmp_path.iterdir()) == []
+
+
+def test_the_head_is_sent_once_and_rows_are_picked_on_the_host(source, monkeypatch):
+    windows, sent = random_windows(6), []
+    table = source.config.vocab_size * source.config.hidden_size
+    put = jax.device_put
+
+    def device_put(tree, *args, **options):
+        large = [leaf for leaf in jax.tree.leaves(tree) if np.size(leaf) == table]
+        sent.extend(large)
+        return put(tree, *args, **options)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    nll = evaluate.token_nll
+
+    def on_device(config, outer, x, tokens):
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(outer))
+        return nll(config, outer, x, tokens)
+
+    monkeypatch.setattr(evaluate, "token_nll", on_device)
+    evaluate.perplexity(source, windows, batch_size=1)
+    assert len(sent) == 1
 
 
 def test_says_at_which_precision_it_multiplies(model_dir, text_files, capsys):

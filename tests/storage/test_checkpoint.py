@@ -139,7 +139,7 @@ def test_checkpoint_returns_what_was_written(complete):
         tiny.assert_same_tree(checkpoint.block(index), dequantize_tree(expected))
     kernel = checkpoint.block(0)["self_attn"]["q_proj"]["kernel"]
     weight = dequantize(tiny.random_block(0)["self_attn"]["q_proj"]["kernel"])
-    assert (type(kernel), kernel.dtype) == (np.ndarray, np.float32)
+    assert isinstance(kernel, jax.Array) and kernel.dtype == np.float32
     np.testing.assert_allclose(kernel, weight.T, rtol=1e-6)
     with pytest.raises(ValueError, match=r"index=2 must be in 0\.\.1"):
         checkpoint.block(2)
