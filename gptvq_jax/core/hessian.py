@@ -39,12 +39,17 @@ def add_inputs(moment: Moment, inputs: jax.Array, weights: jax.Array | None = No
     x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
     y, count = _weighted(x, weights)
     cols = x.shape[1]
-    size = -(-cols // _TILES)
+    size = tile_size(cols)
     total = moment.total
     for start in range(0, cols, size):
         tile = jnp.matmul(y[:, start : start + size].T, x[:, start:], precision="highest")
         total = total.at[start : start + size, start:].add(tile)
     return Moment(total, moment.count + count)
+
+
+def tile_size(cols: int) -> int:
+    """Rows and columns of a tile of a moment (C, C)."""
+    return -(-cols // _TILES)
 
 
 def add_products(

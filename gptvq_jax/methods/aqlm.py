@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
@@ -87,6 +88,18 @@ class AQLMSettings:
     def codebook_size(self) -> int:
         """K: centroids of one codebook."""
         return 2**self.code_bits
+
+    def flops(self, rows: int, cols: int) -> int:
+        """Of matrix products of a layer, at most: rounds may be fewer."""
+        block = self.grid(rows, cols).block_cols(self.block_size)
+        one = flops.unit(rows, cols)
+        refit = one + flops.refit(rows, cols, self.update_iterations)  # after its first residual
+        if self.codebook_update == "adam":
+            refit = 2 * (self.update_iterations + 1) * one
+        update = refit + 3 * one  # scales, reseeding, the loss
+        recode = one + flops.recode(rows, cols, block, beam=self.beam)
+        swept = flops.lazy_pass(rows, cols, block) if self.start == "product" else 0
+        return swept + one + self.rounds * (update + recode) + update
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """One group; inputs that vectors do not divide are padded."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid, make_grid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.packing import pack
@@ -136,6 +137,19 @@ class GPTVQSettings:
             enough = (n for n in range(1, strips) if strips % n == 0 and rows // n <= _PART_ROWS)
             count = next(enough, strips)
         return dataclasses.replace(grid, rows=rows // count), range(0, rows, rows // count)
+
+    def flops(self, rows: int, cols: int) -> int:
+        """Of matrix products of a layer, at most: rounds of polish may be fewer."""
+        block = self.grid(rows, cols).block_cols(self.block_size)
+        moved = flops.unit(rows, cols)  # a residual: the first one, and after codebooks are rounded
+        update = flops.refit(rows, cols, self.update_iterations) + moved
+        if self.codebook_update == "none":
+            update = moved
+        elif self.codebook_update == "adam":  # losses with their gradients, and the last residual
+            update = (2 * (self.update_iterations + 1) + 2) * moved
+        one_round = flops.recode(rows, cols, block) + update
+        swept = flops.lazy_pass(rows, cols, block)
+        return swept + moved + update + self.polish_rounds * one_round
 
     def smallest_group(self) -> int:
         """Fewest weights whose codebook costs at most `codebook_overhead` bits per weight."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from gptvq_jax.core import metrics
+from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
@@ -63,6 +63,16 @@ def quantize_layers(problems: Sequence[Problem]) -> list[VQTensor]:
         _check_range(tensor, peak, problem.name)
         done.append(tensor)
     return done
+
+
+def most_flops(problem: Problem) -> int:
+    """Of the matrix products of `quantize_layers` for one of them, Hessians factorized already."""
+    groups = len(problem.objectives)
+    rows, cols = problem.weight.shape
+    size = groups * problem.settings.flops(rows // groups, cols)
+    if problem.objectives[0].shift is not None:
+        size += 3 * flops.unit(rows, cols)  # to make it, and two to solve for the target
+    return size
 
 
 def quantize_layer(*problem, **fields) -> VQTensor:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.hessian import (
     Moment,
     add_inputs,
@@ -24,6 +25,7 @@ from gptvq_jax.core.hessian import (
     init_moment,
     mean,
     mean_product,
+    tile_size,
 )
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
@@ -197,6 +199,17 @@ def run_windows(
     return moments
 
 
+def moment_flops(moments: Moments, tokens: int) -> int:
+    """Of adding so many tokens."""
+    size = 0
+    for moment in moments.inputs.values():
+        cols = moment.total.shape[0]
+        size += flops.second_moment(tokens, cols, tile_size(cols))
+    for moment in moments.crosses.values():
+        size += flops.cross_moment(tokens, *moment.total.shape)
+    return size
+
+
 def hessians(moments: Moments) -> dict[Owner, jax.Array]:
     """Mean w y y^T by owner, (C, C)."""
     return {owner: mean(moment) for owner, moment in moments.inputs.items()}
@@ -239,13 +252,6 @@ def finite(array: jax.Array, what: str) -> np.ndarray:
             "or set calibration.gradient_groups=0"
         )
     return array
-
-
-def embed_tokens(outer: Params, tokens: np.ndarray, out: Writer) -> None:
-    """Writes the inputs of block 0 (n, T, hidden)."""
-    table = outer["embed_tokens"]["embedding"]
-    for i in range(len(tokens)):
-        out[i : i + 1] = table[tokens[i : i + 1]]
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:

@@ -19,11 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.vq_tensor import dequantize_compiled
 from gptvq_jax.methods.gptvq import GPTVQSettings
-from gptvq_jax.methods.layer import Objective, Problem, losses, quantize_layers, row_groups
+from gptvq_jax.methods.layer import (
+    Objective,
+    Problem,
+    losses,
+    most_flops,
+    quantize_layers,
+    row_groups,
+)
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
@@ -84,6 +92,9 @@ def measure(
         sensitivity = token_weights[problem.name].mean(axis=(0, 1), dtype=np.float64)
         return float(np.dot(np.broadcast_to(sensitivity, parts.shape), parts))
 
+    solved = sum(flops.inverse_cholesky(hessian.shape[0]) for hessian in found.values())
+    sizes = (most_flops(p) + flops.unit(*p.weight.shape) for p in problems)
+    context.stopwatch.flops(solved + sum(sizes))
     measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
     for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
         measured.setdefault(problem.name, []).append((problem.settings, loss))

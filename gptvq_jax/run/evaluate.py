@@ -19,6 +19,7 @@ from jax import lax
 
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.files.disk_space import check_room, directory_bytes
+from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, block_forward, head_logits
 from gptvq_jax.models.source import ModelSource
@@ -49,9 +50,9 @@ class Evaluation:
       files: of the walk. The stream "evaluation" is what goes from block to block; "losses", behind
         the last block, is the result and stays, so that it is there after a kill. They are of this
         model and of this text.
+      stopwatch: receives the seconds of stage "evaluate".
     """
 
-    stage = "evaluate"
     releases: Sequence[str] = (_INPUTS,)
 
     def __init__(
@@ -61,7 +62,9 @@ class Evaluation:
         windows: np.ndarray,
         batch_size: int,
         files: StreamFiles | StreamMemory,
+        stopwatch: Stopwatch,
     ):
+        self._stopwatch = stopwatch
         self._config, self._outer, self._windows = config, outer, windows
         self._batch_size, self.files = batch_size, files
         self._depth = config.num_hidden_layers
@@ -96,19 +99,28 @@ class Evaluation:
 
     def visit(self, index: int, block: Params) -> None:
         """See Visitor. Behind the last block the losses take the place of activations."""
+        with self._stopwatch.stage("evaluate"):
+            self._visit(index, block)
+
+    def _visit(self, index: int, block: Params) -> None:
         inputs = self.files.read(_INPUTS, index)
         if index < self._depth - 1:
             with self.files.write(_INPUTS, index + 1, self._shape, FLOAT32) as out:
                 for part in self._batches():
-                    out[part] = np.asarray(block_forward(self._config, block, inputs[part]))
+                    out[part] = np.asarray(self._forward(block, inputs[part]))
             return
         outer = head_on_device(self._config, self._outer)
         count, time = self._windows.shape
         with self.files.write(_LOSSES, self._depth, (count, time - 1, 1), FLOAT32) as out:
             for part in self._batches():
-                x = block_forward(self._config, block, inputs[part])
+                x = self._forward(block, inputs[part])
                 nll = token_nll(self._config, outer, x, self._windows[part])
+                self._stopwatch.flops(flops.head_forward(self._config, *x.shape[:2]))
                 out[part] = np.asarray(nll)[..., None]
+
+    def _forward(self, block: Params, x: np.ndarray) -> jax.Array:
+        self._stopwatch.flops(flops.block_forward(self._config, *x.shape[:2]))
+        return block_forward(self._config, block, x)
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of tokens 2..T of every window, after the walk.
@@ -127,10 +139,10 @@ class Evaluation:
 class _Progress:
     """A visitor that reports every block."""
 
-    stage, releases = "evaluate", ()
+    releases = ()
 
     def __init__(self, evaluation: Evaluation, on_block: Callable[[], None]):
-        self.position, self._on_block = evaluation.position, on_block
+        self.files, self.position, self._on_block = evaluation.files, evaluation.position, on_block
 
     def begin(self) -> None:
         pass
@@ -168,15 +180,15 @@ def perplexity(
     stopwatch = stopwatch or Stopwatch()
     with contextlib.ExitStack() as stack:
         parts = source.config, source.outer(), windows, batch_size
-        evaluation = Evaluation(*parts, StreamMemory())
+        evaluation = Evaluation(*parts, StreamMemory(), stopwatch)
         if directory is not None or evaluation.peak_bytes > _MEMORY_BYTES:
             if directory is None:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gptvq-")))
             check_room(directory, evaluation.peak_bytes - directory_bytes(directory))
-            evaluation = Evaluation(*parts, StreamFiles(directory))
+            evaluation = Evaluation(*parts, StreamFiles(directory), stopwatch)
         visitors = [evaluation, _Progress(evaluation, on_block)]
         order = range(source.config.num_hidden_layers)
-        walk(source, evaluation.files, visitors, order, stopwatch)
+        walk(source, visitors, order, stopwatch)
         return evaluation.perplexity()
 
 

@@ -11,10 +11,12 @@ from functools import partial
 import jax
 import numpy as np
 
+from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, run_stage
-from gptvq_jax.run.calibrate import batches, embed_tokens, finite, on_device
+from gptvq_jax.run.calibrate import batches, finite, on_device
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.embedding import write_embeddings
 
 STREAM, MIDDLE = "float", "middle"
 
@@ -43,6 +45,7 @@ class Forward:
         counts: bool = False,
     ):
         self._context, self._tokens, self._blocks = context, tokens, blocks
+        self.files = context.files
         self._first, self._want_middle, self._counts = first, want_middle, counts
 
     def position(self, order: range) -> int:
@@ -57,7 +60,7 @@ class Forward:
         context = self._context
         shape = (*self._tokens.shape, context.source.config.hidden_size)
         with context.stopwatch.stage("forward"), context.files.write(STREAM, 0, shape) as out:
-            embed_tokens(context.source.outer(), self._tokens, out)
+            write_embeddings(context.source.outer(), self._tokens, out)
 
     def visit(self, index: int, block: Params) -> None:
         """Writes the middle first: a block is done once its exit is there."""
@@ -72,6 +75,7 @@ class Forward:
             with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
                 for part in batches(len(x), settings.calibration.batch_size):
                     between, y = block_halves(config, block, on_device(x[part]))
+                    stopwatch.flops(flops.block_forward(config, *y.shape[:2]))
                     out[part] = finite(y, what)
                     if halfway is not None:
                         halfway[part] = between

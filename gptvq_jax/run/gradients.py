@@ -32,13 +32,23 @@ from flax.traverse_util import unflatten_dict
 from jax import lax
 
 from gptvq_jax.core.hessian import add_inputs
+from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, DecoderBlock, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import curves, forward
 from gptvq_jax.run.activations import num_bytes
-from gptvq_jax.run.calibrate import LAST, Moments, batches, finite, init_moments, on_device
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Moments,
+    batches,
+    finite,
+    init_moments,
+    moment_flops,
+    on_device,
+)
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.embedding import head_on_device
 from gptvq_jax.run.evaluate import token_nll
 
 STREAM = "gradient"  # of the loss with respect to x, at the points between blocks
@@ -85,6 +95,7 @@ class Backward:
         check_groups(context.source.config, num_groups)
         self._context, self._tokens, self._num_groups = context, tokens, num_groups
         self._measured = measured
+        self.files = context.files
         self.releases = (STREAM,) if keep_float else (STREAM, forward.STREAM, forward.MIDDLE)
 
     def position(self, order: range) -> int:
@@ -100,11 +111,12 @@ class Backward:
             return
         progress.note("gradient of the loss")
         with stopwatch.stage("gradients"):
-            outer = jax.device_put(source.outer())
+            outer = head_on_device(source.config, source.outer())
             x = workdir.streams.read(forward.STREAM, depth)
             with workdir.streams.write(STREAM, depth, x.shape) as out:
                 for part in batches(len(x), settings.calibration.batch_size):
                     tokens = self._tokens[part]
+                    stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
                     dx = head_backward(source.config, outer, on_device(x[part]), tokens)
                     out[part] = finite(dx, "head: the gradient of the loss")
 
@@ -143,11 +155,17 @@ class Backward:
                     moments,
                     c.gradient_power if c.gradient_groups else 0.0,
                 )
+                self._context.stopwatch.flops(_backward_flops(config, moments, dx.shape))
                 out[part] = finite(dx, f"block {index}: the gradient of the loss")
                 for name, weight in weights.items():
                     what = f"block {index}: the squared gradient of {name}"
                     weight[part] = finite(of_batch[name], what)
         return weights, moments
+
+
+def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...]) -> int:
+    """Of `block_backward` on x (batch, T, hidden)."""
+    return flops.block_backward(config, *shape[:2]) + moment_flops(moments, math.prod(shape[:2]))
 
 
 @partial(jax.jit, static_argnames=("config", "num_groups"), donate_argnames="moments")

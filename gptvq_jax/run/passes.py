@@ -8,6 +8,8 @@ Where no gradients are wanted, the float model and quantization share one walk: 
 activations are kept than the block at work needs.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gptvq_jax.config import RunSettings
@@ -23,7 +25,7 @@ from gptvq_jax.run.forward import Forward
 from gptvq_jax.run.gradients import Backward
 from gptvq_jax.run.quantize import Plan, Quantize, num_quantized, wants_float, wants_middle
 from gptvq_jax.run.sizes import stored_bytes
-from gptvq_jax.run.walk import walk
+from gptvq_jax.run.walk import Visitor, walk
 from gptvq_jax.run.workdir import WorkDir
 
 _HEADER = 128  # of a file of activations
@@ -35,6 +37,7 @@ def quantize_model(
     workdir: WorkDir,
     tokens: np.ndarray,
     stopwatch: Stopwatch,
+    riders: Sequence[Visitor] = (),
 ) -> Quantize:
     """Quantizes all linear layers and writes the blocks of the checkpoint, resuming where it can.
 
@@ -44,6 +47,7 @@ def quantize_model(
       workdir: opened with these settings.
       tokens: calibration windows (n, T).
       stopwatch: receives the seconds of every stage.
+      riders: other visitors of the float model's blocks, upwards; they join the first walk.
 
     Returns:
       The pass that wrote them; its `writer` finishes the checkpoint.
@@ -55,14 +59,17 @@ def quantize_model(
     context = Context(source, settings, workdir, None, stopwatch)
     plan: Plan = {}
     if settings.weight_groups:
-        find_gradients(context, tokens)
+        find_gradients(context, tokens, riders)
         if settings.allocation.bits_per_value:
             plan = allocation.plan(settings, workdir, num_quantized(settings, source.config))
-    return quantize_blocks(context, tokens, plan)
+    return quantize_blocks(context, tokens, plan, riders)
 
 
-def find_gradients(context: Context, tokens: np.ndarray) -> None:
-    """Token weights of all blocks, and curves of those that will be quantized."""
+def find_gradients(context: Context, tokens: np.ndarray, riders: Sequence[Visitor] = ()) -> None:
+    """Token weights of all blocks, and curves of those that will be quantized.
+
+    `riders` join the walk of the float model.
+    """
     source, settings, workdir, _, stopwatch = context
     depth, groups = source.config.num_hidden_layers, settings.weight_groups
     allocates = settings.allocation.bits_per_value > 0
@@ -79,15 +86,17 @@ def find_gradients(context: Context, tokens: np.ndarray) -> None:
     with Progress(depth, "float model", "block") as progress:
         own = context._replace(progress=progress)
         forward = Forward(own, tokens, depth, 0, middle, counts=True)
-        walk(source, context.files, [forward], range(depth), stopwatch, progress)
+        walk(source, [forward, *riders], range(depth), stopwatch, progress)
     with Progress(depth, "gradients and curves" if measured else "gradients", "block") as progress:
         own = context._replace(progress=progress)
         backward = Backward(own, tokens, groups, measured, wants_float(settings))
-        walk(source, context.files, [backward], down, stopwatch, progress)
+        walk(source, [backward], down, stopwatch, progress)
 
 
-def quantize_blocks(context: Context, tokens: np.ndarray, plan: Plan) -> Quantize:
-    """The packed blocks."""
+def quantize_blocks(
+    context: Context, tokens: np.ndarray, plan: Plan, riders: Sequence[Visitor] = ()
+) -> Quantize:
+    """The packed blocks. `riders` join the walk over the float ones."""
     source, settings, workdir, _, stopwatch = context
     depth = source.config.num_hidden_layers
     with Progress(steps(source.config, settings), "quantize", "step") as progress:
@@ -104,7 +113,7 @@ def quantize_blocks(context: Context, tokens: np.ndarray, plan: Plan) -> Quantiz
         if wants_float(settings):
             last, first = num_quantized(settings, source.config), quantize.finished
             visitors.insert(0, Forward(own, tokens, last, first, wants_middle(settings)))
-        walk(source, context.files, visitors, range(depth), stopwatch)
+        walk(source, [*visitors, *riders], range(depth), stopwatch)
     return quantize
 
 

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.config import RunSettings, to_dict
-from gptvq_jax.core import metrics
+from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled, unused_centroids
 from gptvq_jax.methods.layer import (
     Objective,
     Problem,
+    most_flops,
     quantize_layers,
     relative_error,
     row_groups,
@@ -33,6 +34,7 @@ from gptvq_jax.methods.layer import (
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.flops import stage_flops
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -46,15 +48,16 @@ from gptvq_jax.run.calibrate import (
     LAST,
     Files,
     Moments,
-    embed_tokens,
     hessians,
     init_moments,
+    moment_flops,
     owners,
     relative_weights,
     run_windows,
     shift,
 )
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_tree
 
@@ -74,6 +77,7 @@ class Quantize:
 
     def __init__(self, context: Context, tokens: np.ndarray, plan: Plan):
         self._context, self._tokens, self._plan = context, tokens, plan
+        self.files = context.files
         settings = context.settings
         self.writer = CheckpointWriter(context.workdir.checkpoint, settings.dense_dtype)
         self.finished = self.writer.finished_blocks()
@@ -106,7 +110,7 @@ class Quantize:
                 return
             shape = (*self._tokens.shape, source.config.hidden_size)
             with self._context.files.write(STREAM, 0, shape) as out:
-                embed_tokens(dequantize_tree(stored), self._tokens, out)
+                write_embeddings(dequantize_tree(stored), self._tokens, out)
 
     def finalize(self) -> None:
         """Completes the checkpoint."""
@@ -208,7 +212,7 @@ class _Block:
                 cols = get_layer(self._float, group[0])["kernel"].shape[0]
                 name = _INNER if opened else _HALF
                 shape = (*at.x.shape[:2], cols)
-                out = self._files.write(name, self._index, shape)
+                out = self._files.pass_on(name, self._index, shape)
             with out as writer:
                 start = max(0, stage - 1)
                 moments = self._run(at, start, stage, self._moments([stage]), writer)
@@ -225,6 +229,12 @@ class _Block:
     def _run(self, at: Files, start: int, stop: int, moments: Moments, out=None) -> Moments:
         with self._context.stopwatch.stage("hessians" if moments.inputs else "advance"):
             self._context.progress.note(f"block {self._index} {STAGES[min(stop, LAST - 1)]}")
+            shape = at.x.shape
+            stages = range(start, stop)
+            self._context.stopwatch.flops(
+                stage_flops(self._config, stages, *shape[:2])
+                + moment_flops(moments, shape[0] * shape[1])
+            )
             moments = run_windows(
                 self._config,
                 self._dense,
@@ -247,6 +257,7 @@ class _Block:
             tensors = quantize_layers(problems)
             kernels = parallel(dequantize_compiled, tensors)
             rows = parallel(_row, list(zip(problems, tensors, kernels, strict=True)))
+            self._context.stopwatch.flops(_flops(problems, moments))
             seconds = time.perf_counter() - start
         total = sum(problem.weight.size for problem in problems)
         for name, problem, tensor, kernel, row in zip(
@@ -312,6 +323,12 @@ class _Block:
             seconds = time.perf_counter() - start
             self._dense = jax.device_put(dequantize_tree(self._packed))
         self._rows.append({"kind": "block", "block": self._index, **row, "seconds": seconds})
+
+
+def _flops(problems: Sequence[Problem], moments: Moments) -> float:
+    """Of quantizing layers and measuring their errors."""
+    solved = sum(flops.inverse_cholesky(m.total.shape[0]) for m in moments.inputs.values())
+    return solved + sum(most_flops(p) + 2 * flops.unit(*p.weight.shape) for p in problems)
 
 
 def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:

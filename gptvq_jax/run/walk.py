@@ -18,15 +18,18 @@ from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.blocks import Blocks
 from gptvq_jax.run.stream_files import StreamFiles
+from gptvq_jax.run.stream_memory import StreamMemory
 
 
 class Visitor(Protocol):
     """A pass over the blocks.
 
     Attributes:
-      releases: streams that nobody reads behind this visitor.
+      files: hold its streams.
+      releases: those that nobody reads behind this visitor.
     """
 
+    files: StreamFiles | StreamMemory
     releases: Sequence[str]
 
     def position(self, order: range) -> int:
@@ -44,7 +47,6 @@ class Visitor(Protocol):
 
 def walk(
     source: ModelSource,
-    files: StreamFiles,
     visitors: Sequence[Visitor],
     order: range,
     stopwatch: Stopwatch,
@@ -54,7 +56,6 @@ def walk(
 
     Args:
       source: of the blocks.
-      files: holds the streams.
       visitors: in the order in which they visit a block.
       order: of the blocks, up or down.
       stopwatch: receives the seconds that are waited for blocks.
@@ -73,17 +74,12 @@ def walk(
                 visitor.visit(index, block)
         for visitor in visitors:
             for stream in visitor.releases:
-                files.drop_behind(stream, entrance(index, order), order.step)
+                visitor.files.drop_behind(stream, entrance(index, order), order.step)
     for visitor in visitors:
         for stream in visitor.releases:
-            files.drop(stream)
+            visitor.files.drop(stream)
 
 
 def entrance(index: int, order: range) -> int:
     """The point where a walk enters a block: point i lies before block i."""
     return index if order.step > 0 else index + 1
-
-
-def exit_of(index: int, order: range) -> int:
-    """The point where a walk leaves a block."""
-    return index + 1 if order.step > 0 else index

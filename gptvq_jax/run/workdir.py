@@ -11,6 +11,8 @@
                             layer of block 7, where calibration.gradient_groups asks for them
     curves/                 00007.json: measured errors of the candidates for each layer of block 7,
                             where allocation.bits_per_value asks for them
+    evaluation/             the held-out text: float/ and quantized/ have its streams in these models
+                            (float32) and, as 00030.losses.npy, what comes out
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
 
@@ -143,6 +145,14 @@ class WorkDir:
         ):
             for path in folder.glob("*.partial"):
                 path.unlink()
+
+    def evaluation(self, model: str) -> StreamFiles:
+        """Streams of the held-out text in the "float" or the "quantized" model, and its losses."""
+        path = self.path / "evaluation" / model
+        durable.make_directory(path)
+        for partial in path.glob("*.partial"):
+            partial.unlink()
+        return StreamFiles(path)
 
     def check_room(self, num_bytes: int, *kept: str) -> None:
         """Checks, before a pass, that there is room for what it will write.
