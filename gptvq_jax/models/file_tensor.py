@@ -45,6 +45,15 @@ class FileTensor:
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
         values = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        self.read(start, values)
+        return values
+
+    def read(self, start: int, into: np.ndarray) -> None:
+        """Fills a contiguous array (n, ...) with rows from `start` on.
+
+        Raises:
+          ValueError: see above.
+        """
         offset = self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
@@ -54,8 +63,7 @@ class FileTensor:
                     f"{self.file_bytes}"
                 )
             file.seek(offset)
-            _fill(file, values.reshape(-1).view(np.uint8), self.path)
-        return values
+            _fill(file, into.reshape(-1).view(np.uint8), self.path)
 
 
 def _fill(file, into: np.ndarray, path: Path) -> None:

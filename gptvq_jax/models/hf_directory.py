@@ -118,7 +118,10 @@ class HFDirectory:
     @functools.cached_property
     def fingerprint(self) -> str:
         """See ModelSource.fingerprint."""
-        return sampled_digest(map(_header, sorted(set(self.files.values()))))
+        return sampled_digest(
+            (path, start, [tensor.offset for tensor in tensors.values()])
+            for path, (start, tensors) in sorted(self._headers.items())
+        )
 
     def check_tensors(self, config: ModelConfig, expected: Iterable[str]) -> None:
         """Raises as `check_names` does if the files do not hold the tensors of the model."""
@@ -128,8 +131,13 @@ class HFDirectory:
         check_names(self.path, stored, expected)
 
     @functools.cached_property
-    def _tensors(self) -> dict[Path, dict[str, FileTensor]]:
-        return {path: read_header(path)[1] for path in set(self.files.values())}
+    def _headers(self) -> dict[Path, tuple[int, dict[str, FileTensor]]]:
+        """See `read_header`. The fingerprint is of these: what changes later is noticed."""
+        return {path: read_header(path) for path in set(self.files.values())}
+
+    def _tensor(self, name: str) -> FileTensor:
+        _, tensors = self._headers[self.files[name]]
+        return tensors[name]
 
     def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES) -> tuple[FileTensor, Path]:
         """Returns a tensor as it is stored, to be read when it is sliced, and the file it is in.
@@ -143,8 +151,7 @@ class HFDirectory:
         """
         if name == _EMBEDDING and name not in self.files:
             name = _HEAD
-        path = self.files[name]
-        tensor = self._tensors[path][name]
+        path, tensor = self.files[name], self._tensor(name)
         if tensor.dtype_name not in dtypes:
             raise NotImplementedError(
                 f"{path}: tensor {name} is stored as {tensor.dtype_name}, not as "
@@ -168,7 +175,7 @@ class HFDirectory:
         """Whether both tensors are stored and differ in float32; memory holds a slice of each."""
         if first not in self.files or second not in self.files:
             return False
-        pair = [self._tensors[self.files[name]][name] for name in (first, second)]
+        pair = self._tensor(first), self._tensor(second)
         shape, other = (tensor.shape for tensor in pair)
         if shape != other or len(shape) != 2:
             return True
@@ -234,9 +241,3 @@ def _open(path: Path):
     except Exception as error:  # beside SafetensorError what Python makes of names and of memory
         reason = first_line(error)
         raise ValueError(f"{path} is not a complete safetensors file: {reason}") from None
-
-
-def _header(path: Path) -> tuple[Path, int, list[int]]:
-    """Returns (path, header size, tensor offsets)."""
-    start, tensors = read_header(path)
-    return path, start, [tensor.offset for tensor in tensors.values()]

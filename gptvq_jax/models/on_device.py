@@ -4,8 +4,8 @@ Checkpoints store weights (out, in), mostly in 16 bits; Flax multiplies by kerne
 device casts, transposes and checks what was sent to it as it is stored. On a CPU that takes XLA
 1.7 s for the block of a 7B model (2 cores of a Zen 4): its transpose strides through memory, its
 check is a loop of one thread, and its results come in pages of 4 KiB. So there threads of the host
-do it, a few rows at a time in their caches, and the result becomes an array of the device without a
-copy: scripts/benchmark_loading.py compares that with reading and casting alone.
+do it, as many columns at a time as their caches hold, and the result becomes an array of the device
+without a copy: scripts/benchmark_loading.py compares that with reading and casting alone.
 """
 
 import os
@@ -19,8 +19,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from gptvq_jax.models.file_tensor import FileTensor
+
 _ALIGNMENT = 64  # bytes, at which a CPU device shares an array of the host
-_ROWS = 256  # of a stored weight that are in the caches of a core at once
+_READ_ROWS = 256  # of a stored weight, by one thread at a time
+_COLUMNS = 128  # likewise, when it is transposed: rows of the result, written one after another
 _BITS = {2: np.uint16, 4: np.uint32}  # by the bytes of a dtype
 
 
@@ -46,6 +49,7 @@ class Loader:
         self._on_host = (platform or jax.default_backend()) == "cpu"
         self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "load tensor")
         self._finite: list[tuple[str, Path, jax.Array | bool]] = []
+        self._buffer = np.empty(0, np.uint8)  # what was read of one tensor
 
     def __enter__(self) -> "Loader":
         return self
@@ -77,17 +81,31 @@ class Loader:
             raise ValueError(f"{path}: tensor {name} contains NaN or Inf")
 
     def _convert(self, stored: Stored) -> tuple[jax.Array, bool]:
-        kernel = _aligned(stored.shape[::-1])
+        values = self._read(stored) if isinstance(stored, FileTensor) else stored
+        values = values.reshape(len(values), -1)
+        kernel = _aligned(values.shape[::-1])
 
-        def convert(rows: slice) -> bool:
-            part = stored[rows]
+        def convert(columns: slice) -> bool:
             # A CPU device transposes what it is given with other strides, faster than NumPy does.
-            columns = np.asarray(jax.device_put(part.T))
-            _widen(columns, kernel[..., rows])
-            return _all_finite(part)
+            rows = np.asarray(jax.device_put(values[:, columns].T))
+            _widen(rows, kernel[columns])
+            return _all_finite(rows)
 
-        finite = all(list(self._pool.map(convert, _parts(stored.shape[0]))))
-        return jax.device_put(kernel), finite
+        finite = all(list(self._pool.map(convert, _parts(len(kernel), _COLUMNS))))
+        return jax.device_put(kernel.reshape(stored.shape[::-1])), finite
+
+    def _read(self, tensor: FileTensor) -> np.ndarray:
+        """The tensor as stored, in memory that the next one will take."""
+        size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+        if size > len(self._buffer):
+            self._buffer = np.empty(size, np.uint8)
+        values = self._buffer[:size].view(tensor.dtype).reshape(tensor.shape)
+
+        def read(rows: slice) -> None:
+            tensor.read(rows.start, values[rows])
+
+        list(self._pool.map(read, _parts(tensor.shape[0], _READ_ROWS)))
+        return values
 
 
 def _send(stored: Stored) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +117,8 @@ def _cast(stored: jax.Array) -> tuple[jax.Array, jax.Array]:
     return stored.T.astype(jnp.float32), jnp.isfinite(stored).all()
 
 
-def _parts(rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _widen(values: np.ndarray, out: np.ndarray) -> None:
