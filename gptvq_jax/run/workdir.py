@@ -11,7 +11,7 @@
                             layer of block 7, where calibration.gradient_groups asks for them
     curves/                 00007.json: measured errors of the candidates for each layer of block 7,
                             where allocation.bits_per_value asks for them
-    evaluation/             the held-out text: float/ and quantized/ have its streams in these models
+    evaluation/             the held-out text: float/ and quantized/ have its streams by model
                             (float32) and, as 00030.losses.npy, what comes out
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
