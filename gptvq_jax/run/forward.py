@@ -30,7 +30,6 @@ class Forward:
       blocks: how many are wanted.
       first: what lies before this point is read no more.
       want_middle: whether "middle" is read.
-      counts: whether its blocks are steps of the progress.
     """
 
     releases = ()
@@ -42,14 +41,15 @@ class Forward:
         blocks: int,
         first: int,
         want_middle: bool,
-        counts: bool = False,
     ):
         self._context, self._tokens, self._blocks = context, tokens, blocks
         self.files = context.files
-        self._first, self._want_middle, self._counts = first, want_middle, counts
+        self._first, self._want_middle = first, want_middle
 
     def position(self, order: range) -> int:
         """Up to the last point, unless one is missing that will be read."""
+        if self._first >= self._blocks:
+            return len(order)
         points = self._context.files.points(STREAM)
         done = max(points, default=0)
         whole = set(range(min(self._first, done), done + 1)) <= set(points)
@@ -66,7 +66,7 @@ class Forward:
         """Writes the middle first: a block is done once its exit is there."""
         if index >= self._blocks:
             return
-        _, settings, workdir, progress, stopwatch = self._context
+        _, settings, workdir, _, stopwatch = self._context
         files, config = workdir.streams, self._context.source.config
         what = f"block {index}: an activation"
         with stopwatch.stage("forward"):
@@ -79,8 +79,6 @@ class Forward:
                     out[part] = finite(y, what)
                     if halfway is not None:
                         halfway[part] = between
-        if self._counts:
-            progress.advance(f"block {index} forward")
 
 
 @partial(jax.jit, static_argnames="config")

@@ -99,9 +99,16 @@ class Backward:
         self.releases = (STREAM,) if keep_float else (STREAM, forward.STREAM, forward.MIDDLE)
 
     def position(self, order: range) -> int:
-        """Blocks that have their weights, which are written last."""
-        has = self._context.workdir.has_token_weights
-        return next((n for n, index in enumerate(order) if not has(index)), len(order))
+        """Blocks that have their weights and curves; 0 where the way on from there is lost."""
+        done = next((n for n, index in enumerate(order) if not self._has(index)), len(order))
+        if 0 < done < len(order) and order[done] + 1 not in self.files.points(STREAM):
+            return 0
+        return done
+
+    def _has(self, index: int) -> bool:
+        workdir = self._context.workdir
+        has_curves = index >= self._measured or workdir.has_curves(index)
+        return workdir.has_token_weights(index) and has_curves
 
     def begin(self) -> None:
         """Saves the gradient with respect to the inputs of the head."""
@@ -132,7 +139,6 @@ class Backward:
                 workdir.save_curves(index, rows)
         # Last: the block is finished once its weights are there.
         workdir.save_token_weights(index, weights)
-        self._context.progress.advance(f"block {index} gradients")
 
     def _backward(self, index: int, block: Params, measures: bool):
         """Writes the gradient; returns token weights and moments."""

@@ -74,22 +74,26 @@ def find_gradients(context: Context, tokens: np.ndarray, riders: Sequence[Visito
     depth, groups = source.config.num_hidden_layers, settings.weight_groups
     allocates = settings.allocation.bits_per_value > 0
     measured = num_quantized(settings, source.config) if allocates else 0
+    middle, keep = wants_middle(settings), wants_float(settings)
     down = range(depth - 1, -1, -1)
-    done = sum(map(workdir.has_token_weights, down))
+    backward = Backward(context, tokens, groups, measured, keep)
+    done = backward.position(down)
     if done == depth:
+        walk(source, [backward], down, stopwatch)  # drops what a kill has left
         return
-    middle = wants_middle(settings)
-    room = (depth + 1 + depth * middle) * _stream_bytes(source.config, tokens.shape)
+    # The walk down has dropped what lay behind it, and needs no more than what is ahead.
+    points = depth + 1 if keep or not done else min(depth + 1, depth - done + 2)
+    room = (points + depth * middle) * _stream_bytes(source.config, tokens.shape)
     room += gradients.peak_bytes(source.config, tokens.shape, groups)
     room += allocation.curve_bytes(measured, len(settings.candidates))
     workdir.check_room(room, "activations/*", "gradients/*", "curves/*")
     with Progress(depth, "float model", "block") as progress:
-        own = context._replace(progress=progress)
-        forward = Forward(own, tokens, depth, 0, middle, counts=True)
+        wanted = depth if keep or not done else depth - 1 - done
+        forward = Forward(context, tokens, wanted, 0, middle)
         walk(source, [forward, *riders], range(depth), stopwatch, progress)
     with Progress(depth, "gradients and curves" if measured else "gradients", "block") as progress:
         own = context._replace(progress=progress)
-        backward = Backward(own, tokens, groups, measured, wants_float(settings))
+        backward = Backward(own, tokens, groups, measured, keep)
         walk(source, [backward], down, stopwatch, progress)
 
 
@@ -133,7 +137,8 @@ def peak_bytes(
 ) -> int:
     """Most bytes of all streams at once while blocks are quantized.
 
-    A stream has the inputs of the last finished block, of the one at work and of the next.
+    A stream has the inputs of the last finished block, of the one at work and of the next. What the
+    walk before this one has left of the float model is all there.
 
     Args:
       config: of the model.
@@ -145,17 +150,19 @@ def peak_bytes(
     if finished >= last:
         return 0
     stream = _stream_bytes(config, shape)
-    inputs = last - max(0, finished - 1)  # blocks whose inputs there will be
+    behind = max(0, finished - 1)  # blocks whose inputs there are no more
+    inputs = last - behind
+    whole = config.num_hidden_layers - behind if settings.weight_groups else None
     count = min(3, inputs) if settings.calibration.inputs == "quantized" else 0
     size = 0
     if wants_float(settings):
-        count += min(3, inputs + 1)
+        count += min(3, inputs + 1) if whole is None else whole + 1
     if wants_middle(settings):
-        count += min(2, inputs)
+        count += min(2, inputs) if whole is None else whole
     if settings.true_sequential:
         count += 1
-        width = config.intermediate_size + config.num_attention_heads * config.head_dim
-        size += num_bytes((*shape, width)) + 2 * _HEADER
+        width = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+        size += num_bytes((*shape, width)) + _HEADER
     return size + count * stream
 
 

@@ -84,7 +84,7 @@ class Quantize:
         self._depth = context.source.config.num_hidden_layers
         self._last = num_quantized(settings, context.source.config)
         self._float_inputs = settings.calibration.inputs == "float"
-        self.releases = (STREAM, forward.STREAM, forward.MIDDLE, _HALF, _INNER)
+        self.releases = (STREAM, forward.STREAM, forward.MIDDLE)
 
     def position(self, order: range) -> int:
         """Blocks of the checkpoint; what a killed run has left of the next one is dropped."""
@@ -201,6 +201,8 @@ class _Block:
         if goes_on:
             with self._files.write(STREAM, self._index + 1, at.x.shape) as out:
                 self._run(at, start, LAST, Moments({}, {}), out)
+        self._files.drop(_HALF)
+        self._files.drop(_INNER)
         return self._packed, self._rows
 
     def _stage_by_stage(self, at: Files) -> tuple[int, Files]:

@@ -59,7 +59,7 @@ def walk(
       visitors: in the order in which they visit a block.
       order: of the blocks, up or down.
       stopwatch: receives the seconds that are waited for blocks.
-      progress: of blocks; those that are done already are skipped.
+      progress: of blocks, which the walk counts; those that are done already are skipped.
     """
     positions = [visitor.position(order) for visitor in visitors]
     if progress is not None:
@@ -75,6 +75,8 @@ def walk(
         for visitor in visitors:
             for stream in visitor.releases:
                 visitor.files.drop_behind(stream, entrance(index, order), order.step)
+        if progress is not None:
+            progress.advance(f"block {index}")
     for visitor in visitors:
         for stream in visitor.releases:
             visitor.files.drop(stream)

@@ -281,10 +281,9 @@ class Streams(StreamFiles):
             what = "is missing"
         except ValueError as error:
             what = first_line(error).removeprefix(f"{path} ")
+        # Each pass looks for what it needs, and starts again where that is not there.
         again = {
             "quantized": self._workdir.checkpoint,
-            "gradient": self._workdir.path / "gradients",
+            "gradient": self.directory / "*.gradient.npy",
         }
-        raise self._workdir._lost(
-            path, what, again.get(stream, self.path("float", 0).parent / "*.float.npy")
-        )
+        raise self._workdir._lost(path, what, again.get(stream, self.directory / "*.float.npy"))
