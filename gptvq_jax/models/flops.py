@@ -13,8 +13,7 @@ A driver adds a call where it makes one, in the stage that its thread is in:
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-
-_HEAD_CHUNK = 256  # tokens whose logits are in memory at once, in run/evaluate.py and gradients.py
+from gptvq_jax.models.llama import HEAD_CHUNK
 
 
 def linear_weights(config: ModelConfig) -> int:
@@ -74,7 +73,7 @@ def block_tuning(config: ModelConfig, batch: int, time: int) -> int:
 
 
 def head_forward(
-    config: ModelConfig, batch: int, time: int, chunk_size: int | None = _HEAD_CHUNK
+    config: ModelConfig, batch: int, time: int, chunk_size: int | None = HEAD_CHUNK
 ) -> int:
     """Logits of windows (batch, time).
 
@@ -88,6 +87,6 @@ def head_forward(
     return product(batch * count, config.hidden_size, config.vocab_size)
 
 
-def head_backward(config: ModelConfig, batch: int, time: int, chunk_size: int = _HEAD_CHUNK) -> int:
+def head_backward(config: ModelConfig, batch: int, time: int, chunk_size: int = HEAD_CHUNK) -> int:
     """run.gradients.head_backward: `head_forward` again, and the gradient of activations."""
     return 2 * head_forward(config, batch, time, chunk_size)

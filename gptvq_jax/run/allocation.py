@@ -31,7 +31,8 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, get_layer
 from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.run.activations import num_bytes
-from gptvq_jax.run.calibrate import calibrate, embed_tokens
+from gptvq_jax.run.calibrate import calibrate
+from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.quantize import Plan, objectives_of
 from gptvq_jax.run.sizes import packed_bytes
 from gptvq_jax.run.workdir import WorkDir
@@ -121,7 +122,7 @@ def measure_curves(
         if done == 0:
             shape = (*tokens.shape, source.config.hidden_size)
             with workdir.write_activations(0, shape, _STREAM) as out:
-                embed_tokens(source.outer(), tokens, out)
+                write_embeddings(source.outer(), tokens, out)
         for index in range(done, num_blocks):
             x = workdir.load_activations(index, _STREAM)
             with workdir.write_activations(index + 1, x.shape, _STREAM) as out:
@@ -133,7 +134,7 @@ def measure_curves(
 
 def _block_curves(source, settings, workdir, index, x, out, progress) -> list[dict[str, Any]]:
     """One row for every layer and candidate; `out` receives the outputs of the float block."""
-    block = jax.device_put(source.block(index))
+    block = source.block(index)
     gradients = workdir.load_token_weights(index)
     weights = gradients if settings.calibration.gradient_groups else None
     progress.note(f"block {index} Hessians")

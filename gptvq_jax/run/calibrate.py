@@ -160,13 +160,6 @@ def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
     return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 
-def embed_tokens(outer: Params, tokens: np.ndarray, out: Writer) -> None:
-    """Writes the inputs of block 0 (n, T, hidden)."""
-    table = outer["embed_tokens"]["embedding"]
-    for i in range(len(tokens)):
-        out[i : i + 1] = table[tokens[i : i + 1]]
-
-
 def advance(
     config: ModelConfig, block: Params, activations: Activations, batch_size: int, out: Writer
 ) -> None:

@@ -20,16 +20,16 @@ from jax import lax
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.files.disk_space import check_room, directory_bytes
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import Params, block_forward, head_logits
+from gptvq_jax.models.llama import HEAD_CHUNK, Params, block_forward, head_logits
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.activations import FLOAT32, num_bytes
 from gptvq_jax.run.embedding import head_on_device, write_embeddings
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.stream_memory import StreamMemory
+from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.run.walk import walk
 
 PRECISION = "multiplied in float32"  # models/layers.py sees to it, the packed kernels too
-_TIME_CHUNK = 256  # tokens whose logits are in memory at once
 _MEMORY_BYTES = 256 << 20  # activations of so little text need no files
 _HEADER = 128  # bytes of a file
 _INPUTS, _LOSSES = "evaluation", "losses"  # streams
@@ -49,6 +49,7 @@ class Evaluation:
       files: of the walk. The stream "evaluation" is what goes from block to block; "losses", behind
         the last block, is the result and stays, so that it is there after a kill. They are of this
         model and of this text.
+      on_block: called after every block.
     """
 
     stage = "evaluate"
@@ -60,10 +61,11 @@ class Evaluation:
         outer: Params,
         windows: np.ndarray,
         batch_size: int,
-        files: StreamFiles | StreamMemory,
+        files: StreamStore,
+        on_block: Callable[[], None] = lambda: None,
     ):
         self._config, self._outer, self._windows = config, outer, windows
-        self._batch_size, self.files = batch_size, files
+        self._batch_size, self.files, self._on_block = batch_size, files, on_block
         self._depth = config.num_hidden_layers
         self._shape = (*windows.shape, config.hidden_size)
 
@@ -96,12 +98,20 @@ class Evaluation:
 
     def visit(self, index: int, block: Params) -> None:
         """See Visitor. Behind the last block the losses take the place of activations."""
-        inputs = self.files.read(_INPUTS, index)
         if index < self._depth - 1:
-            with self.files.write(_INPUTS, index + 1, self._shape, FLOAT32) as out:
-                for part in self._batches():
-                    out[part] = np.asarray(block_forward(self._config, block, inputs[part]))
-            return
+            self._advance(index, block)
+        else:
+            self._finish(block)
+        self._on_block()
+
+    def _advance(self, index: int, block: Params) -> None:
+        inputs = self.files.read(_INPUTS, index)
+        with self.files.write(_INPUTS, index + 1, self._shape, FLOAT32) as out:
+            for part in self._batches():
+                out[part] = np.asarray(block_forward(self._config, block, inputs[part]))
+
+    def _finish(self, block: Params) -> None:
+        inputs = self.files.read(_INPUTS, self._depth - 1)
         outer = head_on_device(self._config, self._outer)
         count, time = self._windows.shape
         with self.files.write(_LOSSES, self._depth, (count, time - 1, 1), FLOAT32) as out:
@@ -122,21 +132,6 @@ class Evaluation:
     def _batches(self) -> Iterator[slice]:
         starts = range(0, len(self._windows), self._batch_size)
         return (slice(start, start + self._batch_size) for start in starts)
-
-
-class _Progress:
-    """A visitor that reports every block."""
-
-    stage, releases = "evaluate", ()
-
-    def __init__(self, evaluation: Evaluation, on_block: Callable[[], None]):
-        self.position, self._on_block = evaluation.position, on_block
-
-    def begin(self) -> None:
-        pass
-
-    def visit(self, index: int, block: Params) -> None:
-        self._on_block()
 
 
 def perplexity(
@@ -167,16 +162,17 @@ def perplexity(
     """
     stopwatch = stopwatch or Stopwatch()
     with contextlib.ExitStack() as stack:
-        parts = source.config, source.outer(), windows, batch_size
-        evaluation = Evaluation(*parts, StreamMemory())
+        make = partial(
+            Evaluation, source.config, source.outer(), windows, batch_size, on_block=on_block
+        )
+        evaluation = make(StreamMemory())
         if directory is not None or evaluation.peak_bytes > _MEMORY_BYTES:
             if directory is None:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gptvq-")))
             check_room(directory, evaluation.peak_bytes - directory_bytes(directory))
-            evaluation = Evaluation(*parts, StreamFiles(directory))
-        visitors = [evaluation, _Progress(evaluation, on_block)]
+            evaluation = make(StreamFiles(directory))
         order = range(source.config.num_hidden_layers)
-        walk(source, evaluation.files, visitors, order, stopwatch)
+        walk(source, evaluation.files, [evaluation], order, stopwatch)
         return evaluation.perplexity()
 
 
@@ -194,11 +190,11 @@ def token_nll(config: ModelConfig, outer, x: jax.Array, tokens: jax.Array) -> ja
       (batch, T - 1) float32, in nats.
     """
     batch, time = tokens.shape
-    pad = -(time - 1) % _TIME_CHUNK
+    pad = -(time - 1) % HEAD_CHUNK
     x = jnp.pad(x[:, :-1], ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad)))
-    x = jnp.moveaxis(x.reshape(batch, -1, _TIME_CHUNK, x.shape[-1]), 1, 0)
-    targets = jnp.moveaxis(targets.reshape(batch, -1, _TIME_CHUNK), 1, 0)
+    x = jnp.moveaxis(x.reshape(batch, -1, HEAD_CHUNK, x.shape[-1]), 1, 0)
+    targets = jnp.moveaxis(targets.reshape(batch, -1, HEAD_CHUNK), 1, 0)
 
     def chunk(args):
         x, target = args

@@ -34,15 +34,15 @@ from jax import lax
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, DecoderBlock, Params, block_forward
+from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, block_forward
 from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.run.activations import num_bytes
-from gptvq_jax.run.calibrate import batches, embed_tokens, on_device
+from gptvq_jax.run.calibrate import batches, on_device
+from gptvq_jax.run.embedding import head_on_device, write_embeddings
 from gptvq_jax.run.evaluate import token_nll
 from gptvq_jax.run.workdir import WorkDir
 
 _HEADER_BYTES = 512  # of one array in a file, at most
-_TIME_CHUNK = 256  # tokens whose logits are in memory at once
 
 
 def steps(config: ModelConfig) -> int:
@@ -131,10 +131,10 @@ def _go_forward(source, tokens, batch_size, workdir, progress) -> None:
         start = 0
         shape = (*tokens.shape, source.config.hidden_size)
         with workdir.write_activations(0, shape, "inputs") as out:
-            embed_tokens(source.outer(), tokens, out)
+            write_embeddings(source.outer(), tokens, out)
     progress.skip(start)
     for index in range(start, depth):
-        block = jax.device_put(source.block(index))
+        block = source.block(index)
         x = workdir.load_activations(index, "inputs")
         with workdir.write_activations(index + 1, x.shape, "inputs") as out:
             for part in batches(len(x), batch_size):
@@ -146,7 +146,7 @@ def _go_forward(source, tokens, batch_size, workdir, progress) -> None:
 def _start_backward(source, tokens, batch_size, workdir) -> None:
     """Saves the gradient with respect to the inputs of the head."""
     depth = source.config.num_hidden_layers
-    outer = jax.device_put(source.outer())
+    outer = head_on_device(source.config, source.outer())
     x = workdir.load_activations(depth, "inputs")
     with workdir.write_activations(depth, x.shape, "gradient") as out:
         for part in batches(len(x), batch_size):
@@ -156,7 +156,7 @@ def _start_backward(source, tokens, batch_size, workdir) -> None:
 
 def _go_backward(source, index, batch_size, num_groups, workdir) -> None:
     """Takes the gradient from a block's exit to its entrance, saving the block's token weights."""
-    block = jax.device_put(source.block(index))
+    block = source.block(index)
     x = workdir.load_activations(index, "inputs")
     gradient = workdir.load_activations(index + 1, "gradient")
     weights = {n: np.empty((*x.shape[:2], num_groups), np.float32) for n in LINEAR_LAYERS}
@@ -231,19 +231,19 @@ def head_backward(config: ModelConfig, outer: Params, x: jax.Array, tokens: jax.
     """
     time = x.shape[1]
     # The last token of a chunk is only a target, and the first token of the next one.
-    pad = -(time - 1) % _TIME_CHUNK
+    pad = -(time - 1) % HEAD_CHUNK
     padded_x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
     padded_tokens = jnp.pad(tokens, ((0, 0), (0, pad)))
 
     def chunk(start):
         part, targets = (
-            lax.dynamic_slice_in_dim(a, start, _TIME_CHUNK + 1, axis=1)
+            lax.dynamic_slice_in_dim(a, start, HEAD_CHUNK + 1, axis=1)
             for a in (padded_x, padded_tokens)
         )
         dx = jax.grad(lambda part: jnp.sum(token_nll(config, outer, part, targets)))(part)
         return dx[:, :-1]
 
-    dx = lax.map(chunk, jnp.arange(0, time - 1, _TIME_CHUNK))
+    dx = lax.map(chunk, jnp.arange(0, time - 1, HEAD_CHUNK))
     dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : time - 1]
     return jnp.pad(dx, ((0, 0), (0, 1), (0, 0)))
 

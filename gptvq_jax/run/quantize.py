@@ -38,7 +38,7 @@ from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.streams import Streams
 from gptvq_jax.run.workdir import WorkDir
-from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_tree
+from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block
 
 Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
 
@@ -116,7 +116,7 @@ def quantize_model(
 
     for index in range(finished, depth):
         with stopwatch.stage("load block"):
-            block = jax.device_put(source.block(index))
+            block = source.block(index)
         rows = []
         if index < last:
             packed, dense, rows = _quantize_block(job, index, block, index + 1 < last)
@@ -124,7 +124,7 @@ def quantize_model(
                 del block, dense  # the tuning needs their room on the device
                 with stopwatch.stage("tune"):
                     packed, row = _tune_block(job, index, packed)
-                    dense = jax.device_put(dequantize_tree(packed))
+                    dense = dequantize_block(packed)
                 rows.append(row)
         else:
             packed = block

@@ -1,7 +1,4 @@
-"""Streams on disk: what goes from block to block, one file for every point between two blocks.
-
-00007.float.npy holds the stream "float" at point 7, where block 6 ends and block 7 begins.
-"""
+"""Streams on disk: 00007.float.npy holds the stream "float" at point 7."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from gptvq_jax.run.activations import BFLOAT16, Activations, Writer, writing
+from gptvq_jax.run.stream_store import StreamStore
 
 
-class StreamFiles:
-    """Reads and writes the streams of a directory, arrays (n, T, width)."""
+class StreamFiles(StreamStore):
+    """The streams of a directory, one file for every point."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -31,18 +29,8 @@ class StreamFiles:
         return writing(self.path(stream, point), shape, dtype)
 
     def points(self, stream: str) -> list[int]:
-        """Where there is such a file, rising."""
         found = self.directory.glob(f"*.{stream}.npy")
         return sorted(int(path.name.partition(".")[0]) for path in found)
 
-    def drop(self, stream: str, keep: range = range(0)) -> None:
-        """Removes the files of a stream, but for some points."""
-        for point in self.points(stream):
-            if point not in keep:
-                self.path(stream, point).unlink()
-
-    def drop_behind(self, stream: str, point: int, step: int) -> None:
-        """Removes what a walk in the direction of `step` has behind it at a point."""
-        for other in self.points(stream):
-            if (other - point) * step < 0:
-                self.path(stream, other).unlink()
+    def remove(self, stream: str, point: int) -> None:
+        self.path(stream, point).unlink()

@@ -1,4 +1,4 @@
-"""Streams in memory: what StreamFiles does, for as little text as needs no file."""
+"""Streams in memory, for as little text as needs no file."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptvq_jax.run.activations import BFLOAT16
+from gptvq_jax.run.stream_store import StreamStore
 
 
-class StreamMemory:
-    """Holds streams, arrays (n, T, width), while it lives; see StreamFiles for what is asked."""
+class StreamMemory(StreamStore):
+    """Streams that are there while it lives."""
 
     def __init__(self):
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
@@ -28,12 +29,5 @@ class StreamMemory:
     def points(self, stream: str) -> list[int]:
         return sorted(point for name, point in self._arrays if name == stream)
 
-    def drop(self, stream: str, keep: range = range(0)) -> None:
-        for point in self.points(stream):
-            if point not in keep:
-                del self._arrays[stream, point]
-
-    def drop_behind(self, stream: str, point: int, step: int) -> None:
-        for other in self.points(stream):
-            if (other - point) * step < 0:
-                del self._arrays[stream, other]
+    def remove(self, stream: str, point: int) -> None:
+        del self._arrays[stream, point]

@@ -12,7 +12,8 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.activations import Activations, Writer, num_bytes
-from gptvq_jax.run.calibrate import advance, embed_tokens
+from gptvq_jax.run.calibrate import advance
+from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import dequantize_tree
 
@@ -63,10 +64,10 @@ class Streams:
         shape = (*tokens.shape, self._source.config.hidden_size)
         if self._has_float:
             with self._workdir.write_activations(0, shape, "float") as out:
-                embed_tokens(outer, tokens, out)
+                write_embeddings(outer, tokens, out)
         table = outer if self._float_inputs else dequantize_tree(stored)
         with self._workdir.write_activations(0, shape) as out:
-            embed_tokens(table, tokens, out)
+            write_embeddings(table, tokens, out)
 
     def quantized(self, block: int) -> Activations:
         """In the model as far as it is quantized, or with calibration.inputs 'float' is to be."""

@@ -1,6 +1,6 @@
 """The walk over a model's blocks: one in memory at a time, activations in files between them.
 
-A pass over the model is a visitor. It finds streams (stream_files.py) at the entrance of a block,
+A pass over the model is a visitor. It finds streams (stream_store.py) at the entrance of a block,
 leaves others at its exit, and says after a kill how far it had come. Visitors that go the same way
 share a walk, so that a block is loaded once for all of them; they visit it in their order.
 
@@ -16,7 +16,7 @@ from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.blocks import Blocks
-from gptvq_jax.run.stream_files import StreamFiles
+from gptvq_jax.run.stream_store import StreamStore
 
 
 class Visitor(Protocol):
@@ -45,7 +45,7 @@ class Visitor(Protocol):
 
 def walk(
     source: ModelSource,
-    files: StreamFiles,
+    files: StreamStore,
     visitors: Sequence[Visitor],
     order: range,
     stopwatch: Stopwatch,
@@ -81,8 +81,3 @@ def walk(
 def entrance(index: int, order: range) -> int:
     """The point where a walk enters a block: point i lies before block i."""
     return index if order.step > 0 else index + 1
-
-
-def exit_of(index: int, order: range) -> int:
-    """The point where a walk leaves a block."""
-    return index + 1 if order.step > 0 else index

@@ -27,7 +27,7 @@ from flax import traverse_util
 from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import read_own_object
 from gptvq_jax.core.int8_rows import check_int8_rows, dequantize_rows, int8_rows
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize, dequantize_compiled
+from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError, naming_full_disk
 from gptvq_jax.models.companions import read_companions, read_stop_tokens
@@ -341,12 +341,13 @@ def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
 
 def dequantize_block(block: Mapping[str, Any]) -> Tree:
     """A packed block with every leaf in float32 on the device, kernels (in, out)."""
-    return jax.tree.map(_on_device, block, is_leaf=lambda leaf: isinstance(leaf, VQTensor))
 
+    def dense(leaf: VQTensor | np.ndarray) -> jax.Array:
+        if isinstance(leaf, VQTensor):
+            return dequantize_compiled(leaf).T
+        return jnp.asarray(leaf, jnp.float32)
 
-@jax.jit
-def _on_device(leaf: VQTensor | np.ndarray) -> jax.Array:
-    return dequantize(leaf).T if isinstance(leaf, VQTensor) else leaf.astype(jnp.float32)
+    return jax.tree.map(dense, block, is_leaf=lambda leaf: isinstance(leaf, VQTensor))
 
 
 def _int8_outer(outer: Mapping[str, Any]) -> Tree:
