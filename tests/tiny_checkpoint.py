@@ -148,6 +148,15 @@ def embedding_checkpoints():
     return checkpoint
 
 
+def signature(array):
+    return array.shape, array.dtype
+
+
+def half(tree):
+    """Arrays as a checkpoint stores them by default, in float16."""
+    return jax.tree.map(lambda array: array.astype(np.float16), tree)
+
+
 def assert_same_tree(actual, expected) -> None:
     """Equal structure, static fields, dtypes and bits."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -1,0 +1,137 @@
+"""Embeddings and heads as int8 rows in the packed checkpoint."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoint as tiny
+from orbax.checkpoint import v1 as ocp
+
+from gptvq_jax.console.report import summary_text
+from gptvq_jax.core.int8_rows import int8_rows
+from gptvq_jax.run.evaluate import perplexity
+from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_tree
+from gptvq_jax.storage.tree_io import load_tree, read_record
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def int8(request, tmp_path_factory):
+    config = dataclasses.replace(tiny.MODEL, tie_word_embeddings=request.param)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("int8") / "checkpoint", config, "int8")
+
+
+def matrices(outer):
+    """{name in the manifest: its (vocab, hidden) matrix}"""
+    found = {"embed_tokens/embedding": outer["embed_tokens"]["embedding"]}
+    return found | ({"lm_head": outer["lm_head"]["kernel"].T} if "lm_head" in outer else {})
+
+
+def test_int8_embeddings_survive_disk(int8):
+    checkpoint = PackedCheckpoint(int8)
+    outer = tiny.random_outer(7, checkpoint.config)
+    expected = {
+        "embed_tokens": {"embedding": int8_rows(outer["embed_tokens"]["embedding"])},
+        "norm": tiny.half(outer["norm"]),
+    }
+    if "lm_head" in outer:
+        expected["lm_head"] = {"kernel": int8_rows(outer["lm_head"]["kernel"].T)}
+    tiny.assert_same_tree(load_tree(int8 / "outer")[0], expected)
+
+    loaded = checkpoint.outer()
+    assert jax.tree.map(tiny.signature, loaded) == jax.tree.map(tiny.signature, outer)
+    tiny.assert_same_tree(loaded["norm"], dequantize_tree(expected["norm"]))
+    values = matrices(loaded)
+    for name, matrix in matrices(outer).items():
+        half_step = np.abs(matrix.astype(np.float64)).max(1, keepdims=True) / 255
+        error = np.abs(values[name] - matrix.astype(np.float64))
+        assert np.all(error <= half_step * (1 + 2.0**-9))  # a scale may be rounded up
+        assert error.max() > half_step.min() / 2
+
+
+def test_write_outer_returns_what_a_reader_gets(tmp_path):
+    writer = CheckpointWriter(tmp_path / "c", "float32")
+    for embeddings in ("dense", "int8"):
+        returned = writer.write_outer(tiny.random_outer(7), embeddings)
+        tiny.assert_same_tree(load_tree(tmp_path / "c/outer")[0], returned)
+
+
+def test_manifest_counts_int8_embeddings_apart(int8, complete):
+    checkpoint = PackedCheckpoint(int8)
+    manifest, dense = checkpoint.manifest, PackedCheckpoint(complete).manifest
+    for field in ("bits_per_value", "quantized_bytes", "layers"):
+        assert manifest[field] == dense[field]
+    written = matrices(tiny.random_outer(7, checkpoint.config))
+    rows, cols = tiny.MODEL.vocab_size, tiny.MODEL.hidden_size
+    num_bytes = rows * cols + 2 * rows + 2 * 256
+    assert manifest["embeddings"].keys() == written.keys()
+    assert manifest["embedding_bytes"] == len(written) * num_bytes
+    for name, meta in manifest["embeddings"].items():
+        assert (meta["shape"], meta["num_bytes"]) == ([rows, cols], num_bytes)
+        assert meta["bits_per_value"] == 8 * num_bytes / (rows * cols)
+        assert len(meta["sha256"]) == 64
+        assert not any(dense_name.startswith(name) for dense_name in manifest["dense"])
+    assert manifest["dense"]["norm/scale"] == dense["dense"]["norm/scale"]
+
+    stored = [ocp.load(path) for path in (*int8.glob("blocks/*/arrays"), int8 / "outer/arrays")]
+    counted = [manifest[f"{part}_bytes"] for part in ("quantized", "embedding", "dense")]
+    assert sum(counted) == sum(array.nbytes for array in jax.tree.leaves(stored))
+
+
+def test_int8_embeddings_hardly_change_perplexity(int8, tmp_path):
+    checkpoint = PackedCheckpoint(int8)
+    dense = PackedCheckpoint(tiny.write_checkpoint(tmp_path / "dense", checkpoint.config))
+    tokens = np.random.default_rng(0).integers(tiny.MODEL.vocab_size, size=(2, 20), dtype=np.int32)
+    before, after = perplexity(dense, tokens), perplexity(checkpoint, tokens)
+    assert before != after
+    assert after == pytest.approx(before, rel=0.05)
+
+
+def test_embeddings_are_chosen_by_name(tmp_path):
+    writer = CheckpointWriter(tmp_path / "c")
+    with pytest.raises(ValueError, match="embeddings='int4' must be one of dense, int8"):
+        writer.write_outer(tiny.random_outer(0), "int4")
+    outer = tiny.random_outer(0)
+    outer["lm_head"]["kernel"][3, 4] = 1e8
+    with pytest.raises(ValueError, match=r"lm_head/kernel: 1e\+08 .* use embeddings='dense'"):
+        writer.write_outer(outer, "int8")
+    assert read_record(tmp_path / "c/outer") is None
+
+
+def test_embeddings_of_another_run_are_found(int8, tmp_path):
+    copy = shutil.copytree(int8, tmp_path / "checkpoint")
+    manifest = (copy / "manifest.json").read_bytes()
+    config = PackedCheckpoint(copy).config
+    for seed, embeddings in ((8, "int8"), (7, "dense")):
+        CheckpointWriter(copy).write_outer(tiny.random_outer(seed, config), embeddings)
+        (copy / "manifest.json").write_bytes(manifest)
+        with pytest.raises(ValueError, match=r"embed_tokens/embedding in .* from another run"):
+            PackedCheckpoint(copy).outer()
+
+
+def test_manifest_without_embeddings_is_read(copy):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["embeddings"], manifest["embedding_bytes"]  # as written before they existed
+    path.write_text(json.dumps(manifest))
+    outer = dequantize_tree(tiny.half(tiny.random_outer(7)))
+    tiny.assert_same_tree(PackedCheckpoint(copy).outer(), outer)
+    manifest = path.read_bytes()
+    CheckpointWriter(copy).write_outer(outer, "int8")
+    path.write_bytes(manifest)
+    with pytest.raises(ValueError, match=r"embed_tokens/embedding in .* from another run"):
+        PackedCheckpoint(copy).outer()
+
+
+def test_summary_shows_embeddings_where_they_are_int8():
+    summary = dict.fromkeys(
+        ("bits_per_value", "num_layers", "checkpoint_bytes", "quantized_bytes", "dense_bytes",
+         "seconds", "compile_seconds", "peak_memory_bytes"), 0
+    )  # fmt: skip
+    summary |= {"perplexity_float": 2.0, "perplexity_quantized": 3.0, "stages": {}}
+    summary |= {"evaluation": "text", "calibration": "text"}
+    text = summary_text(summary | {"embedding_bytes": 3 * 2**19})
+    assert "quantized layers 0.0 MiB, int8 embeddings 1.5 MiB, dense leaves 0.0 MiB" in text
+    assert "embeddings" not in summary_text(summary | {"embedding_bytes": 0})
