@@ -42,6 +42,10 @@ class AllocationSettings:
     dims: tuple[int, ...] = (2,)  # candidates: every pair of these ...
     bits: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # ... with dim * bits whole, 1 to 8
     em_iterations: int = 5  # of the measured error curves, which are made without polish
+    measured: int = (
+        3  # candidates of each dimension that are measured, the others are between; 0: all
+    )
+    sample: bool = True  # measure on some of a layer's rows; False: on all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +125,7 @@ class RunSettings:
         check(self.embeddings in EMBEDDINGS, "embeddings", f"one of {', '.join(EMBEDDINGS)}")
         check(a.bits_per_value >= 0, "allocation.bits_per_value", "0 or the bits to spend")
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
+        check(a.measured in (0, 2, 3), "allocation.measured", "0 (all), 2 or 3")
         if a.bits_per_value:
             whole = f"such that dim * bits is whole, 1 to 8, for one of allocation.dims={a.dims}"
             check(bool(self.candidates), "allocation.bits", whole)

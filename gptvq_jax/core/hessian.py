@@ -18,17 +18,38 @@ from absl import logging
 class Moment(NamedTuple):
     """Running sum of w x x^T over calibration tokens of weight w."""
 
-    total: jax.Array  # (C, C) float32
+    total: jax.Array  # (C, C) float32; of `add_inputs` only the upper triangle counts
     count: jax.Array  # () float32, sum of w: the tokens so far where none is weighted
 
 
-def init_moment(cols: int) -> Moment:
-    return Moment(jnp.zeros((cols, cols), jnp.float32), jnp.zeros((), jnp.float32))
+def init_moment(rows: int, cols: int | None = None) -> Moment:
+    """Zeros (rows, cols), square by default."""
+    shape = (rows, rows if cols is None else cols)
+    return Moment(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32))
+
+
+_TILES = 4  # across: the products above and on the diagonal are 5/8 of all
 
 
 def add_inputs(moment: Moment, inputs: jax.Array, weights: jax.Array | None = None) -> Moment:
-    """Adds the inputs of one batch, shape (..., C), with weights (...) or 1."""
-    return add_products(moment, inputs, inputs, weights)
+    """Adds the inputs of one batch, shape (..., C), with weights (...) or 1.
+
+    A second moment is symmetric: tiles below the diagonal are not computed.
+    """
+    x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
+    y, count = _weighted(x, weights)
+    cols = x.shape[1]
+    size = tile_size(cols)
+    total = moment.total
+    for start in range(0, cols, size):
+        tile = jnp.matmul(y[:, start : start + size].T, x[:, start:], precision="highest")
+        total = total.at[start : start + size, start:].add(tile)
+    return Moment(total, moment.count + count)
+
+
+def tile_size(cols: int) -> int:
+    """Rows and columns of a tile of a moment (C, C)."""
+    return -(-cols // _TILES)
 
 
 def add_products(
@@ -37,17 +58,21 @@ def add_products(
     """Adds w x y^T over the tokens of one batch; left and right are (..., C), weights (...)."""
     x = left.reshape(-1, left.shape[-1]).astype(jnp.float32)
     y = right.reshape(-1, right.shape[-1]).astype(jnp.float32)
-    count = x.shape[0]
-    if weights is not None:
-        y = y * weights.reshape(-1, 1)
-        count = jnp.sum(weights)
+    y, count = _weighted(y, weights)
     return Moment(moment.total + jnp.matmul(x.T, y, precision="highest"), moment.count + count)
 
 
+def _weighted(x: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array | int]:
+    """w x (tokens, C), and the sum of w."""
+    if weights is None:
+        return x, len(x)
+    return x * weights.reshape(-1, 1), jnp.sum(weights)
+
+
 def mean(moment: Moment) -> jax.Array:
-    """H = sum w x x^T / sum w (C, C), made symmetric."""
-    h = mean_product(moment)
-    return (h + h.T) / 2
+    """H = sum w x x^T / sum w (C, C), of a moment of `add_inputs`."""
+    upper = jnp.triu(mean_product(moment))
+    return upper + jnp.triu(upper, 1).T
 
 
 def mean_product(moment: Moment) -> jax.Array:
@@ -73,25 +98,24 @@ def unit(hessian: jax.Array) -> jax.Array:
 def asymmetric_target(
     weight: jax.Array,
     hessian: jax.Array,
-    cross: jax.Array,
+    shift: jax.Array,
     hinv_chol: jax.Array,
     strength: float | jax.Array,
 ) -> jax.Array:
-    """W* = W + strength * W (C - H) H^-1, what to quantize when the inputs are quantized upstream.
+    """W* = W + strength * S H^-1, what to quantize when the inputs are quantized upstream.
 
-    A layer gets inputs y where the float model has x. |W x - Q y|^2, averaged over tokens, is
-    (W* - Q) H (W* - Q)^T plus a constant, with H = mean y y^T, C = mean x y^T and strength 1:
-    completing the square gives W* H = W C.
+    A layer gets inputs y where the float model has x, and outputs z = W x. |z - Q y|^2, averaged
+    over tokens, is (W* - Q) H (W* - Q)^T plus a constant, with H = mean y y^T, S = mean (z - W y)
+    y^T and strength 1: completing the square gives W* H = mean z y^T.
 
     Args:
       weight: W (R, C).
       hessian: H (C, C).
-      cross: C (C, C).
+      shift: S (R, C): W (C - H) with C = mean x y^T, or mean z y^T - W H.
       hinv_chol: U of `factorize(H)`; its damping pulls W* towards W where H is weak.
       strength: 0 (ignore the difference) to 1.
     """
-    gap = jnp.matmul(weight, (cross - hessian) / unit(hessian), precision="highest")
-    solved = jnp.matmul(gap, hinv_chol.T, precision="highest")
+    solved = jnp.matmul(shift / unit(hessian), hinv_chol.T, precision="highest")
     return weight + strength * jnp.matmul(solved, hinv_chol, precision="highest")
 
 

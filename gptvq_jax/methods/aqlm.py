@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
@@ -18,8 +19,9 @@ from gptvq_jax.moves.compress import quantize_centroids
 from gptvq_jax.moves.em import GroupData, assign, em
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.recode import recode
-from gptvq_jax.moves.refit import codebook_loss, decode, gradient_update, refit
+from gptvq_jax.moves.refit import decode, gradient_update, refit
 from gptvq_jax.moves.reseed import reseed
+from gptvq_jax.moves.residual import residual_of
 from gptvq_jax.moves.rounds import repeat
 from gptvq_jax.moves.scales import RowScales, fit_row_scales, row_norms
 from gptvq_jax.moves.seed import SEEDS
@@ -87,6 +89,18 @@ class AQLMSettings:
         """K: centroids of one codebook."""
         return 2**self.code_bits
 
+    def flops(self, rows: int, cols: int) -> int:
+        """Of matrix products of a layer, at most: rounds may be fewer."""
+        block = self.grid(rows, cols).block_cols(self.block_size)
+        one = flops.unit(rows, cols)
+        refit = one + flops.refit(rows, cols, self.update_iterations)  # after its first residual
+        if self.codebook_update == "adam":
+            refit = 2 * (self.update_iterations + 1) * one
+        update = refit + 3 * one  # scales, reseeding, the loss
+        recode = one + flops.recode(rows, cols, block, beam=self.beam)
+        swept = flops.lazy_pass(rows, cols, block) if self.start == "product" else 0
+        return swept + one + self.rounds * (update + recode) + update
+
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """One group; inputs that vectors do not divide are padded."""
         return GroupGrid(rows, cols, self.dim, rows, -(-cols // self.dim) * self.dim)
@@ -120,13 +134,23 @@ def quantize(
     def per_vector(scale):
         return jnp.broadcast_to(scale, (grid.strip_vectors, grid.rows))
 
+    def residual(centroids, scale, codes):
+        return residual_of(target, decode(centroids, codes, per_vector(scale), grid), hessian)
+
     def update(state):
         centroids, scale, codes = state
         if settings.codebook_update == "adam":
             centroids, scale = _adam(target, hessian, centroids, scale, codes, grid, settings)
         else:
-            steps = settings.update_iterations
-            centroids = refit(target, hessian, centroids, codes, per_vector(scale), grid, steps)
+            centroids, _ = refit(
+                residual(centroids, scale, codes),
+                hessian,
+                centroids,
+                codes,
+                per_vector(scale),
+                grid,
+                settings.update_iterations,
+            )
             centroids = _stored(centroids)
             unscaled = decode(centroids, codes, None, grid)
             scale = fit_row_scales(target, hessian, unscaled, scale)
@@ -135,8 +159,8 @@ def quantize(
 
     def one_round(state):
         centroids, scale, codes = update(state)
-        codes = recode(
-            target,
+        codes, _ = recode(
+            residual(centroids, scale, codes),
             hessian,
             centroids,
             codes,
@@ -148,8 +172,7 @@ def quantize(
         return centroids, scale, codes
 
     def loss_of(state):
-        centroids, scale, codes = state
-        return codebook_loss(target, decode(centroids, codes, per_vector(scale), grid), hessian)
+        return residual(*state).loss
 
     state = (_stored(centroids), scale, codes)
     state = repeat(one_round, loss_of, state, settings.rounds, settings.tolerance)
@@ -170,10 +193,10 @@ def _stored(centroids: jax.Array) -> jax.Array:
 
 
 def _fit(settings: AQLMSettings):
-    """k-means of one codebook: GroupData, key -> (1, K, d)."""
+    """k-means of one codebook: GroupData, keys (1,) -> (1, K, d)."""
 
-    def fit(data, key):
-        centroids = SEEDS[settings.seed](data, settings.codebook_size, key)
+    def fit(data, keys):
+        centroids = SEEDS[settings.seed](data, settings.codebook_size, keys)
         return em(data, centroids, settings.em_iterations)
 
     return fit
@@ -211,7 +234,7 @@ def _residual_start(target, hinv_chol, scale, grid, key, settings):
     found = []
     for m in range(settings.num_codebooks):
         data = GroupData(residual, whiten, weight)
-        centroids = fit(data, jax.random.fold_in(key, m))
+        centroids = fit(data, jax.random.fold_in(key, m)[None])
         codes, _ = assign(data, centroids)
         vectors_of = lookup(centroids, codes.reshape(1, -1)).reshape(1, dim, vectors, -1)
         residual = residual - jnp.swapaxes(vectors_of, 1, 2)

@@ -2,11 +2,13 @@
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid, make_grid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.packing import pack
@@ -19,12 +21,14 @@ from gptvq_jax.moves.compress import (
 )
 from gptvq_jax.moves.em import em
 from gptvq_jax.moves.recode import recode
-from gptvq_jax.moves.refit import codebook_loss, decode, gradient_update, refit
+from gptvq_jax.moves.refit import decode, gradient_update, refit
+from gptvq_jax.moves.residual import Residual, residual_of
 from gptvq_jax.moves.rounds import repeat
 from gptvq_jax.moves.scales import StripScales, normalize_strip
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import SweepResult, pad_identity, sweep
 
+_PART_ROWS = 256  # most rows of a part, unless a codebook has more
 CODEBOOK_UPDATES = ("least_squares", "adam", "none")
 
 
@@ -119,6 +123,34 @@ class GPTVQSettings:
             max_group_cols=self.max_group_cols,
         )
 
+    def parts(self, rows: int, cols: int) -> tuple[GroupGrid, range]:
+        """Cuts the rows where no codebook is shared, into equal parts of some hundred rows.
+
+        Returns:
+          The grid of one part, and the first row of each.
+        """
+        grid = self.grid(rows, cols)
+        shared = self.svd_rank or self.scale_block_size or rows % grid.strip_rows
+        strips = grid.row_strips
+        count = 1
+        if not shared:  # as few parts as are small enough
+            enough = (n for n in range(1, strips) if strips % n == 0 and rows // n <= _PART_ROWS)
+            count = next(enough, strips)
+        return dataclasses.replace(grid, rows=rows // count), range(0, rows, rows // count)
+
+    def flops(self, rows: int, cols: int) -> int:
+        """Of matrix products of a layer, at most: rounds of polish may be fewer."""
+        block = self.grid(rows, cols).block_cols(self.block_size)
+        moved = flops.unit(rows, cols)  # a residual: the first one, and after codebooks are rounded
+        update = flops.refit(rows, cols, self.update_iterations) + moved
+        if self.codebook_update == "none":
+            update = moved
+        elif self.codebook_update == "adam":  # losses with their gradients, and the last residual
+            update = (2 * (self.update_iterations + 1) + 2) * moved
+        one_round = flops.recode(rows, cols, block) + update
+        swept = flops.lazy_pass(rows, cols, block)
+        return swept + moved + update + self.polish_rounds * one_round
+
     def smallest_group(self) -> int:
         """Fewest weights whose codebook costs at most `codebook_overhead` bits per weight."""
         scale = 0 if self.codebook_bits == 16 else 16
@@ -128,17 +160,38 @@ class GPTVQSettings:
         return -int(-stored // self.codebook_overhead)
 
 
-@partial(jax.jit, static_argnames="settings")
+class Counts(NamedTuple):
+    """The numbers in the settings that no shape depends on: other ones compile nothing anew."""
+
+    em_iterations: int
+    update_iterations: int
+    learning_rate: float
+    polish_rounds: int
+    polish_tolerance: float
+
+
+def _split(settings: GPTVQSettings) -> tuple[GPTVQSettings, Counts]:
+    """Settings with every count at its default, and the counts."""
+    counts = Counts(*(getattr(settings, name) for name in Counts._fields))
+    defaults = {name: getattr(GPTVQSettings, name) for name in Counts._fields}
+    return dataclasses.replace(settings, **defaults), counts
+
+
 def quantize(
     weight: jax.Array,
     hessian: jax.Array,
     hinv_chol: jax.Array,
     key: jax.Array,
     settings: GPTVQSettings,
+    *,
+    grid: GroupGrid | None = None,
+    first_strip: int = 0,
 ) -> VQTensor:
     """Sweep with EM codebooks, codebook update, compression (GPTVQ, Algorithm 1 and section 3.3).
 
-    With `polish_rounds`, codebooks and codes are updated in turn instead of the codebooks once.
+    With `polish_rounds`, codes and codebooks are updated again, in turn. Matrix products: the
+    sweep, the first residual, the rounding of the codebooks and each step of their update cost
+    2 R C^2 each; a round of polish costs as much twice, and its codebook update.
 
     Args:
       weight: (R, C), dead columns already 0.
@@ -146,22 +199,27 @@ def quantize(
       hinv_chol: (C, C) U of the damped Hessian, as from `hessian.factorize`, in any unit.
       key: random key of the seeding.
       settings: the row of the table.
+      grid, first_strip: where the weight is a part of a taller one (`GPTVQSettings.parts`): the
+        part's groups, and the number of its first row strip.
     """
-    grid = settings.grid(*weight.shape)
+    shape, counts = _split(settings)
+    grid = grid or settings.grid(*weight.shape)
+    return _quantize(weight, hessian, hinv_chol, key, first_strip, counts, shape, grid)
+
+
+@partial(jax.jit, static_argnames=("settings", "grid"))
+def _quantize(weight, hessian, hinv_chol, key, first_strip, counts, settings, grid) -> VQTensor:
     target = grid.pad_transpose(weight)
     hessian = jnp.pad(hessian / unit(hessian), ((0, grid.padded_cols - grid.cols),) * 2)
-    swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, settings)
+    swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, first_strip, counts, settings)
     scales = swept.scales and _stacked_per_vector(swept.scales, grid)
-    centroids, codes = swept.centroids[None], swept.codes[None]  # M = 1
-    if settings.polish_rounds:
-        centroids, codes = _polish(target, hessian, scales, grid, settings, centroids, codes)
-    else:
-        centroids = _update_codebooks(target, hessian, scales, grid, settings, centroids, codes)
+    problem = _Problem(target, hessian, scales, grid, counts, settings)
+    centroids, codes = _polish(problem, swept.centroids[None], swept.codes[None])  # M = 1
 
     if settings.svd_rank:
         centroids, rank = sort_codebook(centroids)
         codes = _rename(codes, rank, grid)
-        codebook = _svd_codebook(target, hessian, scales, grid, settings, centroids, codes)
+        codebook = _svd_codebook(problem, centroids, codes)
     else:
         codebook = quantize_centroids(centroids, settings.codebook_bits)
     return VQTensor(
@@ -173,12 +231,32 @@ def quantize(
     )
 
 
-def _sweep(target, hinv_chol, grid, key, settings) -> SweepResult:
+class _Problem(NamedTuple):
+    """What stays the same while codebooks and codes change."""
+
+    target: jax.Array  # (S * c, G * r)
+    hessian: jax.Array  # (S * c, S * c)
+    scales: jax.Array | None  # (S * c / D, G * r)
+    grid: GroupGrid
+    counts: Counts
+    settings: GPTVQSettings
+
+    def decode(self, centroids: jax.Array, codes: jax.Array) -> jax.Array:
+        return decode(centroids, codes, self.scales, self.grid)
+
+    def stored(self, centroids: jax.Array) -> jax.Array:
+        """Centroids as the tensor will hold them; SVD compresses them once, at the end."""
+        if self.settings.svd_rank:
+            return centroids
+        return quantize_centroids(centroids, self.settings.codebook_bits).values()
+
+
+def _sweep(target, hinv_chol, grid, key, first_strip, counts, settings) -> SweepResult:
     seed = SEEDS[settings.seed]
 
-    def fit(data, key):
-        centroids = seed(data, settings.codebook_size, key)
-        return em(data, centroids, settings.em_iterations)
+    def fit(data, keys):
+        centroids = seed(data, settings.codebook_size, keys)
+        return em(data, centroids, counts.em_iterations)
 
     normalize = None
     if settings.scale_block_size:
@@ -189,73 +267,87 @@ def _sweep(target, hinv_chol, grid, key, settings) -> SweepResult:
         grid,
         fit,
         key,
+        first_strip=first_strip,
         block_size=settings.block_size,
         exact_metric=settings.exact_metric,
         normalize=normalize,
     )
 
 
-def _polish(target, hessian, scales, grid, settings, centroids, codes):
-    """Codebook update and recode in turn; codes are chosen for the centroids as stored."""
+class _State(NamedTuple):
+    """Between two rounds."""
 
-    def stored(centroids):
-        if settings.svd_rank:  # compressed once, at the end
-            return centroids
-        return quantize_centroids(centroids, settings.codebook_bits).values()
+    centroids: jax.Array  # (1, S, G, K, D)
+    codes: jax.Array  # (1, S * c / D, G * r)
+    residual: Residual  # with the centroids as stored
 
-    def loss_of(state):
-        centroids, codes = state
-        return codebook_loss(target, decode(stored(centroids), codes, scales, grid), hessian)
 
-    def one_round(state):
-        centroids = _update_codebooks(target, hessian, scales, grid, settings, *state)
-        codes = recode(
-            target,
+def _polish(problem: _Problem, centroids: jax.Array, codes: jax.Array):
+    """Codebook update, then codes and codebooks in turn; codes are chosen for stored centroids."""
+    _, hessian, scales, grid, counts, settings = problem
+
+    def update(centroids, codes, residual) -> _State:
+        centroids, residual = _update_codebooks(problem, centroids, codes, residual)
+        rounding = problem.stored(centroids) - centroids
+        return _State(centroids, codes, residual.moved(problem.decode(rounding, codes), hessian))
+
+    def one_round(state: _State) -> _State:
+        stored = problem.stored(state.centroids)
+        codes, residual = recode(
+            state.residual,
             hessian,
-            stored(centroids),
-            state[1],
+            stored,
+            state.codes,
             scales,
             grid,
             block_size=settings.block_size,
         )
-        return centroids, codes
+        return update(stored, codes, residual)
 
-    start = (centroids, codes)
-    return repeat(one_round, loss_of, start, settings.polish_rounds, settings.polish_tolerance)
+    first = residual_of(problem.target, problem.decode(centroids, codes), hessian)
+    start = update(centroids, codes, first)
+    rounds, tolerance = counts.polish_rounds, counts.polish_tolerance
+    last = repeat(one_round, lambda state: state.residual.loss, start, rounds, tolerance)
+    return last.centroids, last.codes
 
 
-def _update_codebooks(target, hessian, scales, grid, settings, centroids, codes):
+def _update_codebooks(problem: _Problem, centroids, codes, residual):
+    """Centroids for these codes, and their residual."""
+    target, hessian, scales, grid, counts, settings = problem
     if settings.codebook_update == "none":
-        return centroids
+        return centroids, residual
+    steps = counts.update_iterations
     if settings.codebook_update == "least_squares":
-        return refit(target, hessian, centroids, codes, scales, grid, settings.update_iterations)
-    return gradient_update(
+        return refit(residual, hessian, centroids, codes, scales, grid, steps)
+    centroids = gradient_update(
         target,
         hessian,
         centroids,
-        lambda c: decode(c, codes, scales, grid),
-        iterations=settings.update_iterations,
-        optimizer=optax.adam(settings.learning_rate),
+        lambda c: problem.decode(c, codes),
+        iterations=steps,
+        optimizer=optax.adam(counts.learning_rate),
     )
+    return centroids, residual_of(target, problem.decode(centroids, codes), hessian)
 
 
-def _svd_codebook(target, hessian, scales, grid, settings, centroids, codes) -> FactoredCodebook:
+def _svd_codebook(problem: _Problem, centroids, codes) -> FactoredCodebook:
     """Rank-reduced codebooks, factors tuned on the loss before they are rounded."""
 
     def reconstruct(factors):
         left, right = factors
         product = jnp.matmul(left, right, precision="highest")[..., None]
-        return decode(product, codes, scales, grid)
+        return problem.decode(product, codes)
 
+    settings, counts = problem.settings, problem.counts
     factors = svd_factors(centroids, settings.svd_rank)
     if settings.codebook_update != "none":
         factors = gradient_update(
-            target,
-            hessian,
+            problem.target,
+            problem.hessian,
             factors,
             reconstruct,
-            iterations=settings.update_iterations,
-            optimizer=optax.adam(settings.learning_rate),
+            iterations=counts.update_iterations,
+            optimizer=optax.adam(counts.learning_rate),
         )
     return quantize_factors(*factors, settings.codebook_bits)
 

@@ -4,7 +4,8 @@ Rows whose outputs matter at different tokens may have Hessians of their own (Gu
 2505.07004): the layer is then cut into groups of rows, each quantized as a layer by itself.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from gptvq_jax.core import metrics
+from gptvq_jax.core import flops, metrics
+from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
+from gptvq_jax.methods.pool import parallel
 
 
 class Objective(NamedTuple):
@@ -22,42 +25,94 @@ class Objective(NamedTuple):
 
     hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get, in any unit
     factor: Factor  # of that Hessian
-    cross: jax.Array | None = None  # (C, C) mean x y^T, x of the float model; None: symmetric
+    shift: jax.Array | None = None  # (R, C) S of `asymmetric_target`; None: symmetric
 
 
-def quantize_layer(
-    quantize: Callable[..., VQTensor],
-    settings: Any,
-    weight: jax.Array,
-    objectives: Sequence[Objective],
-    key: jax.Array,
-    asymmetry: float = 0.0,
-    name: str = "layer",
-) -> VQTensor:
-    """Quantizes a weight. The result does not depend on the unit of an objective.
+class Problem(NamedTuple):
+    """A layer, and how it is to be quantized."""
 
-    Args:
-      quantize: of a method, and its settings.
-      settings: hashable.
-      weight: (R, C).
-      objectives: of g contiguous groups of R / g rows.
-      key: random key of the seeding.
-      asymmetry: strength of `asymmetric_target`, for objectives that have a cross moment.
-      name: of the layer, for messages.
+    quantize: Callable[..., VQTensor]  # of a method, and its settings
+    settings: Any  # hashable
+    weight: jax.Array  # (R, C)
+    objectives: Sequence[Objective]  # of g contiguous groups of R / g rows
+    key: jax.Array  # random, of the seeding
+    asymmetry: float = 0.0  # strength of `asymmetric_target`, for objectives that have a shift
+    name: str = "layer"  # for messages
+    part_grid: GroupGrid | None = None  # of each group of rows, where they are a sample of a layer
+
+
+def quantize_layers(problems: Sequence[Problem]) -> list[VQTensor]:
+    """Quantizes weights, several at once where the device is a CPU of several cores.
+
+    The results do not depend on the unit of an objective, nor on how many run at once.
 
     Raises:
-      ValueError: the weight is too large for the format, or the result is not finite.
+      ValueError: a weight is too large for the format, or a result is not finite.
     """
-    targets, tensors = [], []
-    for part, objective in zip(row_groups(weight, len(objectives)), objectives, strict=True):
-        hessian, hinv_chol = objective.hessian, objective.factor.hinv_chol
-        if objective.cross is not None:
-            part = asymmetric_target(part, hessian, objective.cross, hinv_chol, asymmetry)
+    targets = parallel(_targets, problems)
+    parts = [
+        part for problem, of_layer in zip(problems, targets, strict=True)
+        for part in _parts(problem, of_layer)
+    ]  # fmt: skip
+    tensors = iter(parallel(lambda part: part(), parts))
+    done = []
+    for problem, of_layer in zip(problems, targets, strict=True):
+        count = sum(1 for _ in _parts(problem, of_layer))
+        tensor = concat_rows([next(tensors) for _ in range(count)])
+        peak = max(float(jnp.max(jnp.abs(target))) for target in of_layer)
+        _check_range(tensor, peak, problem.name)
+        done.append(tensor)
+    return done
+
+
+def most_flops(problem: Problem) -> int:
+    """Of the matrix products of `quantize_layers` for one of them, Hessians factorized already."""
+    groups = len(problem.objectives)
+    rows, cols = problem.weight.shape
+    size = groups * problem.settings.flops(rows // groups, cols)
+    if problem.objectives[0].shift is not None:
+        size += 3 * flops.unit(rows, cols)  # to make it, and two to solve for the target
+    return size
+
+
+def quantize_layer(*problem, **fields) -> VQTensor:
+    """`quantize_layers` of one Problem, given by its fields."""
+    return quantize_layers([Problem(*problem, **fields)])[0]
+
+
+def _targets(problem: Problem) -> list[jax.Array]:
+    """What the rows of each group are to come close to."""
+    targets = []
+    groups = row_groups(problem.weight, len(problem.objectives))
+    for part, (hessian, factor, shift) in zip(groups, problem.objectives, strict=True):
+        if shift is not None:
+            hinv_chol = factor.hinv_chol
+            part = asymmetric_target(part, hessian, shift, hinv_chol, problem.asymmetry)
         targets.append(zero_dead(part, hessian))
-        tensors.append(quantize(targets[-1], hessian, hinv_chol, key, settings))
-    tensor = concat_rows(tensors)
-    _check_range(tensor, max(float(jnp.max(jnp.abs(target))) for target in targets), name)
-    return tensor
+    return targets
+
+
+def _parts(problem: Problem, targets: Sequence[jax.Array]) -> Iterator[Callable[[], VQTensor]]:
+    """Rows that share no codebook with others are quantized by themselves."""
+    split = getattr(problem.settings, "parts", None) if _on_cpu() else None
+    for target, (hessian, factor, _) in zip(targets, problem.objectives, strict=True):
+        arguments = (hessian, factor.hinv_chol, problem.key, problem.settings)
+        if problem.part_grid is not None:
+            yield partial(problem.quantize, target, *arguments, grid=problem.part_grid)
+            continue
+        if split is None:
+            yield partial(problem.quantize, target, *arguments)
+            continue
+        grid, first_rows = split(*target.shape)
+        for row in first_rows:
+            rows = target[row : row + grid.rows]
+            first_strip = row // grid.strip_rows
+            yield partial(problem.quantize, rows, *arguments, grid=grid, first_strip=first_strip)
+
+
+def _on_cpu() -> bool:
+    """An accelerator wants a whole layer at once; its cores share it."""
+    return jax.default_backend() == "cpu"
 
 
 _TOO_LARGE = float(np.finfo(np.float16).max) / 2  # feedback may double a weight

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.uniform_grid import uniform_grid
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
@@ -29,6 +30,10 @@ class UniformSettings:
             raise ValueError(f"uniform.group_size={self.group_size} must be at least 0")
         if self.block_size < 1:
             raise ValueError(f"uniform.block_size={self.block_size} must be at least 1")
+
+    def flops(self, rows: int, cols: int) -> int:
+        """Of matrix products of a layer."""
+        return flops.lazy_pass(rows, cols, self.grid(rows, cols).block_cols(self.block_size))
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """Groups of a rows x cols weight."""

@@ -11,6 +11,8 @@ A driver adds a call where it makes one, in the stage that its thread is in:
     stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
 """
 
+from collections.abc import Iterable
+
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import HEAD_CHUNK
@@ -48,6 +50,21 @@ def block_forward(config: ModelConfig, batch: int, time: int) -> int:
     """A block on (batch, time, hidden)."""
     layers = product(batch * time, linear_weights(config), 1)
     return layers + attention(config, batch, time)
+
+
+def stage_flops(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
+    """Some stages of a block (llama.STAGES) on (batch, time, hidden)."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    weights = (
+        hidden * (heads + 2 * kv_heads) * config.head_dim,
+        heads * config.head_dim * hidden,
+        2 * hidden * inner,
+        inner * hidden,
+    )
+    stages = tuple(stages)
+    layers = product(batch * time, sum(weights[stage] for stage in stages), 1)
+    return layers + (0 in stages) * attention(config, batch, time)
 
 
 def block_inputs(config: ModelConfig, batch: int, time: int) -> int:

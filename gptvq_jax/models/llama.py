@@ -39,6 +39,7 @@ LINEAR_GROUPS = (
 )
 LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
 HEAD_CHUNK = 256  # tokens whose logits are in memory at once while losses are computed
+STAGES = ("mix", "attend", "gate", "feed")  # of DecoderBlock; stage k runs LINEAR_GROUPS[k]
 
 
 class Attention(nn.Module):
@@ -49,21 +50,23 @@ class Attention(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(
+    def setup(self):
+        config = self.config
+        self.q_proj = Linear(config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.hidden_size)
+
+    def mix(
         self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
     ) -> Any:
+        """What o_proj reads (batch, time, heads * head_dim); with a cache, also the cache."""
         config = self.config
-        batch, time, hidden = x.shape
-        head_dim, kv_heads = config.head_dim, config.num_key_value_heads
-
-        def heads(name: str, count: int) -> jax.Array:
-            projected = Linear(count * head_dim, name=name)(x)
-            return projected.reshape(batch, time, count, head_dim)
-
-        q = heads("q_proj", config.num_attention_heads)
-        k = heads("k_proj", kv_heads)
-        v = heads("v_proj", kv_heads)
+        batch, time, _ = x.shape
+        q, k, v = (
+            project(x).reshape(batch, time, -1, config.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         cos, sin = rotary_tables(config, jnp.arange(time) if positions is None else positions)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -74,8 +77,8 @@ class Attention(nn.Module):
             mixed = causal_attention(q, k, v, config.sliding_window, chunk_size)
         else:
             mixed = cache.attend(q, positions, config.sliding_window)
-        y = Linear(hidden, name="o_proj")(mixed.reshape(batch, time, -1))
-        return y if cache is None else (y, cache)
+        mixed = mixed.reshape(batch, time, -1)
+        return mixed if cache is None else (mixed, cache)
 
 
 def causal_attention(
@@ -100,21 +103,31 @@ def causal_attention(
     Returns:
       (batch, time, heads, head_dim) in the dtype of q; the softmax is float32.
     """
-    time = q.shape[1]
+    batch, time, num_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    group = num_heads // kv_heads
     reach = time if sliding_window is None else sliding_window
+    # The queries that share keys are the rows of one matrix: fewer and larger products.
+    q = (q * head_dim**-0.5).reshape(batch, time, kv_heads, group, head_dim)
+    q = jnp.transpose(q, (0, 2, 3, 1, 4))  # (batch, kv_heads, group, time, head_dim)
+    k = jnp.transpose(k, (0, 2, 3, 1))
+    v = jnp.transpose(v, (0, 2, 1, 3))
+    matmul = functools.partial(
+        jnp.matmul, precision=precision(q.dtype), preferred_element_type=jnp.float32
+    )
     chunks = []
     for start in range(0, time, chunk_size):
         stop = min(start + chunk_size, time)
         first = max(0, start - reach + 1)
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
-        seen = (distance >= 0) & (distance < reach)
-        # It takes its precision from the context alone.
-        with jax.default_matmul_precision(precision(q.dtype)):
-            chunk = jax.nn.dot_product_attention(
-                q[:, start:stop], k[:, first:stop], v[:, first:stop], mask=seen[None, None]
-            )
-        chunks.append(chunk)
-    return jnp.concatenate(chunks, axis=1)
+        seen = jnp.tile((distance >= 0) & (distance < reach), (group, 1))
+        rows = q[:, :, :, start:stop].reshape(batch, kv_heads, -1, head_dim)
+        scores = jnp.where(seen, matmul(rows, k[..., first:stop]), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        chunk = matmul(weights, v[:, :, first:stop]).astype(v.dtype)
+        chunks.append(chunk.reshape(batch, kv_heads, group, stop - start, head_dim))
+    mixed = jnp.concatenate(chunks, axis=3)
+    return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(batch, time, num_heads, head_dim)
 
 
 class MLP(nn.Module):
@@ -122,11 +135,14 @@ class MLP(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = Linear(self.config.intermediate_size, name="gate_proj")(x)
-        up = Linear(self.config.intermediate_size, name="up_proj")(x)
-        return Linear(x.shape[-1], name="down_proj")(nn.silu(gate) * up)
+    def setup(self):
+        self.gate_proj = Linear(self.config.intermediate_size)
+        self.up_proj = Linear(self.config.intermediate_size)
+        self.down_proj = Linear(self.config.hidden_size)
+
+    def gated(self, x: jax.Array) -> jax.Array:
+        """What down_proj reads (..., intermediate)."""
+        return nn.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 class DecoderBlock(nn.Module):
@@ -135,6 +151,9 @@ class DecoderBlock(nn.Module):
     Without a cache, x is at positions 0..time-1 and sees nothing else. With one, its keys and
     values are stored there, and the result is (x, cache). Then `positions` (batch, time) says
     where x is in its sequences, of which it sees what the cache holds; None: 0..time-1, as above.
+
+    It has four stages, each with the linear layers that read one array: `mix`, `attend`, `gate`,
+    `feed`. Two of them go from x to an inner array, two from both back to x.
     """
 
     config: ModelConfig
@@ -148,12 +167,30 @@ class DecoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
     ) -> Any:
-        mixed = self.self_attn(self.input_layernorm(x), cache, positions)
+        mixed = self.mix(x, cache, positions)
         if cache is not None:
             mixed, cache = mixed
-        x = x + mixed
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = self.attend(x, mixed)
+        x = self.feed(x, self.gate(x))
         return x if cache is None else (x, cache)
+
+    def mix(
+        self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
+    ) -> Any:
+        """Stage 0: what o_proj reads; with a cache, also the cache."""
+        return self.self_attn.mix(self.input_layernorm(x), cache, positions)
+
+    def attend(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Stage 1: x after attention."""
+        return x + self.self_attn.o_proj(mixed)
+
+    def gate(self, x: jax.Array) -> jax.Array:
+        """Stage 2: what down_proj reads."""
+        return self.mlp.gated(self.post_attention_layernorm(x))
+
+    def feed(self, x: jax.Array, gated: jax.Array) -> jax.Array:
+        """Stage 3: x after the block."""
+        return x + self.mlp.down_proj(gated)
 
 
 class Decoder(nn.Module):
@@ -209,6 +246,30 @@ def block_step(
     return DecoderBlock(config).apply({"params": block_params}, x, cache, positions)
 
 
+def run_stage(
+    config: ModelConfig, block_params: Params, stage: int, x: jax.Array, inner: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Runs one of STAGES.
+
+    Args:
+      config: of the model.
+      block_params: of the block; only the layers of this stage are used.
+      stage: 0 to 3.
+      x: (batch, time, hidden), the block's as far as it has come.
+      inner: what the stage before this one opened (batch, time, width), or None.
+
+    Returns:
+      x and inner after the stage, and what its linear layers read (batch, time, in).
+    """
+    arguments = (x,) if inner is None else (x, inner)
+    result, state = DecoderBlock(config).apply(
+        {"params": block_params}, *arguments, method=STAGES[stage], mutable=["intermediates"]
+    )
+    # sow collects a tuple with one element per call of the layer.
+    read = get_layer(state["intermediates"], LINEAR_GROUPS[stage][0])["inputs"][0]
+    return (x, result, read) if inner is None else (result, None, read)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def block_forward_with_inputs(
     config: ModelConfig, block_params: Params, x: jax.Array
@@ -220,11 +281,10 @@ def block_forward_with_inputs(
       per group of LINEAR_GROUPS, whose layers all read that same array. Iterate LINEAR_GROUPS for
       the order of evaluation: jit sorts the keys of a dict.
     """
-    variables = {"params": block_params}
-    x, state = DecoderBlock(config).apply(variables, x, mutable=["intermediates"])
-    sown = state["intermediates"]
-    # sow collects a tuple with one element per call of the layer.
-    return x, {group[0]: get_layer(sown, group[0])["inputs"][0] for group in LINEAR_GROUPS}
+    inner, reads = None, {}
+    for stage, group in enumerate(LINEAR_GROUPS):
+        x, inner, reads[group[0]] = run_stage(config, block_params, stage, x, inner)
+    return x, reads
 
 
 @functools.partial(jax.jit, static_argnames="config")

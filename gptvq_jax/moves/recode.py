@@ -4,7 +4,8 @@ With the error E = W - Q and its gradient G = E H, replacing the vector at colum
 delta away, changes the loss by delta H_PP delta^T - 2 delta G_P^T. The best centroid is therefore
 the one nearest to q_P + G_P H_PP^-1 in the metric H_PP; with several codebooks, the sum of
 centroids that a beam search finds. Cost per pass and lane of the beam: 2 R C^2 flops of matmul and
-M R C / D nearest-centroid searches, as a sweep.
+M R C / D nearest-centroid searches, as a sweep. H E is known before the first pass and after the
+last one.
 """
 
 import jax
@@ -15,10 +16,11 @@ from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.beam import follow, lookup_lanes, search
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.refit import decode
+from gptvq_jax.moves.residual import Residual
 
 
 def recode(
-    weight: jax.Array,
+    residual: Residual,
     hessian: jax.Array,
     centroids: jax.Array,
     codes: jax.Array,
@@ -28,11 +30,11 @@ def recode(
     passes: int = 1,
     beam: int = 1,
     block_size: int = 128,
-) -> jax.Array:
+) -> tuple[jax.Array, Residual]:
     """Codes (M, S * c / D, G * r) whose loss is at most that of the codes given, in every row.
 
     Args:
-      weight: (S * c, G * r), transposed and padded with zeros.
+      residual: of the codes given.
       hessian: (S * c, S * c) mean x x^T, zero on the padding.
       centroids: (M, S, G, K, D).
       codes: (M, S * c / D, G * r).
@@ -41,6 +43,9 @@ def recode(
       beam: alternatives that every row keeps on its way through the columns. The loss of one pass
         is at most that with 1, in every row.
       block_size: columns per lazy update of the gradient.
+
+    Returns:
+      Codes, and their residual.
     """
     dim, rows = grid.dim, (grid.row_strips, grid.strip_rows)
     block = grid.block_cols(block_size)
@@ -52,9 +57,9 @@ def recode(
     ridged = h_diagonal + (1e-6 * trace + (trace == 0)) * jnp.eye(dim)
     factor, inverse = jnp.linalg.cholesky(ridged), jnp.linalg.inv(ridged)
 
-    def one_pass(_, codes):
-        error = weight - decode(centroids, codes, scales, grid)
-        gradient = jnp.matmul(hessian, error, precision="highest").reshape(-1, *rows)
+    def one_pass(_, state):
+        codes, (error, image) = state
+        gradient = image.reshape(-1, *rows)
         old_codes = codes.reshape(len(codes), -1, *rows)
 
         def vector_step(carry, position):
@@ -105,15 +110,18 @@ def recode(
         lanes = jnp.broadcast_to(gradient, (beam, *gradient.shape))
         unused = (jnp.arange(beam) > 0)[:, None, None]  # at the start there is only lane 0
         change = jnp.where(unused, jnp.inf, jnp.zeros((beam, *rows)))
-        (_, change), (new, origins) = lax.scan(
+        (lanes, change), (new, origins) = lax.scan(
             block_step, (lanes, change), jnp.arange(grid.padded_cols // block)
         )
         new, origins = (x.reshape(-1, *x.shape[2:]) for x in (new, origins))
         best = jnp.argmin(change, axis=0, keepdims=True)
         _, new = _trace_back(origins, new, 1, best)  # (J, 1, M, G, r)
-        return jnp.moveaxis(new[:, 0], 1, 0).reshape(codes.shape)
+        new = jnp.moveaxis(new[:, 0], 1, 0).reshape(codes.shape)
+        image = follow(lanes, best)[0].reshape(image.shape)
+        change = decode(centroids, new, scales, grid) - decode(centroids, codes, scales, grid)
+        return new, Residual(error - change, image)
 
-    return lax.fori_loop(0, passes, one_pass, codes)
+    return lax.fori_loop(0, passes, one_pass, (codes, residual))
 
 
 def _trace_back(origins, values, axis, last=None):

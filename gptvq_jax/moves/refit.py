@@ -1,7 +1,8 @@
 """Codebooks given codes: the loss is a convex quadratic in the centroids.
 
 Q is linear in the centroids, so L(c) = |W - A c|_H^2 and its normal equations are
-A^T (A c H) = A^T (W H). Cost per step: one 2 R C^2 matmul, one lookup, one scatter-add.
+A^T (A c H) = A^T (W H). Cost per step: one 2 R C^2 matmul, one lookup, one scatter-add; where it
+starts the residual is known, and where it ends it falls off.
 """
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.nearest import lookup
+from gptvq_jax.moves.residual import Residual, image_of, residual_of
 
 _CONVERGED = 1e-12  # of the squared residual: float32 resolves no less
 
@@ -44,29 +46,30 @@ def decode(
 
 def codebook_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
     """L(Q) in the transposed layout: weight, quantized (S * c, G * r), hessian (S * c, S * c)."""
-    error = weight - quantized
-    image = jnp.matmul(hessian, error, precision="highest")
-    return jnp.vdot(error, image, precision="highest")
+    return residual_of(weight, quantized, hessian).loss
 
 
 def refit(
-    weight: jax.Array,
+    residual: Residual,
     hessian: jax.Array,
     centroids: jax.Array,
     codes: jax.Array,
     scales: jax.Array | None,
     grid: GroupGrid,
-    iterations: int,
-) -> jax.Array:
+    iterations: int | jax.Array,
+) -> tuple[jax.Array, Residual]:
     """Least-squares centroids by conjugate gradients, never worse than those it starts from.
 
     Args:
-      weight: (S * c, G * r), transposed and padded with zeros.
+      residual: of the centroids given.
       hessian: (S * c, S * c) mean x x^T, zero on the padding.
       centroids: (M, S, G, K, D).
       codes: (M, S * c / D, G * r).
       scales: (S * c / D, G * r) or None.
       iterations: conjugate-gradient steps; each costs 2 R C^2 flops.
+
+    Returns:
+      Centroids, and their residual.
     """
 
     def forward(c):
@@ -74,40 +77,40 @@ def refit(
 
     adjoint = jax.linear_transpose(forward, centroids)
 
-    def normal(c):
-        return adjoint(jnp.matmul(hessian, forward(c), precision="highest"))[0]
-
     # Jacobi preconditioner: the diagonal of A^T H A with the cross terms of a centroid left out.
-    ones = jnp.broadcast_to(jnp.diagonal(hessian)[:, None], weight.shape)
+    ones = jnp.broadcast_to(jnp.diagonal(hessian)[:, None], residual.error.shape)
     square = None if scales is None else jnp.square(scales)
     diagonal = jax.linear_transpose(lambda c: decode(c, codes, square, grid), centroids)(ones)[0]
     precondition = 1 / jnp.where(diagonal > 0, diagonal, 1.0)
 
-    residual = adjoint(jnp.matmul(hessian, weight - forward(centroids), precision="highest"))[0]
+    slope = adjoint(residual.image)[0]  # of the normal equations: A^T H (W - A c)
 
     def step(_, state):
-        solution, residual, direction, energy = state
-        image = normal(direction)
-        curvature = jnp.vdot(direction, image, precision="highest")
+        solution, left, slope, direction, energy = state
+        change = forward(direction)
+        image = image_of(hessian, change)
+        bend = adjoint(image)[0]
+        curvature = jnp.vdot(direction, bend, precision="highest")
         # A converged (or null) direction has nothing left to gain: stand still. Codebooks that may
         # trade a constant leave directions without curvature, along which rounding would go on.
         moves = (curvature > 0) & (energy > _CONVERGED * first_energy)
         length = jnp.where(moves, energy / jnp.where(curvature > 0, curvature, 1.0), 0.0)
         solution = solution + length * direction
-        residual = residual - length * image
-        scaled = precondition * residual
-        new_energy = jnp.vdot(residual, scaled, precision="highest")
+        left = Residual(left.error - length * change, left.image - length * image)
+        slope = slope - length * bend
+        scaled = precondition * slope
+        new_energy = jnp.vdot(slope, scaled, precision="highest")
         ratio = jnp.where(energy > 0, new_energy / jnp.where(energy > 0, energy, 1.0), 0.0)
-        return solution, residual, scaled + ratio * direction, new_energy
+        return solution, left, slope, scaled + ratio * direction, new_energy
 
-    start = precondition * residual
-    first_energy = jnp.vdot(residual, start, precision="highest")
-    state = (centroids, residual, start, first_energy)
-    solution = lax.fori_loop(0, iterations, step, state)[0]
-    better = codebook_loss(weight, forward(solution), hessian) < codebook_loss(
-        weight, forward(centroids), hessian
+    start = precondition * slope
+    first_energy = jnp.vdot(slope, start, precision="highest")
+    state = (centroids, residual, slope, start, first_energy)
+    solution, left, *_ = lax.fori_loop(0, iterations, step, state)
+    better = left.loss < residual.loss
+    return jax.tree.map(
+        lambda new, old: jnp.where(better, new, old), (solution, left), (centroids, residual)
     )
-    return jnp.where(better, solution, centroids)
 
 
 def root_mean_square(values: jax.Array) -> jax.Array:
@@ -123,7 +126,7 @@ def gradient_update(
     reconstruct,
     *,
     optimizer: optax.GradientTransformation,
-    iterations: int,
+    iterations: int | jax.Array,
 ):
     """The papers' codebook update: Adam on L (GPTVQ, section 3.3; AQLM, section 3.3).
 
@@ -151,14 +154,14 @@ def gradient_update(
         )
     )
 
-    def step(state, _):
+    def step(_, state):
         unit, opt_state, best, lowest = state
         loss, grad = loss_and_grad(unit)
         best, lowest = lax.cond(loss < lowest, lambda: (unit, loss), lambda: (best, lowest))
         updates, opt_state = optimizer.update(grad, opt_state, unit)
-        return (optax.apply_updates(unit, updates), opt_state, best, lowest), None
+        return optax.apply_updates(unit, updates), opt_state, best, lowest
 
     unit = jax.tree.map(jnp.divide, params, size)
     state = (unit, optimizer.init(unit), unit, jnp.float32(jnp.inf))
-    (_, _, best, _), _ = lax.scan(step, state, length=iterations + 1)
+    _, _, best, _ = lax.fori_loop(0, iterations + 1, step, state)
     return jax.tree.map(jnp.multiply, best, size)

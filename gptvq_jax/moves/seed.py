@@ -1,4 +1,4 @@
-"""Starting centroids for EM. All take the vectors of G groups and return (G, K, D)."""
+"""Starting centroids for EM: the vectors of G groups and their random keys (G,) give (G, K, D)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ from jax import lax
 from gptvq_jax.moves.em import GroupData
 
 
-def mahalanobis(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+def mahalanobis(data: GroupData, codebook_size: int, keys: jax.Array) -> jax.Array:
     """K points evenly spaced in order of Mahalanobis distance to the mean (GPTVQ, section 3.2)."""
-    del key
+    del keys
     points, valid = _flatten(data)  # (G, D, N), (G, N)
     count = jnp.sum(valid, axis=1)
     mean = jnp.sum(points * valid[:, None], axis=2) / count[:, None]
@@ -24,9 +24,9 @@ def mahalanobis(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Arra
     return _pick(points, order, count, codebook_size)
 
 
-def cdf(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+def cdf(data: GroupData, codebook_size: int, keys: jax.Array) -> jax.Array:
     """1D: the quantiles (k + 1/2) / K of the weights."""
-    del key
+    del keys
     if data.points.shape[2] != 1:
         raise ValueError("cdf seeding orders scalars: it needs dim=1")
     points, valid = _flatten(data)
@@ -34,11 +34,11 @@ def cdf(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
     return _pick(points, order, jnp.sum(valid, axis=1), codebook_size)
 
 
-def kmeans_plus_plus(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+def kmeans_plus_plus(data: GroupData, codebook_size: int, keys: jax.Array) -> jax.Array:
     """k-means++ in the EM metric: each new seed is drawn with probability weight x distance^2."""
     groups, positions, dim, rows = data.points.shape
     white = jnp.einsum("gjdr,jde->gjer", data.points, data.whiten, precision="highest")
-    keys = jax.random.uniform(key, (codebook_size, groups, 2))
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (codebook_size, 2)), out_axes=1)(keys)
 
     def draw(mass, uniform):  # mass (G, J, r): a point in two stages, so that no long sum is needed
         # Just below 1, so that rounding never lands beyond the last point that has mass.
@@ -59,12 +59,12 @@ def kmeans_plus_plus(data: GroupData, codebook_size: int, key: jax.Array) -> jax
         seed, new = seed_at(data.weight * distance, uniform)
         return jnp.minimum(distance, new), seed
 
-    first, distance = seed_at(data.weight, keys[0])
-    _, seeds = lax.scan(step, distance, keys[1:])
+    first, distance = seed_at(data.weight, drawn[0])
+    _, seeds = lax.scan(step, distance, drawn[1:])
     return jnp.concatenate([first[:, None], jnp.swapaxes(seeds, 0, 1)], axis=1)
 
 
-def random_points(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Array:
+def random_points(data: GroupData, codebook_size: int, keys: jax.Array) -> jax.Array:
     """K distinct points drawn with probability weight; all of them, repeated, where K is more.
 
     One pass over the points, where k-means++ needs one for each centroid: for large codebooks.
@@ -73,7 +73,7 @@ def random_points(data: GroupData, codebook_size: int, key: jax.Array) -> jax.Ar
     weight = data.weight.reshape(valid.shape)
     weight = weight / jnp.max(weight, axis=1, keepdims=True)  # its unit must not round differently
     # The K largest of log weight + Gumbel noise are a draw without replacement.
-    noise = jax.random.gumbel(key, valid.shape)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, valid.shape[1:]))(keys)
     score = jnp.where(valid, jnp.log(jnp.where(valid, weight, 1.0)) + noise, -jnp.inf)
     _, order = lax.top_k(score, min(codebook_size, valid.shape[1]))
     index = jnp.arange(codebook_size) % jnp.minimum(jnp.sum(valid, axis=1), codebook_size)[:, None]

@@ -7,6 +7,7 @@ one matmul per block. Cost: 2 R C^2 flops of matmul and R C / D nearest-centroid
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.nearest import lookup, nearest
 from gptvq_jax.moves.scales import StripScales
 
-# Codebooks (G, K, D) for the vectors of one column strip, drawn or fitted when it is reached.
+# Codebooks (G, K, D) for the vectors of one column strip, drawn or fitted when it is reached, with
+# a random key for each of its G groups.
 Fit = Callable[[GroupData, jax.Array], jax.Array]
 # Scales for the weights (c, G, r) of one column strip.
 Normalize = Callable[[jax.Array], StripScales]
@@ -72,6 +74,7 @@ def sweep(
     fit: Fit,
     key: jax.Array,
     *,
+    first_strip: int | jax.Array = 0,
     block_size: int = 128,
     exact_metric: bool = True,
     normalize: Normalize | None = None,
@@ -84,7 +87,9 @@ def sweep(
         feedback off (round to nearest).
       grid: geometry of the groups.
       fit: makes the codebooks of a column strip when the sweep reaches it.
-      key: random key for `fit`.
+      key: random key for `fit`; every group draws from its own part of it.
+      first_strip: number of the first row strip, where the weight is a part of a taller one: each
+        part draws what the whole would.
       block_size: columns per lazy update, at most a strip.
       exact_metric: assign codes in the metric of the whole D x D block; False: its diagonal.
       normalize: makes block scales of a column strip, or None.
@@ -97,6 +102,7 @@ def sweep(
     row_mask = (row_index < grid.rows).astype(jnp.float32)
     block = grid.block_cols(block_size)
     column = jnp.arange(grid.padded_cols)
+    row_strips = first_strip + jnp.arange(grid.row_strips)
 
     def strip_step(weight, strip):
         start = strip * grid.strip_cols
@@ -112,7 +118,8 @@ def sweep(
         used = jnp.any(whiten != 0, axis=(1, 2))[:, None, None]  # not a vector of padding
         point_weight = jnp.moveaxis(jnp.square(per_vector) * row_mask * used, 1, 0)
         data = GroupData(points, whiten, point_weight)
-        centroids = fit(data, jax.random.fold_in(key, strip))
+        of_strip = jax.random.fold_in(key, strip)
+        centroids = fit(data, jax.vmap(partial(jax.random.fold_in, of_strip))(row_strips))
         (weight, loss), codes = lax.scan(
             lambda carry, b: block_step(carry, b, start, centroids, per_vector),
             (weight, jnp.float32(0)),

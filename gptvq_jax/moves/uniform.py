@@ -17,8 +17,8 @@ from gptvq_jax.moves.sweep import Fit
 def uniform_fit(size: int, symmetric: bool) -> Fit:
     """Grids that span the weights of each group; scale and offset are already float16 values."""
 
-    def fit(data: GroupData, key: jax.Array) -> jax.Array:
-        del key
+    def fit(data: GroupData, keys: jax.Array) -> jax.Array:
+        del keys
         points, used = data.points[:, :, 0], data.weight > 0
         high = jnp.max(jnp.where(used, points, -jnp.inf), axis=(1, 2))
         low = jnp.min(jnp.where(used, points, jnp.inf), axis=(1, 2))

@@ -1,9 +1,12 @@
-"""Calibration of one transformer block: the moments of what its linear layers read.
+"""Second moments of what the linear layers of a block read, stage by stage.
 
-Activations live on disk in bfloat16 and pass through the device a batch at a time. With an
-asymmetric target there are two streams of them: what the quantized model computes, and what the
-float model computes on the same tokens. With token weights (gradients.py) every layer has moments
-of its own, one for each group of its rows; without, layers that read the same input share one.
+Activations are in files and pass through the device a batch at a time: x (n, T, hidden), the
+block's as far as it has come, and what a stage opens before the next one closes it, `inner`
+(models/llama.STAGES). With an asymmetric target the float model's are there as well, at the
+entrance of the block, in its middle and at its exit: what a layer that closes a half of the block
+outputs in the float model is their difference. With token weights (gradients.py) every layer has
+moments of its own, one for each group of its rows; without, layers that read the same array share
+one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,135 +17,211 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptvq_jax.core.hessian import Moment, add_inputs, add_products, init_moment, mean, mean_product
-from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    Params,
-    block_forward,
-    block_forward_with_inputs,
-    get_layer,
+from gptvq_jax.core import flops
+from gptvq_jax.core.hessian import (
+    Moment,
+    add_inputs,
+    add_products,
+    init_moment,
+    mean,
+    mean_product,
+    tile_size,
 )
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
 from gptvq_jax.run.activations import Activations, Writer
 
-Groups = Sequence[Sequence[str]]  # names of layers that share one input
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
-_READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
+_STAGE = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
+_CLOSING = ("attend", "feed")  # stages whose layer adds its outputs to x
+LAST = len(STAGES)
 
 
-class Calibrated(NamedTuple):
-    """Statistics of the layers, by owner."""
+class Moments(NamedTuple):
+    """Running sums by owner."""
 
-    hessians: dict[Owner, jax.Array]  # (C, C) mean x^ x^^T of the inputs x^ that a layer will get
-    crosses: dict[Owner, jax.Array]  # (C, C) mean x x^^T, x of the float model; or empty
+    inputs: dict[Owner, Moment]  # (C, C) w y y^T of the inputs y that a layer will get
+    crosses: dict[Owner, Moment]  # w z y^T: (R, C) of its outputs in the float model, or of its
+    # inputs there (C, C) where it does not close a half of the block; or empty
+
+
+class FloatStates(NamedTuple):
+    """The float model's x on the same tokens (batch, T, hidden)."""
+
+    entrance: jax.Array
+    middle: jax.Array
+    exit: jax.Array
 
 
 def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
     """Whose moments the row groups of a layer use, in their order."""
     if weights is None:
-        return [(_READS[name], 0)]
+        return [(LINEAR_GROUPS[_STAGE[name]][0], 0)]
     return [(name, k) for k in range(weights[name].shape[-1])]
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "keep_output"),
-    donate_argnames=("moments", "crosses"),
-)
-def accumulate(
+def init_moments(
+    block: Params,
+    stages: Sequence[int],
+    weights: Mapping[str, np.ndarray] | None = None,
+    want_crosses: bool = False,
+) -> Moments:
+    """Zeros for the layers of some stages.
+
+    Args:
+      block: parameters, for the shapes.
+      stages: numbers of STAGES.
+      weights: of the tokens {layer: (..., g)}, or None.
+      want_crosses: whether the float model's states will be there.
+    """
+    inputs, crosses = {}, {}
+    for stage in stages:
+        for name in LINEAR_GROUPS[stage]:
+            of_layer = owners(name, weights)
+            for owner in of_layer:
+                cols, rows = get_layer(block, owner[0])["kernel"].shape
+                inputs[owner] = init_moment(cols)
+                if want_crosses:
+                    closes = STAGES[stage] in _CLOSING
+                    left = rows // len(of_layer) if closes else cols
+                    crosses[owner] = init_moment(left, cols)
+    return Moments(inputs, crosses)
+
+
+@partial(jax.jit, static_argnames=("config", "start", "stop"), donate_argnames=("inner", "moments"))
+def step(
     config: ModelConfig,
     block: Params,
     x: jax.Array,
-    moments: dict[Owner, Moment],
+    inner: jax.Array | None,
+    start: int,
+    stop: int,
+    moments: Moments,
     weights: dict[str, jax.Array] | None = None,
-    reference: tuple[Params, jax.Array] | None = None,
-    crosses: dict[Owner, Moment] | None = None,
-    keep_output: bool = False,
-) -> tuple[jax.Array | None, dict[Owner, Moment], dict[Owner, Moment] | None]:
-    """Adds one batch of block inputs x (batch, T, hidden) to moments.
+    reference: FloatStates | None = None,
+) -> tuple[jax.Array, jax.Array | None, Moments]:
+    """Takes a batch from the entrance of one stage to that of another, and adds to moments.
 
     Args:
       config: of the model.
       block: parameters, as far as they are quantized by now.
-      x: inputs of the block.
-      moments: those wanted; others are not computed.
+      x, inner: at the entrance of stage `start`.
+      start, stop: numbers of STAGES; LAST is the exit of the block.
+      moments: those wanted of layers in stages `start` to `stop`; others are not computed.
       weights: of the tokens, {layer: (batch, T, g)}, or None.
-      reference: the float block and its inputs on the same tokens, or None.
-      crosses: sums of x x^^T, where there is a reference.
-      keep_output: also return the outputs, of the reference where there is one.
+      reference: the float model's states, where crosses are wanted.
+
+    Returns:
+      x and inner at the entrance of stage `stop`, and the moments.
     """
+    for stage in range(start, min(stop + 1, LAST)):
+        *after, read = run_stage(config, block, stage, x, inner)
+        moments = _add(config, block, stage, read, moments, weights, reference)
+        if stage < stop:
+            x, inner = after
+    return x, inner, moments
 
-    def weight_of(owner):
+
+def _add(config, block, stage, read, moments, weights, reference) -> Moments:
+    """Adds what the layers of a stage read."""
+    inputs, crosses = dict(moments.inputs), dict(moments.crosses)
+    float_read = None
+    for owner in inputs:
         name, group = owner
-        return None if weights is None else weights[name][..., group]
+        if _STAGE[name] != stage:
+            continue
+        weight = None if weights is None else weights[name][..., group]
+        inputs[owner] = add_inputs(inputs[owner], read, weight)
+        if owner not in crosses:
+            continue
+        if STAGES[stage] in _CLOSING:
+            before, after = reference[:2] if stage == 1 else reference[1:]
+            rows = crosses[owner].total.shape[0]
+            other = (after - before)[..., group * rows : (group + 1) * rows]
+        else:
+            if float_read is None:
+                own = reference.entrance if stage == 0 else reference.middle
+                *_, float_read = run_stage(config, block, stage, own, None)
+            other = float_read
+        crosses[owner] = add_products(crosses[owner], other, read, weight)
+    return Moments(inputs, crosses)
 
-    y, read = block_forward_with_inputs(config, block, x)
-    if reference is not None:
-        y, float_read = block_forward_with_inputs(config, *reference)
-        crosses = {
-            o: add_products(c, float_read[_READS[o[0]]], read[_READS[o[0]]], weight_of(o))
-            for o, c in crosses.items()
-        }
-    moments = {o: add_inputs(m, read[_READS[o[0]]], weight_of(o)) for o, m in moments.items()}
-    return (y if keep_output else None), moments, crosses
+
+class Files(NamedTuple):
+    """Where batches come from and go to."""
+
+    x: Activations
+    inner: Activations | None = None
+    reference: tuple[Activations, Activations, Activations] | None = None  # as FloatStates
 
 
-def calibrate(
+def run_windows(
     config: ModelConfig,
     block: Params,
-    activations: Activations,
-    groups: Groups,
+    files: Files,
+    start: int,
+    stop: int,
+    moments: Moments,
     batch_size: int,
-    *,
     weights: Mapping[str, np.ndarray] | None = None,
-    power: float = 1.0,
-    reference: tuple[Params, Activations] | None = None,
-    want_crosses: bool = True,
     out: Writer | None = None,
-) -> Calibrated:
-    """Runs all calibration windows through a block.
+) -> Moments:
+    """Runs all calibration windows through `step`.
 
     Args:
-      config: of the model.
-      block: parameters, as far as they are quantized by now.
-      activations: inputs of the block (n, T, hidden).
-      groups: layer groups whose statistics are wanted.
-      batch_size: most windows per forward pass.
-      weights: of the tokens, {layer: (n, T, g)}, or None.
-      power: that the weights are raised to.
-      reference: the float block and its activations on the same tokens, or None.
-      want_crosses: whether moments with the reference are wanted, or only its outputs.
-      out: receives the outputs (n, T, hidden), of the reference where there is one.
+      config, block, start, stop, moments: of `step`.
+      files: at the entrance of stage `start`.
+      batch_size: most windows at a time.
+      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
+      out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
     """
-    wanted = dict.fromkeys(o for group in groups for name in group for o in owners(name, weights))
-
-    def zeros():
-        return {o: init_moment(get_layer(block, o[0])["kernel"].shape[0]) for o in wanted}
-
-    moments, crosses = zeros(), None
-    if reference is not None:
-        crosses = zeros() if want_crosses else {}
-    if weights is not None:
-        weights = {name: relative_weights(weights[name], power) for name in {o[0] for o in wanted}}
-    for part in batches(len(activations), batch_size):
-        other = None if reference is None else (reference[0], on_device(reference[1][part]))
-        of_part = None if weights is None else {n: jnp.asarray(w[part]) for n, w in weights.items()}
-        y, moments, crosses = accumulate(
+    wanted = dict.fromkeys(name for name, _ in moments.inputs)
+    for part in batches(len(files.x), batch_size):
+        inner = None if files.inner is None else on_device(files.inner[part])
+        reference = None
+        if files.reference is not None and moments.crosses:
+            reference = FloatStates(*(on_device(f[part]) for f in files.reference))
+        of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
+        x, inner, moments = step(
             config,
             block,
-            on_device(activations[part]),
+            on_device(files.x[part]),
+            inner,
+            start,
+            stop,
             moments,
             of_part,
-            other,
-            crosses,
-            out is not None,
+            reference,
         )
         if out is not None:
-            out[part] = y
-    hessians = {owner: mean(moment) for owner, moment in moments.items()}
-    crosses = {owner: mean_product(moment) for owner, moment in (crosses or {}).items()}
-    return jax.block_until_ready(Calibrated(hessians, crosses))
+            out[part] = x if inner is None else inner
+    return moments
+
+
+def moment_flops(moments: Moments, tokens: int) -> int:
+    """Of adding so many tokens."""
+    size = 0
+    for moment in moments.inputs.values():
+        cols = moment.total.shape[0]
+        size += flops.second_moment(tokens, cols, tile_size(cols))
+    for moment in moments.crosses.values():
+        size += flops.cross_moment(tokens, *moment.total.shape)
+    return size
+
+
+def hessians(moments: Moments) -> dict[Owner, jax.Array]:
+    """Mean w y y^T by owner, (C, C)."""
+    return {owner: mean(moment) for owner, moment in moments.inputs.items()}
+
+
+def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array) -> jax.Array:
+    """S of `hessian.asymmetric_target` for the rows (R, C) of an owner."""
+    name, _ = owner
+    cross = mean_product(moments.crosses[owner])
+    if STAGES[_STAGE[name]] in _CLOSING:
+        return cross - jnp.matmul(weight, hessian, precision="highest")
+    return jnp.matmul(weight, cross - hessian, precision="highest")
 
 
 def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
@@ -160,12 +239,19 @@ def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
     return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 
-def advance(
-    config: ModelConfig, block: Params, activations: Activations, batch_size: int, out: Writer
-) -> None:
-    """Writes the outputs of a block (n, T, hidden) on activations of that shape."""
-    for part in batches(len(activations), batch_size):
-        out[part] = block_forward(config, block, on_device(activations[part]))
+def finite(array: jax.Array, what: str) -> np.ndarray:
+    """The array on the host.
+
+    Raises:
+      ValueError: an entry is not finite.
+    """
+    array = np.asarray(array)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{what} is not finite; check the model's weights and the calibration text, "
+            "or set calibration.gradient_groups=0"
+        )
+    return array
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:

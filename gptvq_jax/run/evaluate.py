@@ -19,6 +19,7 @@ from jax import lax
 
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.files.disk_space import check_room, directory_bytes
+from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import HEAD_CHUNK, Params, block_forward, head_logits
 from gptvq_jax.models.source import ModelSource
@@ -49,10 +50,10 @@ class Evaluation:
       files: of the walk. The stream "evaluation" is what goes from block to block; "losses", behind
         the last block, is the result and stays, so that it is there after a kill. They are of this
         model and of this text.
+      stopwatch: receives the seconds of stage "evaluate".
       on_block: called after every block.
     """
 
-    stage = "evaluate"
     releases: Sequence[str] = (_INPUTS,)
 
     def __init__(
@@ -62,10 +63,12 @@ class Evaluation:
         windows: np.ndarray,
         batch_size: int,
         files: StreamStore,
+        stopwatch: Stopwatch,
         on_block: Callable[[], None] = lambda: None,
     ):
+        self._stopwatch, self._on_block = stopwatch, on_block
         self._config, self._outer, self._windows = config, outer, windows
-        self._batch_size, self.files, self._on_block = batch_size, files, on_block
+        self._batch_size, self.files = batch_size, files
         self._depth = config.num_hidden_layers
         self._shape = (*windows.shape, config.hidden_size)
 
@@ -98,17 +101,18 @@ class Evaluation:
 
     def visit(self, index: int, block: Params) -> None:
         """See Visitor. Behind the last block the losses take the place of activations."""
-        if index < self._depth - 1:
-            self._advance(index, block)
-        else:
-            self._finish(block)
+        with self._stopwatch.stage("evaluate"):
+            if index < self._depth - 1:
+                self._advance(index, block)
+            else:
+                self._finish(block)
         self._on_block()
 
     def _advance(self, index: int, block: Params) -> None:
         inputs = self.files.read(_INPUTS, index)
         with self.files.write(_INPUTS, index + 1, self._shape, FLOAT32) as out:
             for part in self._batches():
-                out[part] = np.asarray(block_forward(self._config, block, inputs[part]))
+                out[part] = np.asarray(self._forward(block, inputs[part]))
 
     def _finish(self, block: Params) -> None:
         inputs = self.files.read(_INPUTS, self._depth - 1)
@@ -116,9 +120,14 @@ class Evaluation:
         count, time = self._windows.shape
         with self.files.write(_LOSSES, self._depth, (count, time - 1, 1), FLOAT32) as out:
             for part in self._batches():
-                x = block_forward(self._config, block, inputs[part])
+                x = self._forward(block, inputs[part])
                 nll = token_nll(self._config, outer, x, self._windows[part])
+                self._stopwatch.flops(flops.head_forward(self._config, *x.shape[:2]))
                 out[part] = np.asarray(nll)[..., None]
+
+    def _forward(self, block: Params, x: np.ndarray) -> jax.Array:
+        self._stopwatch.flops(flops.block_forward(self._config, *x.shape[:2]))
+        return block_forward(self._config, block, x)
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of tokens 2..T of every window, after the walk.
@@ -163,7 +172,13 @@ def perplexity(
     stopwatch = stopwatch or Stopwatch()
     with contextlib.ExitStack() as stack:
         make = partial(
-            Evaluation, source.config, source.outer(), windows, batch_size, on_block=on_block
+            Evaluation,
+            source.config,
+            source.outer(),
+            windows,
+            batch_size,
+            stopwatch=stopwatch,
+            on_block=on_block,
         )
         evaluation = make(StreamMemory())
         if directory is not None or evaluation.peak_bytes > _MEMORY_BYTES:
@@ -171,8 +186,7 @@ def perplexity(
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gptvq-")))
             check_room(directory, evaluation.peak_bytes - directory_bytes(directory))
             evaluation = make(StreamFiles(directory))
-        order = range(source.config.num_hidden_layers)
-        walk(source, evaluation.files, [evaluation], order, stopwatch)
+        walk(source, [evaluation], range(source.config.num_hidden_layers), stopwatch)
         return evaluation.perplexity()
 
 

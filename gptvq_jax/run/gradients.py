@@ -7,19 +7,19 @@ Hessian per row would be too many, so the squares are averaged over groups of ro
 computes those weights; what consumes them builds the weighted Hessians. L is the sum of the
 negative log-likelihoods of the next tokens, in nats, of the float model.
 
-The model streams through a block at a time, forward and then backward. Forward saves the inputs of
-every block; backward takes the gradient at the exit of a block to its entrance, and writes the
-weights on the way. Both streams are bfloat16, which has float32's range.
+The forward pass (forward.py) has saved the inputs of every block; this one goes down through the
+blocks, takes the gradient at the exit of each to its entrance, and writes the weights on the way.
+Both streams are bfloat16, which has float32's range.
 
 Costs:
-  flops: about three forward passes: one forward, one again inside each block on the way back, and
-    one for the gradients of activations. Gradients of parameters are never formed.
+  flops: inside each block one forward pass without its last product, and one for the gradients of
+    activations; gradients of parameters are never formed. For the curves, 5/8 of 2 C^2 for every
+    token and layer with C inputs.
   memory: device: a block, or the embedding and head, and what one batch keeps for its backward
-    pass. Host: a block, and its token weights, 28 bytes * g per token.
-  disk: (blocks + 2) * n * T * hidden * 2 bytes at the peak, all gone at the end; it grows with
-    depth, and whether there is room is checked first (`peak_bytes`). What stays is
-    blocks * 7 * n * T * g * 4 bytes. For SmolLM2-135M on 32 x 1024 tokens: 1.2 GB, then 28 MB * g.
-    For Llama-2-7B on 128 x 2048 tokens: 73 GB, then 0.23 GB * g.
+    pass, and the moments. Host: a block, and its token weights, 28 bytes * g per token.
+  disk: three streams of n * T * hidden * 2 bytes, beside those of the forward pass; whether there
+    is room is checked first (`peak_bytes`). What stays is blocks * 7 * n * T * g * 4 bytes. For
+    SmolLM2-135M on 32 x 1024 tokens: 28 MB * g. For Llama-2-7B on 128 x 2048 tokens: 0.23 GB * g.
 """
 
 import math
@@ -31,152 +31,158 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
-from gptvq_jax.console.progress import Progress
-from gptvq_jax.console.stopwatch import Stopwatch
+from gptvq_jax.core.hessian import add_inputs
+from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, block_forward
-from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, get_layer
+from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.run import curves, forward
 from gptvq_jax.run.activations import num_bytes
-from gptvq_jax.run.calibrate import batches, on_device
-from gptvq_jax.run.embedding import head_on_device, write_embeddings
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Moments,
+    batches,
+    finite,
+    init_moments,
+    moment_flops,
+    on_device,
+)
+from gptvq_jax.run.context import Context
+from gptvq_jax.run.embedding import head_on_device
 from gptvq_jax.run.evaluate import token_nll
-from gptvq_jax.run.workdir import WorkDir
 
+STREAM = "gradient"  # of the loss with respect to x, at the points between blocks
 _HEADER_BYTES = 512  # of one array in a file, at most
 
 
-def steps(config: ModelConfig) -> int:
-    """By how much `save_token_weights` advances the progress."""
-    return 2 * config.num_hidden_layers
-
-
-def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int, done: int) -> int:
-    """Most bytes that `save_token_weights` has on the disk at once, in the files that it makes.
+def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> int:
+    """Most bytes that `Backward` adds to what the forward pass has left on the disk.
 
     Args:
       config: of the model.
       shape: of the tokens (n, T).
       num_groups: g.
-      done: the blocks from here on have their weights already; the depth of the model: none has.
     """
-    depth = config.num_hidden_layers
     stream = num_bytes((*shape, config.hidden_size)) + _HEADER_BYTES
     weights = len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
-    # While block i goes backward there are the inputs of blocks 0 to i, the gradients at its exit
-    # and at its entrance, and the weights from i on: most for the first block or the last.
-    during = [(i + 3) * stream + (depth - i) * weights for i in (0, done - 1) if done]
-    return max([depth * weights, *during])
+    return 3 * stream + config.num_hidden_layers * weights
 
 
-def save_token_weights(
-    source: ModelSource,
-    tokens: np.ndarray,
-    batch_size: int,
-    num_groups: int,
-    workdir: WorkDir,
-    progress: Progress,
-    stopwatch: Stopwatch,
-) -> None:
-    """Writes the token weights of every block to the work directory, resuming where it can.
+class Backward:
+    """A visitor of the blocks, downwards: token weights and, where asked for, error curves.
 
-    `workdir.load_token_weights(index)` then has {name of LINEAR_LAYERS: (n, T, g) float32}. A block
-    that an earlier call finished, forward or backward, is not computed again; the files are the
-    same to the last bit.
+    `workdir.load_token_weights(index)` then has {name of LINEAR_LAYERS: (n, T, g) float32}. The
+    layers' inputs and the token weights meet here, so the Hessians of the curves are summed on the
+    way.
 
     Args:
-      source: the float model.
+      context: of the run.
       tokens: calibration windows (n, T).
-      batch_size: most windows per pass.
       num_groups: g, contiguous groups of equal size that the rows of every layer are split into.
-      workdir: opened for these tokens and this g.
-      progress: advanced by one per block forward and one per block backward, `steps` in all.
-      stopwatch: receives the seconds as stage "gradients".
-
-    Raises:
-      ValueError: the rows of a layer do not split into g groups, an activation, gradient or weight
-        is not finite (nothing of that block is written then), or a file that is needed to go on
-        is missing or damaged.
-      FullDiskError: the disk lacks the room; said before anything is computed.
+      measured: error curves are made of so many blocks, from the first.
+      keep_float: whether another pass reads the float model's states later.
     """
-    check_groups(source.config, num_groups)
-    with stopwatch.stage("gradients"):
+
+    def __init__(
+        self,
+        context: Context,
+        tokens: np.ndarray,
+        num_groups: int,
+        measured: int,
+        keep_float: bool,
+    ):
+        check_groups(context.source.config, num_groups)
+        self._context, self._tokens, self._num_groups = context, tokens, num_groups
+        self._measured = measured
+        self.files = context.files
+        self.releases = (STREAM,) if keep_float else (STREAM, forward.STREAM, forward.MIDDLE)
+
+    def position(self, order: range) -> int:
+        """Blocks that have their weights and curves; 0 where the way on from there is lost."""
+        done = next((n for n, index in enumerate(order) if not self._has(index)), len(order))
+        if 0 < done < len(order) and order[done] + 1 not in self.files.points(STREAM):
+            return 0
+        return done
+
+    def _has(self, index: int) -> bool:
+        workdir = self._context.workdir
+        has_curves = index >= self._measured or workdir.has_curves(index)
+        return workdir.has_token_weights(index) and has_curves
+
+    def begin(self) -> None:
+        """Saves the gradient with respect to the inputs of the head."""
+        source, settings, workdir, progress, stopwatch = self._context
         depth = source.config.num_hidden_layers
-        done = depth  # the blocks from here on have their weights
-        while done and workdir.has_token_weights(done - 1):
-            done -= 1
-        goes_on = done < depth or workdir.has_activations(depth, "gradient")
-        if goes_on:
-            workdir.drop_backward(done)  # what a run that was killed has left
-        if done:
-            most = peak_bytes(source.config, tokens.shape, num_groups, done)
-            workdir.check_room(most, "gradients/*")
-        if goes_on:
-            progress.skip(2 * depth - done)
-        else:
-            _go_forward(source, tokens, batch_size, workdir, progress)
-            progress.note("gradient of the loss")
-            _start_backward(source, tokens, batch_size, workdir)
-            workdir.drop_backward(done)
-        for index in reversed(range(done)):
-            _go_backward(source, index, batch_size, num_groups, workdir)
-            workdir.drop_backward(index)
-            progress.advance(f"block {index} gradients")
+        if depth in workdir.streams.points(STREAM):
+            return
+        progress.note("gradient of the loss")
+        with stopwatch.stage("gradients"):
+            outer = head_on_device(source.config, source.outer())
+            x = workdir.streams.read(forward.STREAM, depth)
+            with workdir.streams.write(STREAM, depth, x.shape) as out:
+                for part in batches(len(x), settings.calibration.batch_size):
+                    tokens = self._tokens[part]
+                    stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
+                    dx = head_backward(source.config, outer, on_device(x[part]), tokens)
+                    out[part] = finite(dx, "head: the gradient of the loss")
+
+    def visit(self, index: int, block: Params) -> None:
+        """Takes the gradient from a block's exit to its entrance."""
+        workdir, stopwatch = self._context.workdir, self._context.stopwatch
+        measures = index < self._measured
+        with stopwatch.stage("gradients"):
+            weights, moments = self._backward(index, block, measures)
+        if measures:
+            with stopwatch.stage("allocation"):
+                rows = curves.measure(self._context, index, block, moments, weights)
+                workdir.save_curves(index, rows)
+        # Last: the block is finished once its weights are there.
+        workdir.save_token_weights(index, weights)
+
+    def _backward(self, index: int, block: Params, measures: bool):
+        """Writes the gradient; returns token weights and moments."""
+        config, c = self._context.source.config, self._context.settings.calibration
+        files, groups = self._context.files, self._num_groups
+        x, gradient = files.read(forward.STREAM, index), files.read(STREAM, index + 1)
+        weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in LINEAR_LAYERS}
+        # Where the layers are quantized without weights, their curves are measured without.
+        of_tokens = weights if c.gradient_groups else None
+        stages = range(LAST) if measures else ()
+        moments = init_moments(block, stages, of_tokens)
+        with files.write(STREAM, index, x.shape) as out:
+            for part in batches(len(x), c.batch_size):
+                dx, of_batch, moments = block_backward(
+                    config,
+                    block,
+                    on_device(x[part]),
+                    on_device(gradient[part]),
+                    groups,
+                    moments,
+                    c.gradient_power if c.gradient_groups else 0.0,
+                )
+                self._context.stopwatch.flops(_backward_flops(config, moments, dx.shape))
+                out[part] = finite(dx, f"block {index}: the gradient of the loss")
+                for name, weight in weights.items():
+                    what = f"block {index}: the squared gradient of {name}"
+                    weight[part] = finite(of_batch[name], what)
+        return weights, moments
 
 
-def _go_forward(source, tokens, batch_size, workdir, progress) -> None:
-    """Saves the inputs of every block, and as those of block `depth` the inputs of the head."""
-    depth = source.config.num_hidden_layers
-    start = max((i for i in range(depth + 1) if workdir.has_activations(i, "inputs")), default=None)
-    if start is None:
-        start = 0
-        shape = (*tokens.shape, source.config.hidden_size)
-        with workdir.write_activations(0, shape, "inputs") as out:
-            write_embeddings(source.outer(), tokens, out)
-    progress.skip(start)
-    for index in range(start, depth):
-        block = source.block(index)
-        x = workdir.load_activations(index, "inputs")
-        with workdir.write_activations(index + 1, x.shape, "inputs") as out:
-            for part in batches(len(x), batch_size):
-                y = block_forward(source.config, block, on_device(x[part]))
-                out[part] = _finite(y, f"block {index}: an activation")
-        progress.advance(f"block {index} forward")
+def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...]) -> int:
+    """Of `block_backward` on x (batch, T, hidden)."""
+    return flops.block_backward(config, *shape[:2]) + moment_flops(moments, math.prod(shape[:2]))
 
 
-def _start_backward(source, tokens, batch_size, workdir) -> None:
-    """Saves the gradient with respect to the inputs of the head."""
-    depth = source.config.num_hidden_layers
-    outer = head_on_device(source.config, source.outer())
-    x = workdir.load_activations(depth, "inputs")
-    with workdir.write_activations(depth, x.shape, "gradient") as out:
-        for part in batches(len(x), batch_size):
-            dx = head_backward(source.config, outer, on_device(x[part]), tokens[part])
-            out[part] = _finite(dx, "head: the gradient of the loss")
-
-
-def _go_backward(source, index, batch_size, num_groups, workdir) -> None:
-    """Takes the gradient from a block's exit to its entrance, saving the block's token weights."""
-    block = source.block(index)
-    x = workdir.load_activations(index, "inputs")
-    gradient = workdir.load_activations(index + 1, "gradient")
-    weights = {n: np.empty((*x.shape[:2], num_groups), np.float32) for n in LINEAR_LAYERS}
-    with workdir.write_activations(index, x.shape, "gradient") as out:
-        for part in batches(len(x), batch_size):
-            dx, of_batch = block_backward(
-                source.config, block, on_device(x[part]), on_device(gradient[part]), num_groups
-            )
-            out[part] = _finite(dx, f"block {index}: the gradient of the loss")
-            for name, weight in weights.items():
-                what = f"block {index}: the squared gradient of {name}"
-                weight[part] = _finite(of_batch[name], what)
-    # Last: the block is finished once its weights are there.
-    workdir.save_token_weights(index, weights)
-
-
-@partial(jax.jit, static_argnames=("config", "num_groups"))
+@partial(jax.jit, static_argnames=("config", "num_groups"), donate_argnames="moments")
 def block_backward(
-    config: ModelConfig, block: Params, x: jax.Array, dy: jax.Array, num_groups: int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    config: ModelConfig,
+    block: Params,
+    x: jax.Array,
+    dy: jax.Array,
+    num_groups: int,
+    moments: Moments = Moments({}, {}),  # noqa: B008 - empty, and never changed
+    power: float = 1.0,
+) -> tuple[jax.Array, dict[str, jax.Array], Moments]:
     """Takes the gradient of the loss through one block and weighs the tokens of its layers.
 
     Args:
@@ -185,10 +191,13 @@ def block_backward(
       x: inputs of the block (batch, T, hidden).
       dy: gradient with respect to its outputs, in the shape and dtype of x.
       num_groups: g, contiguous groups of equal size that the rows of every layer are split into.
+      moments: those wanted of what the layers read, by owner (layer, row group).
+      power: of the weights, with which tokens count there.
 
     Returns:
       The gradient with respect to x, and {name of LINEAR_LAYERS: (batch, T, g) float32}, where
-      element (b, t, k) is the mean over the rows r of group k of (dL/dy_r)^2 at token t.
+      element (b, t, k) is the mean over the rows r of group k of (dL/dy_r)^2 at token t; and the
+      moments.
 
     Raises:
       ValueError: the rows of a layer do not split into g groups.
@@ -199,18 +208,26 @@ def block_backward(
         for name, rows in _layer_rows(config).items()
     }
 
-    def forward(x, perturbations):
+    def run(x, perturbations):
         variables = {"params": block, "perturbations": unflatten_dict(perturbations, sep="/")}
-        return DecoderBlock(config).apply(variables, x)
+        y, state = DecoderBlock(config).apply(variables, x, mutable=["intermediates"])
+        return y, state["intermediates"]
 
-    _, backward = jax.vjp(forward, x, outputs)
+    _, backward, read = jax.vjp(run, x, outputs, has_aux=True)
     dx, gradients = backward(dy)
 
     def group_means(gradient):
         squares = jnp.square(gradient.astype(jnp.float32))
         return jnp.mean(squares.reshape(*squares.shape[:2], num_groups, -1), axis=-1)
 
-    return dx, {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
+    weights = {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
+    inputs = {
+        (name, k): add_inputs(
+            moment, get_layer(read, name)["inputs"][0], jnp.power(weights[name][..., k], power)
+        )
+        for (name, k), moment in moments.inputs.items()
+    }
+    return dx, weights, Moments(inputs, moments.crosses)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -265,13 +282,3 @@ def check_groups(config: ModelConfig, num_groups: int) -> None:
 
 def _layer_rows(config: ModelConfig) -> dict[str, int]:
     return {name: rows for name, (rows, _) in layer_shapes(config).items()}
-
-
-def _finite(array: jax.Array, what: str) -> np.ndarray:
-    array = np.asarray(array)
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"{what} is not finite; check the model's weights and the calibration text, "
-            "or set calibration.gradient_groups=0"
-        )
-    return array

@@ -12,14 +12,15 @@ from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.data.corpora import documents
 from gptvq_jax.data.windows import calibration_windows, evaluation_windows
-from gptvq_jax.files.disk_space import directory_bytes
+from gptvq_jax.files.disk_space import check_room, directory_bytes
 from gptvq_jax.methods.layer import check_row_groups
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.run import allocation, gradients
-from gptvq_jax.run.evaluate import PRECISION, perplexity
+from gptvq_jax.run.evaluate import PRECISION, Evaluation, perplexity
 from gptvq_jax.run.overrides import settle
-from gptvq_jax.run.quantize import Plan, quantize_model, steps
+from gptvq_jax.run.passes import quantize_model
+from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -86,17 +87,29 @@ def _quantize(
         if tokens is None:
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
-    plan = _prepare(source, settings, workdir, tokens, stopwatch)
-    unit = "step" if settings.tune.block else "layer"
-    with Progress(steps(source.config, settings), "quantize", unit) as progress:
-        quantize_model(source, settings, plan, workdir, tokens, progress, stopwatch)
-
+    order = range(source.config.num_hidden_layers)
+    of_float = None
+    if perplexity_float is None:
+        files = workdir.evaluation("float")
+        parts = source.config, source.outer(), held_out, settings.evaluation.batch_size
+        of_float = Evaluation(*parts, files, stopwatch)
+        check_room(files.directory, of_float.peak_bytes - directory_bytes(files.directory))
+    riders = () if of_float is None else (of_float,)
+    quantize_model(source, settings, workdir, tokens, stopwatch, riders).finalize()
+    if of_float is not None:
+        walk(source, [of_float], order, stopwatch)  # where a killed run has left it behind
+        perplexity_float = of_float.perplexity()
     packed = PackedCheckpoint(workdir.checkpoint)
-    with stopwatch.stage("evaluate"):
-        before = perplexity_float
-        if before is None:
-            before = evaluate_source(source, held_out, settings.evaluation.batch_size, "float")
-        after = evaluate_source(packed, held_out, settings.evaluation.batch_size, "quantized")
+    with Progress(len(order), "evaluate quantized", "block") as progress:
+        files = workdir.evaluation("quantized")
+        after = perplexity(
+            packed,
+            held_out,
+            settings.evaluation.batch_size,
+            progress.advance,
+            files.directory,
+            stopwatch,
+        )
     manifest = packed.manifest
     return {
         "kind": "summary",
@@ -106,7 +119,7 @@ def _quantize(
         "embedding_bytes": manifest["embedding_bytes"],
         "dense_bytes": manifest["dense_bytes"],
         "checkpoint_bytes": directory_bytes(workdir.checkpoint),
-        "perplexity_float": before,
+        "perplexity_float": perplexity_float,
         "perplexity_quantized": after,
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "calibration": describe(settings.calibration.dataset, tokens),
@@ -126,33 +139,6 @@ def _check_plan(source: ModelSource, settings: RunSettings) -> None:
     check_row_groups(layer_shapes(source.config), used, groups)
     if allocated:
         allocation.check_budget(source.config, settings)
-
-
-def _prepare(
-    source: ModelSource,
-    settings: RunSettings,
-    workdir: WorkDir,
-    tokens: np.ndarray,
-    stopwatch: Stopwatch,
-) -> Plan:
-    """What comes before quantization, if asked for: token weights, and the allocation of bits."""
-    c = settings.calibration
-    groups = settings.weight_groups
-    if not groups:
-        return {}
-    with Progress(gradients.steps(source.config), "gradients", "block") as progress:
-        gradients.save_token_weights(
-            source, tokens, c.batch_size, groups, workdir, progress, stopwatch
-        )
-    if not settings.allocation.bits_per_value:
-        return {}
-    depth = source.config.num_hidden_layers
-    num_blocks = min(settings.num_blocks or depth, depth)
-    with Progress(allocation.steps(num_blocks), "allocate bits", "layer") as progress:
-        allocation.measure_curves(
-            source, settings, workdir, tokens, num_blocks, progress, stopwatch
-        )
-    return allocation.plan(settings, workdir, num_blocks)
 
 
 def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:

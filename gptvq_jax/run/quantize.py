@@ -1,278 +1,343 @@
-"""The streaming driver: quantizes a model one transformer block at a time.
+"""The quantizing pass: one transformer block after another becomes packed.
 
-For each block: load its weights, collect the Hessians of its layers on the calibration activations,
-quantize the layers, tune the block where that is asked for, write it packed, advance the
-activations, drop the block. Device memory holds one block, its Hessians and a batch; host memory
-holds a block and the token embeddings, and the activations are on disk. Memory grows neither with
-depth nor with the calibration tokens. A finished block is on disk before the next one starts.
+For each block: the Hessians of its layers on what the quantized model has made of the calibration
+text, the layers quantized, the block tuned where that is asked for, written packed, the activations
+taken through it, and the block dropped. With `true_sequential` the block is gone through once, in
+stages: what a stage's layers read comes from the quantized layers before them. Otherwise all layers
+see the float layers of their block, which is gone through a second time once they are quantized.
+
+Device memory holds one block, its Hessians and a batch; host memory a block, and activations are
+on disk. Memory grows neither with depth nor with the calibration tokens.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.config import RunSettings, to_dict
-from gptvq_jax.console.progress import Progress
-from gptvq_jax.console.stopwatch import Stopwatch
-from gptvq_jax.core import metrics
+from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.hessian import factorize
-from gptvq_jax.core.vq_tensor import dequantize_compiled, unused_centroids
-from gptvq_jax.methods.layer import Objective, quantize_layer, relative_error
+from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled, unused_centroids
+from gptvq_jax.methods.layer import (
+    Objective,
+    Problem,
+    most_flops,
+    quantize_layers,
+    relative_error,
+    row_groups,
+)
+from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.flops import stage_flops
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
+    STAGES,
     Params,
     get_layer,
     with_layer,
 )
-from gptvq_jax.models.source import ModelSource
-from gptvq_jax.run.calibrate import Calibrated, Groups, Owner, calibrate, owners
+from gptvq_jax.run import forward
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Files,
+    Moments,
+    hessians,
+    init_moments,
+    moment_flops,
+    owners,
+    relative_weights,
+    run_windows,
+    shift,
+)
+from gptvq_jax.run.context import Context
+from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.finetune import Pairs, tune_block
-from gptvq_jax.run.sizes import stored_bytes
-from gptvq_jax.run.streams import Streams
-from gptvq_jax.run.workdir import WorkDir
-from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block
+from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block, dequantize_tree
 
 Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
+STREAM = "quantized"
+_HALF, _INNER = "half", "inner"  # x and what a stage has opened, inside the block at work
 
 
-class _Job(NamedTuple):
-    """What stays the same from block to block."""
+class Quantize:
+    """A visitor of the blocks, upwards: writes the packed checkpoint but for its manifest.
 
-    source: ModelSource
-    settings: RunSettings
-    plan: Plan
-    workdir: WorkDir
-    streams: Streams
-    progress: Progress
-    stopwatch: Stopwatch
+    Args:
+      context: of the run.
+      tokens: calibration windows (n, T).
+      plan: settings of layers that differ from `settings.method_settings`.
+    """
+
+    def __init__(self, context: Context, tokens: np.ndarray, plan: Plan):
+        self._context, self._tokens, self._plan = context, tokens, plan
+        self.files = context.files
+        settings = context.settings
+        self.writer = CheckpointWriter(context.workdir.checkpoint, settings.dense_dtype)
+        self.finished = self.writer.finished_blocks()
+        self._depth = context.source.config.num_hidden_layers
+        self._last = num_quantized(settings, context.source.config)
+        self._float_inputs = settings.calibration.inputs == "float"
+        self.releases = (STREAM, forward.STREAM, forward.MIDDLE)
+
+    def position(self, order: range) -> int:
+        """Blocks of the checkpoint; what a killed run has left of the next one is dropped."""
+        files = self._context.files
+        files.drop(STREAM, keep=range(self.finished + 1))
+        files.drop(_HALF)
+        files.drop(_INNER)
+        workdir = self._context.workdir
+        rows = [row for row in workdir.metrics() if row["kind"] in ("layer", "block")]
+        workdir.keep_metrics([row for row in rows if row["block"] < self.finished])
+        if self.finished:
+            self._mend()
+        return self.finished
+
+    def begin(self) -> None:
+        """Stores what is outside the blocks, and embeds the tokens as the model will."""
+        source, settings, _, _, stopwatch = self._context
+        with stopwatch.stage("embed"):
+            outer = source.outer()
+            stored = self.writer.write_outer(outer, settings.embeddings)
+            self.writer.write_tokenizer(source.tokenizer, source.companions())
+            if self._float_inputs:
+                return
+            shape = (*self._tokens.shape, source.config.hidden_size)
+            with self._context.files.write(STREAM, 0, shape) as out:
+                write_embeddings(dequantize_tree(stored), self._tokens, out)
+
+    def finalize(self) -> None:
+        """Completes the checkpoint."""
+        source = self._context.source
+        self.writer.finalize(
+            config=to_dict(self._context.settings),
+            model_config=source.config,
+            source_name=source.name,
+            source_fingerprint=source.fingerprint,
+        )
+
+    def _mend(self) -> None:
+        """Stores again, before hours of work, what was damaged of what `begin` stored."""
+        source = self._context.source
+        self.writer.write_tokenizer(source.tokenizer, source.companions())
+        if not self.writer.has_outer():
+            self.writer.write_outer(source.outer(), self._context.settings.embeddings)
+
+    def visit(self, index: int, block: Params) -> None:
+        """Writes the block last."""
+        _, settings, workdir, progress, stopwatch = self._context
+        packed, rows = block, []
+        if index < self._last:
+            packed, rows = _Block(self._context, self._plan, index, block).quantized(
+                goes_on=index + 1 < self._last
+            )
+        else:
+            progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
+        with stopwatch.stage("save"):
+            workdir.append_metrics(rows)
+            self.writer.write_block(index, packed)
 
 
-def steps(config: ModelConfig, settings: RunSettings) -> int:
-    """By how much `quantize_model` advances the progress."""
-    return sum(_block_steps(config, settings, i) for i in range(config.num_hidden_layers))
-
-
-def _block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
-    tuned = settings.tune.block and index < _num_quantized(config, settings)
-    return len(LINEAR_LAYERS) + tuned * settings.tune.epochs
-
-
-def _num_quantized(config: ModelConfig, settings: RunSettings) -> int:
+def num_quantized(settings: RunSettings, config: ModelConfig) -> int:
+    """Blocks that are quantized; those after them stay dense."""
     depth = config.num_hidden_layers
     return min(settings.num_blocks or depth, depth)
 
 
-def quantize_model(
-    source: ModelSource,
-    settings: RunSettings,
-    plan: Plan,
-    workdir: WorkDir,
-    tokens: np.ndarray,
-    progress: Progress,
-    stopwatch: Stopwatch,
-) -> None:
-    """Quantizes all linear layers and writes the packed checkpoint, resuming where it can.
-
-    Args:
-      source: the float model.
-      settings: of the run.
-      plan: settings of layers that differ from `settings.method_settings`.
-      workdir: opened with these settings; holds the token weights if there are any.
-      tokens: calibration windows (n, T).
-      progress: advanced by one per linear layer and per epoch of tuning, `steps` in all.
-      stopwatch: receives the seconds of every stage.
-
-    Raises:
-      FullDiskError: the disk lacks the room; said before anything is computed.
-    """
-    streams = Streams(source, settings, workdir)
-    job = _Job(source, settings, plan, workdir, streams, progress, stopwatch)
-    writer = CheckpointWriter(workdir.checkpoint, settings.dense_dtype)
-    finished = writer.finished_blocks()
-    depth = source.config.num_hidden_layers
-    last = _num_quantized(source.config, settings)
-    # Of a block that was killed or found damaged: it is made again.
-    workdir.drop_activations(after=finished)
-    if finished < depth:
-        most = streams.peak_bytes(tokens.shape, finished, last)
-        most += stored_bytes(source.config, settings, plan)
-        workdir.check_room(most, "activations/*", "checkpoint/**/*")
-    if finished == 0:
-        with stopwatch.stage("embed"):
-            _begin(job, writer, tokens)
-    else:
-        _mend(job, writer)
-    rows = [row for row in workdir.metrics() if row["kind"] in ("layer", "block")]
-    workdir.keep_metrics([row for row in rows if row["block"] < finished])
-    progress.skip(sum(_block_steps(source.config, settings, i) for i in range(finished)))
-
-    for index in range(finished, depth):
-        with stopwatch.stage("load block"):
-            block = source.block(index)
-        rows = []
-        if index < last:
-            packed, dense, rows = _quantize_block(job, index, block, index + 1 < last)
-            if settings.tune.block:
-                del block, dense  # the tuning needs their room on the device
-                with stopwatch.stage("tune"):
-                    packed, row = _tune_block(job, index, packed)
-                    dense = dequantize_block(packed)
-                rows.append(row)
-        else:
-            packed = block
-            progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
-        if index + 1 < last:  # beyond it, nothing is calibrated any more
-            with stopwatch.stage("advance"):
-                streams.advance(index, dense)
-        with stopwatch.stage("save"):
-            workdir.append_metrics(rows)
-            writer.write_block(index, packed)
-            workdir.drop_activations(before=index)  # its own stay, for the case that it is damaged
-    writer.finalize(
-        config=to_dict(settings),
-        model_config=source.config,
-        source_name=source.name,
-        source_fingerprint=source.fingerprint,
-    )
-    workdir.drop_activations(before=depth + 1)
+def wants_middle(settings: RunSettings) -> bool:
+    """Whether the float model's states inside the blocks are compared with."""
+    return settings.calibration.asymmetry > 0
 
 
-def _begin(job: _Job, writer: CheckpointWriter, tokens: np.ndarray) -> None:
-    """Stores what is outside the blocks, and embeds the tokens."""
-    outer = job.source.outer()
-    stored = writer.write_outer(outer, job.settings.embeddings)
-    writer.write_tokenizer(job.source.tokenizer, job.source.companions())
-    job.streams.begin(outer, stored, tokens)
+def wants_float(settings: RunSettings) -> bool:
+    """Whether the float model's activations are read."""
+    return wants_middle(settings) or settings.tune.block or settings.calibration.inputs == "float"
 
 
-def _mend(job: _Job, writer: CheckpointWriter) -> None:
-    """Stores again, before hours of work, what was damaged of what `_begin` stored."""
-    writer.write_tokenizer(job.source.tokenizer, job.source.companions())
-    if not writer.has_outer():
-        writer.write_outer(job.source.outer(), job.settings.embeddings)
+class _Block:
+    """One block on its way from float to packed."""
 
-
-def _quantize_block(
-    job: _Job, index: int, block: Params, goes_on: bool
-) -> tuple[Params, Params, list[dict]]:
-    """Returns the block with packed and with dequantized kernels, and metric rows.
-
-    The outputs of the float block are written on the way, if the next block `goes_on` with them or
-    this one is tuned towards them.
-    """
-    settings, c, streams = job.settings, job.settings.calibration, job.streams
-    weights = job.workdir.load_token_weights(index) if c.gradient_groups else None
-    inputs, float_inputs = streams.quantized(index), streams.float(index)
-    reference = None if float_inputs is None else (block, float_inputs)
-    wants_outputs = goes_on or settings.tune.block
-    packed = dense = block
-    rows = []
-    passes = [[group] for group in LINEAR_GROUPS] if settings.true_sequential else [LINEAR_GROUPS]
-    for groups in passes:
-        first = groups is passes[0]  # where all layers are float still
-        outputs = streams.float_outputs(index) if first and wants_outputs else nullcontext()
-        with job.stopwatch.stage("hessians"), outputs as out:
-            job.progress.note(f"block {index} Hessians")
-            seen = calibrate(
-                job.source.config,
-                dense,
-                inputs,
-                groups,
-                c.batch_size,
-                weights=weights,
-                power=c.gradient_power,
-                reference=reference,
-                want_crosses=c.asymmetry > 0,
-                out=out,
+    def __init__(self, context: Context, plan: Plan, index: int, block: Params):
+        self._context, self._plan, self._index = context, plan, index
+        self._float = self._dense = self._packed = block
+        self._rows: list[dict[str, Any]] = []
+        settings, files = context.settings, context.files
+        c = settings.calibration
+        self._config, self._files = context.source.config, files
+        self._stream = forward.STREAM if c.inputs == "float" else STREAM
+        self._weights = None
+        if c.gradient_groups:
+            loaded = context.workdir.load_token_weights(index)
+            powers = c.gradient_power
+            self._weights = {n: relative_weights(w, powers) for n, w in loaded.items()}
+        self._reference = None
+        if wants_middle(settings):
+            self._reference = (
+                files.read(forward.STREAM, index),
+                files.read(forward.MIDDLE, index),
+                files.read(forward.STREAM, index + 1),
             )
-        for name, objectives in objectives_of(seen, groups, weights, settings.damping, index):
-            with job.stopwatch.stage("quantize"):
-                weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-                tensor, kernel, row = _quantize_layer(job, index, name, weight, objectives)
-            packed = with_layer(packed, name, tensor)
-            dense = with_layer(dense, name, kernel)
-            rows.append(row)
-            job.progress.advance(f"block {index} {name}")
-    return packed, dense, rows
+
+    def quantized(self, goes_on: bool) -> tuple[Params, list[dict[str, Any]]]:
+        """The packed block and its metrics; what follows is calibrated if it `goes_on`."""
+        settings = self._context.settings
+        goes_on = goes_on and settings.calibration.inputs == "quantized"
+        at = Files(self._files.read(self._stream, self._index), reference=self._reference)
+        if settings.true_sequential:
+            start, at = self._stage_by_stage(at)
+        else:
+            start = 0
+            moments = self._run(at, 0, LAST - 1, self._moments(range(LAST)))
+            self._quantize(LINEAR_LAYERS, moments)
+        if settings.tune.block:
+            start, at = 0, Files(self._files.read(self._stream, self._index))
+            self._tune()
+        if goes_on:
+            with self._files.write(STREAM, self._index + 1, at.x.shape) as out:
+                self._run(at, start, LAST, Moments({}, {}), out)
+        self._files.drop(_HALF)
+        self._files.drop(_INNER)
+        return self._packed, self._rows
+
+    def _stage_by_stage(self, at: Files) -> tuple[int, Files]:
+        """Quantizes the layers of one stage after the other; where the last one starts from."""
+        for stage, group in enumerate(LINEAR_GROUPS):
+            opened = stage in (1, 3)
+            out, shape = nullcontext(), None
+            if stage:
+                cols = get_layer(self._float, group[0])["kernel"].shape[0]
+                name = _INNER if opened else _HALF
+                shape = (*at.x.shape[:2], cols)
+                out = self._files.pass_on(name, self._index, shape)
+            with out as writer:
+                start = max(0, stage - 1)
+                moments = self._run(at, start, stage, self._moments([stage]), writer)
+            if opened:
+                at = at._replace(inner=self._files.read(_INNER, self._index))
+            elif stage:
+                at = at._replace(x=self._files.read(_HALF, self._index), inner=None)
+            self._quantize(group, moments)
+        return LAST - 1, at
+
+    def _moments(self, stages: Sequence[int]) -> Moments:
+        return init_moments(self._float, stages, self._weights, self._reference is not None)
+
+    def _run(self, at: Files, start: int, stop: int, moments: Moments, out=None) -> Moments:
+        with self._context.stopwatch.stage("hessians" if moments.inputs else "advance"):
+            self._context.progress.note(f"block {self._index} {STAGES[min(stop, LAST - 1)]}")
+            shape = at.x.shape
+            stages = range(start, stop)
+            self._context.stopwatch.flops(
+                stage_flops(self._config, stages, *shape[:2])
+                + moment_flops(moments, shape[0] * shape[1])
+            )
+            moments = run_windows(
+                self._config,
+                self._dense,
+                at,
+                start,
+                stop,
+                moments,
+                self._context.settings.calibration.batch_size,
+                self._weights,
+                out,
+            )
+            return jax.block_until_ready(moments)
+
+    def _quantize(self, names: Sequence[str], moments: Moments) -> None:
+        """Puts packed layers, and dense ones as they will be, in place of the float ones."""
+        progress = self._context.progress
+        with self._context.stopwatch.stage("quantize"):
+            start = time.perf_counter()
+            problems = self._problems(names, moments)
+            tensors = quantize_layers(problems)
+            kernels = parallel(dequantize_compiled, tensors)
+            rows = parallel(_row, list(zip(problems, tensors, kernels, strict=True)))
+            self._context.stopwatch.flops(_flops(problems, moments))
+            seconds = time.perf_counter() - start
+        total = sum(problem.weight.size for problem in problems)
+        for name, problem, tensor, kernel, row in zip(
+            names, problems, tensors, kernels, rows, strict=True
+        ):
+            self._packed = with_layer(self._packed, name, tensor)
+            self._dense = with_layer(self._dense, name, kernel.T)
+            share = problem.weight.size / total  # they are quantized side by side
+            where = {"kind": "layer", "block": self._index, "layer": name}
+            self._rows.append({**where, **row, "seconds": seconds * share})
+            progress.advance(f"block {self._index} {name}")
+
+    def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
+        settings = self._context.settings
+        found = hessians(moments)
+        weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
+        of_layers = {name: owners(name, self._weights) for name in names}
+
+        def factor(owner):
+            return factorize(found[owner], settings.damping, f"layers_{self._index}/{owner[0]}")
+
+        factors = dict(zip(found, parallel(factor, found), strict=True))
+
+        def problem(name: str) -> Problem:
+            groups = of_layers[name]
+            objectives = []
+            for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
+                shifted = None
+                if owner in moments.crosses:
+                    shifted = shift(moments, owner, rows, found[owner])
+                objectives.append(Objective(found[owner], factors[owner], shifted))
+            key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
+            return Problem(
+                METHODS[settings.method].quantize,
+                self._plan.get((self._index, name), settings.method_settings),
+                weights[name],
+                objectives,
+                jax.random.fold_in(key, LINEAR_LAYERS.index(name)),
+                settings.calibration.asymmetry,
+                f"layers_{self._index}/{name}",
+            )
+
+        return [problem(name) for name in names]
+
+    def _tune(self) -> None:
+        """Tunes what is continuous in the block."""
+        settings, progress = self._context.settings, self._context.progress
+        del self._float, self._dense  # the tuning needs their room on the device
+        with self._context.stopwatch.stage("tune"):
+            start = time.perf_counter()
+            targets = self._files.read(forward.STREAM, self._index + 1)
+            self._packed, row = tune_block(
+                self._config,
+                self._packed,
+                Pairs(self._files.read(STREAM, self._index), targets),
+                settings.tune,
+                dense_dtype=settings.dense_dtype,
+                order=np.random.default_rng([settings.seed, self._index]),
+                name=f"layers_{self._index}",
+                on_epoch=progress.advance,
+            )
+            progress.advance(steps=settings.tune.epochs - row["epochs"])
+            seconds = time.perf_counter() - start
+            self._dense = dequantize_block(self._packed)
+        self._rows.append({"kind": "block", "block": self._index, **row, "seconds": seconds})
 
 
-def _tune_block(job: _Job, index: int, packed: Params) -> tuple[Params, dict]:
-    """The block with what is continuous in it tuned, and its row of metrics."""
-    start = time.perf_counter()
-    settings, targets = job.settings, job.streams.float(index + 1)
-    packed, row = tune_block(
-        job.source.config,
-        packed,
-        Pairs(job.streams.quantized(index), targets),
-        settings.tune,
-        dense_dtype=settings.dense_dtype,
-        order=np.random.default_rng([settings.seed, index]),
-        name=f"layers_{index}",
-        on_epoch=job.progress.advance,
-    )
-    job.progress.advance(steps=settings.tune.epochs - row["epochs"])
-    seconds = time.perf_counter() - start
-    return packed, {"kind": "block", "block": index, **row, "seconds": seconds}
+def _flops(problems: Sequence[Problem], moments: Moments) -> float:
+    """Of quantizing layers and measuring their errors."""
+    solved = sum(flops.inverse_cholesky(m.total.shape[0]) for m in moments.inputs.values())
+    return solved + sum(most_flops(p) + 2 * flops.unit(*p.weight.shape) for p in problems)
 
 
-def objectives_of(
-    seen: Calibrated,
-    groups: Groups,
-    weights: Mapping[str, np.ndarray] | None,
-    damping: float,
-    index: int,
-) -> Iterator[tuple[str, list[Objective]]]:
-    """Layers and their objectives; a Hessian is factorized once and dropped after its last layer.
-
-    Args:
-      seen: statistics of the block, which are taken out.
-      groups: layers that share one input.
-      weights: of the tokens, as given to `calibrate`.
-      damping: fraction of the mean diagonal.
-      index: of the block, for messages.
-    """
-    for group in groups:
-        made: dict[Owner, Objective] = {}
-        for name in group:
-            wanted = owners(name, weights)
-            made = {owner: o for owner, o in made.items() if owner in wanted}
-            for owner in wanted:
-                if owner not in made:
-                    hessian = seen.hessians.pop(owner)
-                    factor = factorize(hessian, damping, f"layers_{index}/{name}")
-                    made[owner] = Objective(hessian, factor, seen.crosses.pop(owner, None))
-            yield name, [made[owner] for owner in wanted]
-
-
-def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objectives):
-    """One linear layer: the packed tensor, its dense kernel (in, out), its row of metrics."""
-    start = time.perf_counter()
-    settings = job.settings
-    key = jax.random.fold_in(jax.random.key(settings.seed), index)
-    key = jax.random.fold_in(key, LINEAR_LAYERS.index(name))
-    tensor = quantize_layer(
-        METHODS[settings.method].quantize,
-        job.plan.get((index, name), settings.method_settings),
-        weight,
-        objectives,
-        key,
-        settings.calibration.asymmetry,
-        f"layers_{index}/{name}",
-    )
-    quantized = dequantize_compiled(tensor)
-    error = relative_error(weight, quantized, objectives)
-    row = {
-        "kind": "layer",
-        "block": index,
-        "layer": name,
+def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:
+    """Metrics of a quantized layer."""
+    problem, tensor, kernel = of_layer
+    error = relative_error(problem.weight, kernel, problem.objectives)
+    return {
         "num_codebooks": len(tensor.codes),
         "dim": tensor.grid.dim,
         "index_bits": tensor.index_bits,
@@ -280,10 +345,8 @@ def _quantize_layer(job: _Job, index: int, name: str, weight: jax.Array, objecti
         "sqnr_db": float(metrics.sqnr_db(error)) if error > 0 else None,
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
-        "num_values": weight.size,
+        "num_values": problem.weight.size,
         "unused_centroids": int(unused_centroids(tensor)),
-        "dead_inputs": int(jnp.sum(jnp.diagonal(objectives[0].hessian) <= 0)),
-        "damping": max(objective.factor.damping for objective in objectives),
-        "seconds": time.perf_counter() - start,
+        "dead_inputs": int(jnp.sum(jnp.diagonal(problem.objectives[0].hessian) <= 0)),
+        "damping": max(objective.factor.damping for objective in problem.objectives),
     }
-    return tensor, quantized.T, row

@@ -33,10 +33,11 @@ class StreamStore(ABC):
     def remove(self, stream: str, point: int) -> None:
         """Forgets the stream at a point."""
 
-    def drop(self, stream: str) -> None:
-        """Forgets a stream."""
+    def drop(self, stream: str, keep: range = range(0)) -> None:
+        """Forgets a stream, but for some points."""
         for point in self.points(stream):
-            self.remove(stream, point)
+            if point not in keep:
+                self.remove(stream, point)
 
     def drop_behind(self, stream: str, point: int, step: int) -> None:
         """Forgets what a walk in the direction of `step` has behind it at a point."""

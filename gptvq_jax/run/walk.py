@@ -12,6 +12,7 @@ block that was just done, which is made again from it where it is found damaged.
 from collections.abc import Sequence
 from typing import Protocol
 
+from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import ModelSource
@@ -23,11 +24,11 @@ class Visitor(Protocol):
     """A pass over the blocks.
 
     Attributes:
-      stage: of the stopwatch.
-      releases: streams that nobody reads behind this visitor.
+      files: hold its streams.
+      releases: those that nobody reads behind this visitor.
     """
 
-    stage: str
+    files: StreamStore
     releases: Sequence[str]
 
     def position(self, order: range) -> int:
@@ -45,37 +46,39 @@ class Visitor(Protocol):
 
 def walk(
     source: ModelSource,
-    files: StreamStore,
     visitors: Sequence[Visitor],
     order: range,
     stopwatch: Stopwatch,
+    progress: Progress | None = None,
 ) -> None:
     """Takes visitors through blocks, each from where it was.
 
     Args:
       source: of the blocks.
-      files: holds the streams.
       visitors: in the order in which they visit a block.
       order: of the blocks, up or down.
-      stopwatch: receives the seconds of every visitor's stage, and of loading blocks.
+      stopwatch: receives the seconds that are waited for blocks.
+      progress: of blocks, which the walk counts; those that are done already are skipped.
     """
     positions = [visitor.position(order) for visitor in visitors]
+    if progress is not None:
+        progress.skip(min(positions))
     for visitor, position in zip(visitors, positions, strict=True):
         if position == 0 and len(order):
-            with stopwatch.stage(visitor.stage):
-                visitor.begin()
+            visitor.begin()
     left = order[min(positions, default=len(order)) :]
     for index, block in Blocks(source, left, stopwatch):
         for visitor, position in zip(visitors, positions, strict=True):
             if order.index(index) >= position:
-                with stopwatch.stage(visitor.stage):
-                    visitor.visit(index, block)
+                visitor.visit(index, block)
         for visitor in visitors:
             for stream in visitor.releases:
-                files.drop_behind(stream, entrance(index, order), order.step)
+                visitor.files.drop_behind(stream, entrance(index, order), order.step)
+        if progress is not None:
+            progress.advance(f"block {index}")
     for visitor in visitors:
         for stream in visitor.releases:
-            files.drop(stream)
+            visitor.files.drop(stream)
 
 
 def entrance(index: int, order: range) -> int:

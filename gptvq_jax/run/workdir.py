@@ -2,16 +2,17 @@
 
     config.json             the run's settings; a run with others is refused
     tokens.npy              calibration windows (n, T) int32
-    activations/            00007.quantized.npy: inputs of block 7 (n, T, hidden), bfloat16 bits;
-                            00007.float.npy: the float model's, where the target is asymmetric or
-                            blocks are tuned towards it;
-                            00007.curves.npy: likewise, while the curves are measured
+    activations/            streams (stream_files.py) (n, T, hidden), bfloat16 bits, at point 7,
+                            the entrance of block 7: 00007.quantized.npy of the quantized model,
+                            00007.float.npy of the float one, 00007.gradient.npy of the loss with
+                            respect to that; 00007.middle.npy of the float one between the halves of
+                            block 7; 00007.half.npy and 00007.inner.npy while block 7 is quantized
     gradients/              00007.npz: weights of the calibration tokens (n, T, g) float32 for each
-                            layer of block 7, where calibration.gradient_groups asks for them; until
-                            they are there also 00007.inputs.npy: the float model's inputs, and
-                            00007.gradient.npy: of the loss with respect to them, bfloat16 bits
+                            layer of block 7, where calibration.gradient_groups asks for them
     curves/                 00007.json: measured errors of the candidates for each layer of block 7,
                             where allocation.bits_per_value asks for them
+    evaluation/             the held-out text: float/ and quantized/ have its streams by model
+                            (float32) and, as 00030.losses.npy, what comes out
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
 
@@ -23,9 +24,7 @@ damaged, it is made again.
 
 import fcntl
 import json
-import math
 import zipfile
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,8 @@ from gptvq_jax.config import difference
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_bytes, naming_full_disk
-from gptvq_jax.run.activations import Activations, Writer, writing
-
-_BACKWARD = ("inputs", "gradient")  # streams of the backward pass, which live in gradients/
+from gptvq_jax.run.activations import Activations
+from gptvq_jax.run.stream_files import StreamFiles
 
 
 class WorkDir:
@@ -101,8 +99,9 @@ class WorkDir:
         return self.path / "activations"
 
     @property
-    def _gradients(self) -> Path:
-        return self.path / "gradients"
+    def streams(self) -> "Streams":
+        """What goes from block to block."""
+        return Streams(self)
 
     def _check_config(self, config: dict[str, Any]) -> None:
         path = self.path / "config.json"
@@ -138,9 +137,22 @@ class WorkDir:
 
     def _drop_partial(self) -> None:
         """Removes what a killed process was writing."""
-        for folder in (self.path, self._activations, self._gradients, self._curves(0).parent):
+        for folder in (
+            self.path,
+            self._activations,
+            self.path / "gradients",
+            self._curves(0).parent,
+        ):
             for path in folder.glob("*.partial"):
                 path.unlink()
+
+    def evaluation(self, model: str) -> StreamFiles:
+        """Streams of the held-out text in the "float" or the "quantized" model, and its losses."""
+        path = self.path / "evaluation" / model
+        durable.make_directory(path)
+        for partial in path.glob("*.partial"):
+            partial.unlink()
+        return StreamFiles(path)
 
     def check_room(self, num_bytes: int, *kept: str) -> None:
         """Checks, before a pass, that there is room for what it will write.
@@ -172,37 +184,6 @@ class WorkDir:
         with replacing as partial, open(partial, "wb") as file:  # np.save would append .npy
             np.save(file, tokens)
 
-    def load_activations(self, block: int, stream: str = "quantized") -> Activations:
-        """One stream of arrays (n, T, hidden) at the entrance of a block.
-
-        Args:
-          block: its index; the number of blocks means the head.
-          stream: "quantized" or "float" for the inputs in that model, which quantization goes
-            through; "curves" for the float model's while bits are allocated; "inputs" or
-            "gradient" for those of the backward pass.
-        """
-        path = self._stream(block, stream)
-        self._must_exist(path)
-        try:
-            return Activations(path)
-        except ValueError as error:
-            raise self._lost(path, first_line(error).removeprefix(f"{path} ")) from error
-
-    def write_activations(
-        self, block: int, shape: tuple[int, ...], stream: str = "quantized"
-    ) -> AbstractContextManager[Writer]:
-        """A context whose Writer fills a stream; the file is there once the context ends."""
-        return writing(self._stream(block, stream), shape)
-
-    def has_activations(self, block: int, stream: str = "quantized") -> bool:
-        return self._stream(block, stream).exists()
-
-    def drop_activations(self, before: int = 0, stream: str = "*", after: float = math.inf) -> None:
-        """Removes the inputs of blocks before or after one; of one stream, or of all."""
-        for path in self._activations.glob(f"*.{stream}.npy"):
-            if not before <= int(path.name.partition(".")[0]) <= after:
-                path.unlink()
-
     def load_token_weights(self, block: int) -> dict[str, np.ndarray]:
         """{layer: weights of the calibration tokens (n, T, g) float32} of a block."""
         path = self._token_weights(block)
@@ -222,36 +203,18 @@ class WorkDir:
     def has_token_weights(self, block: int) -> bool:
         return self._token_weights(block).exists()
 
-    def drop_backward(self, done: int) -> None:
-        """Removes what the backward pass does not need once it is through block `done`."""
-        for path in self._gradients.glob("*.npy"):
-            block, stream, _ = path.name.split(".")
-            # The gradient at the entrance of block `done` is where the pass goes on; one further
-            # on is of a block that was killed.
-            keep = int(block) == done > 0 if stream == "gradient" else int(block) < done
-            if not keep:
-                path.unlink()
-
-    def _stream(self, block: int, stream: str) -> Path:
-        folder = self._gradients if stream in _BACKWARD else self._activations
-        return folder / f"{block:05d}.{stream}.npy"
-
     def _token_weights(self, block: int) -> Path:
-        return self._gradients / f"{block:05d}.npz"
+        return self.path / "gradients" / f"{block:05d}.npz"
 
     def _must_exist(self, path: Path) -> None:
         if not path.exists():
             raise self._lost(path, "is missing")
 
-    def _lost(self, path: Path, what: str) -> ValueError:
+    def _lost(self, path: Path, what: str, again: Path | None = None) -> ValueError:
         """Says what to remove, so that the least is made again."""
-        again = path.parent
-        if again == self._activations:
-            curves = path.name.endswith(".curves.npy")
-            again = self._curves(0).parent if curves else self.checkpoint
         return ValueError(
-            f"{path} {what}, so the run cannot go on; restore the file, or remove {again} to start "
-            "again from there with the same command"
+            f"{path} {what}, so the run cannot go on; restore the file, or remove "
+            f"{again or path.parent} to start again from there with the same command"
         )
 
     def load_curves(self, block: int) -> list[dict[str, Any]]:
@@ -301,3 +264,26 @@ class WorkDir:
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows, all of them or none."""
         durable.append_lines(self.path / "metrics.jsonl", rows)
+
+
+class Streams(StreamFiles):
+    """The streams of a run; what is lost says what to remove."""
+
+    def __init__(self, workdir: WorkDir):
+        super().__init__(workdir.path / "activations")
+        self._workdir = workdir
+
+    def read(self, stream: str, point: int) -> Activations:
+        path = self.path(stream, point)
+        try:
+            return super().read(stream, point)
+        except FileNotFoundError:
+            what = "is missing"
+        except ValueError as error:
+            what = first_line(error).removeprefix(f"{path} ")
+        # Each pass looks for what it needs, and starts again where that is not there.
+        again = {
+            "quantized": self._workdir.checkpoint,
+            "gradient": self.directory / "*.gradient.npy",
+        }
+        raise self._workdir._lost(path, what, again.get(stream, self.directory / "*.float.npy"))

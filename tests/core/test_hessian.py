@@ -128,10 +128,10 @@ def test_the_unit_of_the_hessian_changes_no_bit(exponent):
     assert float(unit(scaled)) == float(unit(h)) * scale
     one, other = factorize(jnp.asarray(h), 0.01), factorize(scaled, 0.01)
     np.testing.assert_array_equal(one.hinv_chol, other.hinv_chol)
-    w, cross = jnp.ones((2, 8)), jnp.asarray(0.9 * h)
+    w, shift = jnp.ones((2, 8)), jnp.asarray(-0.1 * h.sum(axis=0) * np.ones((2, 1)), jnp.float32)
     np.testing.assert_array_equal(
-        asymmetric_target(w, h, cross, one.hinv_chol, 1.0),
-        asymmetric_target(w, scaled, cross * scale, other.hinv_chol, 1.0),
+        asymmetric_target(w, h, shift, one.hinv_chol, 1.0),
+        asymmetric_target(w, scaled, shift * scale, other.hinv_chol, 1.0),
     )
 
 
@@ -237,7 +237,8 @@ def test_asymmetric_target_minimises_the_output_error_on_other_inputs():
     weight = rng.normal(size=(4, 6))
     hessian, cross = y.T @ y / 200, x.T @ y / 200
     expected = np.linalg.lstsq(y, x @ weight.T, rcond=None)[0].T
-    args = [jnp.asarray(a, jnp.float32) for a in (weight, hessian, cross)]
+    shift = weight @ (cross - hessian)
+    args = [jnp.asarray(a, jnp.float32) for a in (weight, hessian, shift)]
     hinv_chol = factorize(args[1], 0.0).hinv_chol
     target = asymmetric_target(*args, hinv_chol, 1.0)
     np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)

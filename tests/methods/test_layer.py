@@ -46,10 +46,12 @@ run_dequantize = jax.jit(dequantize)
 
 
 def objective(seed, cross=False):
-    """Of a group whose inputs are its own; with a cross moment if the target is asymmetric."""
+    """Of a group whose inputs are its own; with a shift if the target is asymmetric."""
     hessian = jnp.asarray(ref.problem(1, COLS, seed=seed).hessian)
     other = jnp.asarray(ref.problem(1, COLS, seed=seed + 100).hessian)
-    return Objective(hessian, factorize(hessian, 0.01), 0.9 * hessian + 0.1 * other * cross)
+    weight = jnp.asarray(ref.problem(ROWS, COLS).weight)[: ROWS // GROUPS]
+    shift = 0.1 * weight @ (other - hessian) if cross else None
+    return Objective(hessian, factorize(hessian, 0.01), shift)
 
 
 def layer(cross=False):
@@ -73,7 +75,7 @@ def test_row_groups_are_quantized_one_by_one(method, settings, asymmetry):
     alone = []
     for start, o in zip(range(0, ROWS, ROWS // GROUPS), objectives, strict=True):
         part, hinv_chol = weight[start : start + ROWS // GROUPS], o.factor.hinv_chol
-        target = asymmetric_target(part, o.hessian, o.cross, hinv_chol, asymmetry)
+        target = asymmetric_target(part, o.hessian, o.shift, hinv_chol, asymmetry)
         alone.append(quantize(target, o.hessian, hinv_chol, KEY, settings))
     expected = np.concatenate([run_dequantize(t) for t in alone])
     np.testing.assert_array_equal(run_dequantize(tensor), expected)
@@ -88,7 +90,7 @@ def test_row_groups_are_quantized_one_by_one(method, settings, asymmetry):
 
 def test_one_group_is_the_whole_layer():
     weight, objectives = layer()
-    o = objectives[0]._replace(cross=None)
+    o = objectives[0]._replace(shift=None)
     tensor = quantize_layer(METHODS["gptvq"].quantize, FAST, weight, [o], KEY)
     expected = METHODS["gptvq"].quantize(weight, o.hessian, o.factor.hinv_chol, KEY, FAST)
     for one, other in zip(jax.tree.leaves(tensor), jax.tree.leaves(expected), strict=True):

@@ -130,13 +130,16 @@ def test_lanes_are_independent_of_the_lazy_block():
     """Paths through several blocks are put together as within one."""
     weight, hessian, centroids, codes, scales = state(ROW, 7, books=2)
     from gptvq_jax.moves.recode import recode
+    from gptvq_jax.moves.refit import decode
+    from gptvq_jax.moves.residual import residual_of
 
+    residual = residual_of(weight, decode(centroids, codes, scales, ROW), hessian)
     losses = [
         loss_of(
             weight,
             hessian,
             centroids,
-            recode(weight, hessian, centroids, codes, scales, ROW, beam=3, block_size=size),
+            recode(residual, hessian, centroids, codes, scales, ROW, beam=3, block_size=size)[0],
             scales,
             ROW,
         )

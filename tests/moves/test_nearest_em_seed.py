@@ -20,6 +20,11 @@ fast_mahalanobis = jax.jit(mahalanobis, static_argnames="codebook_size")
 fast_random = jax.jit(random_points, static_argnames="codebook_size")
 
 
+def keys_of(data, seed):
+    """A random key for each of the groups."""
+    return jax.random.split(jax.random.key(seed), len(data.points))
+
+
 def group_data(seed=0, skew=1.0) -> GroupData:
     """Random vectors, upper triangular metrics, some weights 0; all of it is (G, J, D, r)."""
     rng = np.random.default_rng(seed)
@@ -160,7 +165,7 @@ def test_as_many_centroids_as_distinct_points_is_lossless_and_fixed():
     data = group_data()._replace(points=points)
     book = jnp.broadcast_to(jnp.asarray(distinct, jnp.float32), (GROUPS, SIZE, DIM))
     np.testing.assert_allclose(fast_em(data, book, 3), book, atol=1e-6)
-    seeds = fast_kmeans(data._replace(weight=jnp.ones_like(data.weight)), SIZE, jax.random.key(0))
+    seeds = fast_kmeans(data._replace(weight=jnp.ones_like(data.weight)), SIZE, keys_of(data, 0))
     for g in range(GROUPS):  # k-means++ finds all five: a point seeded before has no mass left
         np.testing.assert_array_equal(np.unique(seeds[g], axis=0), np.unique(distinct, axis=0))
     assert fast_assign(data, seeds)[1].max() == 0
@@ -187,7 +192,7 @@ def test_skewed_metric_is_obeyed():
     """Fitting in the metric of the loss beats fitting in the Euclidean one."""
     data = group_data(skew=20.0)
     plain = data._replace(whiten=jnp.broadcast_to(jnp.eye(DIM), data.whiten.shape))
-    start = fast_kmeans(data, SIZE, jax.random.key(1))
+    start = fast_kmeans(data, SIZE, keys_of(data, 1))
     weighted = fast_assign(data, fast_em(data, start, 10))[1].sum()
     euclidean = fast_assign(data, fast_em(plain, start, 10))[1].sum()
     assert weighted < 0.7 * euclidean
@@ -238,16 +243,16 @@ def test_random_points_are_distinct_points_of_positive_weight():
     data = data._replace(weight=data.weight.at[:, 0, :4].set(0.0))
     allowed, drawn = points_of_weight(data), [set(), set()]
     for n in range(40):
-        seeds = np.asarray(fast_random(data, SIZE, jax.random.key(n)))
+        seeds = np.asarray(fast_random(data, SIZE, keys_of(data, n)))
         assert seeds.shape == (GROUPS, SIZE, DIM)
         for g in range(GROUPS):
             book = {tuple(x) for x in seeds[g]}
             assert len(book) == SIZE and book <= allowed[g]
             drawn[g] |= book
     assert drawn == allowed  # every point can be drawn
-    again = fast_random(data, SIZE, jax.random.key(39))
+    again = fast_random(data, SIZE, keys_of(data, 39))
     np.testing.assert_array_equal(again, seeds)
-    assert (fast_random(data, SIZE, jax.random.key(40)) != seeds).any()
+    assert (fast_random(data, SIZE, keys_of(data, 40)) != seeds).any()
 
 
 def test_random_points_repeat_where_centroids_are_more():
@@ -258,7 +263,7 @@ def test_random_points_repeat_where_centroids_are_more():
     allowed = points_of_weight(data)
     assert [len(points) for points in allowed] == [5, 10]
     for size in (12, 40):  # fewer and more than all 18 points, those without weight included
-        seeds = np.asarray(fast_random(data, size, jax.random.key(0)))
+        seeds = np.asarray(fast_random(data, size, keys_of(data, 0)))
         for g in range(GROUPS):
             book, times = np.unique(seeds[g], axis=0, return_counts=True)
             assert {tuple(x) for x in book} == allowed[g]
@@ -269,7 +274,7 @@ def test_random_points_are_drawn_in_proportion_to_weight():
     """0, 1, 2 of weights 1, 2, 5, without replacement; the metric and the points play no part."""
     points = jnp.arange(3.0).reshape(1, 3, 1, 1)
     data = GroupData(points, jnp.arange(3.0).reshape(3, 1, 1), jnp.array([[[1.0], [2], [5]]]))
-    draw = jax.jit(jax.vmap(lambda key: random_points(data, 2, key)[0, :, 0]))
+    draw = jax.jit(jax.vmap(lambda key: random_points(data, 2, key[None])[0, :, 0]))
     seeds = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     shares = [(seeds[:, 0] == x).mean() for x in range(3)]
     np.testing.assert_allclose(shares, [1 / 8, 2 / 8, 5 / 8], atol=0.03)  # four deviations
@@ -283,7 +288,7 @@ def test_kmeans_seeds_are_points_of_positive_weight():
     data = data._replace(weight=weight)
     allowed, drawn = points_of_weight(data), [set(), set()]
     for n in range(40):
-        seeds = np.asarray(fast_kmeans(data, SIZE, jax.random.key(n)))
+        seeds = np.asarray(fast_kmeans(data, SIZE, keys_of(data, n)))
         assert seeds.shape == (GROUPS, SIZE, DIM)
         for g in range(GROUPS):
             book = {tuple(x) for x in seeds[g]}
@@ -299,7 +304,7 @@ def test_kmeans_draws_in_proportion_to_weight_and_squared_distance():
     points = jnp.zeros((1, 3, 1, 1)).at[0, 1].set(1.0).at[0, 2].set(2.0)
     whiten = jnp.ones((3, 1, 1))
     data = GroupData(points, whiten, jnp.array([1e6, 3.0, 0.25]).reshape(1, 3, 1))
-    draw = jax.jit(jax.vmap(lambda key: kmeans_plus_plus(data, 2, key)[0, :, 0]))
+    draw = jax.jit(jax.vmap(lambda key: kmeans_plus_plus(data, 2, key[None])[0, :, 0]))
     seeds = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
     assert (seeds[:, 0] == 0).mean() > 0.99
     share = (seeds[:, 1] == 1).mean()
@@ -308,9 +313,9 @@ def test_kmeans_draws_in_proportion_to_weight_and_squared_distance():
 
 def test_kmeans_depends_on_the_key_only():
     data = group_data()
-    one, same = (fast_kmeans(data, SIZE, jax.random.key(3)) for _ in range(2))
+    one, same = (fast_kmeans(data, SIZE, keys_of(data, 3)) for _ in range(2))
     np.testing.assert_array_equal(one, same)
-    assert (one != fast_kmeans(data, SIZE, jax.random.key(4))).any()
+    assert (one != fast_kmeans(data, SIZE, keys_of(data, 4))).any()
 
 
 def test_mahalanobis_order_by_hand():
@@ -322,7 +327,7 @@ def test_mahalanobis_order_by_hand():
     points = jnp.asarray(xy.T[None, None], jnp.float32)  # (1, 1, 2, 9)
     data = GroupData(points, jnp.eye(2)[None], jnp.ones((1, 1, 9)))
     # K = 3 of 9 points: ranks floor((k + 1/2) / 3 * 9) = 1, 4, 7
-    seeds = np.asarray(fast_mahalanobis(data, 3, jax.random.key(0))[0])
+    seeds = np.asarray(fast_mahalanobis(data, 3, keys_of(data, 0))[0])
     np.testing.assert_allclose(
         seeds[:, 0] ** 2 / x2 + seeds[:, 1] ** 2 / y2, np.sort(distance)[[1, 4, 7]], rtol=1e-6
     )
@@ -330,7 +335,7 @@ def test_mahalanobis_order_by_hand():
 
 def test_mahalanobis_against_float64_leaves_weight_zero_out():
     data = group_data()
-    seeds = fast_mahalanobis(data, SIZE, jax.random.key(0))
+    seeds = fast_mahalanobis(data, SIZE, keys_of(data, 0))
     for g in range(GROUPS):
         points, _, weight = flat(data, g)
         np.testing.assert_allclose(seeds[g], ref.mahalanobis(points[weight > 0], SIZE), rtol=1e-6)
@@ -341,13 +346,15 @@ def test_cdf_is_the_quantiles():
     values = np.random.default_rng(0).permutation(10).astype(np.float32)
     points = jnp.asarray(np.append(values, [99.0, -99.0])).reshape(1, 2, 1, 6)
     weight = jnp.ones(12).at[10:].set(0.0).reshape(1, 2, 6)
-    seeds = cdf(GroupData(points, jnp.ones((2, 1, 1)), weight), 5, jax.random.key(0))
+    seeds = cdf(
+        GroupData(points, jnp.ones((2, 1, 1)), weight), 5, jax.random.split(jax.random.key(0), 2)
+    )
     np.testing.assert_array_equal(seeds[0, :, 0], [1, 3, 5, 7, 9])
 
 
 def test_cdf_needs_scalars():
     with pytest.raises(ValueError, match="dim=1"):
-        cdf(group_data(), 4, jax.random.key(0))
+        cdf(group_data(), 4, keys_of(group_data(), 0))
 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "kmeans++"])
@@ -355,5 +362,5 @@ def test_more_centroids_than_points_repeats_points(name):
     points = jnp.arange(4.0).reshape(1, 2, 1, 2)
     data = GroupData(points, jnp.ones((2, 1, 1)), jnp.ones((1, 2, 2)))
     seed = jax.jit(SEEDS[name], static_argnames="codebook_size")
-    seeds = np.asarray(seed(data, 8, jax.random.key(0)))[0, :, 0]
+    seeds = np.asarray(seed(data, 8, keys_of(data, 0)))[0, :, 0]
     assert set(seeds) == {0.0, 1.0, 2.0, 3.0}

@@ -12,6 +12,7 @@ import pytest
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.refit import codebook_loss, decode, gradient_update, refit
+from gptvq_jax.moves.residual import residual_of
 
 GRIDS = {  # both axes padded; with dim=3 the edge cuts the last vector
     2: GroupGrid(7, 22, 2, strip_rows=3, strip_cols=8),
@@ -21,17 +22,40 @@ SIZE = 4
 
 
 def run_recode(weight, hessian, centroids, codes, scales, passes=1, *, grid, beam=1):
-    return jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam)
+    return checked(jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam))
 
 
 @partial(jax.jit, static_argnames=("grid", "beam"))
 def jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam):
-    return recode(
-        weight, hessian, centroids, codes, scales, grid, passes=passes, beam=beam, block_size=4
+    residual = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
+    codes, after = recode(
+        residual, hessian, centroids, codes, scales, grid, passes=passes, beam=beam, block_size=4
     )
+    afresh = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
+    return codes, after, afresh
 
 
-run_refit = jax.jit(refit, static_argnames="grid")
+@partial(jax.jit, static_argnames="grid")
+def jitted_refit(weight, hessian, centroids, codes, scales, grid, iterations):
+    residual = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
+    centroids, after = refit(residual, hessian, centroids, codes, scales, grid, iterations)
+    afresh = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
+    return centroids, after, afresh
+
+
+def checked(result):
+    """What a move has found, its residual being that of a computation afresh."""
+    found, after, afresh = result
+    for own, other in zip(after, afresh, strict=True):
+        size = float(jnp.max(jnp.abs(other)))
+        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4 * (1 + size))
+    return found
+
+
+def run_refit(*args):
+    return checked(jitted_refit(*args))
+
+
 run_decode = jax.jit(decode, static_argnames="grid")
 
 
@@ -177,7 +201,11 @@ def test_recode_program_does_not_grow_with_columns():
         arrays = [jnp.zeros(shape) for shape in shapes]
         codes = jnp.zeros((1, cols // 2, 4), jnp.int32)
         return ref.count_equations(
-            lambda w, h, c, k: recode(w, h, c, k, None, grid, block_size=8), *arrays, codes
+            lambda w, h, c, k: recode(
+                residual_of(w, decode(c, k, None, grid), h), h, c, k, None, grid, block_size=8
+            ),
+            *arrays,
+            codes,
         )
 
     assert size(64) == size(512) > 50

@@ -10,7 +10,9 @@ import pytest
 
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.recode import recode
+from gptvq_jax.moves.refit import decode
 from gptvq_jax.moves.reseed import reseed
+from gptvq_jax.moves.residual import residual_of
 
 GRID = GroupGrid(6, 7, 2, strip_rows=6, strip_cols=8)  # half of the last vector is padding
 BOOKS, SIZE, VECTORS = 2, 8, 4
@@ -21,7 +23,11 @@ run_reseed = jax.jit(reseed, static_argnames="grid")
 
 @partial(jax.jit, static_argnames="passes")
 def run_recode(weight, hessian, centroids, codes, scales, passes):
-    return recode(weight, hessian, centroids, codes, scales, GRID, passes=passes, block_size=4)
+    residual = residual_of(weight, decode(centroids, codes, scales, GRID), hessian)
+    found, _ = recode(
+        residual, hessian, centroids, codes, scales, GRID, passes=passes, block_size=4
+    )
+    return found
 
 
 def state(seed=0, used=USED, size=SIZE):

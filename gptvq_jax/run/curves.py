@@ -1,0 +1,189 @@
+"""How much the model's loss would rise with each candidate for a layer: its error curve.
+
+With w_t the mean squared gradient of the loss with respect to the outputs of a row group at token
+t, the rise is to second order and up to a constant factor
+
+    rise = sum over row groups of (mean_t w_t) tr((W - Q) H (W - Q)^T)
+
+where H is the Hessian that the layer is quantized with, weighted by gradients or not. Layers are
+quantized as they are in the float model, without polish, a sample of their rows with a few of the
+candidates: the logarithm of the error is a smooth function of the bits, so that those between lie
+on a parabola.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax.core import flops
+from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.hessian import factorize
+from gptvq_jax.core.vq_tensor import dequantize_compiled
+from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.methods.layer import (
+    Objective,
+    Problem,
+    losses,
+    most_flops,
+    quantize_layers,
+    row_groups,
+)
+from gptvq_jax.methods.pool import parallel
+from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
+from gptvq_jax.run.calibrate import Moments, hessians, owners
+from gptvq_jax.run.context import Context
+from gptvq_jax.run.sizes import packed_bytes
+
+
+def measure(
+    context: Context,
+    index: int,
+    block: Params,
+    moments: Moments,
+    token_weights: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """One row for every layer of a block and every candidate.
+
+    Args:
+      context: of the run.
+      index: of the block.
+      block: parameters of the float model.
+      moments: of what its layers read there.
+      token_weights: {layer: (n, T, g)}, squared gradients.
+    """
+    settings = context.settings
+    found = hessians(moments)
+    weighted = token_weights if settings.calibration.gradient_groups else None
+    names = {owner: f"layers_{index}/{owner[0]}" for owner in found}
+    context.progress.note(f"block {index} Hessians")
+    factors = parallel(lambda o: factorize(found[o], settings.damping, names[o]), found)
+    factor_of = dict(zip(found, factors, strict=True))
+
+    problems: list[Problem] = []
+    scales: list[list[float]] = []  # of the losses, from the rows that were taken to all of them
+    for name in LINEAR_LAYERS:
+        weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+        objectives = [Objective(found[o], factor_of[o]) for o in owners(name, weighted)]
+        for candidate in to_measure(settings.candidates, settings.allocation.measured):
+            quick = dataclasses.replace(
+                candidate, em_iterations=settings.allocation.em_iterations, polish_rounds=0
+            )
+            part, grid = weight, None
+            if settings.allocation.sample:
+                part, grid = sample_rows(weight, len(objectives), candidate)
+            key = jax.random.key(settings.seed)
+            quantize = METHODS[settings.method].quantize
+            problems.append(
+                Problem(quantize, quick, part, objectives, key, name=name, part_grid=grid)
+            )
+            scales.append(_ratios(weight, part, objectives))
+    context.progress.note(f"block {index} error curves")
+    tensors = quantize_layers(problems)
+
+    def loss_of(number: int) -> float:
+        problem = problems[number]
+        quantized = dequantize_compiled(tensors[number])
+        parts = np.multiply(losses(problem.weight, quantized, problem.objectives), scales[number])
+        sensitivity = token_weights[problem.name].mean(axis=(0, 1), dtype=np.float64)
+        return float(np.dot(np.broadcast_to(sensitivity, parts.shape), parts))
+
+    solved = sum(flops.inverse_cholesky(hessian.shape[0]) for hessian in found.values())
+    sizes = (most_flops(p) + flops.unit(*p.weight.shape) for p in problems)
+    context.stopwatch.flops(solved + sum(sizes))
+    measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
+    for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
+        measured.setdefault(problem.name, []).append((problem.settings, loss))
+    return [row for name in LINEAR_LAYERS for row in _rows(context, block, name, measured[name])]
+
+
+def _rows(context, block, name, measured) -> list[dict[str, Any]]:
+    """What is saved of a layer: every candidate, its loss measured or on the curve, its bytes."""
+    settings = context.settings
+    cols, rows = get_layer(block, name)["kernel"].shape
+    groups = settings.calibration.gradient_groups or 1
+    table = []
+    for candidate in settings.candidates:
+        points = [(s.bits, loss) for s, loss in measured if s.dim == candidate.dim]
+        bits, values = zip(*points, strict=True)
+        own = candidate.bits in bits
+        loss = (
+            values[bits.index(candidate.bits)] if own else interpolate(bits, values, candidate.bits)
+        )
+        table.append({
+            "layer": name,
+            "dim": candidate.dim,
+            "bits": candidate.bits,
+            "loss": loss,
+            "measured": own,
+            "num_bytes": packed_bytes(settings.method, candidate, rows, cols, groups),
+            "num_values": rows * cols,
+        })  # fmt: skip
+    return table
+
+
+def to_measure(candidates: Sequence[GPTVQSettings], count: int) -> list[GPTVQSettings]:
+    """Of each dimension `count` candidates, spread evenly over the bits; 0: all."""
+    chosen = []
+    for dim in dict.fromkeys(c.dim for c in candidates):
+        of_dim = sorted((c for c in candidates if c.dim == dim), key=lambda c: c.bits)
+        if 0 < count < len(of_dim):
+            spread = np.linspace(0, len(of_dim) - 1, count)
+            of_dim = [of_dim[int(position)] for position in np.round(spread)]
+        chosen += of_dim
+    return chosen
+
+
+def interpolate(bits: Sequence[float], losses: Sequence[float], at: float) -> float:
+    """The loss at some bits, its logarithm a polynomial through those measured.
+
+    Args:
+      bits, losses: of 1 to 3 points.
+      at: bits.
+    """
+    smallest = np.finfo(np.float64).tiny
+    logs = np.log(np.maximum(losses, smallest))
+    weights = [
+        np.prod([(at - other) / (own - other) for other in bits if other != own]) for own in bits
+    ]
+    return float(np.exp(np.dot(weights, logs)))
+
+
+def sample_rows(
+    weight: jax.Array, groups: int, settings: GPTVQSettings
+) -> tuple[jax.Array, GroupGrid]:
+    """Evenly spaced rows of each row group, as many as are quantized by themselves.
+
+    Args:
+      weight: (R, C).
+      groups: g, of R / g rows.
+      settings: whose `parts` says how many.
+
+    Returns:
+      The rows (g * r, C), and the grid of r of them.
+    """
+    rows, cols = weight.shape
+    grid, _ = settings.parts(rows // groups, cols)
+    chosen = np.round(np.linspace(0, rows // groups - 1, grid.rows)).astype(int)
+    return weight.reshape(groups, -1, cols)[:, chosen].reshape(-1, cols), grid
+
+
+def _ratios(weight: jax.Array, part: jax.Array, objectives: Sequence[Objective]) -> list[float]:
+    """By row group, sum_rc W_rc^2 H_cc of all rows over that of those taken; 1 where it is 0."""
+    if len(weight) == len(part):
+        return [1.0] * len(objectives)
+    groups = len(objectives)
+    ratios = []
+    pairs = zip(row_groups(weight, groups), row_groups(part, groups), objectives, strict=True)
+    for whole, taken, objective in pairs:
+        diagonal = np.asarray(jnp.diagonal(objective.hessian), np.float64)
+        size, of_part = (
+            float(np.square(np.asarray(rows, np.float64)).sum(axis=0) @ diagonal)
+            for rows in (whole, taken)
+        )
+        ratios.append(size / of_part if of_part > 0 else 1.0)
+    return ratios

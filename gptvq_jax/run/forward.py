@@ -1,0 +1,90 @@
+"""The float model's forward pass over the calibration text: the streams "float" and "middle".
+
+"float" is x between the blocks, "middle" x between the halves of a block. The backward pass starts
+from them; an asymmetric target and the tuning of blocks aim at them. The pass runs once, whoever
+reads what it leaves.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import numpy as np
+
+from gptvq_jax.models import flops
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import Params, run_stage
+from gptvq_jax.run.calibrate import batches, finite, on_device
+from gptvq_jax.run.context import Context
+from gptvq_jax.run.embedding import write_embeddings
+
+STREAM, MIDDLE = "float", "middle"
+
+
+class Forward:
+    """A visitor of the blocks, upwards.
+
+    Args:
+      context: of the run.
+      tokens: calibration windows (n, T).
+      blocks: how many are wanted.
+      first: what lies before this point is read no more.
+      want_middle: whether "middle" is read.
+    """
+
+    releases = ()
+
+    def __init__(
+        self,
+        context: Context,
+        tokens: np.ndarray,
+        blocks: int,
+        first: int,
+        want_middle: bool,
+    ):
+        self._context, self._tokens, self._blocks = context, tokens, blocks
+        self.files = context.files
+        self._first, self._want_middle = first, want_middle
+
+    def position(self, order: range) -> int:
+        """Up to the last point, unless one is missing that will be read."""
+        if self._first >= self._blocks:
+            return len(order)
+        points = self._context.files.points(STREAM)
+        done = max(points, default=0)
+        whole = set(range(min(self._first, done), done + 1)) <= set(points)
+        return len(order) if whole and done >= self._blocks else done if whole else 0
+
+    def begin(self) -> None:
+        """Embeds the tokens."""
+        context = self._context
+        shape = (*self._tokens.shape, context.source.config.hidden_size)
+        with context.stopwatch.stage("forward"), context.files.write(STREAM, 0, shape) as out:
+            write_embeddings(context.source.outer(), self._tokens, out)
+
+    def visit(self, index: int, block: Params) -> None:
+        """Writes the middle first: a block is done once its exit is there."""
+        if index >= self._blocks:
+            return
+        _, settings, workdir, _, stopwatch = self._context
+        files, config = workdir.streams, self._context.source.config
+        what = f"block {index}: an activation"
+        with stopwatch.stage("forward"):
+            x = files.read(STREAM, index)
+            middle = files.write(MIDDLE, index, x.shape) if self._want_middle else nullcontext()
+            with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
+                for part in batches(len(x), settings.calibration.batch_size):
+                    between, y = block_halves(config, block, on_device(x[part]))
+                    stopwatch.flops(flops.block_forward(config, *y.shape[:2]))
+                    out[part] = finite(y, what)
+                    if halfway is not None:
+                        halfway[part] = between
+
+
+@partial(jax.jit, static_argnames="config")
+def block_halves(config: ModelConfig, block: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x (batch, time, hidden) after attention, and after the block."""
+    x, mixed, _ = run_stage(config, block, 0, x, None)
+    middle, _, _ = run_stage(config, block, 1, x, mixed)
+    x, gated, _ = run_stage(config, block, 2, middle, None)
+    return middle, run_stage(config, block, 3, x, gated)[0]
