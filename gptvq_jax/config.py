@@ -95,7 +95,7 @@ class RunSettings:
     method: str = "gptvq"
     num_blocks: int = 0  # quantize only the first blocks, keep the rest dense; 0: all
     damping: float = 0.01  # added to the diagonal of H, as a fraction of its mean
-    true_sequential: bool = False  # a layer sees the quantized layers before it in its own block
+    true_sequential: bool = True  # a layer sees the quantized layers before it in its own block
     dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
     embeddings: str = "dense"  # the embedding and an untied head: 'dense', or 'int8' rows
     seed: int = 0  # of the codebook seeds, and of the order of windows in tuning

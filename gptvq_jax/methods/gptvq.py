@@ -48,14 +48,14 @@ class GPTVQSettings:
     codebook_overhead: float = 0.125  # most bits per weight spent on codebooks, if group_size is 0
     max_group_cols: int = 256  # widest group
     seed: str = "kmeans++"  # 'mahalanobis' (paper), 'kmeans++', 'random', 'cdf' (1D)
-    em_iterations: int = 20  # the paper uses 100
+    em_iterations: int = 10  # the paper uses 100
     exact_metric: bool = True  # False: the diagonal of the block metric (paper)
     block_size: int = 128  # columns per lazy update
     scale_block_size: int = 0  # weights per 4-bit block scale, 8 to 128; 0: no normalization
     codebook_update: str = "least_squares"  # 'adam' (paper), 'none'
-    update_iterations: int = 6  # steps of conjugate gradients, or of Adam (the paper: 25)
+    update_iterations: int = 2  # steps of conjugate gradients, or of Adam (the paper: 25)
     learning_rate: float = 1e-3  # of Adam, relative to the root mean square of the codebooks
-    polish_rounds: int = 6  # most alternations of codebook update and recode (the paper: 0)
+    polish_rounds: int = 2  # most alternations of codebook update and recode (the paper: 0)
     polish_tolerance: float = 0.005  # stop when a round lowers the loss by less than this fraction
     codebook_bits: int = 8  # 16, 8 or 4 bits per stored centroid coordinate
     svd_rank: int = 0  # 1D: rank of all codebooks together; 0: stored one by one
