@@ -126,6 +126,9 @@ class GPTVQSettings:
     def parts(self, rows: int, cols: int) -> tuple[GroupGrid, range]:
         """Cuts the rows where no codebook is shared, into equal parts of some hundred rows.
 
+        Seeds, EM, sweep and recode are those of the whole, and so is a converged least squares;
+        on the way there every part takes steps of its own length, and stops by its own gain.
+
         Returns:
           The grid of one part, and the first row of each.
         """
