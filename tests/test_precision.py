@@ -28,6 +28,7 @@ from gptvq_jax.models import llama
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.moves.em import GroupData
+from gptvq_jax.moves.residual import Residual
 from gptvq_jax.run import evaluate, finetune, gradients
 
 pytestmark = pytest.mark.usefixtures("short_programs")
@@ -101,7 +102,10 @@ ARGS = dict(
     scale=jnp.ones(R),
     values=BOOKS,
     data=DATA,
+    residual=Residual(jnp.ones((C, R)), jnp.ones((C, R))),
+    error=jnp.ones((C, R)),
     key=jax.random.key(0),
+    keys=jax.random.split(jax.random.key(0), 1),
     grid=GRID,
     dim=D,
     size=K,
@@ -143,7 +147,7 @@ OF_MOVE = {
     ),
     "repeat": dict(state=jnp.ones(3), one_round=lambda x: x / 2, loss_of=jnp.sum),
     "cdf": dict(data=DATA._replace(points=DATA.points[:, :, :1])),
-    "sweep": dict(fit=lambda data, key: moves.seed.kmeans_plus_plus(data, K, key)),
+    "sweep": dict(fit=lambda data, keys: moves.seed.kmeans_plus_plus(data, K, keys)),
     "normalize_strip": dict(weight=jnp.ones((C, 1, R))),
 }
 
@@ -190,7 +194,27 @@ def test_products_of_a_move_are_of_float32(move):
         assert products
 
 
-MULTIPLY = ("sweep", "em", "update", "recode", "refit", "gradient_update", "codebook_loss")
+MULTIPLY = (
+    "sweep",
+    "em",
+    "update",
+    "recode",
+    "refit",
+    "gradient_update",
+    "codebook_loss",
+    "residual_of",
+    "image_of",
+)
+
+
+def test_products_of_a_residual_are_of_float32():
+    square, residual = jnp.ones((C, C)), ARGS["residual"]
+    for function, *args in [
+        (lambda residual: residual.loss, residual),
+        (Residual.moved, residual, residual.error, square),
+    ]:
+        products, inexact = inexact_products(function, *args)
+        assert products and inexact == []
 
 
 METHOD_SETTINGS = [
@@ -229,7 +253,7 @@ def test_products_around_a_method_are_of_float32():
 
     for products, inexact in [
         inexact_products(hessian.add_inputs, hessian.init_moment(C), tokens),
-        inexact_products(hessian.asymmetric_target, weight, square, square, square, 1.0),
+        inexact_products(hessian.asymmetric_target, weight, square, weight, square, 1.0),
         inexact_products(metrics.relative_error, weight, weight, square),
         inexact_products(dequantize, tensor),
         inexact_products(gradient, tensor),

@@ -56,7 +56,7 @@ def inverse_cholesky(size: int) -> float:
 def unit(rows: int, cols: int) -> int:
     """2 R C^2: a weight times a Hessian or a factor of it, what the maths of a layer consists of.
 
-    A loss and its codebook loss is 1, the asymmetric target 3.
+    A loss is 1, a residual too; the asymmetric target is 2, and the shift it takes 1.
     """
     return product(rows, cols, cols)
 

@@ -99,7 +99,8 @@ class AQLMSettings:
         update = refit + 3 * one  # scales, reseeding, the loss
         recode = one + flops.recode(rows, cols, block, beam=self.beam)
         swept = flops.lazy_pass(rows, cols, block) if self.start == "product" else 0
-        return swept + one + self.rounds * (update + recode) + update
+        losses = 2 * one  # before the rounds, and before the last update
+        return swept + losses + self.rounds * (update + recode) + update
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """One group; inputs that vectors do not divide are padded."""

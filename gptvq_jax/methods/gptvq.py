@@ -126,6 +126,9 @@ class GPTVQSettings:
     def parts(self, rows: int, cols: int) -> tuple[GroupGrid, range]:
         """Cuts the rows where no codebook is shared, into equal parts of some hundred rows.
 
+        Seeds, EM, sweep and recode are those of the whole, and so is a converged least squares;
+        on the way there every part takes steps of its own length, and stops by its own gain.
+
         Returns:
           The grid of one part, and the first row of each.
         """
@@ -141,15 +144,19 @@ class GPTVQSettings:
     def flops(self, rows: int, cols: int) -> int:
         """Of matrix products of a layer, at most: rounds of polish may be fewer."""
         block = self.grid(rows, cols).block_cols(self.block_size)
-        moved = flops.unit(rows, cols)  # a residual: the first one, and after codebooks are rounded
-        update = flops.refit(rows, cols, self.update_iterations) + moved
-        if self.codebook_update == "none":
-            update = moved
-        elif self.codebook_update == "adam":  # losses with their gradients, and the last residual
-            update = (2 * (self.update_iterations + 1) + 2) * moved
+        one = flops.unit(rows, cols)
+        adam = (2 * (self.update_iterations + 1) + 1) * one  # losses with gradients, and that of 0
+        updates = {
+            "none": 0,
+            "least_squares": flops.refit(rows, cols, self.update_iterations),
+            "adam": adam + one,  # and its residual
+        }
+        update = updates[self.codebook_update] + one  # and the residual of rounded codebooks
         one_round = flops.recode(rows, cols, block) + update
+        first = 0 if self.codebook_update == "adam" else one  # Adam takes no residual
+        of_svd = adam if self.svd_rank and self.codebook_update != "none" else 0
         swept = flops.lazy_pass(rows, cols, block)
-        return swept + moved + update + self.polish_rounds * one_round
+        return swept + first + update + self.polish_rounds * one_round + of_svd
 
     def smallest_group(self) -> int:
         """Fewest weights whose codebook costs at most `codebook_overhead` bits per weight."""

@@ -117,7 +117,7 @@ def recode(
         best = jnp.argmin(change, axis=0, keepdims=True)
         _, new = _trace_back(origins, new, 1, best)  # (J, 1, M, G, r)
         new = jnp.moveaxis(new[:, 0], 1, 0).reshape(codes.shape)
-        image = follow(lanes, best)[0].reshape(image.shape)
+        image = follow(lanes, best, 1)[0].reshape(image.shape)
         change = decode(centroids, new, scales, grid) - decode(centroids, codes, scales, grid)
         return new, Residual(error - change, image)
 

@@ -17,6 +17,7 @@ from gptvq_jax.core.hessian import (
     mean,
     mean_product,
     power_of_two,
+    tile_size,
     unit,
     zero_dead,
 )
@@ -40,7 +41,29 @@ def test_bfloat16_inputs_are_summed_in_float32():
     x = jnp.full((1000, 2), 1.0, jnp.bfloat16)
     moment = add_inputs(add_inputs(init_moment(2), x), x)
     assert moment.total.dtype == jnp.float32
-    np.testing.assert_array_equal(moment.total, np.full((2, 2), 2000.0))
+    np.testing.assert_array_equal(moment.total[np.triu_indices(2)], 2000.0)
+    np.testing.assert_array_equal(mean(moment), np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("cols", [1, 3, 7, 8, 22])  # in tiles of 1, 1, 2, 2 and 6
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tiles_above_the_diagonal_are_those_of_the_whole_product(cols, weighted):
+    """Integers, whose sums are exact; of tiles below the diagonal nothing is computed."""
+    rng = np.random.default_rng(cols)
+    x = rng.integers(-8, 8, (3, 50, cols)).astype(np.float32)
+    weights = rng.integers(0, 5, (3, 50)).astype(np.float32) if weighted else None
+    of_batch = np.ones((3, 50)) if weights is None else weights
+    moment = init_moment(cols)
+    for k in range(3):
+        of_k = None if weights is None else weights[k]
+        moment = add_inputs(moment, x[k], of_k)
+    whole = np.einsum("bt,bti,btj->ij", of_batch, x, x)
+    upper, size = np.triu_indices(cols), tile_size(cols)
+    np.testing.assert_array_equal(moment.total[upper], whole[upper])
+    tile = np.arange(cols) // size
+    assert not np.asarray(moment.total)[tile[:, None] > tile].any()
+    np.testing.assert_allclose(mean(moment), whole / of_batch.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(mean(moment), mean(moment).T)
 
 
 def weighted_batches():

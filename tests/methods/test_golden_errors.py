@@ -25,7 +25,7 @@ from gptvq_jax.study.sample_layers import make_layers
 
 pytestmark = pytest.mark.usefixtures("short_programs")
 
-FEW = dict(em_iterations=5)
+FEW = dict(em_iterations=5, update_iterations=6)
 GPTVQ_2D = GPTVQSettings(**FEW, bits=2.0, group_size=2048, max_group_cols=64, polish_rounds=1)
 GPTVQ_1D = GPTVQSettings(**FEW, dim=1, bits=2.0, group_size=256, max_group_cols=64, polish_rounds=0)
 GPTVQ_4D = GPTVQSettings(

@@ -9,7 +9,7 @@ from jaxpr_flops import count
 from tiny_checkpoint import MODEL
 
 from gptvq_jax.core.flops import second_moment
-from gptvq_jax.core.hessian import Moment
+from gptvq_jax.core.hessian import tile_size
 from gptvq_jax.models import flops
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
@@ -20,7 +20,7 @@ from gptvq_jax.models.llama import (
 )
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import finetune
-from gptvq_jax.run.calibrate import accumulate
+from gptvq_jax.run.calibrate import LAST, FloatStates, init_moments, moment_flops, step
 from gptvq_jax.run.evaluate import token_nll
 from gptvq_jax.run.gradients import block_backward, head_backward
 
@@ -61,21 +61,39 @@ def test_forward(config, batch, time):
     assert counted == flops.block_forward(config, batch, time)
 
 
-def test_forward_for_moments(config, batch, time):
-    """With its outputs, and without, where the last projection is not needed."""
+def test_stages_are_the_block(config, batch, time):
+    whole = flops.block_forward(config, batch, time)
+    assert flops.stage_flops(config, range(LAST), batch, time) == whole
+    without_down = flops.stage_flops(config, range(LAST - 1), batch, time)
+    assert without_down == flops.block_inputs(config, batch, time)
+
+
+@pytest.mark.parametrize(
+    "start, stop, added",
+    [(0, LAST, range(LAST)), (0, LAST - 1, range(LAST)), (0, 0, [0]), (1, 2, [2]), (2, LAST, [])],
+)
+@pytest.mark.parametrize("aims_at_float", [False, True])
+def test_forward_for_moments(config, batch, time, start, stop, added, aims_at_float):
+    """The stages between the two, and no product for what layers behind them read."""
     block, _ = parameters(config)
-    x = hidden(config, batch, time)
-    cols = {group[0]: layer_shapes(config)[group[0]][1] for group in LINEAR_GROUPS}
-    moments = {(name, 0): Moment(array(c, c), array()) for name, c in cols.items()}
-    sums = sum(second_moment(batch * time, c) for c in cols.values())
-    for keep, formula in [(True, flops.block_forward), (False, flops.block_inputs)]:
-        counted = count(
-            lambda b, x, m, keep=keep: accumulate(config, b, x, m, keep_output=keep),
-            block,
-            x,
-            moments,
-        )
-        assert counted == formula(config, batch, time) + sums
+    x, inner = hidden(config, batch, time), None
+    if start == 1:
+        inner = array(batch, time, config.num_attention_heads * config.head_dim)
+    moments = jax.eval_shape(lambda b: init_moments(b, added, None, aims_at_float), block)
+    reference = FloatStates(x, x, x) if aims_at_float else None
+    counted = count(
+        lambda b, x, inner, m, r: step(config, b, x, inner, start, stop, m, None, r),
+        block,
+        x,
+        inner,
+        moments,
+        reference,
+    )
+    stages = flops.stage_flops(config, range(start, stop), batch, time)
+    assert counted == stages + moment_flops(moments, batch * time)
+    cols = [layer_shapes(config)[LINEAR_GROUPS[stage][0]][1] for stage in added]
+    of_inputs = sum(second_moment(batch * time, c, tile_size(c)) for c in cols)
+    assert moment_flops(moments._replace(crosses={}), batch * time) == of_inputs
 
 
 def test_gradient_of_activations(config, batch, time):

@@ -125,6 +125,25 @@ def test_chunked_attention_matches_a_masked_softmax(window, chunk_size):
     np.testing.assert_allclose(attention(q, k, v, window, chunk_size), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2), (5, 1)])
+@pytest.mark.parametrize("window", [None, 1, 40, 200])
+@pytest.mark.parametrize("time, chunk_size", [(37, 128), (150, 64)])
+def test_attention_is_that_of_jax(heads, kv_heads, window, time, chunk_size):
+    rng = np.random.RandomState(heads)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, time, n, 16)), jnp.float32)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    reach = None if window is None else (window - 1, 0)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=reach, implementation="xla"
+        )
+    mixed = llama.causal_attention(q, k, v, window, chunk_size)
+    assert mixed.dtype == jnp.float32
+    np.testing.assert_allclose(mixed, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     "turns, ratio",
     # Turns within the original context; 2.5 is half way between the two factors 1 and 4.

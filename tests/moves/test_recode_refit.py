@@ -22,38 +22,31 @@ SIZE = 4
 
 
 def run_recode(weight, hessian, centroids, codes, scales, passes=1, *, grid, beam=1):
-    return checked(jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam))
+    found, residual = jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam)
+    before, after = ((centroids, k, scales) for k in (codes, found))
+    assert_residual(residual, weight, hessian, [before, after], grid)
+    return found
 
 
 @partial(jax.jit, static_argnames=("grid", "beam"))
 def jitted_recode(weight, hessian, centroids, codes, scales, passes, grid, beam):
     residual = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
-    codes, after = recode(
+    return recode(
         residual, hessian, centroids, codes, scales, grid, passes=passes, beam=beam, block_size=4
     )
-    afresh = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
-    return codes, after, afresh
+
+
+def run_refit(weight, hessian, centroids, codes, scales, grid, iterations):
+    found, residual = jitted_refit(weight, hessian, centroids, codes, scales, grid, iterations)
+    before, after = ((c, codes, scales) for c in (centroids, found))
+    assert_residual(residual, weight, hessian, [before, after], grid)
+    return found
 
 
 @partial(jax.jit, static_argnames="grid")
 def jitted_refit(weight, hessian, centroids, codes, scales, grid, iterations):
     residual = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
-    centroids, after = refit(residual, hessian, centroids, codes, scales, grid, iterations)
-    afresh = residual_of(weight, decode(centroids, codes, scales, grid), hessian)
-    return centroids, after, afresh
-
-
-def checked(result):
-    """What a move has found, its residual being that of a computation afresh."""
-    found, after, afresh = result
-    for own, other in zip(after, afresh, strict=True):
-        size = float(jnp.max(jnp.abs(other)))
-        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4 * (1 + size))
-    return found
-
-
-def run_refit(*args):
-    return checked(jitted_refit(*args))
+    return refit(residual, hessian, centroids, codes, scales, grid, iterations)
 
 
 run_decode = jax.jit(decode, static_argnames="grid")
@@ -125,6 +118,23 @@ def test_decode_against_a_loop(dim, books):
         loss_of(weight, hessian, centroids, codes, scales, grid),
         rtol=1e-5,
     )
+
+
+def assert_residual(residual, weight, hessian, states, grid):
+    """That of the last of some (centroids, codes, scales), to float32 of the sizes on the way."""
+
+    def padded(centroids, codes, scales):
+        pad = ((0, grid.padded_cols - grid.cols), (0, grid.padded_rows - grid.rows))
+        return np.pad(plain_decode(centroids, codes, scales, grid).T, pad)
+
+    weight, hessian = (np.asarray(a, np.float64) for a in (weight, hessian))
+    error = weight - padded(*states[-1])
+    sizes = [padded(np.abs(centroids), *rest) for centroids, *rest in states]
+    size = np.abs(weight) + np.max(sizes, axis=0)
+    # Of 100 steps 19 times half of a last digit was seen in E, 3 times in H E.
+    np.testing.assert_array_less(np.abs(residual.error - error), 2.0**-18 * size + 1e-30)
+    bound = 2.0**-20 * np.abs(hessian) @ size + 1e-30
+    np.testing.assert_array_less(np.abs(residual.image - hessian @ error), bound)
 
 
 # recode

@@ -34,8 +34,8 @@ def jitted(weight, hinv_chol, book, mix, grid, block_size, exact_metric, scale_b
     With mix != 0 the codebooks show what the sweep hands to `fit`.
     """
 
-    def fit(data, key):
-        del key
+    def fit(data, keys):
+        del keys
         return book + mix * data.points[..., 0]  # (G, J, D)
 
     normalize = None
@@ -168,7 +168,7 @@ def test_fit_sees_no_weight_on_padding():
     """`fit` returns how many vectors weigh something: those of the matrix, group by group."""
     grid, p = GroupGrid(5, 20, 2, strip_rows=3, strip_cols=8), ref.problem(5, 20)
 
-    def fit(data, key):
+    def fit(data, keys):
         return jnp.sum(data.weight > 0, axis=(1, 2)).astype(jnp.float32)[:, None, None] * jnp.ones(
             (1, 2)
         )
@@ -180,6 +180,29 @@ def test_fit_sees_no_weight_on_padding():
     )(p.weight, p.hinv_chol)
     # 4, 4 and 2 vectors in a row of each column strip; 3 and 2 rows
     np.testing.assert_array_equal(counts, [[12, 8], [12, 8], [6, 4]])
+
+
+def drawn(first_strip, rows):
+    """What each group of a sweep draws from its key, (S, G)."""
+    grid = GroupGrid(rows, 20, 2, strip_rows=3, strip_cols=8)
+
+    def fit(data, keys):
+        assert keys.shape == (grid.row_strips,)
+        numbers = jax.vmap(jax.random.uniform)(keys)
+        return jnp.broadcast_to(numbers[:, None, None], (len(keys), 4, 2))
+
+    def swept(weight, first_strip):
+        key, u = jax.random.key(0), jnp.eye(grid.padded_cols)
+        return sweep(weight, u, grid, fit, key, first_strip=first_strip).centroids[:, :, 0, 0]
+
+    return np.asarray(jax.jit(swept)(jnp.ones((grid.padded_cols, grid.padded_rows)), first_strip))
+
+
+def test_every_group_draws_its_own_and_a_part_what_the_whole_would():
+    whole = drawn(0, 14)
+    assert whole.shape == (3, 5) and len(np.unique(whole)) == 15
+    np.testing.assert_array_equal(drawn(0, 6), whole[:, :2])
+    np.testing.assert_array_equal(drawn(2, 9), whole[:, 2:])
 
 
 def test_traced_program_does_not_grow_with_columns():
