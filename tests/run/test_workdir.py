@@ -69,7 +69,9 @@ def test_activations_round_trip_and_drop(workdir):
     streams.drop("quantized", keep=range(1, 3))
     assert streams.points("quantized") == [1, 2]
     np.testing.assert_array_equal(streams.read("quantized", 2)[:], x * 2)
-    with pytest.raises(ValueError, match=r"00000\.quantized\.npy is missing.*remove .*checkpoint to"):
+    with pytest.raises(
+        ValueError, match=r"00000\.quantized\.npy is missing.*remove .*checkpoint to"
+    ):
         streams.read("quantized", 0)
     streams.drop("quantized")
     assert streams.points("quantized") == []
