@@ -76,6 +76,7 @@ BUDGET = {"allocation.bits_per_value": 2.5}
         ({"vq.learning_rate": float("inf")}, "config.vq.learning_rate=inf"),
         ({"allocation.bits_per_value": -1.0}, "allocation.bits_per_value=-1.0"),
         ({"allocation.em_iterations": -1}, "allocation.em_iterations=-1"),
+        *(({"allocation.measured": n}, f"allocation.measured={n}") for n in (-1, 1, 4)),
         ({**BUDGET, "allocation.bits": (1.25, 9.0)}, "allocation.bits=(1.25, 9.0)"),
         ({**BUDGET, "allocation.dims": ()}, "allocation.bits"),
         ({**BUDGET, "method": "gptq"}, "method='gptq'"),

@@ -88,7 +88,7 @@ def init_moments(
     return Moments(inputs, crosses)
 
 
-@partial(jax.jit, static_argnames=("config", "start", "stop"), donate_argnames=("inner", "moments"))
+@partial(jax.jit, static_argnames=("config", "start", "stop"), donate_argnames="moments")
 def step(
     config: ModelConfig,
     block: Params,

@@ -8,6 +8,7 @@ One conflict is settled instead, because only one reading makes sense: a budget 
 in the file gives way to a method, or to one format for all layers, that the command line names.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -151,8 +152,20 @@ def _allocation(settings: RunSettings, when) -> None:
     a, vq = settings.allocation, settings.vq
     when(
         a.bits_per_value == 0,
-        "allocation.dims allocation.bits allocation.em_iterations",
+        " ".join(f"allocation.{field}" for field in _fields(a) if field != "bits_per_value"),
         "without a budget; set --config.allocation.bits_per_value to the bits to spend",
+    )
+    most = max(Counter(candidate.dim for candidate in settings.candidates).values(), default=0)
+    when(
+        most <= 2,
+        "allocation.measured",
+        f"on {most} candidates of a dimension, which are measured in any case; set more of "
+        "--config.allocation.bits",
+    )
+    when(
+        vq.svd_rank > 0 or vq.scale_block_size > 0,
+        "allocation.sample",
+        "with vq.svd_rank or vq.scale_block_size, which all rows of a layer share; set both to 0",
     )
     unused = {
         "bits": [bits for bits in a.bits if not any(makes_codes(dim, bits) for dim in a.dims)],

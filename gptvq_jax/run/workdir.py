@@ -72,10 +72,12 @@ class WorkDir:
         return self
 
     def __exit__(self, kind, *_):
-        # A run that was refused for its text, say, must not stand in the way of the corrected one.
-        if kind is not None and not self._begun():
-            (self.path / "config.json").unlink(missing_ok=True)
-        self.close()
+        try:
+            # A run that was refused for its text, say, must not be in the way of the corrected one.
+            if kind is not None and not self._begun():
+                (self.path / "config.json").unlink(missing_ok=True)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Lets other processes use the directory."""

@@ -93,7 +93,8 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             }
             write_json(directory / RECORD, record)
     except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
+        if not is_stored(directory):  # Ctrl-C behind the last rename must not undo a block
+            shutil.rmtree(directory, ignore_errors=True)
         raise
     return record
 

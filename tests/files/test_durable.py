@@ -63,7 +63,7 @@ def commit_points(workdir):
     yield workdir.keep_metrics, ([{"kind": "layer"}],)
 
     def save_activations():
-        with workdir.write_activations(0, (2, 3, 4)) as out:
+        with workdir.streams.write("quantized", 0, (2, 3, 4)) as out:
             out[0:2] = np.ones((2, 3, 4))
 
     yield save_activations, ()

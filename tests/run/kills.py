@@ -109,7 +109,10 @@ def run(config, path: Path) -> Counter[Visit]:
     return visits
 
 
-_TOOK = ("seconds", "stages", "totals", "peak_memory_bytes", "checkpoint_bytes")
+_TOOK = (
+    *("seconds", "compile_seconds", "stages", "totals"),
+    *("peak_memory_bytes", "checkpoint_bytes"),
+)
 
 
 def result(path: Path) -> dict[str, bytes | list]:

@@ -3,16 +3,15 @@
 import dataclasses
 import itertools
 import json
-import shutil
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import Steps
+from first_passes import find
+from kills import counted_visits
 
 from gptvq_jax.config import AllocationSettings, default_config, from_config
-from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -98,19 +97,14 @@ def test_the_checkpoint_keeps_the_budget(finished):
 
 def test_more_em_steps_lower_the_curves(finished, tmp_path):
     """Of one candidate: others would be other programs."""
-    shutil.copytree(finished.path, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/curves")
+    changes = {"em_iterations": 8, "dims": (2,), "bits": (1.5,)}
     settings = dataclasses.replace(
         finished.settings,
-        allocation=dataclasses.replace(
-            finished.settings.allocation, em_iterations=8, dims=(2,), bits=(1.5,)
-        ),
+        num_blocks=1,
+        allocation=dataclasses.replace(finished.settings.allocation, **changes),
     )
-    source = open_source(settings.model)
-    with opened(tmp_path / "run") as workdir:
-        tokens = workdir.load_tokens()
-        allocation.measure_curves(source, settings, workdir, tokens, 1, Steps(), Stopwatch())
-    before, after = curves(finished.path, 1), curves(tmp_path / "run", 1)
+    find(open_source(settings.model), settings, tmp_path, np.load(finished.path / "tokens.npy"))
+    before, after = curves(finished.path, 1), curves(tmp_path, 1)
     assert before.keys() == after.keys() and len(after) == len(LINEAR_LAYERS)
     ratios = []
     for layer, (new,) in after.items():
@@ -197,41 +191,35 @@ def test_more_budget_never_raises_the_estimated_loss(finished):
     assert estimated[-1] == pytest.approx(least, rel=1e-12)
 
 
-@pytest.mark.parametrize("limit", [3, len(LINEAR_LAYERS) + 2, 2 * len(LINEAR_LAYERS), None])
-def test_killed_measurement_resumes_to_the_same_curves(finished, tmp_path, monkeypatch, limit):
-    """Within block 0, within block 1, after its last layer, and when its curves are written."""
-    shutil.copytree(finished.path / "gradients", tmp_path / "run/gradients")
+@pytest.mark.parametrize("block", [1, 0])
+@pytest.mark.parametrize("place", ["save_curves", "save_token_weights"])
+def test_killed_measurement_resumes_to_the_same_curves(
+    finished, tmp_path, monkeypatch, place, block
+):
+    """Before the curves of a block are written, and between them and its weights."""
     source, tokens = open_source(finished.settings.model), np.load(finished.path / "tokens.npy")
+    save = getattr(WorkDir, place)
 
-    def measure(progress):
-        with WorkDir(tmp_path / "run", {}) as workdir:
-            allocation.measure_curves(
-                source, finished.settings, workdir, tokens, MEASURED, progress, Stopwatch()
-            )
-
-    def save_curves(workdir, index, rows):
-        if index == 1:
+    def killed(workdir, index, content):
+        if index == block:
             raise KeyboardInterrupt
-        save(workdir, index, rows)
+        save(workdir, index, content)
 
-    save = WorkDir.save_curves
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if limit is None:
-            patch.setattr(WorkDir, "save_curves", save_curves)
-        measure(Steps(limit))
-    done = 1 if limit is None else (limit - 1) // len(LINEAR_LAYERS)
-    assert [p.name for p in (tmp_path / "run/curves").glob("*")] == ["00000.json"][:done]
-    resumed = Steps()
-    measure(resumed)
-    assert resumed.skipped == done * len(LINEAR_LAYERS)
-    assert resumed.skipped + resumed.advanced == allocation.steps(MEASURED)
+        patch.setattr(WorkDir, place, killed)
+        find(source, finished.settings, tmp_path, tokens)
+    left = {path.name for path in (tmp_path / "curves").glob("*")}
+    assert left == {f"{i:05d}.json" for i in range(block + (place == "save_curves"), MEASURED)}
+    with counted_visits() as visits:
+        find(source, finished.settings, tmp_path, tokens)
+    assert dict(visits) == {("Backward", index): 1 for index in range(block + 1)}
     for name in ("00000.json", "00001.json"):
         expected = (finished.path / "curves" / name).read_bytes()
-        assert (tmp_path / "run/curves" / name).read_bytes() == expected
-    again = Steps()
-    measure(again)
-    assert (again.skipped, again.advanced) == (allocation.steps(MEASURED), 0)
-    with WorkDir(tmp_path / "run", {}) as workdir:
+        assert (tmp_path / "curves" / name).read_bytes() == expected
+    with counted_visits() as visits:
+        find(source, finished.settings, tmp_path, tokens)
+    assert not visits
+    with WorkDir(tmp_path, {}) as workdir:
         chosen = allocation.plan(finished.settings, workdir, MEASURED)
     assert chosen == {
         layer: finished.settings.candidates[k] for layer, k in plan(finished, BUDGET).items()

@@ -113,10 +113,10 @@ def test_it_shares_a_walk(source, tmp_path):
     """Behind another visitor that makes streams of the same points, and further than it."""
     windows, config = random_windows(3), source.config
     expected = evaluate.perplexity(source, windows)
-    files, seen = StreamFiles(tmp_path), []
+    files, seen, stopwatch = StreamFiles(tmp_path), [], Stopwatch()
 
     class Other:
-        stage, releases = "other", ("other",)
+        files, releases = StreamFiles(tmp_path), ("other",)
 
         def position(self, order):
             return 0
@@ -132,12 +132,12 @@ def test_it_shares_a_walk(source, tmp_path):
                 out[:1] = np.zeros((1, 1, 1))
 
     order = range(config.num_hidden_layers)
-    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files)
+    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files, stopwatch)
     with pytest.raises(MemoryError):
-        walk(Counted(source, dies_at=2), files, [evaluation], order, Stopwatch())
-    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files)
+        walk(Counted(source, dies_at=2), [evaluation], order, stopwatch)
+    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files, stopwatch)
     counted = Counted(source)
-    walk(counted, files, [Other(), evaluation], order, Stopwatch())
+    walk(counted, [Other(), evaluation], order, stopwatch)
     assert counted.blocks == seen == list(order)
     assert evaluation.perplexity() == expected
     assert files.points("other") == files.points("evaluation") == []

@@ -19,7 +19,7 @@ from gptvq_jax.console.time_table import time_table
 from gptvq_jax.methods.trainable import parameters, with_parameters
 from gptvq_jax.models.llama import LINEAR_LAYERS, block_forward, embed
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import job
+from gptvq_jax.run import job, passes
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
 
@@ -280,7 +280,7 @@ def test_resumes_in_the_middle_of_tuning_with_the_same_bytes(runs, tmp_path, mon
     def interrupted(limit):
         bar = Steps(limit)
         with monkeypatch.context() as patch:
-            patch.setattr(job, "Progress", lambda *_: contextlib.nullcontext(bar))
+            patch.setattr(passes, "Progress", lambda *_: contextlib.nullcontext(bar))
             if limit is None:
                 patch.setattr(job, "perplexity", lambda *_: 1.0)
                 whole.quantize(tmp_path)

@@ -1,6 +1,5 @@
 """Token weights against gradients of the whole model, and passes that are killed or go wrong."""
 
-import os
 import re
 from pathlib import Path
 
@@ -8,21 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from first_passes import contents, find
 from flax.traverse_util import unflatten_dict
-from steps import Steps
+from kills import counted_visits
 
-from gptvq_jax.console.stopwatch import Stopwatch
+from gptvq_jax.config import CalibrationSettings, RunSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, Linear, block_forward, embed, get_layer
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import CheckpointSource, block_shapes, outer_shapes
-from gptvq_jax.run.gradients import (
-    block_backward,
-    check_groups,
-    head_backward,
-    save_token_weights,
-    steps,
-)
+from gptvq_jax.run.gradients import block_backward, check_groups, head_backward
 from gptvq_jax.run.workdir import WorkDir
 
 GROUPS = 4
@@ -73,20 +67,18 @@ def random_tokens(windows=6, seqlen=32):
     return np.random.default_rng(0).integers(0, 256, (windows, seqlen)).astype(np.int32)
 
 
-def save(source, path, tokens, batch_size=4, progress=None):
-    progress = progress or Steps()
-    with WorkDir(path, {}) as workdir:
-        save_token_weights(source, tokens, batch_size, GROUPS, workdir, progress, Stopwatch())
-    return progress
+def settings(groups=GROUPS):
+    calibration = CalibrationSettings(batch_size=4, gradient_groups=groups, asymmetry=0.0)
+    return RunSettings(calibration=calibration)
+
+
+def save(source, path, tokens, limit=None):
+    return find(source, settings(), path, tokens, limit)
 
 
 def load(path, depth):
     with WorkDir(path, {}) as workdir:
         return [workdir.load_token_weights(index) for index in range(depth)]
-
-
-def files(path):
-    return {p.name: p.read_bytes() for p in (path / "gradients").iterdir()}
 
 
 def nll_sum(logits, tokens):
@@ -131,7 +123,7 @@ def float32_weights(source, tokens):
     dx = head_backward(source.config, source.outer(), inputs.pop(), tokens)
     weights = []
     for block in reversed(blocks):
-        dx, of_block = block_backward(source.config, block, inputs.pop(), dx, GROUPS)
+        dx, of_block, _ = block_backward(source.config, block, inputs.pop(), dx, GROUPS)
         weights.append(of_block)
     return weights[::-1]
 
@@ -225,10 +217,9 @@ def test_gradient_of_the_head_never_holds_all_logits(source):
 
 def test_driver_equals_the_whole_model_up_to_bfloat16(source, tmp_path):
     tokens = random_tokens()
-    progress = save(source, tmp_path, tokens)
-    assert (progress.skipped, progress.advanced) == (0, steps(source.config))
-    depth = source.config.num_hidden_layers
-    assert sorted(files(tmp_path)) == [f"{index:05d}.npz" for index in range(depth)]
+    progress, depth = save(source, tmp_path, tokens), source.config.num_hidden_layers
+    assert (progress.skipped, progress.advanced) == (0, 2 * depth)
+    assert sorted(contents(tmp_path)) == [f"{index:05d}.npz" for index in range(depth)]
     expected = whole_model_weights(source, tokens)
     for got, wanted in zip(load(tmp_path, depth), expected, strict=True):
         for name in LINEAR_LAYERS:
@@ -237,75 +228,23 @@ def test_driver_equals_the_whole_model_up_to_bfloat16(source, tmp_path):
             assert error < 0.01, name
 
 
-# --- passes that are killed ---
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(count, function):
-    """`function`, which raises on call number `count` instead of doing its work."""
-    calls = iter(range(count))
-
-    def wrapped(*args, **kwargs):
-        if next(calls, None) is None:
-            raise Killed
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
-class KilledSteps(Steps):
-    """Killed between two blocks."""
-
-    def __init__(self, count):
-        super().__init__()
-        self._left = count
-
-    def advance(self, text="", steps=1):
-        super().advance(text, steps)
-        if self.advanced == self._left:
-            raise Killed
+# --- passes that are killed (at any change of file names: test_kills) ---
 
 
 def test_killed_between_blocks_redoes_none(source, tmp_path):
     tokens = random_tokens()
-    total = steps(source.config)
+    total = 2 * source.config.num_hidden_layers
     save(source, tmp_path / "whole", tokens)
     for count in range(1, total + 1):
-        path, recorder = tmp_path / str(count), Recorder(source)
-        with pytest.raises(Killed):
-            save(recorder, path, tokens, progress=KilledSteps(count))
-        progress = save(recorder, path, tokens)
-        assert (progress.skipped, progress.advanced) == (count, total - count)
-        assert recorder.blocks == [0, 1, 2, 2, 1, 0]
-        assert files(path) == files(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("owner, name", [(os, "replace"), (Path, "unlink")])
-def test_killed_before_any_change_of_files_redoes_at_most_one_block(
-    source, tmp_path, monkeypatch, owner, name
-):
-    tokens = random_tokens()
-    save(source, tmp_path / "whole", tokens)
-    finished, count = False, 0
-    while not finished:
-        path, recorder = tmp_path / str(count), Recorder(source)
-        WorkDir(path, {}).close()
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, kill_at(count, getattr(owner, name)))
-            try:
-                save(recorder, path, tokens)
-                finished = True
-            except Killed:
-                count += 1
-        progress = save(recorder, path, tokens)
-        assert progress.skipped + progress.advanced == steps(source.config)
-        assert len(recorder.blocks) <= steps(source.config) + 1
-        assert files(path) == files(tmp_path / "whole")
-    # 4 inputs, 4 gradients and, of 3 blocks, the weights.
-    assert count == {"replace": 11, "unlink": 8}[name]
+        path = tmp_path / str(count)
+        with counted_visits() as visits:
+            with pytest.raises(KeyboardInterrupt):
+                save(source, path, tokens, limit=count)
+            progress = save(source, path, tokens)
+        done = count if count < total else 0  # there is no bar where nothing is left to do
+        assert (progress.skipped, progress.advanced) == (done, total - count)
+        assert len(visits) == total and set(visits.values()) == {1}
+        assert contents(path) == contents(tmp_path / "whole")
 
 
 def test_finished_weights_are_not_computed_again(source, tmp_path):
@@ -313,16 +252,17 @@ def test_finished_weights_are_not_computed_again(source, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "gradients").iterdir()}
     recorder = Recorder(source)
     progress = save(recorder, tmp_path, random_tokens())
-    assert (progress.skipped, progress.advanced) == (steps(source.config), 0)
+    assert progress.advanced == 0
     assert recorder.blocks == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "gradients").iterdir()} == before
 
 
-def test_weights_that_were_removed_are_named(source, tmp_path):
+def test_weights_that_were_removed_are_made_again(source, tmp_path):
     save(source, tmp_path, random_tokens())
+    before = contents(tmp_path)
     (tmp_path / "gradients/00001.npz").unlink()
-    with pytest.raises(ValueError, match=r"00001\.inputs\.npy is missing.*remove .*gradients to"):
-        save(source, tmp_path, random_tokens())
+    save(source, tmp_path, random_tokens())
+    assert contents(tmp_path) == before
 
 
 # --- passes that go wrong ---
@@ -336,7 +276,7 @@ def test_activation_that_is_not_finite_names_the_block(source, tmp_path):
     bad = Recorder(source, lambda part, params: with_nan(params) if part == 1 else params)
     with pytest.raises(ValueError, match="block 1: an activation is not finite; check the model"):
         save(bad, tmp_path, random_tokens())
-    assert set(files(tmp_path)) == {"00000.inputs.npy", "00001.inputs.npy"}
+    assert set(contents(tmp_path)) == {"00000.float.npy", "00001.float.npy"}
 
 
 def test_gradient_that_is_not_finite_names_the_block_and_can_be_mended(source, tmp_path):
@@ -346,11 +286,12 @@ def test_gradient_that_is_not_finite_names_the_block_and_can_be_mended(source, t
     bad = Recorder(source, change)
     with pytest.raises(ValueError, match="block 1: the gradient of the loss is not finite"):
         save(bad, tmp_path / "bad", random_tokens())
-    left = {"00000.inputs.npy", "00001.inputs.npy", "00002.gradient.npy", "00002.npz"}
-    assert set(files(tmp_path / "bad")) == left
+    streams = {f"0000{point}.float.npy" for point in range(4)}
+    streams |= {f"0000{point}.gradient.npy" for point in (2, 3)}  # 3: were 2 found damaged
+    assert set(contents(tmp_path / "bad")) == streams | {"00002.npz"}
     save(source, tmp_path / "bad", random_tokens())
     save(source, tmp_path / "whole", random_tokens())
-    assert files(tmp_path / "bad") == files(tmp_path / "whole")
+    assert contents(tmp_path / "bad") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +311,7 @@ def test_norm_that_blows_up_is_named(source, tmp_path, scale, message):
 
     with pytest.raises(ValueError, match=message):
         save(Recorder(source, change), tmp_path, random_tokens())
-    assert not any(name.endswith(".npz") for name in files(tmp_path))
+    assert not any(name.endswith(".npz") for name in contents(tmp_path))
 
 
 @pytest.mark.parametrize("groups", [0, 5, 32])
@@ -379,8 +320,8 @@ def test_groups_that_do_not_divide_the_rows_are_refused(source, tmp_path, groups
     with pytest.raises(ValueError, match=message):
         check_groups(source.config, groups)
     recorder = Recorder(source)
-    with WorkDir(tmp_path, {}) as workdir, pytest.raises(ValueError, match=message):
-        save_token_weights(recorder, random_tokens(), 4, groups, workdir, Steps(), Stopwatch())
+    with pytest.raises(ValueError, match=message):
+        find(recorder, settings(groups), tmp_path, random_tokens())
     assert recorder.blocks == []
     x = jnp.zeros((1, 2, source.config.hidden_size))
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ from gptvq_jax.moves.sweep import diagonal_only, whitening
 from gptvq_jax.run.overrides import ignored, settle
 
 BUDGET = {"allocation.bits_per_value": 3.0}
+TWO_CANDIDATES = {**BUDGET, "allocation.bits": (2.0, 3.0)}
 # Two allowed values of every field, of which one is not what a scenario has.
 VALUES = {
     "vq": {
@@ -127,6 +128,10 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({"method": "aqlm", "aqlm.rounds": 1}, "aqlm.tolerance", "--config.aqlm.rounds=2 or more"),
         ({}, "allocation.dims", "--config.allocation.bits_per_value"),
         ({}, "allocation.em_iterations", "--config.allocation.bits_per_value"),
+        ({}, "allocation.measured", "--config.allocation.bits_per_value"),
+        ({}, "allocation.sample", "--config.allocation.bits_per_value"),
+        (TWO_CANDIDATES, "allocation.measured", "set more of --config.allocation.bits"),
+        ({**BUDGET, "vq.scale_block_size": 32}, "allocation.sample", "set both to 0"),
         ({}, "calibration.gradient_power", "--config.calibration.gradient_groups=1"),
         (BUDGET, "calibration.gradient_power", "--config.calibration.gradient_groups=1"),
         ({}, "tune.epochs", "--config.tune.block=True"),
@@ -151,6 +156,8 @@ def test_a_field_without_effect_is_refused_with_what_to_set(base, field, instead
     [
         (BUDGET, "allocation.dims"),
         (BUDGET, "allocation.em_iterations"),
+        (BUDGET, "allocation.sample"),
+        ({**BUDGET, "allocation.measured": 0}, "allocation.measured"),
         ({"calibration.gradient_groups": 1}, "calibration.gradient_power"),
         ({"tune.block": True}, "tune.tolerance"),
         ({"tune.block": True, "method": "rtn"}, "seed"),
@@ -170,7 +177,8 @@ def test_fields_of_the_run_itself_always_count():
     everything.vq.codebook_update = "adam"
     everything.vq.dim, everything.vq.bits = 2, 2.0
     everything.allocation.dims, everything.allocation.bits = (2,), (2.0,)
-    left = {field for field in ignored(from_config(everything))}
+    # So that vq.dim and vq.bits count there is one candidate, which is measured.
+    left = {field for field in ignored(from_config(everything))} - {"allocation.measured"}
     assert {field.partition(".")[0] for field in left} == {"aqlm", "uniform"}
 
 

@@ -16,11 +16,22 @@ from gptvq_jax.models.llama import (
 )
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
-from gptvq_jax.run.calibrate import calibrate, relative_weights
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Files,
+    Moments,
+    hessians,
+    init_moments,
+    relative_weights,
+    run_windows,
+    shift,
+)
+from gptvq_jax.run.forward import block_halves
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
+CLOSING = (*LINEAR_GROUPS[1], *LINEAR_GROUPS[3])  # whose outputs are added to x
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +79,63 @@ def test_a_group_without_gradients_weighs_all_tokens_alike():
     assert relative[0, 1, 1] == 10 and np.count_nonzero(relative[..., 1]) == 1
 
 
-@pytest.mark.parametrize("groups", [LINEAR_GROUPS, LINEAR_GROUPS[2:3]])
-def test_moments_of_every_layer_and_row_group_in_float64(source, groups):
-    """All at once, and the few of one pass of true_sequential; crosses are weighted likewise."""
+@pytest.mark.parametrize("stages", [range(LAST), [1], [2]])
+def test_moments_of_every_layer_and_row_group_in_float64(source, stages):
+    """All at once, and those of one stage of true_sequential.
+
+    With an asymmetric target they say how far the outputs of the float model, `other` with inputs
+    of its own, are from what a layer would output here.
+    """
     block, other = source.block(0), source.block(1)
     x = random_activations(source.config.hidden_size)
     y = random_activations(source.config.hidden_size, seed=1)
     weights = random_weights((6, 16, 2))
-    seen = calibrate(
-        source.config, block, x, groups, 4, weights=weights, power=0.5, reference=(other, y)
-    )
+    relative = {name: relative_weights(weight, 0.5) for name, weight in weights.items()}
+    float_y = jnp.asarray(y, jnp.float32)
+    states = (y, *map(np.asarray, block_halves(source.config, other, float_y)))
+    moments = init_moments(block, stages, relative, want_crosses=True)
+    arguments = moments, 4, relative
+    files = Files(x, reference=states)
+    moments = run_windows(source.config, block, files, 0, max(stages), *arguments)
+    found = hessians(moments)
     _, read = block_forward_with_inputs(source.config, block, jnp.asarray(x, jnp.float32))
-    _, float_read = block_forward_with_inputs(source.config, other, jnp.asarray(y, jnp.float32))
-    wanted = {(name, k) for group in groups for name in group for k in range(2)}
-    assert seen.hessians.keys() == seen.crosses.keys() == wanted
+    _, float_read = block_forward_with_inputs(source.config, other, float_y)
+    wanted = {(name, k) for stage in stages for name in LINEAR_GROUPS[stage] for k in range(2)}
+    assert found.keys() == moments.crosses.keys() == wanted
     for name, k in wanted:
-        inputs, float_inputs = read[READS[name]], float_read[READS[name]]
+        inputs, float_inputs = (np.asarray(r[READS[name]], np.float64) for r in (read, float_read))
         weight = np.asarray(weights[name][..., k], np.float64) ** 0.5
-        assert_close(seen.hessians[name, k], weighted_mean(inputs, inputs, weight))
-        assert_close(seen.crosses[name, k], weighted_mean(float_inputs, inputs, weight))
+        hessian = weighted_mean(inputs, inputs, weight)
+        assert_close(found[name, k], hessian)
+        # The layer of `other` where it is that model's outputs that are aimed at.
+        model = other if name in CLOSING else block
+        aimed, own = (
+            np.split(np.asarray(get_layer(b, name)["kernel"], np.float64).T, 2)[k]
+            for b in (model, block)
+        )
+        expected = weighted_mean(float_inputs @ aimed.T, inputs, weight) - own @ hessian
+        actual = shift(moments, (name, k), jnp.asarray(own, jnp.float32), found[name, k])
+        assert_close(actual, expected)
 
 
 def test_equal_weights_give_the_moments_without_weights(source):
     block, x = source.block(0), random_activations(source.config.hidden_size)
-    out, same_out = np.empty_like(x), np.empty_like(x)
     equal = {name: np.full((6, 16, 1), 3e-9, np.float32) for name in LINEAR_LAYERS}
-    plain = calibrate(source.config, block, x, LINEAR_GROUPS, 4, out=out)
-    seen = calibrate(source.config, block, x, LINEAR_GROUPS, 4, weights=equal, out=same_out)
-    assert plain.hessians.keys() == {(group[0], 0) for group in LINEAR_GROUPS}
+
+    def run(weights):
+        relative = weights and {name: relative_weights(w) for name, w in weights.items()}
+        moments, out = init_moments(block, range(LAST), relative), np.empty_like(x)
+        arguments = moments, 4, relative, out
+        return hessians(run_windows(source.config, block, Files(x), 0, LAST, *arguments)), out
+
+    (plain, out), (seen, same_out) = run(None), run(equal)
+    assert plain.keys() == {(group[0], 0) for group in LINEAR_GROUPS}
     for name in LINEAR_LAYERS:
-        expected = plain.hessians[READS[name], 0]
-        np.testing.assert_allclose(seen.hessians[name, 0], expected, rtol=1e-6)
+        np.testing.assert_allclose(seen[name, 0], plain[READS[name], 0], rtol=1e-6)
     np.testing.assert_array_equal(out.view(np.uint16), same_out.view(np.uint16))
+    nothing = np.empty_like(x)
+    run_windows(source.config, block, Files(x), 0, LAST, Moments({}, {}), 4, None, nothing)
+    np.testing.assert_array_equal(out.view(np.uint16), nothing.view(np.uint16))
 
 
 # whole runs

@@ -39,54 +39,56 @@ def test_foreign_directory_is_refused(tmp_path):
         WorkDir(tmp_path, CONFIG)
 
 
-def save(workdir, block, x, stream="quantized"):
-    with workdir.write_activations(block, x.shape, stream) as out:
+def save(workdir, point, x, stream="quantized"):
+    with workdir.streams.write(stream, point, x.shape) as out:
         for i in range(len(x)):
             out[i : i + 1] = x[i : i + 1].astype(np.float32)
 
 
 def test_activations_that_are_not_whole_do_not_count(workdir):
-    x = np.ones((2, 3, 4), ml_dtypes.bfloat16)
+    x, streams = np.ones((2, 3, 4), ml_dtypes.bfloat16), workdir.streams
     save(workdir, 1, x)
-    with pytest.raises(RuntimeError), workdir.write_activations(1, x.shape) as out:
+    with pytest.raises(RuntimeError), streams.write("quantized", 1, x.shape) as out:
         out[0:1] = 2 * x[:1]
         raise RuntimeError
-    with pytest.raises(RuntimeError), workdir.write_activations(2, x.shape):
+    with pytest.raises(RuntimeError), streams.write("quantized", 2, x.shape):
         raise RuntimeError
-    np.testing.assert_array_equal(workdir.load_activations(1)[:], x)
-    assert not workdir.has_activations(2)
+    np.testing.assert_array_equal(streams.read("quantized", 1)[:], x)
+    assert streams.points("quantized") == [1]
     assert not list(workdir.path.rglob("*.partial"))
 
 
 def test_activations_round_trip_and_drop(workdir):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
-    save(workdir, 0, x)
-    save(workdir, 1, x + x)
-    loaded = workdir.load_activations(0)
-    assert loaded.shape == x.shape and len(loaded) == 2
+    streams = workdir.streams
+    for point in range(4):
+        save(workdir, point, x * point)
+    loaded = streams.read("quantized", 1)
+    assert loaded.shape == x.shape and len(loaded) == 2 and loaded.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(loaded[0:1], x[:1])
-    workdir.drop_activations(before=1)
-    np.testing.assert_array_equal(workdir.load_activations(1)[:], x + x)
-    with pytest.raises(ValueError, match=r"00000\.quantized\.npy is missing"):
-        workdir.load_activations(0)
+    streams.drop("quantized", keep=range(1, 3))
+    assert streams.points("quantized") == [1, 2]
+    np.testing.assert_array_equal(streams.read("quantized", 2)[:], x * 2)
+    with pytest.raises(
+        ValueError, match=r"00000\.quantized\.npy is missing.*remove .*checkpoint to"
+    ):
+        streams.read("quantized", 0)
+    streams.drop("quantized")
+    assert streams.points("quantized") == []
 
 
-def test_backward_pass_round_trips_and_keeps_apart_from_the_inputs(workdir):
+@pytest.mark.parametrize("step, left", [(1, [2, 3]), (-1, [0, 1, 2])])
+def test_what_lies_behind_a_walk_is_dropped_of_its_stream_alone(workdir, step, left):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
-    save(workdir, 1, x)
-    for block in range(3):
-        save(workdir, block, x * block, "inputs")
-        save(workdir, block, -x * block, "gradient")
-    np.testing.assert_array_equal(workdir.load_activations(2, "inputs")[:], x * 2)
-    np.testing.assert_array_equal(workdir.load_activations(2, "gradient")[:], -x * 2)
-    workdir.drop_activations(before=3)
-    assert not workdir.has_activations(1)
-    save(workdir, 1, x)
-    workdir.drop_backward(1)
-    assert [workdir.has_activations(block, "inputs") for block in range(3)] == [True, False, False]
-    kept = [workdir.has_activations(block, "gradient") for block in range(3)]
-    assert kept == [False, True, False]
-    assert workdir.has_activations(1)
+    streams = workdir.streams
+    for point in range(4):
+        save(workdir, point, x * point, "float")
+        save(workdir, point, -x * point, "gradient")
+    streams.drop_behind("float", 2, step)
+    assert streams.points("float") == left
+    assert streams.points("gradient") == [0, 1, 2, 3]
+    np.testing.assert_array_equal(streams.read("float", 2)[:], x * 2)
+    np.testing.assert_array_equal(streams.read("gradient", 2)[:], -x * 2)
 
 
 def test_token_weights_round_trip(workdir):

@@ -1,0 +1,185 @@
+"""Error curves from a few measured candidates, on a sample of rows."""
+
+import dataclasses
+import itertools
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from first_passes import find
+
+from gptvq_jax.config import AllocationSettings, CalibrationSettings, RunSettings
+from gptvq_jax.core import knapsack
+from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.models.llama import LINEAR_LAYERS
+from gptvq_jax.models.open import open_source
+from gptvq_jax.run.curves import interpolate, sample_rows, to_measure
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (6, 32)).astype(np.int32)
+BITS = (0.5, 1.0, 1.5, 2.0, 2.5)
+BLOCKS = 2
+
+
+# --- the parts ---
+
+
+def test_a_curve_is_a_parabola_in_the_logarithm_of_the_loss():
+    def loss(bits):
+        return np.exp(3 - 1.2 * bits + 0.15 * bits**2)
+
+    points = (1.5, 2.5, 4.0)
+    for bits in (1.0, *points, 2.0, 3.7):
+        found = interpolate(points, [loss(own) for own in points], bits)
+        assert found == pytest.approx(loss(bits), rel=1e-12)
+
+
+@pytest.mark.parametrize("points", [(2.0,), (1.0, 4.0), (1.0, 2.5, 3.0)])
+def test_a_curve_goes_through_what_was_measured(points):
+    losses = np.random.default_rng(0).lognormal(0, 5, len(points))
+    found = [interpolate(points, losses, bits) for bits in points]
+    np.testing.assert_allclose(found, losses, rtol=1e-12)
+
+
+def test_two_points_are_a_line_and_one_a_constant():
+    assert interpolate((1.0, 3.0), (8.0, 2.0), 2.0) == pytest.approx(4.0)
+    assert interpolate((2.0,), (5.0,), 3.0) == pytest.approx(5.0)
+
+
+def test_a_loss_of_nothing_has_a_curve_too():
+    """A layer of zeros, or one that a candidate holds exactly."""
+    assert interpolate((1.0, 2.0, 3.0), (0.0, 0.0, 0.0), 1.5) < 1e-300
+    assert 0 <= interpolate((1.0, 2.0, 3.0), (1.0, 1e-3, 0.0), 2.5) < 1e-3
+
+
+def candidates(dim, *bits):
+    return [GPTVQSettings(dim=dim, bits=b) for b in bits]
+
+
+@pytest.mark.parametrize(
+    "count, expected",
+    [
+        (0, (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)),
+        (2, (1.5, 4.0)),
+        (3, (1.5, 2.5, 4.0)),
+        (6, (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)),
+        (7, (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)),
+    ],
+)
+def test_the_ends_are_measured_and_what_lies_evenly_between(count, expected):
+    given = candidates(2, 3.0, 1.5, 4.0, 2.0, 3.5, 2.5)  # in any order
+    assert tuple(c.bits for c in to_measure(given, count)) == expected
+
+
+def test_every_dimension_has_measured_candidates_of_its_own():
+    given = candidates(1, 2.0, 3.0) + candidates(2, 1.5, 2.0, 2.5, 3.0, 3.5)
+    assert to_measure(given, 3) == candidates(1, 2.0, 3.0) + candidates(2, 1.5, 2.5, 3.5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_are_taken_evenly_from_every_row_group(groups):
+    settings = GPTVQSettings(dim=2, bits=1.0, group_size=256, max_group_cols=16)
+    rows, cols = 768, 16
+    weight = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, cols))
+    part, grid = sample_rows(weight, groups, settings)
+    parts = settings.parts(rows // groups, cols)
+    assert grid == parts[0] and part.shape == (groups * grid.rows, cols)
+    assert len(parts[1]) > 1 and grid.rows < rows // groups
+    for k, numbers in enumerate(np.split(np.asarray(part[:, 0]), groups)):
+        first, last = k * rows // groups, (k + 1) * rows // groups - 1
+        assert (numbers[0], numbers[-1]) == (first, last)
+        steps = np.diff(numbers)
+        assert steps.min() >= 1 and steps.max() - steps.min() <= 1
+
+
+def test_rows_that_share_a_codebook_are_all_taken():
+    settings = GPTVQSettings(dim=2, bits=1.0, group_size=4096)
+    weight = jnp.arange(64.0 * 16).reshape(64, 16)
+    part, grid = sample_rows(weight, 1, settings)
+    np.testing.assert_array_equal(part, weight)
+    assert grid == settings.grid(64, 16)
+
+
+# --- the passes ---
+
+
+@pytest.fixture(scope="module")
+def source(model_dir):
+    return open_source(str(model_dir))
+
+
+@pytest.fixture(scope="module")
+def measured(source, tmp_path_factory):
+    """{(block, layer): rows} with some settings of the allocation."""
+    known = {}
+
+    def measure(**changes):
+        key = tuple(changes.items())
+        if key not in known:
+            allocated = AllocationSettings(bits_per_value=2.0, bits=BITS, em_iterations=2)
+            settings = RunSettings(
+                num_blocks=BLOCKS,
+                vq=GPTVQSettings(codebook_overhead=0.5, max_group_cols=16, codebook_update="none"),
+                allocation=dataclasses.replace(allocated, **changes),
+                calibration=CalibrationSettings(batch_size=6, asymmetry=0.0),
+            )
+            path = tmp_path_factory.mktemp("curves")
+            find(source, settings, path, TOKENS)
+            known[key] = read(path)
+        return known[key]
+
+    return measure
+
+
+def read(path):
+    curves = {}
+    for file in sorted((path / "curves").iterdir()):
+        for row in json.loads(file.read_text()):
+            curves.setdefault((file.stem, row["layer"]), []).append(row)
+    assert len(curves) % len(LINEAR_LAYERS) == 0
+    return curves
+
+
+def values(curves, field):
+    return np.array([[row[field] for row in rows] for rows in curves.values()])
+
+
+@pytest.mark.parametrize("count, expected", [(0, BITS), (2, (0.5, 2.5)), (3, (0.5, 1.5, 2.5))])
+def test_only_the_wanted_candidates_are_measured(measured, count, expected):
+    every, some = measured(measured=0), measured(measured=count)
+    assert len(some) == BLOCKS * len(LINEAR_LAYERS)
+    for layer, rows in some.items():
+        assert [row["bits"] for row in rows] == list(BITS)
+        assert tuple(row["bits"] for row in rows if row["measured"]) == expected
+        own = {row["bits"]: row["loss"] for row in every[layer]}
+        points = [own[bits] for bits in expected]
+        for row in rows:
+            loss = own[row["bits"]]
+            if not row["measured"]:
+                loss = interpolate(expected, points, row["bits"])
+                assert loss != pytest.approx(own[row["bits"]], rel=1e-6)
+            assert row["loss"] == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_array_equal(values(some, "num_bytes"), values(every, "num_bytes"))
+
+
+def test_a_sample_of_rows_has_the_curve_of_all(measured):
+    sampled, whole = measured(measured=3), measured(measured=3, sample=False)
+    ratios = values(sampled, "loss") / values(whole, "loss")
+    assert np.all(ratios != 1)
+    assert np.exp(np.abs(np.log(ratios)).mean()) < 1.1, ratios
+
+
+def test_the_plan_from_three_candidates_is_close_to_that_from_all(measured):
+    """By the losses of all: how much of what a uniform choice loses is lost again."""
+    some, every = measured(measured=3), measured(measured=0)
+    losses, sizes = values(every, "loss"), values(every, "num_bytes")
+
+    def total(curves, budget):
+        chosen = knapsack.choose(values(curves, "loss"), sizes, budget)
+        return sum(of_layer[k] for of_layer, k in zip(losses, chosen, strict=True))
+
+    for uniform, offset in itertools.product((1, 2, 3), (0, 1)):
+        budget = int(sizes[:, uniform].sum() * (1 + 0.05 * offset))
+        best, found = total(every, budget), total(some, budget)
+        assert best <= found < 1.02 * best
+        assert found < losses[:, uniform].sum()
