@@ -16,8 +16,8 @@ def test_choose_keeps_the_order_of_the_tables():
     assert ablations.choose(["model"], None) == {"model": list(ablations.MODEL_ROWS)}
     chosen = ablations.choose(["layers", "model"], ["no polish", "default"])
     assert chosen == {"layers": ["default", "no polish"], "model": ["default", "no polish"]}
-    assert ablations.choose(["layers", "model"], ["true sequential"]) == {
-        "model": ["true sequential"]
+    assert ablations.choose(["layers", "model"], ["int8 embedding"]) == {
+        "model": ["int8 embedding"]
     }
     with pytest.raises(ValueError, match="unknown row 'magic'; choose from .*0 EM steps"):
         ablations.choose(["layers"], ["magic"])
