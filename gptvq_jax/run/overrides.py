@@ -155,7 +155,8 @@ def _allocation(settings: RunSettings, when) -> None:
         " ".join(f"allocation.{field}" for field in _fields(a) if field != "bits_per_value"),
         "without a budget; set --config.allocation.bits_per_value to the bits to spend",
     )
-    most = max(Counter(candidate.dim for candidate in settings.candidates).values(), default=0)
+    of_dims = Counter(dim for dim in a.dims for bits in a.bits if makes_codes(dim, bits))
+    most = max(of_dims.values(), default=0)
     when(
         most <= 2,
         "allocation.measured",

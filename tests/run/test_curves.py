@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from first_passes import find
 
 from gptvq_jax.config import AllocationSettings, CalibrationSettings, RunSettings
 from gptvq_jax.core import knapsack
+from gptvq_jax.methods import gptvq
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.open import open_source
@@ -162,15 +166,17 @@ def test_only_the_wanted_candidates_are_measured(measured, count, expected):
     np.testing.assert_array_equal(values(some, "num_bytes"), values(every, "num_bytes"))
 
 
-def test_a_sample_of_rows_has_the_curve_of_all(measured):
-    sampled, whole = measured(measured=3), measured(measured=3, sample=False)
+def test_a_sample_of_rows_has_the_curve_of_all(measured, monkeypatch):
+    monkeypatch.setattr(gptvq, "_PART_ROWS", 16)  # small parts of small layers
+    changes = {"bits": BITS[:2], "measured": 0}
+    sampled, whole = measured(**changes), measured(**changes, sample=False)
     ratios = values(sampled, "loss") / values(whole, "loss")
-    assert np.all(ratios != 1)
+    assert np.mean(ratios != 1) > 0.5
     assert np.exp(np.abs(np.log(ratios)).mean()) < 1.1, ratios
 
 
 def test_the_plan_from_three_candidates_is_close_to_that_from_all(measured):
-    """By the losses of all: how much of what a uniform choice loses is lost again."""
+    """By the losses of all; a uniform choice is 1.4 to 2 times the best one."""
     some, every = measured(measured=3), measured(measured=0)
     losses, sizes = values(every, "loss"), values(every, "num_bytes")
 
@@ -181,5 +187,59 @@ def test_the_plan_from_three_candidates_is_close_to_that_from_all(measured):
     for uniform, offset in itertools.product((1, 2, 3), (0, 1)):
         budget = int(sizes[:, uniform].sum() * (1 + 0.05 * offset))
         best, found = total(every, budget), total(some, budget)
+        print("P", found / best, losses[:, uniform].sum() / best)
         assert best <= found < 1.02 * best
         assert found < losses[:, uniform].sum()
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def command(model_dir, text_files, tmp_path):
+    """Runs quantize.py with a budget and some flags."""
+    config = tmp_path / "budget.py"
+    config.write_text(
+        "from gptvq_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model, config.num_blocks = {str(model_dir)!r}, 1\n"
+        f"    config.allocation.bits_per_value, config.allocation.bits = 1.5, {BITS[:3]}\n"
+        "    config.vq.codebook_update, config.vq.codebook_overhead = 'none', 0.5\n"
+        "    config.vq.polish_rounds = 0\n"
+        f"    config.calibration.dataset, config.evaluation.dataset = {text_files}\n"
+        "    config.calibration.num_windows, config.calibration.seqlen = 4, 32\n"
+        "    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32\n"
+        "    return config\n"
+    )
+
+    def run(*words):
+        line = [sys.executable, Path(__file__).parents[2] / "scripts/quantize.py"]
+        line += [f"--config={config}", f"--workdir={tmp_path / 'run'}", *words]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_command_line_sets_how_curves_are_measured(command, tmp_path):
+    done = command("--config.allocation.measured=2", "--config.allocation.sample=False")
+    assert done.returncode == 0, done.stderr
+    allocated = json.loads((tmp_path / "run/config.json").read_text())["allocation"]
+    assert (allocated["measured"], allocated["sample"]) == (2, False)
+    for rows in read(tmp_path / "run").values():
+        assert [row["measured"] for row in rows] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["measured=1"], "error: allocation.measured=1 must be 0 (all), 2 or 3"),
+        (["sample=2"], "sample"),
+        (["bits_per_value=0", "measured=2"], "error: --config.allocation.measured has no effect"),
+    ],
+)
+def test_the_command_line_is_refused_by_name(command, tmp_path, words, message):
+    done = command(*(f"--config.allocation.{word}" for word in words))
+    assert done.returncode != 0 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()

@@ -14,10 +14,12 @@ from gptvq_jax.models.llama import (
     block_forward_with_inputs,
     embed,
     get_layer,
+    with_layer,
 )
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
-from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.run import quantize as quantize_pass
+from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
 
 
 @pytest.fixture
@@ -102,6 +104,55 @@ def test_true_sequential_changes_only_what_comes_after_the_first_group(quantize)
         assert others[name] == pytest.approx(errors[name], rel=1e-3)
     for name in LINEAR_GROUPS[3]:
         assert abs(others[name] / errors[name] - 1) > 1e-2
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
+    quantize, tiny_config, monkeypatch, tuned
+):
+    """Its Hessian is that of the whole block run anew, in which they have taken their places.
+
+    Activations between two stages are bfloat16. A tuned block changes again once it is quantized.
+    """
+    found, hessians = [], quantize_pass.hessians
+
+    def keeping(moments):
+        found.append(hessians(moments))
+        return found[-1]
+
+    monkeypatch.setattr(quantize_pass, "hessians", keeping)
+    blocks, tune_block = [], quantize_pass.tune_block
+
+    def before_tuning(config, block, *arguments, **options):
+        blocks.append(dequantize_block(block))
+        return tune_block(config, block, *arguments, **options)
+
+    monkeypatch.setattr(quantize_pass, "tune_block", before_tuning)
+    given = {"num_blocks": 2, "true_sequential": True}
+    if tuned:
+        given |= {"tune.block": True, "tune.epochs": 1, "tune.held_out": 2}
+    _, _, path = quantize("run", **given)
+    source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
+    assert len(found) == 2 * len(LINEAR_GROUPS) and len(blocks) == 2 * tuned
+    left, x = iter(found), embed(source.outer(), np.load(path / "tokens.npy"))
+    for index in range(2):
+        x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+        seen = dense = source.block(index)
+        quantized = blocks[index] if tuned else packed.block(index)
+        for stage, group in enumerate(LINEAR_GROUPS):
+            ((owner, hessian),) = next(left).items()
+            assert owner == (group[0], 0)
+            errors = []
+            for block in (seen, dense):
+                _, read = block_forward_with_inputs(source.config, block, x)
+                flat = np.asarray(read[group[0]], np.float64).reshape(-1, hessian.shape[0])
+                expected = flat.T @ flat / len(flat)
+                errors.append(np.linalg.norm(hessian - expected) / np.linalg.norm(expected))
+            print("E", tuned, index, stage, errors)
+            assert errors[0] < 2e-3 and (stage == 0 or errors[1] > 10 * errors[0])
+            for name in group:
+                seen = with_layer(seen, name, get_layer(quantized, name)["kernel"])
+        x = block_forward(source.config, packed.block(index), x)
 
 
 def test_num_blocks_leaves_the_rest_dense(quantize, tiny_config):
