@@ -187,8 +187,7 @@ def test_the_plan_from_three_candidates_is_close_to_that_from_all(measured):
     for uniform, offset in itertools.product((1, 2, 3), (0, 1)):
         budget = int(sizes[:, uniform].sum() * (1 + 0.05 * offset))
         best, found = total(every, budget), total(some, budget)
-        print("P", found / best, losses[:, uniform].sum() / best)
-        assert best <= found < 1.02 * best
+        assert best <= found < 1.005 * best
         assert found < losses[:, uniform].sum()
 
 
@@ -235,7 +234,7 @@ def test_the_command_line_sets_how_curves_are_measured(command, tmp_path):
     "words, message",
     [
         (["measured=1"], "error: allocation.measured=1 must be 0 (all), 2 or 3"),
-        (["sample=2"], "sample"),
+        (["sample=2"], "error: flag --config.allocation.sample=2: ("),
         (["bits_per_value=0", "measured=2"], "error: --config.allocation.measured has no effect"),
     ],
 )
