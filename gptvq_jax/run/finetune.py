@@ -34,8 +34,10 @@ from absl import logging
 from flax import traverse_util
 
 from gptvq_jax.config import TuneSettings
+from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.methods.trainable import Leaf, Parameters, decode, parameters, with_parameters
+from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, Params, block_forward
 from gptvq_jax.moves.refit import root_mean_square
@@ -69,6 +71,7 @@ def tune_block(
     order: np.random.Generator,
     name: str = "block",
     on_epoch: Callable[[str], None] = lambda text: None,
+    stopwatch: Stopwatch | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Tunes the VQTensors and norms of a block; kernels that are dense stay as they are.
 
@@ -84,13 +87,16 @@ def tune_block(
       order: draws the order of the windows.
       name: of the block, for messages.
       on_epoch: called after each epoch with a line on it.
+      stopwatch: receives the operations.
 
     Returns:
       The block after the epoch with the least held-out error, or as it was given if that is less,
       with norms in `dense_dtype`. And metrics: tune_error_before and tune_error_after, held out;
       epochs, those run; diverged: a step was not finite, which ended the tuning.
     """
+    stopwatch = stopwatch or Stopwatch()
     trained, fixed = _split(block, dense_dtype)
+    time = pairs.inputs.shape[1]
     count = len(pairs.inputs) - settings.held_out
     held_out = [
         slice(count + part.start, count + part.stop)
@@ -99,6 +105,7 @@ def tune_block(
     power = _power(pairs, held_out)
 
     def error_of(states):
+        stopwatch.flops(flops.block_forward(config, settings.held_out, time))
         return _squared_error(config, trained, fixed, states, pairs, held_out) / power
 
     states = {name: _start(leaf) for name, leaf in trained.items()}
@@ -112,6 +119,7 @@ def tune_block(
             x, y = _read(pairs, windows)  # while the device is busy with the step before
             if not all(finite):
                 break
+            stopwatch.flops(flops.block_tuning(config, len(windows), time))
             states, finite = _step(config, trained, fixed, states, x, y, power, settings)
         error = error_of(states) if all(finite) else np.nan
         diverged = not np.isfinite(error)

@@ -320,6 +320,7 @@ class _Block:
                 order=np.random.default_rng([settings.seed, self._index]),
                 name=f"layers_{self._index}",
                 on_epoch=progress.advance,
+                stopwatch=self._context.stopwatch,
             )
             progress.advance(steps=settings.tune.epochs - row["epochs"])
             seconds = time.perf_counter() - start
