@@ -33,7 +33,7 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             "--settings has no effect without layer rows; add --tables=layers",
         ),
         (
-            "python scripts/ablate.py --rows='true sequential' --layers=DIR",
+            "python scripts/ablate.py --rows='int8 embedding' --layers=DIR",
             "--layers has no effect without layer rows",
         ),
         (
