@@ -196,14 +196,18 @@ class _Block:
             moments = self._run(at, 0, LAST - 1, self._moments(range(LAST)))
             self._quantize(LINEAR_LAYERS, moments)
         if settings.tune.block:
+            self._drop_inside()
             start, at = 0, Files(self._files.read(self._stream, self._index))
             self._tune()
         if goes_on:
             with self._files.write(STREAM, self._index + 1, at.x.shape) as out:
                 self._run(at, start, LAST, Moments({}, {}), out)
+        self._drop_inside()
+        return self._packed, self._rows
+
+    def _drop_inside(self) -> None:
         self._files.drop(_HALF)
         self._files.drop(_INNER)
-        return self._packed, self._rows
 
     def _stage_by_stage(self, at: Files) -> tuple[int, Files]:
         """Quantizes the layers of one stage after the other; where the last one starts from."""
