@@ -30,7 +30,6 @@ def get_config(arg: str = "3b"):
     config.vq.dim = 2
     set_index_bits(config, float(width[0]))
     config.allocation.bits = CANDIDATES[width]
-    config.calibration.batch_size = 2  # a tenth faster than 4 on a small processor
     if not (smoke or ablation):
         config.allocation.bits_per_value = BUDGET[width]
         config.calibration.gradient_groups = 1

@@ -48,7 +48,7 @@ class GPTVQSettings:
     codebook_overhead: float = 0.125  # most bits per weight spent on codebooks, if group_size is 0
     max_group_cols: int = 256  # widest group
     seed: str = "kmeans++"  # 'mahalanobis' (paper), 'kmeans++', 'random', 'cdf' (1D)
-    em_iterations: int = 10  # the paper uses 100
+    em_iterations: int = 20  # the paper uses 100
     exact_metric: bool = True  # False: the diagonal of the block metric (paper)
     block_size: int = 128  # columns per lazy update
     scale_block_size: int = 0  # weights per 4-bit block scale, 8 to 128; 0: no normalization

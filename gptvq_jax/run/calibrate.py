@@ -4,8 +4,9 @@ Activations are in files and pass through the device a batch at a time: x (n, T,
 block's as far as it has come, and what a stage opens before the next one closes it, `inner`
 (models/llama.STAGES). With an asymmetric target the float model's are there as well, at the
 entrance of the block, in its middle and at its exit: what a layer that closes a half of the block
-outputs in the float model is their difference. Layers that read the same array share moments: one,
-or with token weights (gradients.py) one for each group of their rows.
+outputs in the float model is their difference. With token weights (gradients.py) every layer has
+moments of its own, one for each group of its rows; without, layers that read the same array share
+one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,8 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
 from gptvq_jax.run.activations import Activations, Writer
 
-Owner = tuple[str, int]  # of a moment: the first of the layers that share it; a row group
+Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
-FIRST_LAYERS = tuple(group[0] for group in LINEAR_GROUPS)
 _STAGE = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
 _CLOSING = ("attend", "feed")  # stages whose layer adds its outputs to x
 LAST = len(STAGES)
@@ -57,15 +57,17 @@ class FloatStates(NamedTuple):
 _STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
 
 
-def owners(name: str, groups: int = 0) -> list[Owner]:
-    """Whose moments the row groups of a layer use, in their order; 0: tokens are not weighted."""
-    return [(FIRST_LAYERS[_STAGE[name]], k) for k in range(max(1, groups))]
+def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
+    """Whose moments the row groups of a layer use, in their order."""
+    if weights is None:
+        return [(LINEAR_GROUPS[_STAGE[name]][0], 0)]
+    return [(name, k) for k in range(weights[name].shape[-1])]
 
 
 def init_moments(
     block: Params,
     stages: Sequence[int],
-    groups: int = 0,
+    weights: Mapping[str, np.ndarray] | None = None,
     want_crosses: bool = False,
 ) -> Moments:
     """Zeros for the layers of some stages.
@@ -73,18 +75,20 @@ def init_moments(
     Args:
       block: parameters, for the shapes.
       stages: numbers of STAGES.
-      groups: of rows that weigh the tokens in their own way; 0: tokens are not weighted.
+      weights: of the tokens {layer: (..., g)}, or None.
       want_crosses: whether the float model's states will be there.
     """
     inputs, crosses = {}, {}
     for stage in stages:
-        shared = owners(FIRST_LAYERS[stage], groups)
-        cols, rows = get_layer(block, FIRST_LAYERS[stage])["kernel"].shape
-        for owner in shared:
-            inputs[owner] = init_moment(cols)
-            if want_crosses:
-                left = rows // len(shared) if STAGES[stage] in _CLOSING else cols
-                crosses[owner] = init_moment(left, cols)
+        for name in LINEAR_GROUPS[stage]:
+            of_layer = owners(name, weights)
+            for owner in of_layer:
+                cols, rows = get_layer(block, owner[0])["kernel"].shape
+                inputs[owner] = init_moment(cols)
+                if want_crosses:
+                    closes = STAGES[stage] in _CLOSING
+                    left = rows // len(of_layer) if closes else cols
+                    crosses[owner] = init_moment(left, cols)
     return Moments(inputs, crosses)
 
 
@@ -108,7 +112,7 @@ def step(
       x, inner: at the entrance of stage `start`.
       start, stop: numbers of STAGES; LAST is the exit of the block.
       moments: those wanted of layers in stages `start` to `stop`; others are not computed.
-      weights: of the tokens, {name of FIRST_LAYERS: (batch, T, g)}, or None.
+      weights: of the tokens, {layer: (batch, T, g)}, or None.
       reference: the float model's states, where crosses are wanted.
 
     Returns:
@@ -172,8 +176,7 @@ def run_windows(
       config, block, start, stop, moments: of `step`.
       files: at the entrance of stage `start`.
       batch_size: most windows at a time.
-      weights: of the tokens, {name of FIRST_LAYERS: (n, T, g)}, as `relative_weights` makes them;
-        or None.
+      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
       out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
     """
     wanted = dict.fromkeys(name for name, _ in moments.inputs)

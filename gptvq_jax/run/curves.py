@@ -45,7 +45,7 @@ def measure(
     index: int,
     block: Params,
     moments: Moments,
-    sensitivities: dict[str, np.ndarray],
+    token_weights: dict[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block and every candidate.
 
@@ -54,11 +54,11 @@ def measure(
       index: of the block.
       block: parameters of the float model.
       moments: of what its layers read there.
-      sensitivities: {layer: (g,)}, mean squared gradients.
+      token_weights: {layer: (n, T, g)}, squared gradients.
     """
     settings = context.settings
-    groups = settings.calibration.gradient_groups
     found = hessians(moments)
+    weighted = token_weights if settings.calibration.gradient_groups else None
     names = {owner: f"layers_{index}/{owner[0]}" for owner in found}
     context.progress.note(f"block {index} Hessians")
     factors = parallel(lambda o: factorize(found[o], settings.damping, names[o]), found)
@@ -68,7 +68,7 @@ def measure(
     scales: list[list[float]] = []  # of the losses, from the rows that were taken to all of them
     for name in LINEAR_LAYERS:
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-        objectives = [Objective(found[o], factor_of[o]) for o in owners(name, groups)]
+        objectives = [Objective(found[o], factor_of[o]) for o in owners(name, weighted)]
         for candidate in to_measure(settings.candidates, settings.allocation.measured):
             quick = dataclasses.replace(
                 candidate, em_iterations=settings.allocation.em_iterations, polish_rounds=0
@@ -89,7 +89,8 @@ def measure(
         problem = problems[number]
         quantized = dequantize_compiled(tensors[number])
         parts = np.multiply(losses(problem.weight, quantized, problem.objectives), scales[number])
-        return float(np.dot(np.broadcast_to(sensitivities[problem.name], parts.shape), parts))
+        sensitivity = token_weights[problem.name].mean(axis=(0, 1), dtype=np.float64)
+        return float(np.dot(np.broadcast_to(sensitivity, parts.shape), parts))
 
     solved = sum(flops.inverse_cholesky(hessian.shape[0]) for hessian in found.values())
     sizes = (most_flops(p) + flops.unit(*p.weight.shape) for p in problems)

@@ -3,10 +3,9 @@
 A Hessian mean x x^T counts an error in a layer's outputs the same at every token and in every row.
 GuidedQuant (arXiv 2505.07004) weighs token t by (dL/dy_tr)^2, the squared gradient of the loss L
 with respect to output r of the layer, an estimate of the diagonal of its Fisher information. A
-Hessian per row would be too many, so the squares are averaged over groups of rows, and over the
-layers that read the same array: these share a Hessian. This file computes those weights; what
-consumes them builds the weighted Hessians. L is the sum of the negative log-likelihoods of the next
-tokens, in nats, of the float model.
+Hessian per row would be too many, so the squares are averaged over groups of rows. This file
+computes those weights; what consumes them builds the weighted Hessians. L is the sum of the
+negative log-likelihoods of the next tokens, in nats, of the float model.
 
 The forward pass (forward.py) has saved the inputs of every block; this one goes down through the
 blocks, takes the gradient at the exit of each to its entrance, and writes the weights on the way.
@@ -15,12 +14,12 @@ Both streams are bfloat16, which has float32's range.
 Costs:
   flops: inside each block one forward pass without its last product, and one for the gradients of
     activations; gradients of parameters are never formed. For the curves, 5/8 of 2 C^2 for every
-    token and array of C inputs.
+    token and layer with C inputs.
   memory: device: a block, or the embedding and head, and what one batch keeps for its backward
-    pass, and the moments. Host: a block, and its token weights, 16 bytes * g per token.
+    pass, and the moments. Host: a block, and its token weights, 28 bytes * g per token.
   disk: three streams of n * T * hidden * 2 bytes, beside those of the forward pass; whether there
-    is room is checked first (`peak_bytes`). What stays is blocks * 4 * n * T * g * 4 bytes. For
-    SmolLM2-135M on 32 x 1024 tokens: 16 MB * g. For Llama-2-7B on 128 x 2048 tokens: 0.13 GB * g.
+    is room is checked first (`peak_bytes`). What stays is blocks * 7 * n * T * g * 4 bytes. For
+    SmolLM2-135M on 32 x 1024 tokens: 28 MB * g. For Llama-2-7B on 128 x 2048 tokens: 0.23 GB * g.
 """
 
 import math
@@ -35,19 +34,11 @@ from jax import lax
 from gptvq_jax.core.hessian import add_inputs
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import (
-    HEAD_CHUNK,
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    DecoderBlock,
-    Params,
-    get_layer,
-)
+from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import curves, forward
 from gptvq_jax.run.activations import num_bytes
 from gptvq_jax.run.calibrate import (
-    FIRST_LAYERS,
     LAST,
     Moments,
     batches,
@@ -73,14 +64,14 @@ def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> 
       num_groups: g.
     """
     stream = num_bytes((*shape, config.hidden_size)) + _HEADER_BYTES
-    weights = len(FIRST_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
+    weights = len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
     return 3 * stream + config.num_hidden_layers * weights
 
 
 class Backward:
     """A visitor of the blocks, downwards: token weights and, where asked for, error curves.
 
-    `workdir.load_token_weights(index)` then has {name of FIRST_LAYERS: (n, T, g) float32}. The
+    `workdir.load_token_weights(index)` then has {name of LINEAR_LAYERS: (n, T, g) float32}. The
     layers' inputs and the token weights meet here, so the Hessians of the curves are summed on the
     way.
 
@@ -140,26 +131,27 @@ class Backward:
         workdir, stopwatch = self._context.workdir, self._context.stopwatch
         measures = index < self._measured
         with stopwatch.stage("gradients"):
-            weights, sensitivities, moments = self._backward(index, block, measures)
+            weights, moments = self._backward(index, block, measures)
         if measures:
             with stopwatch.stage("allocation"):
-                rows = curves.measure(self._context, index, block, moments, sensitivities)
+                rows = curves.measure(self._context, index, block, moments, weights)
                 workdir.save_curves(index, rows)
         # Last: the block is finished once its weights are there.
         workdir.save_token_weights(index, weights)
 
     def _backward(self, index: int, block: Params, measures: bool):
-        """Writes the gradient; returns token weights, sensitivities of layers, and moments."""
+        """Writes the gradient; returns token weights and moments."""
         config, c = self._context.source.config, self._context.settings.calibration
         files, groups = self._context.files, self._num_groups
         x, gradient = files.read(forward.STREAM, index), files.read(STREAM, index + 1)
-        weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in FIRST_LAYERS}
-        sensitivities = {n: np.zeros(groups) for n in LINEAR_LAYERS}
+        weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in LINEAR_LAYERS}
         # Where the layers are quantized without weights, their curves are measured without.
-        moments = init_moments(block, range(LAST) if measures else (), c.gradient_groups)
+        of_tokens = weights if c.gradient_groups else None
+        stages = range(LAST) if measures else ()
+        moments = init_moments(block, stages, of_tokens)
         with files.write(STREAM, index, x.shape) as out:
             for part in batches(len(x), c.batch_size):
-                dx, of_batch, of_layers, moments = block_backward(
+                dx, of_batch, moments = block_backward(
                     config,
                     block,
                     on_device(x[part]),
@@ -173,9 +165,7 @@ class Backward:
                 for name, weight in weights.items():
                     what = f"block {index}: the squared gradient of {name}"
                     weight[part] = finite(of_batch[name], what)
-                for name, sensitivity in sensitivities.items():
-                    sensitivity += np.asarray(of_layers[name]) * (len(dx) / len(x))
-        return weights, sensitivities, moments
+        return weights, moments
 
 
 def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...]) -> int:
@@ -192,7 +182,7 @@ def block_backward(
     num_groups: int,
     moments: Moments = Moments({}, {}),  # noqa: B008 - empty, and never changed
     power: float = 1.0,
-) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], Moments]:
+) -> tuple[jax.Array, dict[str, jax.Array], Moments]:
     """Takes the gradient of the loss through one block and weighs the tokens of its layers.
 
     Args:
@@ -201,14 +191,13 @@ def block_backward(
       x: inputs of the block (batch, T, hidden).
       dy: gradient with respect to its outputs, in the shape and dtype of x.
       num_groups: g, contiguous groups of equal size that the rows of every layer are split into.
-      moments: those wanted of what the layers read, by owner.
+      moments: those wanted of what the layers read, by owner (layer, row group).
       power: of the weights, with which tokens count there.
 
     Returns:
-      The gradient with respect to x. Token weights {name of FIRST_LAYERS: (batch, T, g) float32}:
-      element (b, t, k) is the mean over the rows r in group k, of all layers that read the same
-      array, of (dL/dy_r)^2 at token t. Sensitivities {name of LINEAR_LAYERS: (g,)}: the same of one
-      layer, and the mean over tokens. The moments.
+      The gradient with respect to x, and {name of LINEAR_LAYERS: (batch, T, g) float32}, where
+      element (b, t, k) is the mean over the rows r of group k of (dL/dy_r)^2 at token t; and the
+      moments.
 
     Raises:
       ValueError: the rows of a layer do not split into g groups.
@@ -231,20 +220,14 @@ def block_backward(
         squares = jnp.square(gradient.astype(jnp.float32))
         return jnp.mean(squares.reshape(*squares.shape[:2], num_groups, -1), axis=-1)
 
-    of_layers = {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
-    rows = _layer_rows(config)
-    weights = {
-        group[0]: sum(of_layers[n] * rows[n] for n in group) / sum(rows[n] for n in group)
-        for group in LINEAR_GROUPS
-    }
-    sensitivities = {name: jnp.mean(of_layer, axis=(0, 1)) for name, of_layer in of_layers.items()}
+    weights = {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
     inputs = {
         (name, k): add_inputs(
             moment, get_layer(read, name)["inputs"][0], jnp.power(weights[name][..., k], power)
         )
         for (name, k), moment in moments.inputs.items()
     }
-    return dx, weights, sensitivities, Moments(inputs, moments.crosses)
+    return dx, weights, Moments(inputs, moments.crosses)
 
 
 @partial(jax.jit, static_argnames="config")

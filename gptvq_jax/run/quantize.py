@@ -230,8 +230,7 @@ class _Block:
         return LAST - 1, at
 
     def _moments(self, stages: Sequence[int]) -> Moments:
-        groups = self._context.settings.calibration.gradient_groups
-        return init_moments(self._float, stages, groups, self._reference is not None)
+        return init_moments(self._float, stages, self._weights, self._reference is not None)
 
     def _run(self, at: Files, start: int, stop: int, moments: Moments, out=None) -> Moments:
         with self._context.stopwatch.stage("hessians" if moments.inputs else "advance"):
@@ -281,6 +280,7 @@ class _Block:
         settings = self._context.settings
         found = hessians(moments)
         weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
+        of_layers = {name: owners(name, self._weights) for name in names}
 
         def factor(owner):
             return factorize(found[owner], settings.damping, f"layers_{self._index}/{owner[0]}")
@@ -288,7 +288,7 @@ class _Block:
         factors = dict(zip(found, parallel(factor, found), strict=True))
 
         def problem(name: str) -> Problem:
-            groups = owners(name, settings.calibration.gradient_groups)
+            groups = of_layers[name]
             objectives = []
             for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
                 shifted = None

@@ -59,11 +59,7 @@ LAYER_ROWS: dict[str, dict[str, Any]] = {
     "1 polish round": {"polish_rounds": 1},
     "2 polish rounds": {"polish_rounds": 2},
     "3 polish rounds": {"polish_rounds": 3},
-    "2 polish rounds of 2 refit steps, 10 EM steps": {
-        "polish_rounds": 2,
-        "update_iterations": 2,
-        "em_iterations": 10,
-    },
+    "2 polish rounds of 2 refit steps": {"polish_rounds": 2, "update_iterations": 2},
     "20 polish rounds to 0.001": {"polish_rounds": 20, "polish_tolerance": 0.001},
     "2 refit steps": {"update_iterations": 2},
     "20 refit steps": {"update_iterations": 20},

@@ -27,7 +27,7 @@ from gptvq_jax.study.sample_layers import random_layer
 # Named by dimension and nominal bits; the groups are those of the published measurements on the
 # official code: 4 x 64, 32 x 64, 64 x 192 and 192 x 192 weights.
 # More work than the defaults: a layer's error feels it, the model hardly does (docs/quality.md).
-_THOROUGH = dict(em_iterations=20, polish_rounds=6, update_iterations=6)
+_THOROUGH = dict(polish_rounds=6, update_iterations=6)
 VQ_SETTINGS = {
     "1d_2.125": dict(dim=1, bits=2.0, group_size=256, max_group_cols=64, **_THOROUGH),
     "2d_2.125": dict(dim=2, bits=2.0, group_size=2048, max_group_cols=64, **_THOROUGH),

@@ -20,7 +20,7 @@ from gptvq_jax.models.llama import (
     get_layer,
 )
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import allocation, gradients, job
+from gptvq_jax.run import allocation, job
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -51,24 +51,10 @@ def finished(request, model_dir, text_files, tmp_path_factory):
     """A run with an allocation: its settings, summary, work directory and rows by layer."""
     config = allocating_config(model_dir, text_files, request.param)
     path = tmp_path_factory.mktemp("run") / "run"
-    sensitivities, measure = {}, gradients.curves.measure
-
-    def recording(context, index, block, moments, of_layers):
-        sensitivities[index] = of_layers
-        return measure(context, index, block, moments, of_layers)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients.curves, "measure", recording)
-        summary = job.quantize(config, str(path), perplexity_float=1.0)
+    summary = job.quantize(config, str(path), perplexity_float=1.0)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     layers = {(row["block"], row["layer"]): row for row in rows if row["kind"] == "layer"}
-    return SimpleNamespace(
-        settings=from_config(config),
-        summary=summary,
-        path=path,
-        layers=layers,
-        sensitivities=sensitivities,  # of layers, by block
-    )
+    return SimpleNamespace(settings=from_config(config), summary=summary, path=path, layers=layers)
 
 
 def opened(path):
@@ -163,19 +149,18 @@ def test_losses_of_the_curves_in_float64(finished):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         dense, quantized = source.block(index), packed.block(index)
         with opened(finished.path) as workdir:
-            token_weights = workdir.load_token_weights(index)
+            gradients = workdir.load_token_weights(index)
         x, read = block_forward_with_inputs(source.config, dense, x)
         for name in LINEAR_LAYERS:
             y = np.asarray(read[READS[name]], np.float64)
             y = y.reshape(-1, y.shape[-1])
-            squares = token_weights[READS[name]].reshape(-1).astype(np.float64)
+            squares = gradients[name].reshape(-1).astype(np.float64)
             c = finished.settings.calibration
             weights = squares**c.gradient_power if c.gradient_groups else np.ones_like(squares)
             hessian = y.T @ (weights[:, None] * y) / weights.sum()
             error = np.asarray(get_layer(dense, name)["kernel"], np.float64)
             error = (error - np.asarray(get_layer(quantized, name)["kernel"], np.float64)).T
-            (sensitivity,) = finished.sensitivities[index][name]
-            expected = sensitivity * np.sum(error @ hessian * error)
+            expected = squares.mean() * np.sum(error @ hessian * error)
             row = measured[index, name][chosen[index, name]]
             assert row["loss"] == pytest.approx(expected, rel=1e-3), (index, name)
 

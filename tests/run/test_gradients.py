@@ -13,17 +13,9 @@ from kills import counted_visits
 
 from gptvq_jax.config import CalibrationSettings, RunSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    Decoder,
-    Linear,
-    block_forward,
-    embed,
-    get_layer,
-)
+from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, Linear, block_forward, embed, get_layer
 from gptvq_jax.models.open import open_source
-from gptvq_jax.models.source import CheckpointSource, block_shapes, layer_shapes, outer_shapes
+from gptvq_jax.models.source import CheckpointSource, block_shapes, outer_shapes
 from gptvq_jax.run.gradients import block_backward, check_groups, head_backward
 from gptvq_jax.run.workdir import WorkDir
 
@@ -101,7 +93,7 @@ def group_means(gradient):
 
 
 def whole_model_weights(source, tokens):
-    """Per block and layer, by jax.grad through the whole Decoder, of shifts of outputs."""
+    """Per block, from jax.grad through the whole Decoder with respect to shifts of outputs."""
     params = source.outer()
     depth = source.config.num_hidden_layers
     params |= {f"layers_{index}": source.block(index) for index in range(depth)}
@@ -122,49 +114,28 @@ def whole_model_weights(source, tokens):
     ]
 
 
-def shared(of_layers, source):
-    """Means over the rows of all layers that read the same array, from those of each."""
-    found, shapes = {}, layer_shapes(source.config)
-    for group in LINEAR_GROUPS:
-        rows = [shapes[name][0] for name in group]
-        found[group[0]] = np.average([of_layers[name] for name in group], axis=0, weights=rows)
-    return found
-
-
 def float32_weights(source, tokens):
-    """Per block, from this package's steps, without the driver and its bfloat16 streams.
-
-    Token weights, and sensitivities of layers.
-    """
+    """Per block, from this package's steps, without the driver and its bfloat16 streams."""
     blocks = [source.block(index) for index in range(source.config.num_hidden_layers)]
     inputs = [embed(source.outer(), tokens)]
     for block in blocks:
         inputs.append(block_forward(source.config, block, inputs[-1]))
     dx = head_backward(source.config, source.outer(), inputs.pop(), tokens)
-    weights, sensitivities = [], []
+    weights = []
     for block in reversed(blocks):
-        dx, *found, _ = block_backward(source.config, block, inputs.pop(), dx, GROUPS)
-        for into, of_block in zip((weights, sensitivities), found, strict=True):
-            into.append(of_block)
-    return weights[::-1], sensitivities[::-1]
+        dx, of_block, _ = block_backward(source.config, block, inputs.pop(), dx, GROUPS)
+        weights.append(of_block)
+    return weights[::-1]
 
 
-def assert_same(source, tokens, of_layers, rtol):
-    """Every weight, relative to itself or to a hundredth of the layer's mean.
-
-    Args:
-      of_layers: what they are to be, by layer of each block.
-    """
-    weights, sensitivities = float32_weights(source, tokens)
-    assert len(weights) == len(sensitivities) == len(of_layers)
-    for got, sensitivity, wanted in zip(weights, sensitivities, of_layers, strict=True):
-        means = {name: of_layer.mean((0, 1)) for name, of_layer in wanted.items()}
-        wanted = shared(wanted, source)
-        assert got.keys() == wanted.keys() and sensitivity.keys() == means.keys()
-        for found, expected in ((got, wanted), (sensitivity, means)):
-            for name, value in expected.items():
-                atol = 0.01 * rtol * value.mean()
-                np.testing.assert_allclose(found[name], value, rtol, atol, err_msg=name)
+def assert_close(actual, expected, rtol):
+    """Every weight, relative to itself or to a hundredth of the layer's mean."""
+    assert len(actual) == len(expected)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert set(got) == set(wanted) == set(LINEAR_LAYERS)
+        for name in LINEAR_LAYERS:
+            atol = 0.01 * rtol * wanted[name].mean()
+            np.testing.assert_allclose(got[name], wanted[name], rtol, atol, err_msg=name)
 
 
 # --- the numbers ---
@@ -187,7 +158,7 @@ def test_a_perturbation_is_added_to_the_outputs_and_only_there():
 def test_steps_in_float32_equal_the_whole_model():
     source = RandomSource()
     tokens = random_tokens(windows=2)
-    assert_same(source, tokens, whole_model_weights(source, tokens), rtol=1e-3)
+    assert_close(float32_weights(source, tokens), whole_model_weights(source, tokens), rtol=1e-3)
 
 
 def test_steps_in_float32_equal_torch(source, model_dir):
@@ -216,7 +187,7 @@ def test_steps_in_float32_equal_torch(source, model_dir):
         {name: group_means(outputs[f"{index}/{name}"].grad.numpy()) for name in LINEAR_LAYERS}
         for index in range(source.config.num_hidden_layers)
     ]
-    assert_same(source, tokens, expected, rtol=1e-3)
+    assert_close(float32_weights(source, tokens), expected, rtol=1e-3)
 
 
 # 300 tokens end in a partly filled chunk of logits; 257 fill exactly one.
@@ -250,12 +221,10 @@ def test_driver_equals_the_whole_model_up_to_bfloat16(source, tmp_path):
     assert (progress.skipped, progress.advanced) == (0, 2 * depth)
     assert sorted(contents(tmp_path)) == [f"{index:05d}.npz" for index in range(depth)]
     expected = whole_model_weights(source, tokens)
-    for got, of_layers in zip(load(tmp_path, depth), expected, strict=True):
-        wanted = shared(of_layers, source)
-        assert got.keys() == wanted.keys()
-        for name, weights in got.items():
-            assert weights.dtype == np.float32
-            error = np.linalg.norm(weights - wanted[name]) / np.linalg.norm(wanted[name])
+    for got, wanted in zip(load(tmp_path, depth), expected, strict=True):
+        for name in LINEAR_LAYERS:
+            assert got[name].dtype == np.float32
+            error = np.linalg.norm(got[name] - wanted[name]) / np.linalg.norm(wanted[name])
             assert error < 0.01, name
 
 

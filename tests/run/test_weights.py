@@ -1,6 +1,5 @@
 """Calibration with token weights against a plain computation, and what it does to a run."""
 
-import itertools
 import json
 
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from gptvq_jax.models.llama import (
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
-    FIRST_LAYERS,
     LAST,
     Files,
     Moments,
@@ -55,7 +53,7 @@ def assert_close(actual, expected):
 def random_weights(shape, seed=0):
     """With the long tails of squared gradients, and of their scale."""
     rng = np.random.default_rng(seed)
-    return {n: (1e-9 * rng.lognormal(0, 2, shape)).astype(np.float32) for n in FIRST_LAYERS}
+    return {n: (1e-9 * rng.lognormal(0, 2, shape)).astype(np.float32) for n in LINEAR_LAYERS}
 
 
 def random_activations(hidden, seed=0):
@@ -65,7 +63,7 @@ def random_activations(hidden, seed=0):
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_relative_weights_have_mean_one_in_each_group(power):
-    weights = random_weights((3, 50, 2))["mlp/down_proj"]
+    weights = random_weights((3, 50, 2))["mlp/up_proj"]
     relative = relative_weights(weights, power)
     assert relative.dtype == np.float32 and relative.shape == weights.shape
     np.testing.assert_allclose(relative.mean((0, 1), np.float64), 1, rtol=1e-6)
@@ -95,22 +93,20 @@ def test_moments_of_every_layer_and_row_group_in_float64(source, stages):
     relative = {name: relative_weights(weight, 0.5) for name, weight in weights.items()}
     float_y = jnp.asarray(y, jnp.float32)
     states = (y, *map(np.asarray, block_halves(source.config, other, float_y)))
-    moments = init_moments(block, stages, 2, want_crosses=True)
+    moments = init_moments(block, stages, relative, want_crosses=True)
     arguments = moments, 4, relative
     files = Files(x, reference=states)
     moments = run_windows(source.config, block, files, 0, max(stages), *arguments)
     found = hessians(moments)
     _, read = block_forward_with_inputs(source.config, block, jnp.asarray(x, jnp.float32))
     _, float_read = block_forward_with_inputs(source.config, other, float_y)
-    owners = {(FIRST_LAYERS[stage], k) for stage in stages for k in range(2)}
-    assert found.keys() == moments.crosses.keys() == owners
-    layers = [name for stage in stages for name in LINEAR_GROUPS[stage]]
-    for name, k in itertools.product(layers, range(2)):
-        owner = READS[name], k
+    wanted = {(name, k) for stage in stages for name in LINEAR_GROUPS[stage] for k in range(2)}
+    assert found.keys() == moments.crosses.keys() == wanted
+    for name, k in wanted:
         inputs, float_inputs = (np.asarray(r[READS[name]], np.float64) for r in (read, float_read))
-        weight = np.asarray(weights[owner[0]][..., k], np.float64) ** 0.5
+        weight = np.asarray(weights[name][..., k], np.float64) ** 0.5
         hessian = weighted_mean(inputs, inputs, weight)
-        assert_close(found[owner], hessian)
+        assert_close(found[name, k], hessian)
         # The layer of `other` where it is that model's outputs that are aimed at.
         model = other if name in CLOSING else block
         aimed, own = (
@@ -118,24 +114,24 @@ def test_moments_of_every_layer_and_row_group_in_float64(source, stages):
             for b in (model, block)
         )
         expected = weighted_mean(float_inputs @ aimed.T, inputs, weight) - own @ hessian
-        actual = shift(moments, owner, jnp.asarray(own, jnp.float32), found[owner])
+        actual = shift(moments, (name, k), jnp.asarray(own, jnp.float32), found[name, k])
         assert_close(actual, expected)
 
 
 def test_equal_weights_give_the_moments_without_weights(source):
     block, x = source.block(0), random_activations(source.config.hidden_size)
-    equal = {name: np.full((6, 16, 1), 3e-9, np.float32) for name in FIRST_LAYERS}
+    equal = {name: np.full((6, 16, 1), 3e-9, np.float32) for name in LINEAR_LAYERS}
 
     def run(weights):
         relative = weights and {name: relative_weights(w) for name, w in weights.items()}
-        moments, out = init_moments(block, range(LAST), int(bool(weights))), np.empty_like(x)
+        moments, out = init_moments(block, range(LAST), relative), np.empty_like(x)
         arguments = moments, 4, relative, out
         return hessians(run_windows(source.config, block, Files(x), 0, LAST, *arguments)), out
 
     (plain, out), (seen, same_out) = run(None), run(equal)
-    assert plain.keys() == seen.keys() == {(name, 0) for name in FIRST_LAYERS}
-    for owner, hessian in plain.items():
-        np.testing.assert_allclose(seen[owner], hessian, rtol=1e-6)
+    assert plain.keys() == {(group[0], 0) for group in LINEAR_GROUPS}
+    for name in LINEAR_LAYERS:
+        np.testing.assert_allclose(seen[name, 0], plain[READS[name], 0], rtol=1e-6)
     np.testing.assert_array_equal(out.view(np.uint16), same_out.view(np.uint16))
     nothing = np.empty_like(x)
     run_windows(source.config, block, Files(x), 0, LAST, Moments({}, {}), 4, None, nothing)
@@ -183,11 +179,10 @@ def losses(source, path, weights, sequential=False):
             w = np.asarray(get_layer(block, name)["kernel"], np.float64).T
             q = np.asarray(get_layer(quantized, name)["kernel"], np.float64).T
             error = signal = 0.0
-            of_layer = weights[group[0]]
-            count = of_layer.shape[-1]
+            count = weights[name].shape[-1]
             parts = zip(np.split(w, count), np.split(q, count), range(count), strict=True)
             for w, q, k in parts:
-                h = weighted_mean(read[group[0]], read[group[0]], of_layer[..., k])
+                h = weighted_mean(read[group[0]], read[group[0]], weights[name][..., k])
                 error += np.sum((w - q) @ h * (w - q))
                 signal += np.sum(w @ h * w)
             found[name] = error, signal
