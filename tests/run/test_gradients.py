@@ -190,7 +190,7 @@ def test_steps_in_float32_equal_torch(source, model_dir):
     assert_close(float32_weights(source, tokens), expected, rtol=1e-3)
 
 
-# 300 tokens end in a partly filled chunk of logits; 257 fill exactly one.
+# 300 tokens end in a partly filled chunk of logits; 257 fill exactly two.
 @pytest.mark.parametrize("seqlen", [2, 257, 300])
 def test_gradient_of_the_head_equals_that_of_all_logits_at_once(source, seqlen):
     config, outer, tokens = source.config, source.outer(), random_tokens(2, seqlen)
