@@ -1,5 +1,7 @@
 """A random two-block model with a byte-level tokenizer, and a text to calibrate on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -9,6 +11,25 @@ from gptvq_jax.config import default_config
 from gptvq_jax.study.random_model import write_random_llama
 
 NUM_BLOCKS = 3
+CONFIG = """
+from gptvq_jax.config import default_config
+def get_config():
+    config = default_config()
+    config.model = {model!r}
+    config.vq.codebook_update, config.vq.polish_rounds = "none", 0
+    config.calibration.dataset, config.evaluation.dataset = {texts!r}
+    config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
+    {more}
+    return config
+"""
+
+
+def config_file(path: Path, model_dir: Path, text_files: list[str], *more: str) -> Path:
+    """A quick run as a config file, with more lines on `config`."""
+    lines = "\n    ".join(more)
+    path.write_text(CONFIG.format(model=str(model_dir), texts=text_files, more=lines))
+    return path
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ Rows whose outputs matter at different tokens may have Hessians of their own (Gu
 2505.07004): the layer is then cut into groups of rows, each quantized as a layer by itself.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,15 +51,11 @@ def quantize_layers(problems: Sequence[Problem]) -> list[VQTensor]:
       ValueError: a weight is too large for the format, or a result is not finite.
     """
     targets = parallel(_targets, problems)
-    parts = [
-        part for problem, of_layer in zip(problems, targets, strict=True)
-        for part in _parts(problem, of_layer)
-    ]  # fmt: skip
-    tensors = iter(parallel(lambda part: part(), parts))
+    parts = [list(_parts(*of_layer)) for of_layer in zip(problems, targets, strict=True)]
+    tensors = iter(parallel(lambda part: part(), itertools.chain(*parts)))
     done = []
-    for problem, of_layer in zip(problems, targets, strict=True):
-        count = sum(1 for _ in _parts(problem, of_layer))
-        tensor = concat_rows([next(tensors) for _ in range(count)])
+    for problem, of_layer, own in zip(problems, targets, parts, strict=True):
+        tensor = concat_rows([next(tensors) for _ in own])
         peak = max(float(jnp.max(jnp.abs(target))) for target in of_layer)
         _check_range(tensor, peak, problem.name)
         done.append(tensor)

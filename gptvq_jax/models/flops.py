@@ -15,13 +15,22 @@ from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK
+from gptvq_jax.models.llama import HEAD_CHUNK, STAGES
+
+
+def stage_weights(config: ModelConfig) -> tuple[int, ...]:
+    """Of the linear layers of each of llama.STAGES."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = (
+        count * config.head_dim
+        for count in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    return hidden * (q + 2 * kv), q * hidden, 2 * hidden * inner, inner * hidden
 
 
 def linear_weights(config: ModelConfig) -> int:
     """P, the weights of the linear layers of a block."""
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    return config.hidden_size * (heads + 3 * config.intermediate_size)
+    return sum(stage_weights(config))
 
 
 def visible_pairs(config: ModelConfig, time: int, chunk_size: int = 128) -> int:
@@ -48,29 +57,19 @@ def attention(config: ModelConfig, batch: int, time: int, chunk_size: int = 128)
 
 def block_forward(config: ModelConfig, batch: int, time: int) -> int:
     """A block on (batch, time, hidden)."""
-    layers = product(batch * time, linear_weights(config), 1)
-    return layers + attention(config, batch, time)
+    return stage_flops(config, range(len(STAGES)), batch, time)
 
 
 def stage_flops(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
     """Some stages of a block (llama.STAGES) on (batch, time, hidden)."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    hidden, inner = config.hidden_size, config.intermediate_size
-    weights = (
-        hidden * (heads + 2 * kv_heads) * config.head_dim,
-        heads * config.head_dim * hidden,
-        2 * hidden * inner,
-        inner * hidden,
-    )
-    stages = tuple(stages)
+    stages, weights = tuple(stages), stage_weights(config)
     layers = product(batch * time, sum(weights[stage] for stage in stages), 1)
     return layers + (0 in stages) * attention(config, batch, time)
 
 
 def block_inputs(config: ModelConfig, batch: int, time: int) -> int:
     """The same where only what its layers read is wanted: down_proj is not executed."""
-    last = product(batch * time, config.intermediate_size, config.hidden_size)
-    return block_forward(config, batch, time) - last
+    return stage_flops(config, range(len(STAGES) - 1), batch, time)
 
 
 def block_backward(config: ModelConfig, batch: int, time: int) -> int:
@@ -85,8 +84,7 @@ def block_backward(config: ModelConfig, batch: int, time: int) -> int:
 
 def block_tuning(config: ModelConfig, batch: int, time: int) -> int:
     """Loss of a block, and gradients with respect to all its weights and norms: a tuning step."""
-    layers = product(batch * time, linear_weights(config), 1)
-    return 3 * (layers + attention(config, batch, time))
+    return 3 * block_forward(config, batch, time)
 
 
 def head_forward(

@@ -20,6 +20,8 @@ from gptvq_jax.files.durable import replacing
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 _STORED = {BFLOAT16: np.dtype(np.uint16), FLOAT32: FLOAT32}  # .npy has no name for bfloat16
 
+_HEADER = 128  # bytes, which numpy fills up to a multiple of 64
+
 
 class Activations:
     """Reads a finished file: `activations[2:4]` is an array in memory, as is [[3, 0]].
@@ -101,6 +103,11 @@ def writing(path: Path, shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> I
         contextlib.closing(Writer(partial, shape, dtype)) as out,
     ):
         yield out
+
+
+def file_bytes(shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> int:
+    """Of such a file."""
+    return num_bytes(shape, dtype) + _HEADER
 
 
 def num_bytes(shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> int:

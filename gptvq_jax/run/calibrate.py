@@ -9,6 +9,7 @@ moments of its own, one for each group of its rows; without, layers that read th
 one.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -22,11 +23,14 @@ from gptvq_jax.core.hessian import (
     Moment,
     add_inputs,
     add_products,
+    factorize,
     init_moment,
     mean,
     mean_product,
     tile_size,
 )
+from gptvq_jax.methods.layer import Objective
+from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
 from gptvq_jax.run.activations import Activations, Writer
@@ -138,14 +142,14 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
         inputs[owner] = add_inputs(inputs[owner], read, weight)
         if owner not in crosses:
             continue
+        states = [reference[number] for number in _STATES[stage]]
         if STAGES[stage] in _CLOSING:
-            before, after = reference[:2] if stage == 1 else reference[1:]
+            before, after = states
             rows = crosses[owner].total.shape[0]
             other = (after - before)[..., group * rows : (group + 1) * rows]
         else:
             if float_read is None:
-                own = reference.entrance if stage == 0 else reference.middle
-                *_, float_read = run_stage(config, block, stage, own, None)
+                *_, float_read = run_stage(config, block, stage, *states, None)
             other = float_read
         crosses[owner] = add_products(crosses[owner], other, read, weight)
     return Moments(inputs, crosses)
@@ -218,6 +222,25 @@ def moment_flops(moments: Moments, tokens: int) -> int:
 def hessians(moments: Moments) -> dict[Owner, jax.Array]:
     """Mean w y y^T by owner, (C, C)."""
     return {owner: mean(moment) for owner, moment in moments.inputs.items()}
+
+
+def objectives(moments: Moments, damping: float, name: str) -> dict[Owner, Objective]:
+    """By owner, its Hessian and the factor; without a shift.
+
+    Args:
+      moments: of all windows.
+      damping: of `hessian.factorize`.
+      name: of the block, for messages.
+    """
+    found = hessians(moments)
+    factors = parallel(lambda owner: factorize(found[owner], damping, f"{name}/{owner[0]}"), found)
+    pairs = zip(found.values(), factors, strict=True)
+    return dict(zip(found, itertools.starmap(Objective, pairs), strict=True))
+
+
+def factor_flops(moments: Moments) -> float:
+    """Of `objectives`."""
+    return sum(flops.inverse_cholesky(m.total.shape[0]) for m in moments.inputs.values())
 
 
 def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array) -> jax.Array:

@@ -21,7 +21,6 @@ import numpy as np
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
-from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.vq_tensor import dequantize_compiled
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.layer import (
@@ -35,7 +34,7 @@ from gptvq_jax.methods.layer import (
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
-from gptvq_jax.run.calibrate import Moments, hessians, owners
+from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.sizes import packed_bytes
 
@@ -57,31 +56,31 @@ def measure(
       token_weights: {layer: (n, T, g)}, squared gradients.
     """
     settings = context.settings
-    found = hessians(moments)
     weighted = token_weights if settings.calibration.gradient_groups else None
-    names = {owner: f"layers_{index}/{owner[0]}" for owner in found}
     context.progress.note(f"block {index} Hessians")
-    factors = parallel(lambda o: factorize(found[o], settings.damping, names[o]), found)
-    factor_of = dict(zip(found, factors, strict=True))
+    found = objectives(moments, settings.damping, f"layers_{index}")
+    sensitivities = {n: w.mean(axis=(0, 1), dtype=np.float64) for n, w in token_weights.items()}
 
     problems: list[Problem] = []
-    scales: list[list[float]] = []  # of the losses, from the rows that were taken to all of them
+    scales: list[np.ndarray] = []  # of the losses, from the rows that were taken to all of them
     for name in LINEAR_LAYERS:
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-        objectives = [Objective(found[o], factor_of[o]) for o in owners(name, weighted)]
+        of_layer = [found[owner] for owner in owners(name, weighted)]
+        whole = _sizes(weight, of_layer)
         for candidate in to_measure(settings.candidates, settings.allocation.measured):
             quick = dataclasses.replace(
                 candidate, em_iterations=settings.allocation.em_iterations, polish_rounds=0
             )
             part, grid = weight, None
             if settings.allocation.sample:
-                part, grid = sample_rows(weight, len(objectives), candidate)
+                part, grid = sample_rows(weight, len(of_layer), candidate)
             key = jax.random.key(settings.seed)
             quantize = METHODS[settings.method].quantize
             problems.append(
-                Problem(quantize, quick, part, objectives, key, name=name, part_grid=grid)
+                Problem(quantize, quick, part, of_layer, key, name=name, part_grid=grid)
             )
-            scales.append(_ratios(weight, part, objectives))
+            taken = _sizes(part, of_layer)
+            scales.append(np.divide(whole, taken, out=np.ones_like(whole), where=taken > 0))
     context.progress.note(f"block {index} error curves")
     tensors = quantize_layers(problems)
 
@@ -89,12 +88,10 @@ def measure(
         problem = problems[number]
         quantized = dequantize_compiled(tensors[number])
         parts = np.multiply(losses(problem.weight, quantized, problem.objectives), scales[number])
-        sensitivity = token_weights[problem.name].mean(axis=(0, 1), dtype=np.float64)
-        return float(np.dot(np.broadcast_to(sensitivity, parts.shape), parts))
+        return float(np.dot(np.broadcast_to(sensitivities[problem.name], parts.shape), parts))
 
-    solved = sum(flops.inverse_cholesky(hessian.shape[0]) for hessian in found.values())
     sizes = (most_flops(p) + flops.unit(*p.weight.shape) for p in problems)
-    context.stopwatch.flops(solved + sum(sizes))
+    context.stopwatch.flops(factor_flops(moments) + sum(sizes))
     measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
     for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
         measured.setdefault(problem.name, []).append((problem.settings, loss))
@@ -172,18 +169,10 @@ def sample_rows(
     return weight.reshape(groups, -1, cols)[:, chosen].reshape(-1, cols), grid
 
 
-def _ratios(weight: jax.Array, part: jax.Array, objectives: Sequence[Objective]) -> list[float]:
-    """By row group, sum_rc W_rc^2 H_cc of all rows over that of those taken; 1 where it is 0."""
-    if len(weight) == len(part):
-        return [1.0] * len(objectives)
-    groups = len(objectives)
-    ratios = []
-    pairs = zip(row_groups(weight, groups), row_groups(part, groups), objectives, strict=True)
-    for whole, taken, objective in pairs:
+def _sizes(weight: jax.Array, objectives: Sequence[Objective]) -> np.ndarray:
+    """By row group, sum_rc W_rc^2 H_cc, in float64."""
+    sizes = []
+    for rows, objective in zip(row_groups(weight, len(objectives)), objectives, strict=True):
         diagonal = np.asarray(jnp.diagonal(objective.hessian), np.float64)
-        size, of_part = (
-            float(np.square(np.asarray(rows, np.float64)).sum(axis=0) @ diagonal)
-            for rows in (whole, taken)
-        )
-        ratios.append(size / of_part if of_part > 0 else 1.0)
-    return ratios
+        sizes.append(np.square(np.asarray(rows, np.float64)).sum(axis=0) @ diagonal)
+    return np.array(sizes)

@@ -23,7 +23,7 @@ from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import HEAD_CHUNK, Params, block_forward, head_logits
 from gptvq_jax.models.source import ModelSource
-from gptvq_jax.run.activations import FLOAT32, num_bytes
+from gptvq_jax.run.activations import FLOAT32, file_bytes
 from gptvq_jax.run.embedding import head_on_device, write_embeddings
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.stream_memory import StreamMemory
@@ -32,7 +32,6 @@ from gptvq_jax.run.walk import walk
 
 PRECISION = "multiplied in float32"  # models/layers.py sees to it, the packed kernels too
 _MEMORY_BYTES = 256 << 20  # activations of so little text need no files
-_HEADER = 128  # bytes of a file
 _INPUTS, _LOSSES = "evaluation", "losses"  # streams
 
 
@@ -76,8 +75,8 @@ class Evaluation:
     def peak_bytes(self) -> int:
         """Most bytes of its streams at once: at three points, and the losses."""
         count, time = self._windows.shape
-        losses = num_bytes((count, time - 1, 1), FLOAT32)
-        return 3 * (num_bytes(self._shape, FLOAT32) + _HEADER) + losses + _HEADER
+        losses = file_bytes((count, time - 1, 1), FLOAT32)
+        return 3 * file_bytes(self._shape, FLOAT32) + losses
 
     def position(self, order: range) -> int:
         """See Visitor.

@@ -37,7 +37,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import curves, forward
-from gptvq_jax.run.activations import num_bytes
+from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
@@ -52,7 +52,7 @@ from gptvq_jax.run.embedding import head_on_device
 from gptvq_jax.run.evaluate import token_nll
 
 STREAM = "gradient"  # of the loss with respect to x, at the points between blocks
-_HEADER_BYTES = 512  # of one array in a file, at most
+_HEADER_BYTES = 512  # of one array in a file of token weights, at most
 
 
 def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> int:
@@ -63,7 +63,7 @@ def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> 
       shape: of the tokens (n, T).
       num_groups: g.
     """
-    stream = num_bytes((*shape, config.hidden_size)) + _HEADER_BYTES
+    stream = file_bytes((*shape, config.hidden_size))
     weights = len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
     return 3 * stream + config.num_hidden_layers * weights
 

@@ -19,7 +19,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
-from gptvq_jax.run.activations import num_bytes
+from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.forward import Forward
 from gptvq_jax.run.gradients import Backward
@@ -27,8 +27,6 @@ from gptvq_jax.run.quantize import Plan, Quantize, num_quantized, wants_float, w
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.walk import Visitor, walk
 from gptvq_jax.run.workdir import WorkDir
-
-_HEADER = 128  # of a file of activations
 
 
 def quantize_model(
@@ -162,9 +160,9 @@ def peak_bytes(
     if settings.true_sequential:
         count += 1
         width = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
-        size += num_bytes((*shape, width)) + _HEADER
+        size += file_bytes((*shape, width))
     return size + count * stream
 
 
 def _stream_bytes(config: ModelConfig, shape: tuple[int, int]) -> int:
-    return num_bytes((*shape, config.hidden_size)) + _HEADER
+    return file_bytes((*shape, config.hidden_size))

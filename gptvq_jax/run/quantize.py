@@ -21,10 +21,8 @@ import numpy as np
 
 from gptvq_jax.config import RunSettings, to_dict
 from gptvq_jax.core import flops, metrics
-from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled, unused_centroids
 from gptvq_jax.methods.layer import (
-    Objective,
     Problem,
     most_flops,
     quantize_layers,
@@ -48,9 +46,10 @@ from gptvq_jax.run.calibrate import (
     LAST,
     Files,
     Moments,
-    hessians,
+    factor_flops,
     init_moments,
     moment_flops,
+    objectives,
     owners,
     relative_weights,
     run_windows,
@@ -59,6 +58,7 @@ from gptvq_jax.run.calibrate import (
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.finetune import Pairs, tune_block
+from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block, dequantize_tree
 
 Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
@@ -81,7 +81,6 @@ class Quantize:
         settings = context.settings
         self.writer = CheckpointWriter(context.workdir.checkpoint, settings.dense_dtype)
         self.finished = self.writer.finished_blocks()
-        self._depth = context.source.config.num_hidden_layers
         self._last = num_quantized(settings, context.source.config)
         self._float_inputs = settings.calibration.inputs == "float"
         self.releases = (STREAM, forward.STREAM, forward.MIDDLE)
@@ -90,8 +89,7 @@ class Quantize:
         """Blocks of the checkpoint; what a killed run has left of the next one is dropped."""
         files = self._context.files
         files.drop(STREAM, keep=range(self.finished + 1))
-        files.drop(_HALF)
-        files.drop(_INNER)
+        _drop_inside(files)
         workdir = self._context.workdir
         rows = [row for row in workdir.metrics() if row["kind"] in ("layer", "block")]
         workdir.keep_metrics([row for row in rows if row["block"] < self.finished])
@@ -196,18 +194,14 @@ class _Block:
             moments = self._run(at, 0, LAST - 1, self._moments(range(LAST)))
             self._quantize(LINEAR_LAYERS, moments)
         if settings.tune.block:
-            self._drop_inside()
+            _drop_inside(self._files)
             start, at = 0, Files(self._files.read(self._stream, self._index))
             self._tune()
         if goes_on:
             with self._files.write(STREAM, self._index + 1, at.x.shape) as out:
                 self._run(at, start, LAST, Moments({}, {}), out)
-        self._drop_inside()
+        _drop_inside(self._files)
         return self._packed, self._rows
-
-    def _drop_inside(self) -> None:
-        self._files.drop(_HALF)
-        self._files.drop(_INNER)
 
     def _stage_by_stage(self, at: Files) -> tuple[int, Files]:
         """Quantizes the layers of one stage after the other; where the last one starts from."""
@@ -278,29 +272,23 @@ class _Block:
 
     def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
         settings = self._context.settings
-        found = hessians(moments)
+        found = objectives(moments, settings.damping, f"layers_{self._index}")
         weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
-        of_layers = {name: owners(name, self._weights) for name in names}
-
-        def factor(owner):
-            return factorize(found[owner], settings.damping, f"layers_{self._index}/{owner[0]}")
-
-        factors = dict(zip(found, parallel(factor, found), strict=True))
 
         def problem(name: str) -> Problem:
-            groups = of_layers[name]
-            objectives = []
+            groups, of_layer = owners(name, self._weights), []
             for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
-                shifted = None
+                objective = found[owner]
                 if owner in moments.crosses:
-                    shifted = shift(moments, owner, rows, found[owner])
-                objectives.append(Objective(found[owner], factors[owner], shifted))
+                    shifted = shift(moments, owner, rows, objective.hessian)
+                    objective = objective._replace(shift=shifted)
+                of_layer.append(objective)
             key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
             return Problem(
                 METHODS[settings.method].quantize,
                 self._plan.get((self._index, name), settings.method_settings),
                 weights[name],
-                objectives,
+                of_layer,
                 jax.random.fold_in(key, LINEAR_LAYERS.index(name)),
                 settings.calibration.asymmetry,
                 f"layers_{self._index}/{name}",
@@ -332,10 +320,17 @@ class _Block:
         self._rows.append({"kind": "block", "block": self._index, **row, "seconds": seconds})
 
 
+def _drop_inside(files: StreamStore) -> None:
+    """Forgets what stages have left inside a block."""
+    for stream in (_HALF, _INNER):
+        files.drop(stream)
+
+
 def _flops(problems: Sequence[Problem], moments: Moments) -> float:
     """Of quantizing layers and measuring their errors."""
-    solved = sum(flops.inverse_cholesky(m.total.shape[0]) for m in moments.inputs.values())
-    return solved + sum(most_flops(p) + 2 * flops.unit(*p.weight.shape) for p in problems)
+    return factor_flops(moments) + sum(
+        most_flops(p) + 2 * flops.unit(*p.weight.shape) for p in problems
+    )
 
 
 def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:

@@ -145,15 +145,13 @@ class WorkDir:
             self.path / "gradients",
             self._curves(0).parent,
         ):
-            for path in folder.glob("*.partial"):
-                path.unlink()
+            _drop_partial(folder)
 
     def evaluation(self, model: str) -> StreamFiles:
         """Streams of the held-out text in the "float" or the "quantized" model, and its losses."""
         path = self.path / "evaluation" / model
         durable.make_directory(path)
-        for partial in path.glob("*.partial"):
-            partial.unlink()
+        _drop_partial(path)
         return StreamFiles(path)
 
     def check_room(self, num_bytes: int, *kept: str) -> None:
@@ -266,6 +264,12 @@ class WorkDir:
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows, all of them or none."""
         durable.append_lines(self.path / "metrics.jsonl", rows)
+
+
+def _drop_partial(folder: Path) -> None:
+    """Removes what a killed process was writing there."""
+    for path in folder.glob("*.partial"):
+        path.unlink()
 
 
 class Streams(StreamFiles):

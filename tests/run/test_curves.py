@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from first_passes import find
+from tiny_run import config_file
 
 from gptvq_jax.config import AllocationSettings, CalibrationSettings, RunSettings
 from gptvq_jax.core import knapsack
@@ -197,19 +198,13 @@ def test_the_plan_from_three_candidates_is_close_to_that_from_all(measured):
 @pytest.fixture
 def command(model_dir, text_files, tmp_path):
     """Runs quantize.py with a budget and some flags."""
-    config = tmp_path / "budget.py"
-    config.write_text(
-        "from gptvq_jax.config import default_config\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        f"    config.model, config.num_blocks = {str(model_dir)!r}, 1\n"
-        f"    config.allocation.bits_per_value, config.allocation.bits = 1.5, {BITS[:3]}\n"
-        "    config.vq.codebook_update, config.vq.codebook_overhead = 'none', 0.5\n"
-        "    config.vq.polish_rounds = 0\n"
-        f"    config.calibration.dataset, config.evaluation.dataset = {text_files}\n"
-        "    config.calibration.num_windows, config.calibration.seqlen = 4, 32\n"
-        "    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32\n"
-        "    return config\n"
+    config = config_file(
+        tmp_path / "budget.py",
+        model_dir,
+        text_files,
+        "config.num_blocks, config.calibration.num_windows = 1, 4",
+        f"config.allocation.bits_per_value, config.allocation.bits = 1.5, {BITS[:3]}",
+        "config.vq.codebook_overhead = 0.5",
     )
 
     def run(*words):

@@ -8,26 +8,21 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_run import config_file
 
 SCRIPT = Path(__file__).parents[2] / "scripts/quantize.py"
-CONFIG = """
-from gptvq_jax.config import default_config
-def get_config():
-    c = default_config()
-    c.model, c.num_blocks = {model!r}, 2
-    c.vq.bits, c.vq.group_size, c.vq.em_iterations = 1.0, 2048, 1
-    c.vq.codebook_update, c.vq.polish_rounds = "none", 0
-    c.calibration.dataset, c.evaluation.dataset = {texts!r}
-    c.calibration.num_windows, c.calibration.seqlen = 6, 32
-    c.evaluation.num_windows, c.evaluation.seqlen = 4, 32
-    return c
-"""
 
 
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment(model_dir, text_files, tmp_path):
-    (tmp_path / "c.py").write_text(CONFIG.format(model=str(model_dir), texts=text_files))
-    command = [sys.executable, SCRIPT, f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path}/w"]
+    config = config_file(
+        tmp_path / "c.py",
+        model_dir,
+        text_files,
+        "config.num_blocks = 2",
+        "config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1",
+    )
+    command = [sys.executable, SCRIPT, f"--config={config}", f"--workdir={tmp_path}/w"]
 
     def start():
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -17,7 +17,7 @@ from gptvq_jax.models.llama import (
     with_layer,
 )
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import job
+from gptvq_jax.run import calibrate, job
 from gptvq_jax.run import quantize as quantize_pass
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
 
@@ -116,13 +116,13 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
 
     Activations between two stages are bfloat16. A tuned block changes again once it is quantized.
     """
-    found, hessians = [], quantize_pass.hessians
+    found, hessians = [], calibrate.hessians
 
     def keeping(moments):
         found.append(hessians(moments))
         return found[-1]
 
-    monkeypatch.setattr(quantize_pass, "hessians", keeping)
+    monkeypatch.setattr(calibrate, "hessians", keeping)
     blocks, tune_block = [], quantize_pass.tune_block
 
     def before_tuning(config, block, *arguments, **options):

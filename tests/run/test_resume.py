@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_run import config_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,18 +20,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def command(tmp_path, model_dir, text_files):
     """A quantize.py command line on the tiny model, and its environment."""
-    config = tmp_path / "tiny.py"
-    config.write_text(
-        "from gptvq_jax.config import default_config\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        f"    config.model = {str(model_dir)!r}\n"
-        "    config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1\n"
-        "    config.vq.codebook_update, config.vq.polish_rounds = 'none', 0\n"
-        f"    config.calibration.dataset, config.evaluation.dataset = {text_files!r}\n"
-        "    config.calibration.num_windows, config.calibration.seqlen = 6, 32\n"
-        "    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32\n"
-        "    return config\n"
+    config = config_file(
+        tmp_path / "tiny.py",
+        model_dir,
+        text_files,
+        "config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1",
     )
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
