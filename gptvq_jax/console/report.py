@@ -49,6 +49,8 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
     mib = 1 / 2**20
     embedding_bytes = summary["embedding_bytes"]
     embeddings = f"int8 embeddings {embedding_bytes * mib:.1f} MiB, " if embedding_bytes else ""
+    resumed = summary.get("resumed_at") is not None
+    stopped = "; the run was stopped before, which is not in it" if resumed else ""
     lines = [
         ("bits per value", f"{summary['bits_per_value']:.4f}  (codes, codebooks and scales of "
          f"{summary['num_layers']} layers)"),
@@ -60,7 +62,7 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
         *([("block tuning", _tuning_text(tuned))] if tuned else []),
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "
-         f"{summary['compile_seconds']:.0f} s"),
+         f"{summary['compile_seconds']:.0f} s{stopped}"),
         ("stages", ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in stages_of(summary).items())),
         ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]  # fmt: skip

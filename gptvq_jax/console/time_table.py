@@ -49,9 +49,12 @@ def _parts(rows: Rows) -> dict[str, dict[str, Any]]:
     """{line: what is known of it}, in the order of the table."""
     summary = rows[-1]
     stages = stages_of(summary)
+    first = summary.get("resumed_at") or 0  # blocks before it took their time in another process
     by_layer: dict[str, float] = {}
     for row in rows[:-1]:
-        if row["kind"] == "layer":  # the tuning of a block is a stage of its own
+        if (
+            row["kind"] == "layer" and row["block"] >= first
+        ):  # the tuning of a block is a stage of its own
             by_layer[row["layer"]] = by_layer.get(row["layer"], 0.0) + row["seconds"]
     totals = totals_of(summary)
     if "elsewhere" not in stages:  # of older code, whose stages did not overlap

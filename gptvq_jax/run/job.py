@@ -80,6 +80,7 @@ def _quantize(
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
     _check_plan(source, settings)
+    goes_on = workdir.begun()
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out = evaluation_tokens(source, settings)
@@ -95,7 +96,8 @@ def _quantize(
         of_float = Evaluation(*parts, files, stopwatch)
         check_room(files.directory, of_float.peak_bytes - directory_bytes(files.directory))
     riders = () if of_float is None else (of_float,)
-    quantize_model(source, settings, workdir, tokens, stopwatch, riders).finalize()
+    blocks = quantize_model(source, settings, workdir, tokens, stopwatch, riders)
+    blocks.finalize()
     if of_float is not None:
         walk(source, [of_float], order, stopwatch)  # where a killed run has left it behind
         perplexity_float = of_float.perplexity()
@@ -123,6 +125,8 @@ def _quantize(
         "perplexity_quantized": after,
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "calibration": describe(settings.calibration.dataset, tokens),
+        # What follows is of this process alone, and so are the rows of blocks from here on.
+        "resumed_at": blocks.finished if goes_on else None,
         **stopwatch.summary(),
         "peak_memory_bytes": peak_memory_bytes(),
     }

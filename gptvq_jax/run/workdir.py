@@ -74,7 +74,7 @@ class WorkDir:
     def __exit__(self, kind, *_):
         try:
             # A run that was refused for its text, say, must not be in the way of the corrected one.
-            if kind is not None and not self._begun():
+            if kind is not None and not self.begun():
                 (self.path / "config.json").unlink(missing_ok=True)
         finally:
             self.close()
@@ -132,7 +132,7 @@ class WorkDir:
                 "Restore the config to resume, or pass another --workdir"
             )
 
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
         """Whether anything is there that was made with the config."""
         made = ("tokens.npy", "checkpoint", "gradients", "curves", "activations/*", "metrics.jsonl")
         return any(any(self.path.glob(pattern)) for pattern in made)

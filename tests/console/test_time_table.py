@@ -15,10 +15,10 @@ def stage(*values):
 
 
 LAYERS = [
-    {"kind": "layer", "layer": "mlp/up_proj", "seconds": 20.0},
-    {"kind": "block", "seconds": 7.0},
-    {"kind": "layer", "layer": "self_attn/q_proj", "seconds": 3.0},
-    {"kind": "layer", "layer": "mlp/up_proj", "seconds": 10.5},
+    {"kind": "layer", "block": 0, "layer": "mlp/up_proj", "seconds": 20.0},
+    {"kind": "block", "block": 0, "seconds": 7.0},
+    {"kind": "layer", "block": 1, "layer": "self_attn/q_proj", "seconds": 3.0},
+    {"kind": "layer", "block": 1, "layer": "mlp/up_proj", "seconds": 10.5},
 ]
 NEW = {
     "kind": "summary",
@@ -66,6 +66,15 @@ def test_a_run_and_the_rate_of_its_processor():
         ("  self_attn/q_proj", "3.0 3.0% - - - - - - -"),
         ("total", "100.0 100.0% 8.5 0.085 42.5% 1.62 12.0 3.00 1.00"),
     ]
+
+
+@pytest.mark.parametrize(
+    "resumed_at, up_proj", [(None, "30.5 30.5%"), (0, "30.5 30.5%"), (1, "10.5 10.5%"), (2, None)]
+)
+def test_layers_of_an_earlier_process_are_not_in_its_time(resumed_at, up_proj):
+    lines = dict(words(table([*LAYERS, {**NEW, "resumed_at": resumed_at}])))
+    expected = None if up_proj is None else f"{up_proj} - - - - - - -"
+    assert lines.get("  mlp/up_proj") == expected
 
 
 def test_columns_stand_under_their_names():

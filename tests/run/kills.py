@@ -110,7 +110,7 @@ def run(config, path: Path) -> Counter[Visit]:
 
 
 _TOOK = (
-    *("seconds", "compile_seconds", "stages", "totals"),
+    *("seconds", "compile_seconds", "stages", "totals", "resumed_at"),
     *("peak_memory_bytes", "checkpoint_bytes"),
 )
 
