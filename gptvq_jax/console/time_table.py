@@ -52,9 +52,8 @@ def _parts(rows: Rows) -> dict[str, dict[str, Any]]:
     first = summary.get("resumed_at") or 0  # blocks before it took their time in another process
     by_layer: dict[str, float] = {}
     for row in rows[:-1]:
-        if (
-            row["kind"] == "layer" and row["block"] >= first
-        ):  # the tuning of a block is a stage of its own
+        # The tuning of a block is a stage of its own.
+        if row["kind"] == "layer" and row["block"] >= first:
             by_layer[row["layer"]] = by_layer.get(row["layer"], 0.0) + row["seconds"]
     totals = totals_of(summary)
     if "elsewhere" not in stages:  # of older code, whose stages did not overlap
