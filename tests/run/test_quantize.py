@@ -156,6 +156,46 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
         x = block_forward(source.config, packed.block(index), x)
 
 
+def test_stage_by_stage_every_layer_aims_at_the_outputs_of_the_float_model(
+    quantize, tiny_config, monkeypatch
+):
+    """S = mean (W x - W y) y^T in float64: x of the float model, y behind quantized layers.
+
+    What passes from stage to stage is bfloat16; here it is not.
+    """
+    seen, quantize_layers = {}, quantize_pass.quantize_layers
+
+    def keeping(problems):
+        seen.update({problem.name: problem.objectives for problem in problems})
+        return quantize_layers(problems)
+
+    monkeypatch.setattr(quantize_pass, "quantize_layers", keeping)
+    given = {"num_blocks": 2, "true_sequential": True, "calibration.asymmetry": 0.5}
+    _, _, path = quantize("run", **given)
+    source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
+    config, float_x = source.config, embed(source.outer(), np.load(path / "tokens.npy"))
+    own_x = float_x
+    for index in range(2):
+        own_x, float_x = (
+            jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in (own_x, float_x)
+        )
+        mixed = dense = source.block(index)
+        float_x, float_read = block_forward_with_inputs(config, dense, float_x)
+        for group in LINEAR_GROUPS:
+            _, read = block_forward_with_inputs(config, mixed, own_x)
+            x, y = (np.asarray(r[group[0]], np.float64) for r in (float_read, read))
+            x, y = (rows.reshape(-1, rows.shape[-1]) for rows in (x, y))
+            for name in group:
+                (objective,) = seen[f"layers_{index}/{name}"]
+                w = np.asarray(get_layer(dense, name)["kernel"], np.float64).T
+                distance, size = (np.linalg.norm(w @ a.T @ y / len(y)) for a in (x - y, x))
+                error = np.linalg.norm(objective.shift - w @ (x - y).T @ y / len(y))
+                assert error < 5e-3 * size
+                assert distance > 0.3 * size or index == 0 and group == LINEAR_GROUPS[0]
+                mixed = with_layer(mixed, name, get_layer(packed.block(index), name)["kernel"])
+        own_x = block_forward(config, mixed, own_x)
+
+
 def test_num_blocks_leaves_the_rest_dense(quantize, tiny_config):
     summary, layers, path = quantize("run", num_blocks=1)
     assert {block for block, _ in layers} == {0}
