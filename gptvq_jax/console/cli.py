@@ -3,6 +3,7 @@
 This file imports nothing that takes long: from its import on, Ctrl-C ends a script in one line.
 """
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -30,6 +31,11 @@ class _Interrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.on_signal)
         sys.unraisablehook = self.unraisable
+
+    def ignore(self) -> None:
+        """While Python takes itself down it would give Ctrl-C back to the system, which kills it."""
+        if signal.getsignal(signal.SIGINT) == self.on_signal:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def on_signal(self, _, frame) -> None:
         if self.seen or self.at_exit or _imports(frame):
@@ -80,6 +86,7 @@ def leave(status: int, line: str = "") -> None:
 
 _interrupts = _Interrupts()
 sys.excepthook = _interrupts.uncaught
+atexit.register(_interrupts.ignore)  # the first to be registered is the last to be called
 
 from absl import app, flags  # noqa: E402 - Ctrl-C is one line from here on
 from absl import logging as absl_logging  # noqa: E402

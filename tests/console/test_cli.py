@@ -57,6 +57,13 @@ def test_ctrl_c_is_one_line_and_status_130(body, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_ctrl_c_after_everything_changes_nothing(tmp_path):
+    last = "class Last:\n    def __del__(self): kill(pid, 2)\n"
+    body = f"global last, kill, pid\nkill, pid = os.kill, os.getpid()\n{last}last = Last()"
+    done = script(body, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ctrl_c_before_the_job_is_one_line_too(tmp_path):
     path = tmp_path / "script.py"
     code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import gptvq_jax.console.cli"
