@@ -43,7 +43,7 @@ class AllocationSettings:
     bits: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # ... with dim * bits whole, 1 to 8
     em_iterations: int = 5  # of the measured error curves, which are made without polish
     measured: int = 3  # candidates of each dimension, the others lie on a curve; 0: all of them
-    sample: bool = True  # measure on some of a layer's rows; False: on all of them
+    sample: bool = True  # measure on some rows and windows; False: on all of them
 
 
 @dataclasses.dataclass(frozen=True)

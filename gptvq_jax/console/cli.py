@@ -33,7 +33,7 @@ class _Interrupts:
         sys.unraisablehook = self.unraisable
 
     def ignore(self) -> None:
-        """While Python takes itself down it would give Ctrl-C back to the system, which kills it."""
+        """While Python shuts down it would give Ctrl-C back to the system, which kills it."""
         if signal.getsignal(signal.SIGINT) == self.on_signal:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 

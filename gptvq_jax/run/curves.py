@@ -6,12 +6,13 @@ t, the rise is to second order and up to a constant factor
     rise = sum over row groups of (mean_t w_t) tr((W - Q) H (W - Q)^T)
 
 where H is the Hessian that the layer is quantized with, weighted by gradients or not. Layers are
-quantized as they are in the float model, without polish, a sample of their rows with a few of the
-candidates: the logarithm of the error is a smooth function of the bits, so that those between lie
-on a parabola.
+quantized as they are in the float model, without polish, with a few of the candidates: the
+logarithm of the error is a smooth function of the bits, so that those between lie on a parabola.
+It takes a sample of a layer's rows, and a Hessian of a sample of the windows.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.config import RunSettings
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.vq_tensor import dequantize_compiled
@@ -33,7 +35,9 @@ from gptvq_jax.methods.layer import (
 )
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
+from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.sizes import packed_bytes
@@ -121,6 +125,23 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
             "num_values": rows * cols,
         })  # fmt: skip
     return table
+
+
+def num_windows(settings: RunSettings, config: ModelConfig, shape: tuple[int, ...]) -> int:
+    """How many of the calibration windows, from the first, are seen by the Hessians of the curves.
+
+    Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs.
+
+    Args:
+      settings: of the run.
+      config: of the model.
+      shape: of the tokens (n, T).
+    """
+    count, time = shape[:2]
+    if not settings.allocation.sample:
+        return count
+    widest = max(cols for _, cols in layer_shapes(config).values())
+    return min(count, max(math.ceil(count / 4), math.ceil(2 * widest / time)))
 
 
 def to_measure(candidates: Sequence[GPTVQSettings], count: int) -> list[GPTVQSettings]:

@@ -149,8 +149,10 @@ class Backward:
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
         moments = init_moments(block, stages, of_tokens)
+        sampled = curves.num_windows(self._context.settings, config, x.shape)
         with files.write(STREAM, index, x.shape) as out:
             for part in batches(len(x), c.batch_size):
+                counts = part.start < sampled
                 dx, of_batch, moments = block_backward(
                     config,
                     block,
@@ -159,8 +161,9 @@ class Backward:
                     groups,
                     moments,
                     c.gradient_power if c.gradient_groups else 0.0,
+                    counts,
                 )
-                self._context.stopwatch.flops(_backward_flops(config, moments, dx.shape))
+                self._context.stopwatch.flops(_backward_flops(config, moments, dx.shape, counts))
                 out[part] = finite(dx, f"block {index}: the gradient of the loss")
                 for name, weight in weights.items():
                     what = f"block {index}: the squared gradient of {name}"
@@ -168,9 +171,10 @@ class Backward:
         return weights, moments
 
 
-def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...]) -> int:
+def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...], counts) -> int:
     """Of `block_backward` on x (batch, T, hidden)."""
-    return flops.block_backward(config, *shape[:2]) + moment_flops(moments, math.prod(shape[:2]))
+    added = math.prod(shape[:2]) if counts else 0
+    return flops.block_backward(config, *shape[:2]) + moment_flops(moments, added)
 
 
 @partial(jax.jit, static_argnames=("config", "num_groups"), donate_argnames="moments")
@@ -182,6 +186,7 @@ def block_backward(
     num_groups: int,
     moments: Moments = Moments({}, {}),  # noqa: B008 - empty, and never changed
     power: float = 1.0,
+    counts: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array], Moments]:
     """Takes the gradient of the loss through one block and weighs the tokens of its layers.
 
@@ -193,6 +198,7 @@ def block_backward(
       num_groups: g, contiguous groups of equal size that the rows of every layer are split into.
       moments: those wanted of what the layers read, by owner (layer, row group).
       power: of the weights, with which tokens count there.
+      counts: whether these tokens are added to the moments, which are as they were otherwise.
 
     Returns:
       The gradient with respect to x, and {name of LINEAR_LAYERS: (batch, T, g) float32}, where
@@ -221,12 +227,16 @@ def block_backward(
         return jnp.mean(squares.reshape(*squares.shape[:2], num_groups, -1), axis=-1)
 
     weights = {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
-    inputs = {
-        (name, k): add_inputs(
-            moment, get_layer(read, name)["inputs"][0], jnp.power(weights[name][..., k], power)
-        )
-        for (name, k), moment in moments.inputs.items()
-    }
+
+    def added(inputs):
+        return {
+            (name, k): add_inputs(
+                moment, get_layer(read, name)["inputs"][0], jnp.power(weights[name][..., k], power)
+            )
+            for (name, k), moment in inputs.items()
+        }
+
+    inputs = lax.cond(counts, added, lambda inputs: inputs, moments.inputs)
     return dx, weights, Moments(inputs, moments.crosses)
 
 

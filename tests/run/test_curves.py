@@ -19,7 +19,9 @@ from gptvq_jax.methods import gptvq
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run.curves import interpolate, sample_rows, to_measure
+from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.run import curves, gradients
+from gptvq_jax.run.curves import interpolate, num_windows, sample_rows, to_measure
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (6, 32)).astype(np.int32)
 BITS = (0.5, 1.0, 1.5, 2.0, 2.5)
@@ -105,6 +107,24 @@ def test_rows_that_share_a_codebook_are_all_taken():
     assert grid == settings.grid(64, 16)
 
 
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((32, 512), 8),  # a quarter
+        ((33, 512), 9),
+        ((8, 64), 4),  # twice the 128 inputs of the widest layer
+        ((8, 60), 5),
+        ((3, 64), 3),  # no more than there are
+    ],
+)
+def test_a_sample_has_a_quarter_of_the_windows_or_twice_the_inputs(source, shape, expected):
+    assert max(cols for _, cols in layer_shapes(source.config).values()) == 128
+    settings = RunSettings()
+    assert num_windows(settings, source.config, shape) == expected
+    every = dataclasses.replace(settings, allocation=AllocationSettings(sample=False))
+    assert num_windows(every, source.config, shape) == shape[0]
+
+
 # --- the passes ---
 
 
@@ -174,6 +194,29 @@ def test_a_sample_of_rows_has_the_curve_of_all(measured, monkeypatch):
     ratios = values(sampled, "loss") / values(whole, "loss")
     assert np.mean(ratios != 1) > 0.5
     assert np.exp(np.abs(np.log(ratios)).mean()) < 1.1, ratios
+
+
+def test_curves_see_the_windows_of_the_sample(source, tmp_path, monkeypatch):
+    seen = []
+    plain = gradients.block_backward
+
+    def backward(*arguments):
+        *_, moments = done = plain(*arguments)
+        seen.append(float(sum(m.count for m in moments.inputs.values())))
+        return done
+
+    monkeypatch.setattr(gradients, "block_backward", backward)
+    monkeypatch.setattr(curves, "measure", lambda *_: [])
+    tokens = np.random.default_rng(1).integers(0, 256, (18, 32)).astype(np.int32)
+    for sample, expected in ((True, [6, 12, 12]), (False, [6, 12, 18])):
+        settings = RunSettings(
+            num_blocks=1,
+            allocation=AllocationSettings(bits_per_value=2.0, sample=sample),
+            calibration=CalibrationSettings(batch_size=6, asymmetry=0.0),
+        )
+        find(source, settings, tmp_path / str(sample), tokens)
+        windows = np.divide(seen[-3:], seen[-3] / 6)  # of block 0, the last that the walk visits
+        np.testing.assert_allclose(windows, expected, rtol=1e-5)
 
 
 def test_the_plan_from_three_candidates_is_close_to_that_from_all(measured):

@@ -96,7 +96,7 @@ def test_killed_at_any_change(whole, when):
         whole.is_resumed(whole.copies[when, number], made)
 
 
-@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [11, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_at_any_change(whole, tmp_path, when, step):
     for number in range(0, len(whole.changes), step):
