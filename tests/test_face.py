@@ -74,7 +74,7 @@ def test_quantize_takes_a_config(tiny_config, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "work/checkpoint"
     text = Path(tiny_config.evaluation.dataset).read_text()
     value = gptvq_jax.load(path).perplexity(text)
-    assert value == job.evaluate(str(path), None, num_windows=0)
+    assert value == evaluate_job.evaluate(str(path), None, num_windows=0)
     first = text[: 32 * 4]  # a token is a byte
     assert gptvq_jax.load(path).perplexity(first) == summary["perplexity_quantized"]
 
@@ -127,7 +127,9 @@ def test_perplexity_is_that_of_evaluate(model, tmp_path, capsys):
     file = tmp_path / "text.txt"
     file.write_text(" ".join(f"w{word}" for word in words))
     cut = {"seqlen": 8, "batch_size": 2}
-    expected = job.evaluate(str(model.checkpoint.directory), None, dataset=str(file), **cut)
+    expected = evaluate_job.evaluate(
+        str(model.checkpoint.directory), None, dataset=str(file), **cut
+    )
     assert "5 x 8 tokens" in capsys.readouterr().out
     assert model.perplexity(file.read_text(), **cut) == expected
 

@@ -179,7 +179,7 @@ def test_the_head_is_sent_once_and_rows_are_picked_on_the_host(source, monkeypat
 
 def test_says_at_which_precision_it_multiplies(model_dir, text_files, capsys):
     text = dict(dataset=text_files[1], num_windows=2, seqlen=32, batch_size=2)
-    job.evaluate(None, str(model_dir), **text)
+    evaluate_job.evaluate(None, str(model_dir), **text)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"on 2 x 32 tokens of {text_files[1]}, multiplied in float32")
 
@@ -195,4 +195,4 @@ def test_losses_beyond_every_number(source, monkeypatch, loss, expected):
 
 def test_windows_beyond_the_model_name_the_flag_of_the_script(model_dir):
     with pytest.raises(ValueError, match=r"beyond the 2048 positions of tiny; set --seqlen=2048"):
-        job.evaluate(None, str(model_dir), seqlen=2049)
+        evaluate_job.evaluate(None, str(model_dir), seqlen=2049)
