@@ -4,11 +4,11 @@ Only the outputs of their last blocks are needed, and the two heads; the logits 
 in memory at a time, and none are stored.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from gptvq_jax.console.progress import Progress
 from gptvq_jax.core import standard_error
 from gptvq_jax.core.divergence import FIGURES
 from gptvq_jax.models import flops
@@ -23,14 +23,14 @@ def write_figures(
     model: Evaluation,
     reference: Evaluation,
     out: Any,
-    on_batch: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
 ) -> None:
     """Fills `out` (n, T - 1, 4) with FIGURES of every token, after both walks.
 
     Args:
       model, reference: of the same windows and models of one vocabulary.
       out: what slices of windows are assigned to.
-      on_batch: called after every batch.
+      progress: of windows.
     """
     outputs, of_reference = model.outputs(), reference.outputs()
     heads = model.head(), reference.head()
@@ -50,7 +50,8 @@ def write_figures(
                     tokens,
                 )
             )
-            on_batch()
+            if progress is not None:
+                progress.advance(steps=len(tokens))
 
 
 def comparison(figures: np.ndarray) -> dict[str, Figure]:

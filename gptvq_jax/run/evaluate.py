@@ -9,7 +9,7 @@ dequantizing takes 0.04 s, 0.09 s and 0.6 s.
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +146,11 @@ class Evaluation:
         starts = range(0, len(self.windows), self._batch_size)
         return (slice(start, start + self._batch_size) for start in starts)
 
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.windows) // self._batch_size)
-
-    def losses(self, on_batch: Callable[[], None] = lambda: None) -> np.ndarray:
+    def losses(self, progress: Progress | None = None) -> np.ndarray:
         """Negative log-likelihood of tokens 2..T of every window (n, T - 1), after the walk.
 
         Args:
-          on_batch: called after every batch.
+          progress: of windows.
         """
         outputs, head, losses = self.outputs(), self.head(), []
         with self.stopwatch.stage("evaluate"):
@@ -162,7 +158,8 @@ class Evaluation:
                 tokens = self.windows[part]
                 self.stopwatch.flops(flops.head_forward(self.config, *tokens.shape))
                 losses.append(np.asarray(token_nll(self.config, head, outputs[part], tokens)))
-                on_batch()
+                if progress is not None:
+                    progress.advance(steps=len(tokens))
         return np.concatenate(losses)
 
 

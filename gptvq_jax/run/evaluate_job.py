@@ -34,9 +34,9 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
     settings, windows = _held_out([source], overrides)
     with (
         _evaluated(source, source.name, settings, windows) as evaluation,
-        Progress(evaluation.num_batches, "next tokens", "batch") as progress,
+        Progress(len(windows), "next tokens", "window") as progress,
     ):
-        figure = of_perplexity(evaluation.losses(progress.advance))
+        figure = of_perplexity(evaluation.losses(progress))
     _print(source, settings, windows, [("perplexity", figure_text(figure, ".4f"))])
     return figure["value"]
 
@@ -68,9 +68,9 @@ def compare(
     with (
         _evaluated(source, "model", settings, windows) as evaluation,
         _evaluated(reference, "reference", settings, windows) as of_reference,
-        Progress(evaluation.num_batches, "compare", "batch") as progress,
+        Progress(len(windows), "compare", "window") as progress,
     ):
-        write_figures(evaluation, of_reference, figures, progress.advance)
+        write_figures(evaluation, of_reference, figures, progress)
     compared = comparison(figures)
     perplexity, of_other = (
         figure_text(compared[name], ".4f") for name in ("perplexity", "perplexity_float")
@@ -130,4 +130,4 @@ def _print(
     first = (label, f"{text} on {describe(settings.dataset, windows)}, {PRECISION}")
     last = ("protocol", protocol_text(protocol(source, settings.dataset, windows)))
     for label, text in (first, *others, last):
-        print(f"{label} {text}" if not others else f"{label:13s} {text}")
+        print(f"{label:13s} {text}")

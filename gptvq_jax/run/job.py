@@ -119,10 +119,10 @@ def _quantize(
     quantized.check_room(file_bytes(figures, FLOAT32))
     _evaluate(quantized, "quantized")
     with (
-        Progress(quantized.num_batches, "compare", "batch") as progress,
+        Progress(len(held_out), "compare", "window") as progress,
         writing(workdir.token_figures, figures, FLOAT32) as out,
     ):
-        write_figures(quantized, of_float, out, progress.advance)
+        write_figures(quantized, of_float, out, progress)
     compared = comparison(Activations(workdir.token_figures)[:])
     manifest = packed.manifest
     return {
