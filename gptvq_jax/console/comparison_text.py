@@ -7,19 +7,19 @@ from typing import Any
 Figures = Mapping[str, Mapping[str, float | None]]  # {name: {"value", "standard_error"}}
 
 
-def comparison_lines(comparison: Figures, other: str = "float") -> list[tuple[str, str]]:
+def comparison_lines(comparison: Figures, model: str, reference: str) -> list[tuple[str, str]]:
     """(label, text) of each line about two models, but for their perplexities.
 
     Args:
       comparison: as run/compare.comparison returns it.
-      other: what the reference is called.
+      model, reference: what they are called.
     """
     kl = {name: figure_text(comparison[f"kl_{name}"], ".4g") for name in _KL}
     return [
         (
             "KL divergence",
             ", ".join(f"{label} {kl[name]}" for name, label in _KL.items())
-            + f" nats a token, from the {other} model",
+            + f" nats a token, KL({reference} || {model})",
         ),
         ("same top-1", figure_text(comparison["same_top1"], ".2f", 100) + " % of tokens"),
     ]

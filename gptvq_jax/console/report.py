@@ -58,8 +58,7 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
          f"{summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
         ("perplexity", _perplexity_text(summary)),
-        *(comparison_lines(comparison) if (comparison := summary.get("comparison")) else []),
-        *([("protocol", protocol_text(summary["protocol"]))] if "protocol" in summary else []),
+        *_judged(summary),
         *([("block tuning", _tuning_text(tuned))] if tuned else []),
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "
@@ -83,6 +82,16 @@ def _perplexity_text(summary: dict[str, Any]) -> str:
         f"float {of_float} -> quantized {quantized}  (log-perplexity {ratio}; "
         f"{summary['evaluation']})"
     )
+
+
+def _judged(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of what runs of earlier versions do not have."""
+    lines = []
+    if "comparison" in summary:
+        lines += comparison_lines(summary["comparison"], "quantized", "float")
+    if "protocol" in summary:
+        lines.append(("protocol", protocol_text(summary["protocol"])))
+    return lines
 
 
 def _tuning_text(tuned: Sequence[dict[str, Any]]) -> str:

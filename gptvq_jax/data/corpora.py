@@ -61,9 +61,9 @@ def held_out(name: str) -> dict[str, str | None]:
       name: as for `documents`.
 
     Returns:
-      "split", as the corpus itself calls it, of which c4 and ptb are the parts that the module's
-      docstring says; "whole file" of a local file. "joiner", what stands between the lines,
-      sentences, articles or pages of the text; None where a file is one text.
+      "split", by the name that the corpus gives it, or "whole file"; c4's is its beginning, as the
+      docstring of this module says. "joiner", what stands between the lines, sentences, articles or
+      pages of the text; None where a file is one text.
     """
     if name in _HELD_OUT:
         split, joiner = _HELD_OUT[name]

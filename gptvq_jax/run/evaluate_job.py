@@ -77,9 +77,9 @@ def compare(
     )
     ratio = figure_text(compared["log_perplexity_ratio"], "+.4f")
     lines = [
-        ("perplexity", f"{perplexity}, reference {of_other}, log-perplexity {ratio}"),
-        *comparison_lines(compared),
-        ("reference", against),
+        ("perplexity", perplexity),
+        ("reference", f"{of_other} of {against}; log-perplexity {ratio}"),
+        *comparison_lines(compared, "model", "reference"),
     ]
     _print(source, settings, windows, lines)
     return compared

@@ -45,8 +45,10 @@ def other(tmp_path_factory):
     return path
 
 
-# 32 tokens fill no chunk, 65 two of them.
-@pytest.mark.parametrize("seqlen, batch_size", [(32, 2), (65, 5)])
+# 50 tokens end in a partly filled chunk of logits; 65 fill two.
+@pytest.mark.parametrize(
+    "seqlen, batch_size", [(50, 2), pytest.param(65, 5, marks=pytest.mark.slow)]
+)
 def test_figures_are_those_of_the_whole_models(model_dir, other, seqlen, batch_size):
     source, reference = open_source(str(model_dir)), open_source(str(other))
     windows = np.random.default_rng(0).integers(0, 256, (5, seqlen)).astype(np.int32)
@@ -60,7 +62,7 @@ def test_figures_are_those_of_the_whole_models(model_dir, other, seqlen, batch_s
     expected = expected_figures(source, reference, windows)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found[..., 3], expected[..., 3])
-    assert 0 < found[..., 3].mean() < 1 or found[..., 2].mean() > 0.1
+    assert found[..., 2].min() > 0
 
 
 def test_the_comparison_of_figures_by_hand():
@@ -110,9 +112,9 @@ def test_losses_beyond_every_number_are_told_as_they_are():
 
 @pytest.fixture
 def config(tiny_config, monkeypatch):
-    """Nothing to solve, and no picture, which takes as long as all else."""
+    """One block is quantized, nothing solved, and no picture drawn, which takes longer."""
     monkeypatch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
-    tiny_config.method = "rtn"
+    tiny_config.method, tiny_config.num_blocks = "rtn", 1
     return tiny_config
 
 
@@ -144,6 +146,7 @@ def test_a_run_compares_its_models(config, tmp_path, capsys):
     kl = compared["kl_mean"]
     percent = {name: 100 * part for name, part in compared["same_top1"].items()}
     assert f"KL divergence  mean {kl['value']:.4g} ± {kl['standard_error']:.2g}, me" in printed
+    assert "nats a token, KL(float || quantized)\n" in printed
     shown = f"{percent['value']:.2f} ± {percent['standard_error']:.2g} %"
     assert f"same top-1  {shown} of tokens" in printed
     assert "protocol  " in printed and "4 windows x 32 tokens, 124 predicted; BOS: none" in printed
@@ -224,9 +227,9 @@ def test_a_model_against_another_one(model_dir, other, text_files, capsys):
     # The reference is the one whose distribution weighs.
     assert abs(found["kl_mean"]["value"] / back["kl_mean"]["value"] - 1) > 1e-3
     lines = capsys.readouterr().out.splitlines()
-    labels = ["perplexity", "KL divergence", "same top-1", "reference", "protocol"]
+    labels = ["perplexity", "reference", "KL divergence", "same top-1", "protocol"]
     assert [line[:13].strip() for line in lines[:5]] == labels
-    assert f"reference     {model_dir}" in lines
+    assert f" of {model_dir}; log-perplexity " in lines[1]
     itself = evaluate_job.compare(None, str(model_dir), str(model_dir), **text)
     assert itself["kl_max"]["value"] == 0 and itself["same_top1"]["value"] == 1
 
