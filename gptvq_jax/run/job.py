@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from gptvq_jax.config import RunSettings, from_config, to_dict
@@ -37,7 +38,7 @@ from gptvq_jax.storage.checkpoint import PackedCheckpoint
 def quantize(
     config: Any,
     workdir_path: str,
-    float_evaluation: str | None = None,
+    shared_evaluation: str | None = None,
     given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
@@ -45,7 +46,7 @@ def quantize(
     Args:
       config: ConfigDict, as from `default_config`.
       workdir_path: directory for everything the run writes; an earlier run in it is resumed.
-      float_evaluation: directory of what the float model makes of the held-out text, which several
+      shared_evaluation: directory of what the float model makes of the held-out text, which several
         runs share, one at a time: it is read there, or made where it is missing, and stays. By
         default it is in the work directory, evaluation/float, until the summary is written; where
         that of another run on the same text and model is found there, as a hard link say, it is
@@ -67,7 +68,7 @@ def quantize(
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
         summary = workdir.summary()
         if summary is None:
-            summary = _quantize(source, settings, workdir, stopwatch, float_evaluation)
+            summary = _quantize(source, settings, workdir, stopwatch, shared_evaluation)
             workdir.append_metrics([report.json_numbers(summary)])
         else:
             print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
@@ -104,16 +105,13 @@ def _quantize(
         if tokens is None:
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
-    files = StreamFiles.opened(Path(shared)) if shared else workdir.evaluation("float")
-    batch_size = settings.evaluation.batch_size
-    of_float = Evaluation(source, held_out, batch_size, files, stopwatch)
-    of_float.check_room()
+    of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
     blocks = quantize_model(source, settings, workdir, tokens, stopwatch, [of_float])
     blocks.finalize()
     if not of_float.finished:  # where a killed run has left it behind
         _evaluate(of_float, "float")
     packed = PackedCheckpoint(workdir.checkpoint)
-    files = workdir.evaluation("quantized")
+    files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
     quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
     figures = (len(held_out), held_out.shape[1] - 1, len(FIGURES))
     quantized.check_room(file_bytes(figures, FLOAT32))
@@ -144,6 +142,31 @@ def _quantize(
         **stopwatch.summary(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def float_evaluation(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    held_out: np.ndarray,
+    stopwatch: Stopwatch,
+    shared: str | None = None,
+) -> Evaluation:
+    """That of the float model, which rides in a walk over its blocks.
+
+    Args:
+      source, settings, workdir, stopwatch: of the run.
+      held_out: windows (n, T).
+      shared: directory of its files, as `quantize` takes it; None: in the work directory.
+
+    Raises:
+      FullDiskError: there is no room for its files.
+    """
+    files = StreamFiles.opened(Path(shared)) if shared else workdir.evaluation("float")
+    batch_size = settings.evaluation.batch_size
+    evaluation = Evaluation(source, held_out, batch_size, files, stopwatch)
+    evaluation.check_room()
+    return evaluation
 
 
 def _evaluate(evaluation: Evaluation, name: str) -> None:

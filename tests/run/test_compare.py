@@ -24,7 +24,7 @@ def log_probabilities(source, windows):
     tree = source.outer()
     for index in range(source.config.num_hidden_layers):
         tree[f"layers_{index}"] = source.block(index)
-    logits = Decoder(source.config).apply({"params": tree}, windows)[:, :-1]
+    logits = jax.jit(Decoder(source.config).apply)({"params": tree}, windows)[:, :-1]
     logits = np.asarray(logits, np.float64)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
