@@ -147,6 +147,7 @@ class WorkDir:
             self._activations,
             self.path / "gradients",
             self._curves(0).parent,
+            self._evaluation,
         ):
             durable.drop_partial(folder)
 
