@@ -26,7 +26,8 @@ def quantize(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         same config that was stopped there goes on; one that is finished is only reported.
 
     Returns:
-      The summary: "perplexity_float", "perplexity_quantized", "bits_per_value", "seconds", ...
+      The summary: "perplexity_float", "perplexity_quantized", "bits_per_value", "seconds", ...;
+      "comparison" of the two models with standard errors, and the "protocol" of the text.
 
     Raises:
       ValueError, NotImplementedError, OSError: bad input or a full disk; one line that names the

@@ -77,7 +77,7 @@ class TuneSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """The held-out text for perplexity."""
+    """The held-out text that a model is judged by."""
 
     dataset: str = "wikipedia"
     num_windows: int = 12  # 0: all of the text

@@ -62,11 +62,10 @@ def main(_) -> None:
                     progress.advance(name)
                 tables[setting] = rows, "relative_error"
     if "model" in chosen:
-        rows, known = [], None
+        rows = []
         for name in chosen["model"]:
             print(name, flush=True)
-            rows.append(ablations.model_row(name, base, directory, known))
-            known = rows[0]["perplexity_float"]
+            rows.append(ablations.model_row(name, base, directory))
         tables["model"] = rows, "rise"
 
     text = "\n\n".join(f"{t}\n\n{ablations.table(*rows)}" for t, rows in tables.items())

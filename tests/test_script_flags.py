@@ -20,6 +20,7 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{GENERATE} --dense --implementation=xla", "--implementation is of packed weights"),
         (f"{GENERATE} --model=M", "either --checkpoint=DIR or --model=NAME"),
         ("python scripts/evaluate.py --checkpoint=DIR --model=M", "either --checkpoint=DIR or"),
+        ("python scripts/evaluate.py --against=B", "either --checkpoint=DIR or"),
         (
             "python scripts/ablate.py --tables=layers --config=configs/smollm2_135m_2d.py",
             "--config has no effect without model rows; add --tables=model",

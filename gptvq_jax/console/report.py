@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gptvq_jax.console.comparison_text import comparison_lines, figure_text, protocol_text
 from gptvq_jax.console.stopwatch import stages_of
 from gptvq_jax.files.durable import replacing
 
@@ -45,7 +46,6 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
 
 def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) -> str:
     """The last lines of a run; `tuned` are the rows of its blocks, if they were tuned."""
-    before, after = summary["perplexity_float"], summary["perplexity_quantized"]
     mib = 1 / 2**20
     embedding_bytes = summary["embedding_bytes"]
     embeddings = f"int8 embeddings {embedding_bytes * mib:.1f} MiB, " if embedding_bytes else ""
@@ -57,8 +57,8 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
         ("bytes on disk", f"{summary['checkpoint_bytes'] * mib:.1f} MiB, of which quantized layers "
          f"{summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
-        ("perplexity", f"float {before:.3f} -> quantized {after:.3f}  "
-         f"(log-perplexity {log_ratio(after, before):+.4f}; {summary['evaluation']})"),
+        ("perplexity", _perplexity_text(summary)),
+        *_judged(summary),
         *([("block tuning", _tuning_text(tuned))] if tuned else []),
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "
@@ -67,6 +67,31 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
         ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:>15s}  {text}" for name, text in lines)
+
+
+def _perplexity_text(summary: dict[str, Any]) -> str:
+    before, after = summary["perplexity_float"], summary["perplexity_quantized"]
+    values = {"perplexity_float": before, "perplexity": after}
+    values["log_perplexity_ratio"] = log_ratio(after, before)
+    of_old = {name: {"value": v, "standard_error": None} for name, v in values.items()}
+    figures = summary.get("comparison", of_old)
+    of_float = figure_text(figures["perplexity_float"], ".3f")
+    quantized = figure_text(figures["perplexity"], ".3f")
+    ratio = figure_text(figures["log_perplexity_ratio"], "+.4f")
+    return (
+        f"float {of_float} -> quantized {quantized}  (log-perplexity {ratio}; "
+        f"{summary['evaluation']})"
+    )
+
+
+def _judged(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of what runs of earlier versions do not have."""
+    lines = []
+    if "comparison" in summary:
+        lines += comparison_lines(summary["comparison"], "quantized", "float")
+    if "protocol" in summary:
+        lines.append(("protocol", protocol_text(summary["protocol"])))
+    return lines
 
 
 def _tuning_text(tuned: Sequence[dict[str, Any]]) -> str:

@@ -129,7 +129,7 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     codebook = tensor.codebook.values()  # (M, S, G, K, D)
     _check_lookup(tensor, codebook.shape)
     # One flat index: XLA then loads the D values of a centroid together.
-    vectors = codebook.reshape(-1, grid.dim).at[_flat_index(tensor)].get(mode="promise_in_bounds")
+    vectors = codebook.reshape(-1, grid.dim).at[flat_index(tensor)].get(mode="promise_in_bounds")
     weight = jnp.sum(vectors, axis=0)  # (R, J, D)
     if tensor.block_scales is not None:
         scales = tensor.block_scales.per_vector(grid)[:, : grid.num_vectors]
@@ -150,8 +150,8 @@ def _check_lookup(tensor: VQTensor, codebook_shape: tuple[int, ...]) -> None:
         )
 
 
-def _flat_index(tensor: VQTensor) -> jax.Array:
-    """Where the centroid of each vector stands among all (M * S * G * K): (M, R, J)."""
+def flat_index(tensor: VQTensor) -> jax.Array:
+    """Where the centroid of each vector stands among all (M * S * G * K): (M, R, J) int32."""
     grid = tensor.grid
     row_group = jnp.arange(grid.rows) // grid.strip_rows
     col_group = jnp.arange(grid.num_vectors) // grid.strip_vectors
@@ -159,14 +159,6 @@ def _flat_index(tensor: VQTensor) -> jax.Array:
     books = jnp.arange(tensor.codes.shape[0])[:, None, None]
     group = group + books * (grid.col_strips * grid.row_strips)
     return group * 2**tensor.index_bits + tensor.unpack_codes()
-
-
-@jax.jit
-def unused_centroids(tensor: VQTensor) -> jax.Array:
-    """Number of centroids, of all codebooks and groups, that no vector uses."""
-    groups = tensor.codes.shape[0] * tensor.grid.col_strips * tensor.grid.row_strips
-    used = jnp.zeros(groups * 2**tensor.index_bits, bool).at[_flat_index(tensor)].set(True)
-    return used.size - jnp.count_nonzero(used)
 
 
 dequantize_compiled = jax.jit(dequantize)  # where it is not part of a larger program

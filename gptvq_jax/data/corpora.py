@@ -18,6 +18,7 @@ from gptvq_jax.console.errors import first_line
 from gptvq_jax.data.local_files import READERS, check_file
 from gptvq_jax.data.news import news_articles
 from gptvq_jax.data.wikipedia import wikipedia_articles
+from gptvq_jax.data.windows import SEPARATOR
 
 SPLITS = ("train", "test")
 _C4_TEST_PAGES = 1100
@@ -51,6 +52,25 @@ def documents(name: str, split: str) -> Iterator[str]:
         )
     check_file(path)
     return _non_empty(READERS[path.suffix.lower()](path), path)
+
+
+def held_out(name: str) -> dict[str, str | None]:
+    """What the split "test" of a corpus is, for those who compare figures measured on it.
+
+    Args:
+      name: as for `documents`.
+
+    Returns:
+      "split", by the name that the corpus gives it, or "whole file"; c4's is its beginning, as the
+      docstring of this module says. "joiner", what stands between the lines, sentences, articles or
+      pages of the text; None where a file is one text.
+    """
+    if name in _HELD_OUT:
+        split, joiner = _HELD_OUT[name]
+    else:
+        one = Path(name).suffix.lower() == ".txt"
+        split, joiner = "whole file", None if one else SEPARATOR
+    return {"split": split, "joiner": joiner}
 
 
 def _non_empty(texts: Iterator[str], path: Path) -> Iterator[str]:
@@ -89,6 +109,14 @@ _DOWNLOADS: dict[str, Callable[[str], list[str]]] = {
     "wikitext2": _wikitext2,
     "c4": _c4,
     "ptb": _ptb,
+}
+
+_HELD_OUT = {
+    "wikipedia": ("test", SEPARATOR),
+    "news": ("test", "\n"),
+    "wikitext2": ("test", "\n\n"),
+    "c4": ("validation", " "),
+    "ptb": ("test", " "),
 }
 
 

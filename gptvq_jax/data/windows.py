@@ -11,7 +11,7 @@ import numpy as np
 
 from gptvq_jax.data.vocabulary import check_tokens, encode
 
-_SEPARATOR = "\n\n"
+SEPARATOR = "\n\n"  # between documents
 
 
 def calibration_windows(
@@ -46,7 +46,7 @@ def calibration_windows(
     rng = np.random.default_rng(seed)
     if per_document:
         return _document_windows(tokenizer, list(documents), num_windows, seqlen, rng, vocab_size)
-    tokens = _tokenize(tokenizer, _SEPARATOR.join(documents), vocab_size)
+    tokens = _tokenize(tokenizer, SEPARATOR.join(documents), vocab_size)
     _check_length(tokens.size, seqlen, "the text has")
     starts = rng.integers(tokens.size - seqlen + 1, size=num_windows)
     return np.stack([tokens[start : start + seqlen] for start in starts])
@@ -75,10 +75,24 @@ def evaluation_windows(
         model.
     """
     _check_positive(seqlen=seqlen, max_windows=1 if max_windows is None else max_windows)
-    tokens = _tokenize(tokenizer, _SEPARATOR.join(documents), vocab_size)
+    tokens = _tokenize(tokenizer, SEPARATOR.join(documents), vocab_size)
     _check_length(tokens.size, seqlen, "the text has")
     count = tokens.size // seqlen
     return tokens[: count * seqlen].reshape(count, seqlen)[:max_windows]
+
+
+def bos_of(tokenizer: Any, windows: np.ndarray) -> str:
+    """Where the token that begins a text stands in evaluation windows.
+
+    Args:
+      tokenizer: that made them.
+      windows: int32 (n, seqlen), the first one included.
+
+    Returns:
+      "none", or "first token of the text".
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return "first token of the text" if bos is not None and windows[0, 0] == bos else "none"
 
 
 def _document_windows(tokenizer, documents, num_windows, seqlen, rng, vocab_size) -> np.ndarray:

@@ -68,6 +68,12 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             raise
 
 
+def drop_partial(directory: Path) -> None:
+    """Removes what a killed process was writing in a directory."""
+    for path in directory.glob("*.partial"):
+        path.unlink()
+
+
 def make_directory(path: Path) -> None:
     """Makes a directory and its parents, unless they exist."""
     if path.is_dir():

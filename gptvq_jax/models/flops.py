@@ -95,7 +95,7 @@ def head_forward(
     Args:
       config: of the model.
       batch, time: of the windows.
-      chunk_size: run.evaluate.token_nll needs time - 1 logits, and pads to whole chunks; None: all
+      chunk_size: run/token_losses.py needs time - 1 logits, and pads to whole chunks; None: all
         `time`, as llama.head_logits.
     """
     count = time if chunk_size is None else -(-(time - 1) // chunk_size) * chunk_size

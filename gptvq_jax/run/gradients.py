@@ -49,7 +49,7 @@ from gptvq_jax.run.calibrate import (
 )
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import head_on_device
-from gptvq_jax.run.evaluate import token_nll
+from gptvq_jax.run.token_losses import token_nll
 
 STREAM = "gradient"  # of the loss with respect to x, at the points between blocks
 _HEADER_BYTES = 512  # of one array in a file of token weights, at most

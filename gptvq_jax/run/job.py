@@ -1,25 +1,35 @@
 """The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from gptvq_jax.config import RunSettings, evaluation_settings, from_config, to_dict
+from gptvq_jax.config import RunSettings, from_config, to_dict
 from gptvq_jax.console import report
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
-from gptvq_jax.data.corpora import documents
-from gptvq_jax.data.windows import calibration_windows, evaluation_windows
-from gptvq_jax.files.disk_space import check_room, directory_bytes
+from gptvq_jax.core.divergence import FIGURES
+from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.methods.layer import check_row_groups
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource, layer_shapes
 from gptvq_jax.run import allocation, gradients
-from gptvq_jax.run.evaluate import PRECISION, Evaluation, perplexity
+from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
+from gptvq_jax.run.compare import comparison, write_figures
+from gptvq_jax.run.evaluate import PRECISION, Evaluation
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
+from gptvq_jax.run.stream_files import StreamFiles
+from gptvq_jax.run.text import (
+    calibration_tokens,
+    check_seqlen,
+    describe,
+    evaluation_tokens,
+    protocol,
+)
 from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -28,7 +38,7 @@ from gptvq_jax.storage.checkpoint import PackedCheckpoint
 def quantize(
     config: Any,
     workdir_path: str,
-    perplexity_float: float | None = None,
+    shared_evaluation: str | None = None,
     given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
@@ -36,7 +46,11 @@ def quantize(
     Args:
       config: ConfigDict, as from `default_config`.
       workdir_path: directory for everything the run writes; an earlier run in it is resumed.
-      perplexity_float: of the float model on the same held-out text, if it is known already.
+      shared_evaluation: directory of what the float model makes of the held-out text, which several
+        runs share, one at a time: it is read there, or made where it is missing, and stays. By
+        default it is in the work directory, evaluation/float, until the summary is written; where
+        that of another run on the same text and model is found there, as a hard link say, it is
+        not made again.
       given: fields of the config that the command line names; each must have an effect.
 
     Raises:
@@ -54,13 +68,16 @@ def quantize(
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
         summary = workdir.summary()
         if summary is None:
-            summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
+            summary = _quantize(source, settings, workdir, stopwatch, shared_evaluation)
             workdir.append_metrics([report.json_numbers(summary)])
         else:
             print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
+        workdir.drop_evaluations()
         metrics = workdir.metrics()
     for name in ("perplexity_float", "perplexity_quantized"):
         summary[name] = float(summary[name])
+    for figure in summary.get("comparison", {}).values():
+        figure.update({k: None if v is None else float(v) for k, v in figure.items()})
     rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
     report.plot(rows, title, workdir.path / "report.png", tuned)
@@ -76,7 +93,7 @@ def _quantize(
     settings: RunSettings,
     workdir: WorkDir,
     stopwatch: Stopwatch,
-    perplexity_float: float | None,
+    shared: str | None,
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
     _check_plan(source, settings)
@@ -88,30 +105,23 @@ def _quantize(
         if tokens is None:
             tokens = calibration_tokens(source, settings)
             workdir.save_tokens(tokens)
-    order = range(source.config.num_hidden_layers)
-    of_float = None
-    if perplexity_float is None:
-        files = workdir.evaluation("float")
-        parts = source.config, source.outer(), held_out, settings.evaluation.batch_size
-        of_float = Evaluation(*parts, files, stopwatch)
-        check_room(files.directory, of_float.peak_bytes - directory_bytes(files.directory))
-    riders = () if of_float is None else (of_float,)
-    blocks = quantize_model(source, settings, workdir, tokens, stopwatch, riders)
+    of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
+    blocks = quantize_model(source, settings, workdir, tokens, stopwatch, [of_float])
     blocks.finalize()
-    if of_float is not None:
-        walk(source, [of_float], order, stopwatch)  # where a killed run has left it behind
-        perplexity_float = of_float.perplexity()
+    if not of_float.finished:  # where a killed run has left it behind
+        _evaluate(of_float, "float")
     packed = PackedCheckpoint(workdir.checkpoint)
-    with Progress(len(order), "evaluate quantized", "block") as progress:
-        files = workdir.evaluation("quantized")
-        after = perplexity(
-            packed,
-            held_out,
-            settings.evaluation.batch_size,
-            progress.advance,
-            files.directory,
-            stopwatch,
-        )
+    files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
+    quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
+    figures = (len(held_out), held_out.shape[1] - 1, len(FIGURES))
+    quantized.check_room(file_bytes(figures, FLOAT32))
+    _evaluate(quantized, "quantized")
+    with (
+        Progress(len(held_out), "compare", "window") as progress,
+        writing(workdir.token_figures, figures, FLOAT32) as out,
+    ):
+        write_figures(quantized, of_float, out, progress)
+    compared = comparison(Activations(workdir.token_figures)[:])
     manifest = packed.manifest
     return {
         "kind": "summary",
@@ -121,15 +131,49 @@ def _quantize(
         "embedding_bytes": manifest["embedding_bytes"],
         "dense_bytes": manifest["dense_bytes"],
         "checkpoint_bytes": directory_bytes(workdir.checkpoint),
-        "perplexity_float": perplexity_float,
-        "perplexity_quantized": after,
+        "perplexity_float": compared["perplexity_float"]["value"],
+        "perplexity_quantized": compared["perplexity"]["value"],
+        "comparison": compared,
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
+        "protocol": protocol(source, settings.evaluation.dataset, held_out),
         "calibration": describe(settings.calibration.dataset, tokens),
         # What follows is of this process alone, and so are the rows of blocks from here on.
         "resumed_at": blocks.finished if goes_on else None,
         **stopwatch.summary(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def float_evaluation(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    held_out: np.ndarray,
+    stopwatch: Stopwatch,
+    shared: str | None = None,
+) -> Evaluation:
+    """That of the float model, which rides in a walk over its blocks.
+
+    Args:
+      source, settings, workdir, stopwatch: of the run.
+      held_out: windows (n, T).
+      shared: directory of its files, as `quantize` takes it; None: in the work directory.
+
+    Raises:
+      FullDiskError: there is no room for its files.
+    """
+    files = StreamFiles.opened(Path(shared)) if shared else workdir.evaluation("float")
+    batch_size = settings.evaluation.batch_size
+    evaluation = Evaluation(source, held_out, batch_size, files, stopwatch)
+    evaluation.check_room()
+    return evaluation
+
+
+def _evaluate(evaluation: Evaluation, name: str) -> None:
+    """Takes the held-out text through a model, from where a killed run has left it."""
+    depth = evaluation.config.num_hidden_layers
+    with Progress(depth, f"evaluate {name}", "block") as progress:
+        walk(evaluation.source, [evaluation], range(depth), evaluation.stopwatch, progress)
 
 
 def _check_plan(source: ModelSource, settings: RunSettings) -> None:
@@ -143,72 +187,3 @@ def _check_plan(source: ModelSource, settings: RunSettings) -> None:
     check_row_groups(layer_shapes(source.config), used, groups)
     if allocated:
         allocation.check_budget(source.config, settings)
-
-
-def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:
-    """Prints and returns the perplexity of a packed checkpoint or of a float model.
-
-    Args:
-      checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
-      overrides: fields of EvaluationSettings; None leaves what the checkpoint was made with.
-    """
-    if (checkpoint is None) == (model is None):
-        raise ValueError("pass either --checkpoint=DIR or --model=NAME")
-    source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
-    # An imported checkpoint was made without a text.
-    made_with = source.manifest["config"].get("evaluation", {}) if checkpoint else {}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    settings = RunSettings(evaluation=evaluation_settings(made_with, given))
-    check_seqlen(source, "evaluation", settings.evaluation.seqlen, flag="--seqlen")
-    windows = evaluation_tokens(source, settings)
-    value = evaluate_source(source, windows, settings.evaluation.batch_size, source.name)
-    print(
-        f"perplexity {value:.4f} on {describe(settings.evaluation.dataset, windows)}, {PRECISION}"
-    )
-    return value
-
-
-def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
-    """Random windows (n, T) of the calibration text."""
-    c = settings.calibration
-    return calibration_windows(
-        source.tokenizer,
-        documents(c.dataset, "train"),
-        num_windows=c.num_windows,
-        seqlen=c.seqlen,
-        seed=c.seed,
-        per_document=c.dataset == "c4",
-        vocab_size=source.config.vocab_size,
-    )
-
-
-def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
-    """Consecutive windows (n, T) of the held-out text."""
-    e = settings.evaluation
-    return evaluation_windows(
-        source.tokenizer,
-        documents(e.dataset, "test"),
-        seqlen=e.seqlen,
-        max_windows=e.num_windows or None,
-        vocab_size=source.config.vocab_size,
-    )
-
-
-def evaluate_source(source: ModelSource, windows: np.ndarray, batch_size: int, name: str) -> float:
-    """Perplexity with a progress bar."""
-    with Progress(source.config.num_hidden_layers, f"evaluate {name}", "block") as progress:
-        return perplexity(source, windows, batch_size, progress.advance)
-
-
-def check_seqlen(source: ModelSource, section: str, seqlen: int, flag: str = "") -> None:
-    """Raises ValueError for windows beyond the model's positions; `flag` is what sets them."""
-    limit = source.config.max_position_embeddings
-    if seqlen > limit:
-        raise ValueError(
-            f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
-            f"set {flag or f'--config.{section}.seqlen'}={limit} or less"
-        )
-
-
-def describe(dataset: str, windows: np.ndarray) -> str:
-    return f"{len(windows)} x {windows.shape[1]} tokens of {dataset}"

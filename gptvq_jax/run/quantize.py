@@ -21,7 +21,8 @@ import numpy as np
 
 from gptvq_jax.config import RunSettings, to_dict
 from gptvq_jax.core import flops, metrics
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled, unused_centroids
+from gptvq_jax.core.code_usage import code_usage
+from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled
 from gptvq_jax.methods.layer import (
     Problem,
     most_flops,
@@ -337,6 +338,7 @@ def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:
     """Metrics of a quantized layer."""
     problem, tensor, kernel = of_layer
     error = relative_error(problem.weight, kernel, problem.objectives)
+    usage = code_usage(tensor)
     return {
         "num_codebooks": len(tensor.codes),
         "dim": tensor.grid.dim,
@@ -346,7 +348,8 @@ def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
         "num_values": problem.weight.size,
-        "unused_centroids": int(unused_centroids(tensor)),
+        "code_entropy": float(usage.code_entropy),
+        "unused_centroids": int(usage.unused_centroids),
         "dead_inputs": int(jnp.sum(jnp.diagonal(problem.objectives[0].hessian) <= 0)),
         "damping": max(objective.factor.damping for objective in problem.objectives),
     }

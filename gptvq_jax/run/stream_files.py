@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gptvq_jax.files import durable
 from gptvq_jax.run.activations import BFLOAT16, Activations, Writer, writing
 from gptvq_jax.run.stream_store import StreamStore
 
@@ -15,6 +16,16 @@ class StreamFiles(StreamStore):
 
     def __init__(self, directory: Path):
         self.directory = directory
+
+    @classmethod
+    def opened(cls, directory: Path) -> "StreamFiles":
+        """Of a directory that is made if it is missing, without what a killed process was writing.
+
+        Nobody else may write there meanwhile.
+        """
+        durable.make_directory(directory)
+        durable.drop_partial(directory)
+        return cls(directory)
 
     def path(self, stream: str, point: int) -> Path:
         return self.directory / f"{point:05d}.{stream}.npy"

@@ -12,7 +12,9 @@
     curves/                 00007.json: measured errors of the candidates for each layer of block 7,
                             where allocation.bits_per_value asks for them
     evaluation/             the held-out text: float/ and quantized/ have its streams by model
-                            (float32) and, as 00030.losses.npy, what comes out
+                            (float32), the last one 00030.outputs-DIGEST.npy, until the summary is
+                            written; figures.npy, which stays, has of each predicted token what
+                            core/divergence.py calls FIGURES (n, T - 1, 4) float32
     metrics.jsonl           one JSON object per line: layers, blocks, summary
     checkpoint/             the packed model; a block in it is finished
 
@@ -24,6 +26,7 @@ damaged, it is made again.
 
 import fcntl
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -144,15 +147,28 @@ class WorkDir:
             self._activations,
             self.path / "gradients",
             self._curves(0).parent,
+            self._evaluation,
         ):
-            _drop_partial(folder)
+            durable.drop_partial(folder)
 
     def evaluation(self, model: str) -> StreamFiles:
-        """Streams of the held-out text in the "float" or the "quantized" model, and its losses."""
-        path = self.path / "evaluation" / model
-        durable.make_directory(path)
-        _drop_partial(path)
-        return StreamFiles(path)
+        """Streams of the held-out text in the "float" or the "quantized" model, and its outputs."""
+        return StreamFiles.opened(self._evaluation / model)
+
+    @property
+    def token_figures(self) -> Path:
+        """What both models say of each token of the held-out text."""
+        return self._evaluation / "figures.npy"
+
+    def drop_evaluations(self) -> None:
+        """Forgets the streams of the held-out text; other names of their files stay."""
+        for model in ("float", "quantized"):
+            if (self._evaluation / model).exists():
+                shutil.rmtree(self._evaluation / model)
+
+    @property
+    def _evaluation(self) -> Path:
+        return self.path / "evaluation"
 
     def check_room(self, num_bytes: int, *kept: str) -> None:
         """Checks, before a pass, that there is room for what it will write.
@@ -264,12 +280,6 @@ class WorkDir:
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows, all of them or none."""
         durable.append_lines(self.path / "metrics.jsonl", rows)
-
-
-def _drop_partial(folder: Path) -> None:
-    """Removes what a killed process was writing there."""
-    for path in folder.glob("*.partial"):
-        path.unlink()
 
 
 class Streams(StreamFiles):

@@ -152,16 +152,13 @@ def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def model_row(
-    name: str, base: Any, directory: Path, perplexity_float: float | None
-) -> dict[str, Any]:
+def model_row(name: str, base: Any, directory: Path) -> dict[str, Any]:
     """One row of the model table: a whole run, resumed or read where it was made before.
 
     Args:
       name: in MODEL_ROWS.
       base: ConfigDict that the row changes.
-      directory: of all work directories.
-      perplexity_float: of the float model, if it is known already.
+      directory: of all work directories; they share its float_evaluation, which is made once.
     """
     config = base.copy_and_resolve_references()
     for field, value in MODEL_ROWS[name].items():
@@ -170,7 +167,7 @@ def model_row(
         config.update_from_flattened_dict({field: value})
     path = directory / "".join(c if c.isalnum() else "_" for c in name)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        summary = job.quantize(config, str(path), perplexity_float)
+        summary = job.quantize(config, str(path), str(directory / "float_evaluation"))
     write_text(path / "report.txt", printed.getvalue())
     quantized, of_float = summary["perplexity_quantized"], summary["perplexity_float"]
     evaluating = stages_of(summary).get("evaluate", {"seconds": 0.0})["seconds"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptvq_jax.console import report
+from gptvq_jax.console.comparison_text import protocol_text
 from gptvq_jax.run import job
 from gptvq_jax.study import ablations
 
@@ -27,6 +28,53 @@ def test_numbers_that_json_does_not_have_are_written_as_float_reads_them():
 )
 def test_the_logarithm_of_a_ratio(after, before, expected):
     np.testing.assert_equal(report.log_ratio(after, before), expected)
+
+
+def summary_of(**more):
+    numbers = ("num_layers", "quantized_bytes", "embedding_bytes", "dense_bytes", "seconds")
+    numbers += ("checkpoint_bytes", "compile_seconds", "peak_memory_bytes", "bits_per_value")
+    texts = {"evaluation": "3 x 8 tokens", "calibration": "6 x 32 tokens", "stages": {}}
+    perplexity = {"perplexity_float": 2.0, "perplexity_quantized": 3.0}
+    return dict.fromkeys(numbers, 1) | texts | perplexity | more
+
+
+def figure(value, error=None):
+    return {"value": value, "standard_error": error}
+
+
+def test_figures_are_shown_with_their_standard_errors():
+    comparison = {
+        "perplexity": figure(3.0, 0.25),
+        "perplexity_float": figure(2.0, 0.125),
+        "log_perplexity_ratio": figure(0.405465, 0.01234),
+        "kl_mean": figure(0.25, 0.015),
+        "kl_median": figure(0.125, 0.0104),
+        "kl_99": figure("inf", "nan"),
+        "kl_max": figure(12.3456),
+        "same_top1": figure(0.875, 0.0123),
+    }
+    protocol = {"dataset": "news", "split": "test", "joiner": "\n", "windows": 3, "context": 8}
+    protocol |= {"tokens": 21, "bos": "none"}
+    lines = report.summary_text(summary_of(comparison=comparison, protocol=protocol)).splitlines()
+    assert lines[2:6] == [
+        "     perplexity  float 2.000 ± 0.12 -> quantized 3.000 ± 0.25  (log-perplexity "
+        "+0.4055 ± 0.012; 3 x 8 tokens)",
+        "  KL divergence  mean 0.25 ± 0.015, median 0.125 ± 0.01, 99 % inf ± nan, maximum 12.35 "
+        "nats a token, KL(float || quantized)",
+        "     same top-1  87.50 ± 1.2 % of tokens",
+        '       protocol  news, test, joined by "\\n"; 3 windows x 8 tokens, 21 predicted; '
+        "BOS: none; standard errors over windows",
+    ]
+    one = protocol_text(protocol | {"windows": 1, "joiner": None})
+    assert "one text; 1 windows x" in one and one.endswith("one window has no standard error")
+
+
+def test_runs_of_earlier_versions_are_shown_as_before():
+    lines = report.summary_text(summary_of()).splitlines()
+    assert lines[2].endswith(
+        "float 2.000 -> quantized 3.000  (log-perplexity +0.4055; 3 x 8 tokens)"
+    )
+    assert lines[3].startswith("    calibration  ")
 
 
 @pytest.mark.parametrize("values", [(0.5, INF, NAN), (INF, 0.5), (0.0, NAN)])

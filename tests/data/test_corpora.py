@@ -4,6 +4,8 @@ import datasets
 import pytest
 
 from gptvq_jax.data import documents
+from gptvq_jax.data.corpora import held_out
+from gptvq_jax.data.windows import evaluation_windows
 
 
 def test_unknown_names():
@@ -39,6 +41,40 @@ def test_downloads_follow_the_protocol(monkeypatch):
     assert calls[1][2]["split"] == "test"
     assert calls[2][1]["data_files"] == "en/c4-train.00000-of-01024.json.gz"
     assert calls[3][1]["data_files"] == "en/c4-validation.00000-of-00008.json.gz"
+
+
+class Letters:
+    """A tokenizer of one id for each character."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize(
+    "name, split", [("wikitext2", "test"), ("c4", "validation"), ("ptb", "test")]
+)
+def test_what_is_said_of_held_out_text_is_what_is_evaluated(monkeypatch, name, split):
+    def load_dataset(repository, *args, data_files="", split, **kwargs):
+        column = "sentence" if "ptb" in repository else "text"
+        return {column: [f"{data_files}{split}", "second"]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = held_out(name)
+    text = "".join(map(chr, evaluation_windows(Letters(), documents(name, "test"), 1)[:, 0]))
+    first, second = text.split(said["joiner"])
+    assert said["split"] == split and split in first and second == "second"
+
+
+def test_what_is_said_of_local_and_packaged_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert held_out(str(tmp_path / "a.txt")) == {"split": "whole file", "joiner": None}
+    said = held_out(str(tmp_path / "a.jsonl"))
+    for name in ("a.txt", "a.jsonl"):
+        windows = evaluation_windows(Letters(), documents(str(tmp_path / name), "test"), 8)
+        assert "".join(map(chr, windows[0])) == f"one{said['joiner']}two"
+    assert held_out("news") == {"split": "test", "joiner": "\n"}
+    assert held_out("wikipedia") == {"split": "test", "joiner": "\n\n"}
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb"])

@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.data import calibration_windows, evaluation_windows
+from gptvq_jax.data.windows import bos_of
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz\n"
@@ -37,6 +38,12 @@ def test_evaluation_windows_are_consecutive(tokenizer):
         [BOS, *ids("ab\n")]
     ]
     assert len(evaluation_windows(tokenizer, ["ab", "cdefgh"], 4, max_windows=9)) == 2
+
+
+def test_the_token_that_begins_a_text_is_told(tokenizer):
+    windows = evaluation_windows(tokenizer, ["abcdefgh"], 4)
+    assert bos_of(tokenizer, windows) == "first token of the text"
+    assert bos_of(tokenizer, windows[1:]) == bos_of(object(), windows) == "none"
 
 
 def test_calibration_windows_are_random_slices(tokenizer):

@@ -18,7 +18,7 @@ from gptvq_jax.exchange.import_aqlm import import_aqlm
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.llama import with_layer
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run.job import evaluate
+from gptvq_jax.run.evaluate_job import evaluate
 from gptvq_jax.serve.stop_tokens import stop_tokens
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.study.sample_tensors import TensorFormat

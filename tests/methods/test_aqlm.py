@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptvq_jax.core.code_usage import code_usage
 from gptvq_jax.core.grid import GroupGrid
-from gptvq_jax.core.vq_tensor import dequantize, unused_centroids
+from gptvq_jax.core.vq_tensor import dequantize
 from gptvq_jax.methods.aqlm import AQLMSettings, quantize
 
 pytestmark = pytest.mark.usefixtures("short_programs")
@@ -213,7 +214,7 @@ def test_adam_in_float64():
     """Adam without momentum, with amsgrad, on codebooks and scales divided by their size."""
     rate = 1e-2
     start = tensor_of(**ADAM, learning_rate=1e-30)
-    assert unused_centroids(start) == 0
+    assert code_usage(start).unused_centroids == 0
     codes, *params = parts(start)
     size = [np.sqrt(np.mean(p**2)) for p in params]
     params = [p / s for p, s in zip(params, size, strict=True)]
@@ -296,7 +297,7 @@ def test_codebooks_with_a_centroid_for_every_vector_are_exact():
     arrays = problem.weight, problem.hessian, problem.hinv_chol
     tensor = compiled(*arrays, jax.random.key(0), settings=settings)
     assert tensor.codes.shape == (1, 12, 2) and tensor.codebook.codebook_size == 256
-    assert unused_centroids(tensor) >= 256 - 24
+    assert code_usage(tensor).unused_centroids >= 256 - 24
     assert np.isfinite(tensor.codebook.centroids).all()
     error = ref.loss(problem.weight, decoded(tensor), problem.hessian)
     assert error < 1e-6 * ref.loss(problem.weight, 0, problem.hessian)
@@ -381,7 +382,7 @@ def test_rounds_lower_the_error():
 def test_rounds_bring_unused_centroids_into_use():
     def unused(rounds):
         tensors = [tensor_of(layer(seed), em_iterations=20, rounds=rounds) for seed in range(8)]
-        return sum(int(unused_centroids(tensor)) for tensor in tensors)
+        return sum(int(code_usage(tensor).unused_centroids) for tensor in tensors)
 
     assert unused(0) > 0 == unused(8)
 

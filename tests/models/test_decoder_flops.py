@@ -21,8 +21,8 @@ from gptvq_jax.models.llama import (
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import finetune
 from gptvq_jax.run.calibrate import LAST, FloatStates, init_moments, moment_flops, step
-from gptvq_jax.run.evaluate import token_nll
 from gptvq_jax.run.gradients import block_backward, head_backward
+from gptvq_jax.run.token_losses import token_nll
 
 CONFIGS = {
     "grouped": dataclasses.replace(MODEL, num_attention_heads=4, num_key_value_heads=2),

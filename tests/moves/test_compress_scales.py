@@ -13,7 +13,6 @@ from gptvq_jax.core.vq_tensor import (
     VQTensor,
     dequantize,
     pack_codes,
-    unused_centroids,
 )
 from gptvq_jax.moves.compress import (
     quantize_centroids,
@@ -22,7 +21,6 @@ from gptvq_jax.moves.compress import (
     svd_factors,
 )
 from gptvq_jax.moves.scales import RowScales, fit_row_scales, normalize_strip, row_norms
-from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
 quantize_centroids = jax.jit(quantize_centroids, static_argnames="bits")
 quantize_factors = jax.jit(quantize_factors, static_argnames="bits")
@@ -256,47 +254,6 @@ def test_row_scales_stay_where_nothing_determines_them():
 
 
 # the stored tensor
-
-
-@pytest.mark.parametrize(
-    "fmt, grid",
-    [
-        (TensorFormat(dim=2, index_bits=3), GroupGrid(5, 11, 2, strip_rows=2, strip_cols=4)),
-        (
-            TensorFormat(dim=4, index_bits=5, codebook_bits=16, num_codebooks=2, row_scales=True),
-            GroupGrid(5, 22, 4, strip_rows=5, strip_cols=24),
-        ),
-        (
-            TensorFormat(dim=2, index_bits=4, codebook_bits=16, num_codebooks=2),
-            GroupGrid(7, 12, 2, strip_rows=4, strip_cols=8),
-        ),
-    ],
-    ids=["groups of strips", "aqlm", "both"],
-)
-def test_unused_centroids_are_counted(fmt, grid):
-    tensor = random_tensor(fmt, grid)
-    codes = np.asarray(tensor.unpack_codes())
-    books, rows, vectors = codes.shape
-    used = {
-        (m, r // grid.strip_rows, j // grid.strip_vectors, codes[m, r, j])
-        for m in range(books)
-        for r in range(rows)
-        for j in range(vectors)
-    }
-    groups = -(-grid.rows // grid.strip_rows) * -(-grid.cols // grid.strip_cols)
-    expected = books * groups * 2**fmt.index_bits - len(used)
-    assert unused_centroids(tensor) == expected
-    assert 0 < expected < books * groups * 2**fmt.index_bits
-
-
-def test_no_centroid_is_unused():
-    grid = GroupGrid(2, 8, 2, strip_rows=2, strip_cols=8)
-    codes = jnp.arange(16).reshape(2, 4, 2) % 4  # every code of 2 bits, in both codebooks
-    book = DenseCodebook(jnp.zeros((2, 1, 1, 4, 2), jnp.float16), None, 16, 4, 2)
-    tensor = VQTensor(pack_codes(codes, 2, grid), book, None, 2, grid)
-    assert unused_centroids(tensor) == 0
-    other = VQTensor(pack_codes(codes // 2 * 2, 2, grid), book, None, 2, grid)
-    assert unused_centroids(other) == 4
 
 
 def test_dequantize_is_the_sum_in_its_docstring():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections import Counter
@@ -18,6 +19,7 @@ from gptvq_jax.run.gradients import Backward
 from gptvq_jax.run.quantize import Quantize
 
 _CHANGES = [(os, "replace"), (os, "rename"), (os, "unlink"), (os, "remove"), (shutil, "rmtree")]
+_DIGEST = re.compile("-[0-9a-f]{12}(?=.npy)")  # of a model and a text
 Visit = tuple[str, int]  # name of a pass, block
 
 
@@ -29,7 +31,7 @@ class Changes:
 
     Attributes:
       made: names of the files that were renamed to or removed so far, in order, each after what
-        was done.
+        was done; without the digest of a model and a text.
     """
 
     def __init__(
@@ -58,7 +60,8 @@ class Changes:
                 self._before(number)
                 result = function(path, *args, **kwargs)
                 target = args[0] if name in ("replace", "rename") else path
-                self.made.append(f"{name} {os.path.relpath(target, self._directory)}")
+                file = _DIGEST.sub("", os.path.relpath(target, self._directory))
+                self.made.append(f"{name} {file}")
                 self._after(number)
                 return result
             finally:
@@ -92,7 +95,7 @@ def commit(visit: Visit, depth: int) -> str:
     """The change that makes a visit count as done."""
     name, index = visit
     if name.startswith("Evaluation"):
-        what = "losses" if index + 1 == depth else "evaluation"
+        what = "outputs" if index + 1 == depth else "evaluation"
         return f"replace evaluation/{name.split()[-1]}/{index + 1:05d}.{what}.npy"
     return {
         "Forward": f"replace activations/{index + 1:05d}.float.npy",

@@ -51,7 +51,7 @@ def finished(request, model_dir, text_files, tmp_path_factory):
     """A run with an allocation: its settings, summary, work directory and rows by layer."""
     config = allocating_config(model_dir, text_files, request.param)
     path = tmp_path_factory.mktemp("run") / "run"
-    summary = job.quantize(config, str(path), perplexity_float=1.0)
+    summary = job.quantize(config, str(path))
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     layers = {(row["block"], row["layer"]): row for row in rows if row["kind"] == "layer"}
     return SimpleNamespace(settings=from_config(config), summary=summary, path=path, layers=layers)
@@ -233,7 +233,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work(model_dir, text_
     config.allocation.bits_per_value = 1.05
     message = r"allocation\.bits_per_value=1\.05 cannot be met.* take 1\.\d+ bits per value"
     with pytest.raises(ValueError, match=message):
-        job.quantize(config, str(tmp_path / "run"), perplexity_float=1.0)
+        job.quantize(config, str(tmp_path / "run"))
     for name in ("checkpoint", "gradients", "curves"):
         assert not (tmp_path / "run" / name).exists()
 

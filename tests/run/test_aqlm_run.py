@@ -37,6 +37,9 @@ def test_a_run(tiny_config, tmp_path, capsys):
         codes = np.asarray(tensor.unpack_codes())
         assert codes.shape == (2, len(weight), weight.shape[1] // 4)
         assert row["unused_centroids"] == sum(128 - len(np.unique(of_book)) for of_book in codes)
+        shares = [np.unique(book, return_counts=True)[1] / book.size for book in codes]
+        entropy = np.mean([-np.sum(share * np.log2(share)) for share in shares])
+        assert row["code_entropy"] == pytest.approx(entropy, rel=1e-5)
         # Rows of 7-bit codes in whole bytes, a float16 for each, 2 x 128 centroids of 4 float16.
         stored = 2 * len(weight) * -(-7 * codes.shape[2] // 8) + 2 * len(weight) + 2 * 128 * 4 * 2
         assert row["num_bytes"] == tensor.num_bytes == stored

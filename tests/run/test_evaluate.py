@@ -1,16 +1,18 @@
-"""Streamed perplexity against the whole model at once."""
+"""A streamed evaluation against the whole model at once."""
 
+import re
 import tempfile
 
 import jax
 import numpy as np
 import pytest
+from steps import Steps
 
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import evaluate, job
+from gptvq_jax.run import evaluate, evaluate_job
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.walk import walk
 
@@ -47,6 +49,7 @@ class Counted:
 
     def __init__(self, source, dies_at=None):
         self.config, self._source, self.dies_at = source.config, source, dies_at
+        self.fingerprint = source.fingerprint
         self.blocks, self.outers = [], 0
 
     def outer(self):
@@ -72,22 +75,44 @@ def test_batches_files_and_memory_give_the_same(
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     written = []
     writing = StreamFiles.write
-    monkeypatch.setattr(
-        StreamFiles, "write", lambda self, *a: written.append(a[:2]) or writing(self, *a)
-    )
-    counted, calls, depth = Counted(source), [], source.config.num_hidden_layers
-    found = evaluate.perplexity(counted, windows, batch_size, lambda: calls.append(0))
+
+    def write(self, stream, point, *rest):
+        written.append((stream.partition("-")[0], point))
+        return writing(self, stream, point, *rest)
+
+    monkeypatch.setattr(StreamFiles, "write", write)
+    counted, depth = Counted(source), source.config.num_hidden_layers
+    steps = Steps()
+    with evaluate.evaluated(counted, windows, batch_size, progress=steps) as evaluation:
+        found = evaluate.perplexity_of(evaluation.losses())
     assert found == pytest.approx(expected, rel=1e-5)
-    assert counted.blocks == list(range(depth)) and counted.outers == 1 and len(calls) == depth
-    points = [("evaluation", i) for i in range(depth)] + [("losses", depth)]
+    assert counted.blocks == list(range(depth)) and steps.advanced == depth
+    assert counted.outers == 2  # embeddings before the walk, the head after it
+    points = [("evaluation", i) for i in range(depth)] + [("outputs", depth)]
     assert written == (points if in_files else [])
     assert not list(tmp_path.iterdir())
+
+
+def in_directory(source, windows, directory, batch_size=4):
+    """An evaluation in files that stay, walked from where it is."""
+    stopwatch = Stopwatch()
+    made = evaluate.Evaluation(source, windows, batch_size, StreamFiles(directory), stopwatch)
+    made.check_room()
+    walk(source, [made], range(source.config.num_hidden_layers), stopwatch)
+    return made
+
+
+def names(directory):
+    """Of its files, without the digest of model and text."""
+    return sorted(re.sub("-[0-9a-f]{12}", "", path.name) for path in directory.iterdir())
 
 
 def test_files_and_memory_agree_to_the_last_bit(source, tmp_path):
     windows = random_windows(5)
     in_memory = evaluate.perplexity(source, windows, 2)
-    assert evaluate.perplexity(source, windows, 2, directory=tmp_path) == in_memory
+    losses = in_directory(source, windows, tmp_path, 2).losses()
+    assert losses.shape == (5, 31) and losses.dtype == np.float32
+    assert evaluate.perplexity_of(losses) == in_memory
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(source, tmp_path):
@@ -96,17 +121,39 @@ def test_a_killed_evaluation_goes_on_where_it_was(source, tmp_path):
     for dies_at in range(depth):
         counted = Counted(source, dies_at)
         with pytest.raises(MemoryError):
-            evaluate.perplexity(counted, windows, directory=tmp_path)
+            in_directory(counted, windows, tmp_path)
         # The visitor may have died before it was through with the block that came before.
         assert counted.blocks[0] == max(0, dies_at - 1)
         assert [path.name for path in tmp_path.glob("*.partial")] == []
     counted = Counted(source)
-    assert evaluate.perplexity(counted, windows, directory=tmp_path) == expected
+    losses = in_directory(counted, windows, tmp_path).losses()
+    assert evaluate.perplexity_of(losses) == expected
     assert counted.blocks == [depth - 1]
-    assert [path.name for path in tmp_path.iterdir()] == [f"{depth:05d}.losses.npy"]
+    assert names(tmp_path) == [f"{depth:05d}.outputs.npy"]
     again = Counted(source)
-    assert evaluate.perplexity(again, windows, directory=tmp_path) == expected
+    assert (in_directory(again, windows, tmp_path).losses() == losses).all()
     assert again.blocks == []
+
+
+def test_files_of_another_model_or_text_are_not_its_own(source, tmp_path):
+    windows, depth = random_windows(3), source.config.num_hidden_layers
+    in_directory(source, windows, tmp_path)
+    other_text = windows.copy()
+    other_text[0, 5] ^= 1
+    other_model = Counted(source)
+    other_model.fingerprint = "another"
+    for model, text in ((Counted(source), other_text), (other_model, windows)):
+        in_directory(model, text, tmp_path)
+        assert model.blocks == list(range(depth))
+    assert names(tmp_path) == [f"{depth:05d}.outputs.npy"] * 3
+
+
+def test_outputs_that_were_cut_are_named(source, tmp_path):
+    made = in_directory(source, random_windows(3), tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{path} is damaged.*; remove it, and it is made again"):
+        made.losses()
 
 
 def test_it_shares_a_walk(source, tmp_path):
@@ -132,15 +179,15 @@ def test_it_shares_a_walk(source, tmp_path):
                 out[:1] = np.zeros((1, 1, 1))
 
     order = range(config.num_hidden_layers)
-    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files, stopwatch)
+    evaluation = evaluate.Evaluation(source, windows, 4, files, stopwatch)
     with pytest.raises(MemoryError):
         walk(Counted(source, dies_at=2), [evaluation], order, stopwatch)
-    evaluation = evaluate.Evaluation(config, source.outer(), windows, 4, files, stopwatch)
+    evaluation = evaluate.Evaluation(source, windows, 4, files, stopwatch)
     counted = Counted(source)
     walk(counted, [Other(), evaluation], order, stopwatch)
     assert counted.blocks == seen == list(order)
-    assert evaluation.perplexity() == expected
-    assert files.points("other") == files.points("evaluation") == []
+    assert evaluate.perplexity_of(evaluation.losses()) == expected
+    assert names(tmp_path) == [f"{config.num_hidden_layers:05d}.outputs.npy"]
     with pytest.raises(ValueError, match="the whole model"):
         evaluation.position(range(1))
     with pytest.raises(ValueError, match="the whole model"):
@@ -151,8 +198,14 @@ def test_room_on_the_disk_is_checked_first(source, tmp_path, monkeypatch):
     monkeypatch.setattr("gptvq_jax.files.disk_space._free", lambda path: 1000)
     counted = Counted(source)
     with pytest.raises(FullDiskError, match=f"{tmp_path} needs .* more, and .* are free"):
-        evaluate.perplexity(counted, random_windows(3), directory=tmp_path)
+        in_directory(counted, random_windows(3), tmp_path)
     assert counted.blocks == [] and list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    done = in_directory(source, random_windows(3), tmp_path)
+    monkeypatch.setattr("gptvq_jax.files.disk_space._free", lambda path: 0)
+    done.check_room()  # nothing is left to write
+    with pytest.raises(FullDiskError):
+        done.check_room(1)
 
 
 def test_the_head_is_sent_once_and_rows_are_picked_on_the_host(source, monkeypatch):
@@ -177,11 +230,16 @@ def test_the_head_is_sent_once_and_rows_are_picked_on_the_host(source, monkeypat
     assert len(sent) == 1
 
 
-def test_says_at_which_precision_it_multiplies(model_dir, text_files, capsys):
+def test_says_what_was_measured_how(model_dir, text_files, capsys):
     text = dict(dataset=text_files[1], num_windows=2, seqlen=32, batch_size=2)
-    job.evaluate(None, str(model_dir), **text)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith(f"on 2 x 32 tokens of {text_files[1]}, multiplied in float32")
+    value = evaluate_job.evaluate(None, str(model_dir), **text)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"perplexity    {value:.4f} ± ")
+    assert first.endswith(f"on 2 x 32 tokens of {text_files[1]}, multiplied in float32")
+    assert last == (
+        f"protocol      {text_files[1]}, whole file, one text; 2 windows x 32 tokens, "
+        "62 predicted; BOS: none; standard errors over windows"
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,4 +253,4 @@ def test_losses_beyond_every_number(source, monkeypatch, loss, expected):
 
 def test_windows_beyond_the_model_name_the_flag_of_the_script(model_dir):
     with pytest.raises(ValueError, match=r"beyond the 2048 positions of tiny; set --seqlen=2048"):
-        job.evaluate(None, str(model_dir), seqlen=2049)
+        evaluate_job.evaluate(None, str(model_dir), seqlen=2049)

@@ -151,7 +151,7 @@ def quantize(tiny_config, tmp_path):
     def run_with(name, **overrides):
         config = tiny_config.copy_and_resolve_references()
         config.update_from_flattened_dict(overrides)
-        job.quantize(config, str(tmp_path / name), perplexity_float=1.0)
+        job.quantize(config, str(tmp_path / name))
         block = PackedCheckpoint(tmp_path / name / "checkpoint").packed_block(0)
         codes = {n: np.asarray(get_layer(block, n)["kernel"].codes) for n in LINEAR_LAYERS}
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

@@ -8,6 +8,7 @@ import pytest
 from gptvq_jax.config import default_config, from_config
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.run import job
+from gptvq_jax.run.evaluate import Evaluation
 from gptvq_jax.study import ablations
 from gptvq_jax.study.layer_benchmark import VQ_SETTINGS
 
@@ -62,18 +63,34 @@ def test_layer_row(tmp_path):
     assert row["bits_per_value"] == pytest.approx(2 + 2 * (16 * 2 * 8 + 16) / 4096)
 
 
+def counting(method, calls):
+    """A method that notes whose it is."""
+
+    def call(owner, *args):
+        calls.append(owner)
+        return method(owner, *args)
+
+    return call
+
+
 @pytest.mark.slow
 def test_model_rows_are_runs_and_are_read_again(tiny_config, tmp_path, monkeypatch):
-    first = ablations.model_row("default", tiny_config, tmp_path, None)
-    more = ablations.model_row("twice the calibration windows", tiny_config, tmp_path, 2.0)
-    assert more["perplexity_float"] == 2.0  # taken as known
+    visits = []
+    monkeypatch.setattr(Evaluation, "begin", counting(Evaluation.begin, visits))
+    first = ablations.model_row("default", tiny_config, tmp_path)
+    more = ablations.model_row("twice the calibration windows", tiny_config, tmp_path)
+    assert more["perplexity_float"] == first["perplexity_float"]
+    # Each row has its quantized model, all of them the one float model.
+    assert [type(visitor.source).__name__ for visitor in visits] == [
+        *("HFSource", "PackedCheckpoint", "PackedCheckpoint")
+    ]
     assert np.load(tmp_path / "twice_the_calibration_windows/tokens.npy").shape[0] == 12
     assert first["rise"] == pytest.approx(np.log(first["perplexity"] / first["perplexity_float"]))
     assert "bits per value" in (tmp_path / "default/report.txt").read_text()
 
     monkeypatch.setattr(job, "quantize_model", None)
-    monkeypatch.setattr(job, "perplexity", None)
-    assert ablations.model_row("default", tiny_config, tmp_path, None) == first
+    monkeypatch.setattr(job, "write_figures", None)
+    assert ablations.model_row("default", tiny_config, tmp_path) == first
 
 
 def test_table_and_plot(tmp_path):

@@ -1,0 +1,73 @@
+"""The texts of a run as windows of tokens, and how they were cut."""
+
+from typing import Any
+
+import numpy as np
+
+from gptvq_jax.config import RunSettings
+from gptvq_jax.data.corpora import documents, held_out
+from gptvq_jax.data.windows import bos_of, calibration_windows, evaluation_windows
+from gptvq_jax.models.source import ModelSource
+
+
+def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
+    """Random windows (n, T) of the calibration text."""
+    c = settings.calibration
+    return calibration_windows(
+        source.tokenizer,
+        documents(c.dataset, "train"),
+        num_windows=c.num_windows,
+        seqlen=c.seqlen,
+        seed=c.seed,
+        per_document=c.dataset == "c4",
+        vocab_size=source.config.vocab_size,
+    )
+
+
+def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
+    """Consecutive windows (n, T) of the held-out text."""
+    e = settings.evaluation
+    return evaluation_windows(
+        source.tokenizer,
+        documents(e.dataset, "test"),
+        seqlen=e.seqlen,
+        max_windows=e.num_windows or None,
+        vocab_size=source.config.vocab_size,
+    )
+
+
+def protocol(source: ModelSource, dataset: str, windows: np.ndarray) -> dict[str, Any]:
+    """What a figure on held-out text depends on beside the model.
+
+    Args:
+      source: whose tokenizer cut the text.
+      dataset: its name.
+      windows: tokens (n, T) of `evaluation_tokens`.
+
+    Returns:
+      "dataset"; "split" and "joiner", as corpora.held_out; "windows" and "context", n and T;
+      "tokens", how many are predicted: all but the first of each window; "bos", as windows.bos_of.
+    """
+    count, context = windows.shape
+    return {
+        "dataset": dataset,
+        **held_out(dataset),
+        "windows": count,
+        "context": context,
+        "tokens": count * (context - 1),
+        "bos": bos_of(source.tokenizer, windows),
+    }
+
+
+def check_seqlen(source: ModelSource, section: str, seqlen: int, flag: str = "") -> None:
+    """Raises ValueError for windows beyond the model's positions; `flag` is what sets them."""
+    limit = source.config.max_position_embeddings
+    if seqlen > limit:
+        raise ValueError(
+            f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
+            f"set {flag or f'--config.{section}.seqlen'}={limit} or less"
+        )
+
+
+def describe(dataset: str, windows: np.ndarray) -> str:
+    return f"{len(windows)} x {windows.shape[1]} tokens of {dataset}"
