@@ -1,6 +1,6 @@
 """The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ def quantize(
     workdir_path: str,
     perplexity_float: float | None = None,
     given: Collection[str] = (),
+    prepare: Callable[[WorkDir], None] | None = None,
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
 
@@ -38,6 +39,8 @@ def quantize(
       workdir_path: directory for everything the run writes; an earlier run in it is resumed.
       perplexity_float: of the float model on the same held-out text, if it is known already.
       given: fields of the config that the command line names; each must have an effect.
+      prepare: called with the work directory before the first pass, unless the run is finished: it
+        may put there what other runs have made, which the passes then find done.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
@@ -49,12 +52,11 @@ def quantize(
         logging.warning("%s", note)
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
-    check_seqlen(source, "calibration", settings.calibration.seqlen)
-    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    check_plan(source, settings)
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
         summary = workdir.summary()
         if summary is None:
-            summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
+            summary = _quantize(source, settings, workdir, stopwatch, perplexity_float, prepare)
             workdir.append_metrics([report.json_numbers(summary)])
         else:
             print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
@@ -77,24 +79,19 @@ def _quantize(
     workdir: WorkDir,
     stopwatch: Stopwatch,
     perplexity_float: float | None,
+    prepare: Callable[[WorkDir], None] | None,
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
-    _check_plan(source, settings)
     goes_on = workdir.begun()
+    if prepare is not None:
+        prepare(workdir)
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
-        held_out = evaluation_tokens(source, settings)
-        tokens = workdir.load_tokens()
-        if tokens is None:
-            tokens = calibration_tokens(source, settings)
-            workdir.save_tokens(tokens)
+        held_out, tokens = texts(source, settings, workdir)
     order = range(source.config.num_hidden_layers)
     of_float = None
     if perplexity_float is None:
-        files = workdir.evaluation("float")
-        parts = source.config, source.outer(), held_out, settings.evaluation.batch_size
-        of_float = Evaluation(*parts, files, stopwatch)
-        check_room(files.directory, of_float.peak_bytes - directory_bytes(files.directory))
+        of_float = float_evaluation(source, settings, workdir, held_out, stopwatch)
     riders = () if of_float is None else (of_float,)
     blocks = quantize_model(source, settings, workdir, tokens, stopwatch, riders)
     blocks.finalize()
@@ -132,8 +129,47 @@ def _quantize(
     }
 
 
-def _check_plan(source: ModelSource, settings: RunSettings) -> None:
-    """Refuses, before anything is made, token weights or a budget that the model does not allow."""
+def texts(
+    source: ModelSource, settings: RunSettings, workdir: WorkDir
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of the held-out text and of the calibration text, kept in the work directory."""
+    found = []
+    for name, make in (("held_out", evaluation_tokens), ("tokens", calibration_tokens)):
+        tokens = workdir.load_tokens(name)
+        if tokens is None:
+            tokens = make(source, settings)
+            workdir.save_tokens(tokens, name)
+        found.append(tokens)
+    return found[0], found[1]
+
+
+def float_evaluation(
+    source: ModelSource,
+    settings: RunSettings,
+    workdir: WorkDir,
+    held_out: np.ndarray,
+    stopwatch: Stopwatch,
+) -> Evaluation:
+    """The evaluation of the float model, which rides in a walk over its blocks.
+
+    Raises:
+      FullDiskError: there is no room for its files.
+    """
+    files = workdir.evaluation("float")
+    parts = source.config, source.outer(), held_out, settings.evaluation.batch_size
+    evaluation = Evaluation(*parts, files, stopwatch)
+    check_room(files.directory, evaluation.peak_bytes - directory_bytes(files.directory))
+    return evaluation
+
+
+def check_plan(source: ModelSource, settings: RunSettings) -> None:
+    """Refuses, before anything is made, what the model does not allow.
+
+    Raises:
+      ValueError: windows beyond its positions, or token weights or a budget that cannot be.
+    """
+    check_seqlen(source, "calibration", settings.calibration.seqlen)
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     groups = settings.weight_groups
     if not groups:
         return
