@@ -10,6 +10,7 @@ has four cells: every point of one axis with every point of the other.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,13 @@ class Point:
     name: str
     fields: Mapping[str, Any]  # {"vq.dim": 2, ...}
     config: str = ""  # the config, with its argument, whose fields these are
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """What single cells set besides their points: {names of points: {field: value}}."""
+
+    fields: Mapping[tuple[str, ...], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +102,7 @@ def sweep(
     axes: Sequence[Axis],
     fields: Mapping[str, Any] | None = None,
     kind: str = "models",
+    cells: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None,
 ) -> config_dict.ConfigDict:
     """What `get_config` of a sweep's config file returns.
 
@@ -103,9 +112,10 @@ def sweep(
       axes: in the order in which names of cells have them.
       fields: that differ from those of the base in all cells.
       kind: of KINDS.
+      cells: what single cells set besides, {(point of the first axis, of the second, ...): fields}.
 
     Returns:
-      name, kind, base (a run's config), source (its name, or ""), axes.
+      name, kind, base (a run's config), source (its name, or ""), axes, cells.
 
     Raises:
       ValueError: as `points`; no such base; or two axes or points have one name.
@@ -126,7 +136,26 @@ def sweep(
         "base": config,
         "source": source,
         "axes": tuple(_against(before, of) for of in axes),
+        "cells": Own(_cells(axes, cells or {})),
     })  # fmt: skip
+
+
+def _cells(
+    axes: Sequence[Axis], cells: Mapping[tuple[str, ...], Mapping[str, Any]]
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The fields of single cells, checked."""
+    known = set(itertools.product(*([point.name for point in of.points] for of in axes)))
+    found = {}
+    for names, fields in cells.items():
+        if names not in known:
+            raise ValueError(
+                f"there is no cell {names!r}; name a point of each axis, in their order"
+            )
+        try:
+            found[names] = {field: checked_field(field, v) for field, v in fields.items()}
+        except ValueError as error:
+            raise ValueError(f"cell {names!r}: {error}") from None
+    return found
 
 
 def _against(base: Mapping[str, Any], of: Axis) -> Axis:

@@ -59,7 +59,7 @@ def resolve(config: config_dict.ConfigDict, given: Collection[str] = ()) -> Swee
       ValueError: not a sweep's config; a field of the base, of an axis or of the command line has
         no effect in any cell, or two axes set the same; or no cell can be.
     """
-    fields = {"name", "kind", "base", "source", "axes"}
+    fields = {"name", "kind", "base", "source", "axes", "cells"}
     if not isinstance(config, config_dict.ConfigDict) or {*config} != fields:
         raise ValueError(
             "get_config of a sweep's config file must return what study.sweep.axes.sweep gives; "
@@ -77,7 +77,8 @@ def resolve(config: config_dict.ConfigDict, given: Collection[str] = ()) -> Swee
             refused.append(Refused(name, str(error)))
             continue
         reasons = ignored(cell.settings)
-        effects.add([*named, *(f for p in chosen if not p.config for f in p.fields)], reasons)
+        of_points = (f for p in chosen if not p.config for f in p.fields)
+        effects.add([*named, *of_points, *_own(config, chosen)], reasons)
         if note and note not in notes:
             notes.append(note)
         what = repr({f: v for f, v in flat(to_dict(cell.settings)).items() if f not in reasons})
@@ -151,10 +152,16 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
             if field in owner:
                 raise ValueError(f"axes {owner[field]!r} and {of.name!r} both set {field}; let one")
             owner[field] = of.name
+    for fields in config.cells.fields.values():
+        for field in fields:
+            if owner.setdefault(field, "cells") != "cells":
+                raise ValueError(
+                    f"axis {owner[field]!r} and single cells both set {field}; let one"
+                )
     for field in named:
         if field in owner:
             raise ValueError(
-                f"--config.base.{field} has no effect where axis {owner[field]!r} sets it; take "
+                f"--config.base.{field} has no effect where {owner[field]!r} of the sweep sets it; take "
                 "some of its cells with --cells, or write a config of your own"
             )
     if config.kind != "layers":
@@ -171,12 +178,18 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
         )
 
 
+def _own(config: config_dict.ConfigDict, chosen: Sequence[Point]) -> dict[str, Any]:
+    """What a cell sets besides its points."""
+    return dict(config.cells.fields.get(tuple(point.name for point in chosen), {}))
+
+
 def _cell(
     config: config_dict.ConfigDict, chosen: Sequence[Point], named: Sequence[str]
 ) -> tuple[Cell, str]:
     """A cell, and a note for the user. Raises ValueError where it cannot be."""
     own = config.base.copy_and_resolve_references()
     fields = {field: value for point in chosen for field, value in point.fields.items()}
+    fields |= _own(config, chosen)
     own.update_from_flattened_dict(fields)
     own, note = settle_budget(own, [*named, *fields])
     nearest = next((point.config for point in chosen if point.config), config.source)

@@ -10,7 +10,6 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from gptvq_jax.console.errors import first_line
@@ -46,6 +45,18 @@ class Maker(Protocol):
     def run(self, cell: Cell) -> dict[str, Any]:
         """Makes a cell; returns what its row has beside what all rows have."""
         ...
+
+    def cell_flop(self, cell: Cell) -> float:
+        """Of matrix products, passes that are shared apart."""
+        ...
+
+    def pass_flop(self, of: Any, cell: Cell) -> float: ...
+
+    def cell_bytes(self, cell: Cell) -> tuple[int, int]:
+        """What a cell leaves on the disk, and what it takes beside while it is made."""
+        ...
+
+    def pass_bytes(self, of: Any, cell: Cell) -> int: ...
 
 
 def choose(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
@@ -215,4 +226,3 @@ class Drive:
             with self._directory.claim(of.name) as mine:
                 if mine:
                     self._maker.forget(of)
-

@@ -20,8 +20,7 @@ from gptvq_jax.core import metrics
 from gptvq_jax.core.vq_tensor import dequantize
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.flops import block_inputs
-from gptvq_jax.models.open import open_source
-from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import job
 from gptvq_jax.study.layer_benchmark import (
     geometric_mean,
@@ -32,6 +31,7 @@ from gptvq_jax.study.layer_benchmark import (
 from gptvq_jax.study.sample_layers import SAMPLED_LAYERS, make_layers
 from gptvq_jax.study.sweep.cells import Cell, Sweep, refuse
 from gptvq_jax.study.sweep.directory import Directory
+from gptvq_jax.study.sweep.sources import Sources
 
 _TEXT = ("dataset", "num_windows", "seqlen")
 
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 class Layers:
-    """How the cells of a sweep of kind "layers" are made.
+    """How the cells of a sweep of kind "layers" are made; see drive.Maker.
 
     Args:
       sweep: resolved.
@@ -52,29 +52,14 @@ class Layers:
     """
 
     def __init__(self, sweep: Sweep, path: str | Path):
-        self._directory = Directory(path)
-        self._sources: dict[str, ModelSource] = {}
-        self.sweep = refuse(sweep, self._check)
-
-    def source(self, cell: Cell) -> ModelSource:
-        """The float model of a cell."""
-        name = cell.settings.model
-        if name not in self._sources:
-            self._sources[name] = open_source(name)
-        return self._sources[name]
-
-    def _check(self, cell: Cell) -> None:
-        try:
-            source = self.source(cell)
-        except ValueError as error:  # no cell of the model can be made, and no other may hide it
-            raise OSError(str(error)) from error
-        job.check_plan(source, cell.settings)
+        self._directory, self._sources = Directory(path), Sources()
+        self.sweep = refuse(sweep, self._sources.check)
 
     def passes(self, cell: Cell) -> list[Sample]:
         """The layers that a cell is measured on."""
         c, e = cell.settings.calibration, cell.settings.evaluation
         key = {
-            "model": self.source(cell).fingerprint,
+            "model": self._sources.of(cell).fingerprint,
             "calibration": {name: getattr(c, name) for name in (*_TEXT, "seed")},
             "evaluation": {name: getattr(e, name) for name in _TEXT},
         }
@@ -86,7 +71,7 @@ class Layers:
 
     def make(self, of: Sample, cell: Cell) -> None:
         """Makes the layers that a cell is measured on."""
-        source, settings = self.source(cell), cell.settings
+        source, settings = self._sources.of(cell), cell.settings
         texts = job.calibration_tokens(source, settings), job.evaluation_tokens(source, settings)
         wanted = wanted_layers(source.config)
         with Progress(max(wanted) + 1, "sample layers", "block") as progress:
@@ -115,6 +100,28 @@ class Layers:
             "layers": rows,
         }
 
+    def cell_flop(self, cell: Cell) -> float:
+        of_method = cell.settings.method_settings
+        return float(sum(of_method.flops(*shape) for shape in self._shapes(cell)))
+
+    def pass_flop(self, of: Sample, cell: Cell) -> float:
+        c, e = cell.settings.calibration, cell.settings.evaluation
+        config = self._sources.of(cell).config
+        shapes = (c.num_windows, c.seqlen), (e.num_windows, e.seqlen)
+        blocks = max(wanted_layers(config)) + 1
+        return float(blocks * sum(block_inputs(config, *shape) for shape in shapes))
+
+    def cell_bytes(self, cell: Cell) -> tuple[int, int]:
+        return 0, 0
+
+    def pass_bytes(self, of: Sample, cell: Cell) -> int:
+        return sum(4 * cols * (rows + 2 * cols) for rows, cols in self._shapes(cell))
+
+    def _shapes(self, cell: Cell) -> list[tuple[int, int]]:
+        config = self._sources.of(cell).config
+        shapes = layer_shapes(config)
+        return [shapes[name] for names in wanted_layers(config).values() for name in names]
+
 
 def wanted_layers(config: ModelConfig) -> dict[int, tuple[str, ...]]:
     """`SAMPLED_LAYERS`, at the same relative depth in models of other depths."""
@@ -140,7 +147,9 @@ def measure(path: Path, settings: RunSettings) -> dict[str, Any]:
     parts = method, of_method, path.stem, settings.damping, settings.seed
     tensor, seconds = quantize_with(weight, hessian, *parts)
     quantized = dequantize(tensor)
-    error, fitted = (float(metrics.relative_error(weight, quantized, h)) for h in (held_out, hessian))
+    error, fitted = (
+        float(metrics.relative_error(weight, quantized, h)) for h in (held_out, hessian)
+    )
     return {
         "layer": path.stem,
         "relative_error": error,
@@ -150,18 +159,3 @@ def measure(path: Path, settings: RunSettings) -> dict[str, Any]:
         "seconds": seconds,
         "num_values": weight.size,
     }
-
-
-def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
-    """Of matrix products of a cell."""
-    shapes = layer_shapes(config)
-    names = [name for names in wanted_layers(config).values() for name in names]
-    return float(sum(settings.method_settings.flops(*shapes[name]) for name in names))
-
-
-def sample_flop(config: ModelConfig, settings: RunSettings) -> float:
-    """Of the forward passes that the sample takes."""
-    c, e = settings.calibration, settings.evaluation
-    shapes = (c.num_windows, c.seqlen), (e.num_windows, e.seqlen)
-    blocks = max(wanted_layers(config)) + 1
-    return float(blocks * sum(block_inputs(config, *shape) for shape in shapes))
