@@ -1,4 +1,4 @@
-"""Sweeps dimensions, bits or any other field: every combination is a run, what they share is made once.
+"""Sweeps dimensions, bits or any other field, and makes what the runs share once.
 
   python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py:smoke
   python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py --plan   # and stop
@@ -43,8 +43,8 @@ def main(_) -> None:
     failed = sweep(*arguments)
     if failed:
         raise ValueError(
-            f"{len(failed)} cells failed ({', '.join(failed)}); {workdir}/results.jsonl says why, and "
-            "the same command tries them again"
+            f"{len(failed)} cells failed ({', '.join(failed)}); {workdir}/results.jsonl says why, "
+            "and the same command tries them again"
         )
 
 

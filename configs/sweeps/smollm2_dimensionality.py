@@ -13,19 +13,19 @@ fitted to, and codebooks such that in each row the true bits agree to 0.01 with 
 
 from gptvq_jax.study.sweep.axes import axis, sweep
 
-BITS = (2.0, 3.0, 4.0)
-# (dim, index bits) -> weights that share a codebook.
+NAMES = ("2b", "3b", "4b")
+# Of `layers`, (dimension, bits) -> weights that share a codebook, and the widest group.
 GROUPS = {
-    (1, 2): 500,
-    (1, 3): 600,
-    (1, 4): 847,
-    (2, 2): 2830,
-    (2, 3): 7820,
-    (2, 4): 24190,
-    (4, 2): 85000,
+    ("1d", "2b"): (286, 96),
+    ("1d", "3b"): (764, 128),
+    ("1d", "4b"): (400, 116),
+    ("2d", "2b"): (1522, 576),
+    ("2d", "3b"): (9174, 128),
+    ("2d", "4b"): (12187, 576),
+    ("4d", "2b"): (41233, 576),
 }
-# Index bits -> M codebooks of B-bit codes for D weights, M * B / D = bits.
-AQLM = {2: (2, 8, 8), 3: (4, 6, 8), 4: (4, 8, 8)}
+# Bits -> M codebooks of B-bit codes for 8 weights, M * B / 8 of these bits.
+AQLM = {"2b": (2, 8), "3b": (4, 6), "4b": (4, 8)}
 
 
 def get_config(arg: str = "models"):
@@ -44,10 +44,30 @@ def get_config(arg: str = "models"):
         fields={"calibration.num_windows": 32, **fields},
         axes=[
             axis("vq.dim", (1, 2, 4), names=("1d", "2d", "4d")),
-            axis("vq.bits", BITS, names=("2b", "3b", "4b")),
+            axis("vq.bits", (2.0, 3.0, 4.0), names=NAMES),
         ],
     )
 
 
 def _layers():
-    raise NotImplementedError
+    more = {"vq.polish_rounds": 6, "vq.update_iterations": 6}  # as in study/layer_benchmark.py
+    dims = {f"{dim}d": {"vq.dim": dim, **more} for dim in (1, 2, 4)}
+    cells = {
+        names: {"vq.group_size": size, "vq.max_group_cols": cols}
+        for names, (size, cols) in GROUPS.items()
+    }
+    for bits, (books, width) in AQLM.items():
+        cells["aqlm", bits] = {"aqlm.num_codebooks": books, "aqlm.code_bits": width}
+    texts = {"calibration.num_windows": 8, "evaluation.num_windows": 4}
+    texts |= {f"{text}.seqlen": 1024 for text in ("calibration", "evaluation")}
+    return sweep(
+        "smollm2_dimensionality_layers",
+        base="smollm2_135m_2d:ablation",
+        fields=texts,
+        axes=[
+            points("dimension", {**dims, "aqlm": {"method": "aqlm", "aqlm.dim": 8}}),
+            axis("vq.bits", (2.0, 3.0, 4.0), names=NAMES),
+        ],
+        kind="layers",
+        cells=cells,
+    )

@@ -148,9 +148,7 @@ def _cells(
     found = {}
     for names, fields in cells.items():
         if names not in known:
-            raise ValueError(
-                f"there is no cell {names!r}; name a point of each axis, in their order"
-            )
+            raise ValueError(f"there is no cell {names!r}; name a point of every axis, in order")
         try:
             found[names] = {field: checked_field(field, v) for field, v in fields.items()}
         except ValueError as error:

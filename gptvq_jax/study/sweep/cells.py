@@ -155,13 +155,11 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
     for fields in config.cells.fields.values():
         for field in fields:
             if owner.setdefault(field, "cells") != "cells":
-                raise ValueError(
-                    f"axis {owner[field]!r} and single cells both set {field}; let one"
-                )
+                raise ValueError(f"axis {owner[field]!r} and cells= both set {field}; let one")
     for field in named:
         if field in owner:
             raise ValueError(
-                f"--config.base.{field} has no effect where {owner[field]!r} of the sweep sets it; take "
+                f"--config.base.{field} has no effect where {owner[field]!r} sets it; take "
                 "some of its cells with --cells, or write a config of your own"
             )
     if config.kind != "layers":

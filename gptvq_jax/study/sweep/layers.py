@@ -1,8 +1,8 @@
 """A cell that is a setting on some layers of a float model, each by itself.
 
-They are those of scripts/benchmark_layers.py. Layers are quantized under Hessians of the calibration
-text, towards their own outputs, and the error that counts is that under Hessians of the held-out
-text, which nothing was fitted to.
+They are those of scripts/benchmark_layers.py. Layers are quantized under Hessians of the
+calibration text, towards their own outputs, and the error that counts is that under Hessians of the
+held-out text, which nothing was fitted to.
 """
 
 import hashlib

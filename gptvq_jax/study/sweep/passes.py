@@ -1,6 +1,6 @@
 """What cells share: passes over the float model, each made once, in a directory of its own.
 
-    float       the texts, the evaluation of the float model, and its streams where a cell reads them
+    float       the texts, the evaluation of the float model, and its streams where these are read
     gradients   token weights, and error curves for budgets with equal candidates
     moments     Hessians, where all blocks read what the float model outputs
 
