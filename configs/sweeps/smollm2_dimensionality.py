@@ -11,7 +11,7 @@ it: six layers (study/sample_layers.py), each by itself, the error measured on t
 fitted to, and codebooks such that in each row the true bits agree to 0.01 with those of AQLM.
 """
 
-from gptvq_jax.study.sweep.axes import axis, sweep
+from gptvq_jax.study.sweep.axes import axis, points, sweep
 
 NAMES = ("2b", "3b", "4b")
 # Of `layers`, (dimension, bits) -> weights that share a codebook, and the widest group.
