@@ -25,7 +25,9 @@ def printed_config(name: str) -> str:
     Args:
       name: as `find_config` takes it.
     """
-    path, colon, argument = find_config(name).partition(":")
+    path, colon, argument = name.partition(":")
+    if path in config_names() and not Path(path).is_file():
+        path = f"configs/{path}.py"
     folder = shipped("configs").resolve()
     if Path(path).resolve().is_relative_to(folder):
         path = f"configs/{Path(path).resolve().relative_to(folder).as_posix()}"
