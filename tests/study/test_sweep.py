@@ -33,7 +33,8 @@ BLOCKS = 3
 
 @pytest.fixture
 def base(tiny_config):
-    tiny_config.calibration.asymmetry, tiny_config.vq.seed = 0.25, "mahalanobis"
+    """Nothing to solve, and both streams of the float model."""
+    tiny_config.method, tiny_config.calibration.asymmetry = "rtn", 0.25
     return tiny_config
 
 
@@ -80,7 +81,7 @@ def counted():
 
 def weighted(base):
     base.calibration.gradient_groups = 1
-    return sweep("weighted", base, [axis("vq.bits", (0.5, 1.0))])
+    return sweep("weighted", base, [axis("uniform.bits", (2, 3))])
 
 
 def in_step(base):
@@ -89,6 +90,7 @@ def in_step(base):
 
 
 def budgets(base):
+    base.method, base.vq.seed = "gptvq", "mahalanobis"
     base.vq.group_size, base.vq.codebook_overhead = 0, 0.5
     base.allocation.bits, base.allocation.em_iterations = (0.5, 1.0), 1
     base.allocation.bits_per_value = 1.2
@@ -98,7 +100,7 @@ def budgets(base):
 def of_float_inputs(base):
     base.calibration.inputs, base.calibration.asymmetry = "float", 0.0
     base.true_sequential, base.calibration.gradient_groups = False, 1
-    return sweep("of_float_inputs", base, [axis("vq.bits", (0.5, 1.0))])
+    return sweep("of_float_inputs", base, [axis("uniform.bits", (2, 3))])
 
 
 ONCE = {"Evaluation float": BLOCKS, "calibration_tokens": 1, "evaluation_tokens": 1}
@@ -112,7 +114,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+SLOW = (budgets, in_step)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=[pytest.mark.slow] * (make in SLOW)) for make in CASES],
+    ids=lambda make: make.__name__,
+)
 def test_cells_share_what_they_can_and_are_as_runs_alone(make, base, tmp_path, capsys):
     config = make(base)
     with counted() as visits:
@@ -143,6 +152,7 @@ def test_cells_share_what_they_can_and_are_as_runs_alone(make, base, tmp_path, c
     assert "done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cell_without_links_is_the_same(base, tmp_path, monkeypatch):
     config = weighted(base)
     run(config, tmp_path / "links")
@@ -165,23 +175,23 @@ def test_a_failing_cell_is_recorded_stops_nobody_and_is_tried_again(base, tmp_pa
     quantize = job.quantize
 
     def failing(config, *args, **kwargs):
-        if config.vq.bits == 0.5:
+        if config.uniform.bits == 2:
             raise ValueError("no such\nthing")
         return quantize(config, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "quantize", failing)
-        assert run(config, tmp_path) == ["bits0.5"]
+        assert run(config, tmp_path) == ["bits2"]
     found = rows(tmp_path)
-    assert (found["bits0.5"]["status"], found["bits0.5"]["error"]) == ("failed", "no such thing")
-    assert found["bits1"]["status"] == "done"
-    assert list(found["bits0.5"]["fields"].items()) == [("vq.bits", 0.5)]
-    before = manifest(tmp_path / "cells/bits1")
+    assert (found["bits2"]["status"], found["bits2"]["error"]) == ("failed", "no such thing")
+    assert found["bits3"]["status"] == "done"
+    assert list(found["bits2"]["fields"].items()) == [("uniform.bits", 2)]
+    before = manifest(tmp_path / "cells/bits3")
     with counted() as visits:
         assert run(config, tmp_path) == []
     assert visits["Quantize"] == BLOCKS and visits["Forward"] == visits["Backward"] == 0
-    assert rows(tmp_path)["bits0.5"]["status"] == "done"
-    assert manifest(tmp_path / "cells/bits1") == before
+    assert rows(tmp_path)["bits2"]["status"] == "done"
+    assert manifest(tmp_path / "cells/bits3") == before
 
 
 def test_a_bug_in_a_cell_leaves_its_traceback(base, tmp_path, monkeypatch):
@@ -197,12 +207,12 @@ def test_a_bug_in_a_cell_leaves_its_traceback(base, tmp_path, monkeypatch):
 
 def test_some_cells_and_then_the_others(base, tmp_path):
     config = weighted(base)
-    run(config, tmp_path, cells="0.5$")
-    assert list(rows(tmp_path)) == ["bits0.5"]
+    run(config, tmp_path, cells="2$")
+    assert list(rows(tmp_path)) == ["bits2"]
     with counted() as visits:
         run(config, tmp_path)
     assert +visits == Counter({"Quantize": BLOCKS, "Evaluation quantized": BLOCKS})
-    assert list(rows(tmp_path)) == ["bits0.5", "bits1"]
+    assert list(rows(tmp_path)) == ["bits2", "bits3"]
 
 
 # --- processes
@@ -212,6 +222,7 @@ class Killed(BaseException):
     """What ends a process here: nothing after it is done."""
 
 
+@pytest.mark.slow
 def test_killed_at_any_change_of_a_file_name_it_goes_on(base, tmp_path):
     """At every fifth: no block of a pass that was finished is visited again."""
     config = weighted(base)
@@ -270,7 +281,7 @@ def started(config, path, log):
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_a_dead_one_is_taken_over(base, tmp_path):
     base.calibration.gradient_groups = 1
-    config = sweep("many", base, [axis("vq.bits", (0.5, 1.0)), axis("seed", (0, 1), name="seed")])
+    config = sweep("many", base, [axis("uniform.bits", (2, 3)), axis("damping", (0.01, 0.02))])
     dying = started(config, tmp_path / "sweep", tmp_path / "dying")
     while not list((tmp_path / "sweep").glob("shared/float-*/tokens.npy")):
         assert dying.is_alive()
@@ -303,10 +314,10 @@ def test_a_claimed_cell_is_left_to_its_owner(base, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", sleep)
         patch.setattr(start.Drive.__init__, "__defaults__", (0.0, sleep))
-        assert owner.enter_context(directory.claim("cell-bits0.5"))
+        assert owner.enter_context(directory.claim("cell-bits2"))
         assert run(config, tmp_path / "sweep") == []
-    assert slept == [{"bits1"}]
-    assert set(rows(tmp_path / "sweep")) == {"bits0.5", "bits1"}
+    assert slept == [{"bits3"}]
+    assert set(rows(tmp_path / "sweep")) == {"bits2", "bits3"}
 
 
 # --- what is refused
@@ -344,27 +355,31 @@ def test_axes_that_cannot_be_are_refused_at_once(make, message):
 @pytest.mark.parametrize(
     "change, given, message",
     [
-        ({"axes": [axis("vq.dim", (16,))]}, (), "no cell of sweep .* can be; dim16: vq.bits=1"),
-        ({}, ("base.vq.bits",), r"--config\.base\.vq\.bits has no effect where axis 'bits' sets"),
+        (
+            {"axes": [axis("uniform.bits", (16,))]},
+            (),
+            "no cell of sweep .* can be; bits16: uniform",
+        ),
+        ({}, ("base.uniform.bits",), r"--config\.base\.uniform\.bits .* where 'bits' sets it"),
         ({}, ("name",), r"--config\.name is not to be set"),
-        ({}, ("base.aqlm.beam",), r"--config\.base\.aqlm\.beam has no effect with method 'gptvq'"),
+        ({}, ("base.aqlm.beam",), r"--config\.base\.aqlm\.beam has no effect with method 'rtn'"),
         ({"axes": [axis("aqlm.beam", (1, 2))]}, (), "aqlm.beam of an axis has no effect with"),
         (
-            {"axes": [axis("vq.dim", (1, 2)), axis("vq.dim", (1,), name="again")]},
+            {"axes": [axis("uniform.bits", (1, 2)), axis("uniform.bits", (1,), name="again")]},
             (),
-            "axes 'dim' and 'again' both set vq.dim",
+            "axes 'bits' and 'again' both set uniform.bits",
         ),
         (
-            {"kind": "layers", "axes": [axis("calibration.asymmetry", (0.0, 0.5))]},
+            {"kind": "layers", "axes": [axis("calibration.batch_size", (1, 2))]},
             (),
-            "calibration.asymmetry has no effect on layers by themselves",
+            "calibration.batch_size has no effect on layers by themselves",
         ),
     ],
 )
 def test_sweeps_that_cannot_be_are_refused_before_anything_runs(
     change, given, message, base, tmp_path
 ):
-    config = sweep("s", base, change.pop("axes", [axis("vq.bits", (0.5, 1.0))]), **change)
+    config = sweep("s", base, change.pop("axes", [axis("uniform.bits", (2, 3))]), **change)
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path / "sweep", *given)
     assert not (tmp_path / "sweep").exists()
@@ -391,10 +406,10 @@ def test_two_points_that_are_the_same_run_make_one(base, tmp_path, capsys):
     config = sweep(
         "same",
         base,
-        [points("method", {"rtn": {"method": "rtn"}, "vq": {}}), axis("vq.bits", (0.5, 1.0))],
+        [points("method", {"vq": {"method": "gptvq"}, "rtn": {}}), axis("uniform.bits", (2, 3))],
     )
     start.plan(config, "tiny.py", (), str(tmp_path))
-    assert "refused: rtn_bits1: it would be the same run as rtn_bits0.5" in capsys.readouterr().out
+    assert "refused: vq_bits3: it would be the same run as vq_bits2" in capsys.readouterr().out
 
 
 def test_the_plan_goes_by_finished_cells(base, tmp_path, capsys):
@@ -426,7 +441,7 @@ def test_one_sweep_has_a_directory(base, tmp_path):
 
 def test_a_pattern_that_matches_nothing_names_the_cells(base, tmp_path):
     for pattern, message in (
-        ("x", "--cells=x matches none .* bits0.5, bits1"),
+        ("x", "--cells=x matches none .* bits2, bits3"),
         ("(", "no regular"),
     ):
         with pytest.raises(ValueError, match=message):

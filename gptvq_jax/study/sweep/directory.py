@@ -84,7 +84,8 @@ class Directory:
                 )
             return
         old = _load(self._file)
-        changed = difference(_identity(old), _identity(record))
+        names = ({name: of[name] for name in ("name", "kind")} for of in (old, record))
+        changed = difference(*names) or difference(_identity(old), _identity(record))
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
