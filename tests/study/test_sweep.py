@@ -15,6 +15,7 @@ from documented import REPOSITORY, parsed
 from gptvq_jax.config import flat, from_config, to_dict
 from gptvq_jax.console import cli
 from gptvq_jax.console.config_file import load_config
+from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.run import job
 from gptvq_jax.run.evaluate import Evaluation
 from gptvq_jax.run.float_moments import FloatMoments
@@ -22,6 +23,7 @@ from gptvq_jax.run.forward import Forward
 from gptvq_jax.run.gradients import Backward
 from gptvq_jax.run.overrides import ignored, settle
 from gptvq_jax.run.quantize import Quantize
+from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.study.sweep import start
 from gptvq_jax.study.sweep.axes import axis, points, sweep
 from gptvq_jax.study.sweep.cells import resolve
@@ -463,3 +465,24 @@ def test_the_command_of_a_cell_is_that_run(monkeypatch):
                 for s in (cell.settings, settings)
             )
             assert ours == theirs, line
+
+
+def test_what_was_lent_counts_for_nothing_in_the_room_that_a_cell_needs(
+    base, tmp_path, monkeypatch
+):
+    """A run alone makes three points of each stream; here they are there, and give no room."""
+    needs, check = [], WorkDir.check_room
+
+    def keeping(workdir, num_bytes, *kept):
+        present = sum(directory_bytes(workdir.path, pattern) for pattern in kept)
+        needs.append((workdir.path.name, num_bytes - present))
+        check(workdir, num_bytes, *kept)
+
+    monkeypatch.setattr(WorkDir, "check_room", keeping)
+    run(in_step(base), tmp_path / "sweep", cells="0.25")
+    cell = dict(needs)["asymmetry0.25"]
+    base.calibration.asymmetry = 0.25
+    job.quantize(base, str(tmp_path / "alone"))
+    stream = (tmp_path / "alone/tokens.npy").stat().st_size - 128  # int32, for the shape
+    stream = stream // 4 * 48 * 2 + 128
+    assert dict(needs)["alone"] - cell == 5 * stream
