@@ -207,6 +207,33 @@ def test_a_bug_in_a_cell_leaves_its_traceback(base, tmp_path, monkeypatch):
     assert "Traceback" in (tmp_path / "cells/asymmetry0/error.txt").read_text()
 
 
+def test_a_pass_that_fails_is_tried_once_for_all_its_cells(base, tmp_path, monkeypatch):
+    calls = []
+
+    def failing(*_):
+        calls.append(1)
+        raise ValueError("an activation is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gptvq_jax.study.sweep.lending.find_gradients", failing)
+        assert run(weighted(base), tmp_path) == ["bits2", "bits3"]
+    assert calls == [1]
+    assert {r["error"] for r in rows(tmp_path).values()} == {"an activation is not finite"}
+    with counted() as visits:
+        assert run(weighted(base), tmp_path) == []
+    assert visits["Forward"] == 0 and visits["Backward"] == BLOCKS
+
+
+def test_a_budget_gives_way_to_an_axis_and_a_line_says_so():
+    config = sweep("s", "smollm2_135m_2d:2b", [axis("vq.dim", (1, 2))])
+    resolved = resolve(config)
+    (note,) = resolved.notes
+    assert note.startswith("allocation.bits_per_value=2.125 of the config file is off")
+    assert note.endswith("all layers get what vq.dim says")
+    budgets = {c.name: c.settings.allocation.bits_per_value for c in resolved.cells}
+    assert budgets["dim1"] == 0
+
+
 def test_some_cells_and_then_the_others(base, tmp_path):
     config = weighted(base)
     run(config, tmp_path, cells="2$")

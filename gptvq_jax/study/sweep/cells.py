@@ -193,4 +193,6 @@ def _cell(
     nearest = next((point.config for point in chosen if point.config), config.source)
     names = zip((of.name for of in config.axes), (point.name for point in chosen), strict=True)
     name = "_".join(point.name for point in chosen)
-    return Cell(name, dict(names), fields, own, from_config(own), nearest), note
+    return Cell(name, dict(names), fields, own, from_config(own), nearest), note.replace(
+        "--config.", ""
+    )

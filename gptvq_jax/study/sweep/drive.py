@@ -110,6 +110,7 @@ class Drive:
         self._poll, self._sleep = poll, sleep
         names = [cell.name for cell in maker.sweep.cells]
         self._results = Results(directory, names)
+        self._broken: dict[str, Exception] = {}  # passes that failed here, and with what
         # What has failed before is tried again: once.
         self._old = {n: row for n, row in self._results.rows().items() if row["status"] == FAILED}
 
@@ -165,7 +166,13 @@ class Drive:
         self._table.started(cell.name, of.kind)
         progress.note(of.name)
         with self._recorded(cell, progress):
-            self._maker.make(of, cell)
+            if of.name in self._broken:  # hours may have gone into it
+                raise self._broken[of.name]
+            try:
+                self._maker.make(of, cell)
+            except Exception as error:
+                self._broken[of.name] = error
+                raise
 
     def _run(self, cell: Cell, progress: Progress) -> None:
         self._table.started(cell.name, "running")
