@@ -42,8 +42,9 @@ def base(tiny_config):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    """Which takes as long as all else."""
+    """Which takes as long as all else; and no measurement of this machine."""
     monkeypatch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
+    monkeypatch.setattr(start, "matmul_rate", lambda: 1e11)
 
 
 def run(config, path, *given, cells=None):
@@ -513,3 +514,24 @@ def test_what_was_lent_counts_for_nothing_in_the_room_that_a_cell_needs(
     stream = (tmp_path / "alone/tokens.npy").stat().st_size - 128  # int32, for the shape
     stream = stream // 4 * 48 * 2 + 128
     assert dict(needs)["alone"] - cell == 5 * stream
+
+
+def test_cells_of_the_papers_table_are_the_shipped_configs():
+    resolved = resolve(load_config("sweeps/llama2_7b_table2"))
+    assert len(resolved.cells) == 10 and not resolved.refused
+    for cell in resolved.cells:
+        assert cell.settings == from_config(load_config(cell.source))
+    config = load_config("sweeps/llama2_7b_table2")
+    config.base.model = "/models/mine"
+    for cell in resolve(config, ["base.model"]).cells:
+        assert cell.settings.model == "/models/mine"
+        line = command(resolved, cell, "sweeps/llama2_7b_table2", ["base.model"])
+        assert f"--config=configs/{cell.source.replace(':', '.py:')} " in line
+        assert "--config.model=/models/mine --workdir=runs/llama2_7b_table2_" in line
+
+
+def test_a_cell_without_a_config_of_its_own_is_named_in_its_sweep(base):
+    resolved = resolve(sweep("s", base, [axis("damping", (0.01, 0.02))]))
+    line = command(resolved, resolved.cells[1], "mine.py:x", ["base.model"])
+    expected = f"--config=mine.py:x --config.base.model={base.model} '--cells=^damping0\\.02$'"
+    assert line == f"python scripts/sweep.py {expected}"
