@@ -26,6 +26,7 @@ GROUPS = {
     "To quantize a model and use it": ("quantize", "evaluate", "generate", "export", "import"),
     "To see what it costs and what each choice is worth": (
         "benchmark-pipeline",
+        "sweep",
         "ablate",
         "benchmark-layers",
         "benchmark-big-layer",
@@ -79,7 +80,7 @@ def as_commands(text: str) -> str:
     text = re.sub(
         r"(?:python )?scripts/(\w+)\.py", lambda m: f"{PROGRAM} {m[1].replace('_', '-')}", text
     )
-    return re.sub(r"configs/(\w+)\.py", r"\1", text)
+    return re.sub(r"configs/([\w/]+)\.py", r"\1", text)
 
 
 def overview() -> str:

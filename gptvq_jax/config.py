@@ -225,6 +225,38 @@ def evaluation_settings(made_with: dict[str, Any], given: dict[str, Any]) -> Eva
     return _build(EvaluationSettings, {**made_with, **given}, "evaluation.")
 
 
+def checked_field(field: str, value: Any) -> Any:
+    """The value of one field, of its type; whether it fits the others is not looked at.
+
+    Args:
+      field: such as "vq.dim".
+      value: an integer becomes a float where the field is one.
+
+    Raises:
+      ValueError: there is no such field, or the value is of another type.
+    """
+    kind, prefix = RunSettings, ""
+    *sections, last = field.split(".")
+    for name in [*sections, last]:
+        types = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if name not in types:
+            known = ", ".join(types) or "no fields"
+            raise ValueError(f"config.{field} is not a field; config.{prefix}* has {known}")
+        kind, prefix = types[name], f"{prefix}{name}."
+    if dataclasses.is_dataclass(kind):
+        raise ValueError(f"config.{field} is a section; name one of its fields, {field}.FIELD")
+    return _checked(kind, value, field)
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"vq.dim": 2, ...} of a nested dict."""
+    fields = {}
+    for name, value in config.items():
+        whole = isinstance(value, dict)
+        fields.update(flat(value, f"{prefix}{name}.") if whole else {f"{prefix}{name}": value})
+    return fields
+
+
 def to_dict(settings: RunSettings) -> dict[str, Any]:
     """Plain nested dict, for JSON."""
     return dataclasses.asdict(settings)
@@ -249,26 +281,28 @@ def _build(kind: type, values: dict[str, Any], prefix: str):
         raise ValueError(
             f"config.{prefix}{unknown[0]} is not a field; config.{prefix}* has {', '.join(types)}"
         )
-    fields = {}
-    for name, value in values.items():
-        expected = types[name]
-        if dataclasses.is_dataclass(expected):
-            if not isinstance(value, dict):
-                raise ValueError(f"config.{prefix}{name}={value!r} must be a section of fields")
-            fields[name] = _build(expected, value, f"{prefix}{name}.")
-            continue
-        if typing.get_origin(expected) is tuple:
-            fields[name] = _build_tuple(typing.get_args(expected)[0], value, f"{prefix}{name}")
-            continue
-        if expected is float and type(value) is int:
-            value = float(value)
-        if type(value) is not expected:
-            raise ValueError(
-                f"config.{prefix}{name}={value!r} must be of type {expected.__name__}, "
-                f"not {type(value).__name__}"
-            )
-        fields[name] = _finite(value, f"{prefix}{name}")
+    fields = {
+        name: _checked(types[name], value, f"{prefix}{name}") for name, value in values.items()
+    }
     return kind(**fields)
+
+
+def _checked(expected: Any, value: Any, name: str) -> Any:
+    """The value of a field, of its type."""
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, dict):
+            raise ValueError(f"config.{name}={value!r} must be a section of fields")
+        return _build(expected, value, f"{name}.")
+    if typing.get_origin(expected) is tuple:
+        return _build_tuple(typing.get_args(expected)[0], value, name)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ValueError(
+            f"config.{name}={value!r} must be of type {expected.__name__}, "
+            f"not {type(value).__name__}"
+        )
+    return _finite(value, name)
 
 
 def _build_tuple(kind: type, values: typing.Any, name: str) -> tuple:

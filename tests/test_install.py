@@ -28,7 +28,8 @@ def test_every_folder_of_the_package_is_installed():
     files = (REPOSITORY / "gptvq_jax").rglob("*.py")
     folders = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in files}
     shipped = setuptools["package-dir"]
-    assert shipped == {f"gptvq_jax.shipped.{name}": name for name in ("scripts", "configs")}
+    names = ("scripts", "configs", "configs/sweeps")
+    assert shipped == {f"gptvq_jax.shipped.{name.replace('/', '.')}": name for name in names}
     assert sorted(setuptools["packages"]) == sorted([*folders, *shipped])
 
 

@@ -134,3 +134,4 @@ def test_version(tmp_path):
 def test_names_of_scripts_and_configs_as_commands():
     text = "python scripts/benchmark_big_layer.py; --config=configs/a_2d.py:2b; scripts/import.py"
     assert as_commands(text) == "gptvq_jax benchmark-big-layer; --config=a_2d:2b; gptvq_jax import"
+    assert as_commands("--config=configs/sweeps/a.py:b") == "--config=sweeps/a:b"

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 TEXT = README.read_text()
 Q = "python scripts/quantize.py --config=configs/"
 RUN = "runs/smollm2_135m_2d"
+SWEEP = "configs/sweeps/smollm2_dimensionality.py"
 
 
 class Called(SimpleNamespace):
@@ -146,6 +147,10 @@ EFFECTS = {
     ),
     "python scripts/benchmark_big_layer.py": has(["2d_2.125", "4d_2.222"]),
     "python scripts/benchmark_decode.py": has([(4096, 4096), (11008, 4096)], 1),
+    f"python scripts/sweep.py --config={SWEEP}": lambda call: (
+        has(job="sweep")(call),
+        has(SWEEP, [], "runs/smollm2_dimensionality", None)(SimpleNamespace(args=call.args[1:])),
+    ),
     "python scripts/ablate.py": has(["layers", "model"]),
     "python scripts/torture.py": lambda call: has(100, 0)(SimpleNamespace(args=call.args[1:])),
 }
@@ -203,6 +208,7 @@ def call(monkeypatch, tmp_path):
             monkeypatch.setattr("gptvq_jax.study.matmul_rate.matmul_rate", lambda: RATE)
             monkeypatch.setattr("gptvq_jax.console.processor.processor_name", lambda: "here")
             job("study.torture", "torture", (Counter(), 0, 0))
+            job("study.sweep.start", "sweep", [])
             benchmarks(module)
             module.main(sys.argv)
         return calls[0]

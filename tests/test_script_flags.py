@@ -3,6 +3,7 @@
 import pytest
 from documented import REPOSITORY, parsed
 
+SWEEP = "python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py"
 LAYERS = "python scripts/benchmark_layers.py"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
@@ -63,6 +64,17 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (
             "python scripts/benchmark_big_layer.py --alone --settings=2d_2.125,aqlm_2x8",
             "--alone measures one setting; --settings names 2",
+        ),
+        (
+            f"{SWEEP} --config.base.vq.dim=4",
+            r"--config\.base\.vq\.dim has no effect where 'dim' sets",
+        ),
+        (f"{SWEEP} --config.base.tune.epochs=3", r"--config\.base\.tune\.epochs has no effect .*"),
+        (f"{SWEEP} --config.name=x", r"--config\.name is not to be set; set fields of all cells"),
+        (f"{SWEEP}:layers --config.base.tune.block=True", "tune.block has no effect on layers"),
+        (
+            "python scripts/sweep.py --config=configs/smollm2_135m_2d.py",
+            "a sweep's config file must return what study.sweep.axes.sweep gives",
         ),
         ("python scripts/benchmark_decode.py --batches=0", "--batches=0 must be integers of at"),
         ("python scripts/benchmark_memory.py --depths=six", "--depths=six must be integers of at"),

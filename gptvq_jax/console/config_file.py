@@ -10,8 +10,28 @@ from gptvq_jax.console.shipped import shipped
 
 
 def config_names() -> list[str]:
-    """Names of the configs that come with the package, sorted."""
-    return sorted(path.stem for path in shipped("configs").glob("*.py"))
+    """Names of the configs that come with the package, those of runs first: "sweeps/NAME" after."""
+    folder = shipped("configs")
+    return [
+        path.relative_to(folder).with_suffix("").as_posix()
+        for pattern in ("*.py", "*/*.py")
+        for path in sorted(folder.glob(pattern))
+    ]
+
+
+def printed_config(name: str) -> str:
+    """How a command that anyone may give names a config: configs/NAME.py, or its own path.
+
+    Args:
+      name: as `find_config` takes it.
+    """
+    path, colon, argument = name.partition(":")
+    if path in config_names() and not Path(path).is_file():
+        path = f"configs/{path}.py"
+    folder = shipped("configs").resolve()
+    if Path(path).resolve().is_relative_to(folder):
+        path = f"configs/{Path(path).resolve().relative_to(folder).as_posix()}"
+    return f"{path}{colon}{argument}"
 
 
 def find_config(name: str) -> str:

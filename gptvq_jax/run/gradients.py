@@ -64,8 +64,12 @@ def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> 
       num_groups: g.
     """
     stream = file_bytes((*shape, config.hidden_size))
-    weights = len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
-    return 3 * stream + config.num_hidden_layers * weights
+    return 3 * stream + config.num_hidden_layers * weight_bytes(shape, num_groups)
+
+
+def weight_bytes(shape: tuple[int, int], num_groups: int) -> int:
+    """Of the token weights of a block, at most; `shape` is that of the tokens (n, T)."""
+    return len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
 
 
 class Backward:

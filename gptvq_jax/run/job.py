@@ -1,6 +1,6 @@
 """The main job: quantize, evaluate, report. What scripts/quantize.py calls."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def quantize(
     workdir_path: str,
     shared_evaluation: str | None = None,
     given: Collection[str] = (),
+    prepare: Callable[[WorkDir], None] | None = None,
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
 
@@ -52,6 +53,8 @@ def quantize(
         that of another run on the same text and model is found there, as a hard link say, it is
         not made again.
       given: fields of the config that the command line names; each must have an effect.
+      prepare: called with the work directory before the first pass, unless the run is finished: it
+        may put there what other runs have made, which the passes then find done.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
@@ -63,12 +66,11 @@ def quantize(
         logging.warning("%s", note)
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
-    check_seqlen(source, "calibration", settings.calibration.seqlen)
-    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    check_plan(source, settings)
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
         summary = workdir.summary()
         if summary is None:
-            summary = _quantize(source, settings, workdir, stopwatch, shared_evaluation)
+            summary = _quantize(source, settings, workdir, stopwatch, shared_evaluation, prepare)
             workdir.append_metrics([report.json_numbers(summary)])
         else:
             print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
@@ -94,17 +96,15 @@ def _quantize(
     workdir: WorkDir,
     stopwatch: Stopwatch,
     shared: str | None,
+    prepare: Callable[[WorkDir], None] | None,
 ) -> dict[str, Any]:
     """Quantizes and evaluates; returns the summary."""
-    _check_plan(source, settings)
     goes_on = workdir.begun()
+    if prepare is not None:
+        prepare(workdir)
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
-        held_out = evaluation_tokens(source, settings)
-        tokens = workdir.load_tokens()
-        if tokens is None:
-            tokens = calibration_tokens(source, settings)
-            workdir.save_tokens(tokens)
+        held_out, tokens = texts(source, settings, workdir)
     of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
     blocks = quantize_model(source, settings, workdir, tokens, stopwatch, [of_float])
     blocks.finalize()
@@ -144,6 +144,20 @@ def _quantize(
     }
 
 
+def texts(
+    source: ModelSource, settings: RunSettings, workdir: WorkDir
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of the held-out text and of the calibration text, kept in the work directory."""
+    found = []
+    for name, make in (("held_out", evaluation_tokens), ("tokens", calibration_tokens)):
+        tokens = workdir.load_tokens(name)
+        if tokens is None:
+            tokens = make(source, settings)
+            workdir.save_tokens(tokens, name)
+        found.append(tokens)
+    return found[0], found[1]
+
+
 def float_evaluation(
     source: ModelSource,
     settings: RunSettings,
@@ -176,8 +190,14 @@ def _evaluate(evaluation: Evaluation, name: str) -> None:
         walk(evaluation.source, [evaluation], range(depth), evaluation.stopwatch, progress)
 
 
-def _check_plan(source: ModelSource, settings: RunSettings) -> None:
-    """Refuses, before anything is made, token weights or a budget that the model does not allow."""
+def check_plan(source: ModelSource, settings: RunSettings) -> None:
+    """Refuses, before anything is made, what the model does not allow.
+
+    Raises:
+      ValueError: windows beyond its positions, or token weights or a budget that cannot be.
+    """
+    check_seqlen(source, "calibration", settings.calibration.seqlen)
+    check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     groups = settings.weight_groups
     if not groups:
         return

@@ -41,6 +41,18 @@ def settle(
     Raises:
       ValueError: as `from_config`; or a field that was named has no effect.
     """
+    config, note = settle_budget(config, given)
+    reasons = ignored(from_config(config))
+    for field in given:
+        if field in reasons:
+            raise ValueError(f"--config.{field} has no effect {reasons[field]}")
+    return config, note
+
+
+def settle_budget(
+    config: config_dict.ConfigDict, given: Collection[str]
+) -> tuple[config_dict.ConfigDict, str]:
+    """`settle` of a budget alone: it gives way to one format for all layers that is named."""
     note = ""
     contradicting = _against_budget(config, given)
     if contradicting:
@@ -51,10 +63,6 @@ def settle(
         )
         config = config.copy_and_resolve_references()
         config.allocation.bits_per_value = 0.0
-    reasons = ignored(from_config(config))
-    for field in given:
-        if field in reasons:
-            raise ValueError(f"--config.{field} has no effect {reasons[field]}")
     return config, note
 
 

@@ -23,7 +23,14 @@ from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.forward import Forward
 from gptvq_jax.run.gradients import Backward
-from gptvq_jax.run.quantize import Plan, Quantize, num_quantized, wants_float, wants_middle
+from gptvq_jax.run.quantize import (
+    STREAM,
+    Plan,
+    Quantize,
+    num_quantized,
+    wants_float,
+    wants_middle,
+)
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.walk import Visitor, walk
 from gptvq_jax.run.workdir import WorkDir
@@ -107,14 +114,18 @@ def quantize_blocks(
         progress.skip(
             sum(block_steps(source.config, settings, i) for i in range(quantize.finished))
         )
-        if quantize.finished < depth:
-            room = peak_bytes(source.config, settings, tokens.shape, quantize.finished)
-            room += stored_bytes(source.config, settings, plan)
-            workdir.check_room(room, "activations/*", "checkpoint/**/*")
-        visitors = [quantize]
+        visitors, made = [quantize], False
         if wants_float(settings):
             last, first = num_quantized(settings, source.config), quantize.finished
-            visitors.insert(0, Forward(own, tokens, last, first, wants_middle(settings)))
+            of_float = Forward(own, tokens, last, first, wants_middle(settings))
+            visitors.insert(0, of_float)
+            # Another run may have made them (study/sweep): they give no room to others.
+            made = not settings.weight_groups and of_float.position(range(depth)) == depth
+        if quantize.finished < depth:
+            room = peak_bytes(source.config, settings, tokens.shape, quantize.finished, made)
+            room += stored_bytes(source.config, settings, plan)
+            streams = f"activations/*.{STREAM}.npy" if made else "activations/*"
+            workdir.check_room(room, streams, "checkpoint/**/*")
         walk(source, [*visitors, *riders], range(depth), stopwatch)
     return quantize
 
@@ -131,7 +142,11 @@ def block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
 
 
 def peak_bytes(
-    config: ModelConfig, settings: RunSettings, shape: tuple[int, int], finished: int
+    config: ModelConfig,
+    settings: RunSettings,
+    shape: tuple[int, int],
+    finished: int,
+    made: bool = False,
 ) -> int:
     """Most bytes of all streams at once while blocks are quantized.
 
@@ -143,6 +158,7 @@ def peak_bytes(
       settings: of the run.
       shape: of the tokens (n, T).
       finished: blocks that are done.
+      made: whether the streams of the float model are all there, and count for nothing.
     """
     last = num_quantized(settings, config)
     if finished >= last:
@@ -153,9 +169,9 @@ def peak_bytes(
     whole = config.num_hidden_layers - behind if settings.weight_groups else None
     count = min(3, inputs) if settings.calibration.inputs == "quantized" else 0
     size = 0
-    if wants_float(settings):
+    if wants_float(settings) and not made:
         count += min(3, inputs + 1) if whole is None else whole + 1
-    if wants_middle(settings):
+    if wants_middle(settings) and not made:
         count += min(2, inputs) if whole is None else whole
     if settings.true_sequential:
         count += 1

@@ -59,6 +59,7 @@ from gptvq_jax.run.calibrate import (
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.finetune import Pairs, tune_block
+from gptvq_jax.run.float_moments import load_moments
 from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block, dequantize_tree
 
@@ -192,7 +193,11 @@ class _Block:
             start, at = self._stage_by_stage(at)
         else:
             start = 0
-            moments = self._run(at, 0, LAST - 1, self._moments(range(LAST)))
+            moments = None
+            if self._stream == forward.STREAM:
+                moments = load_moments(self._context.workdir, self._index)
+            if moments is None:
+                moments = self._run(at, 0, LAST - 1, self._moments(range(LAST)))
             self._quantize(LINEAR_LAYERS, moments)
         if settings.tune.block:
             _drop_inside(self._files)

@@ -2,6 +2,7 @@
 
     config.json             the run's settings; a run with others is refused
     tokens.npy              calibration windows (n, T) int32
+    held_out.npy            windows of the held-out text (n, T) int32
     activations/            streams (stream_files.py) (n, T, hidden), bfloat16 bits, at point 7,
                             the entrance of block 7: 00007.quantized.npy of the quantized model,
                             00007.float.npy of the float one, 00007.gradient.npy of the loss with
@@ -11,6 +12,8 @@
                             layer of block 7, where calibration.gradient_groups asks for them
     curves/                 00007.json: measured errors of the candidates for each layer of block 7,
                             where allocation.bits_per_value asks for them
+    moments/                00007.npz: of block 7 in the float model, where another run has made
+                            them (float_moments.py)
     evaluation/             the held-out text: float/ and quantized/ have its streams by model
                             (float32), the last one 00030.outputs-DIGEST.npy, until the summary is
                             written; figures.npy, which stays, has of each predicted token what
@@ -183,9 +186,9 @@ class WorkDir:
         present = sum(directory_bytes(self.path, pattern) for pattern in kept)
         check_room(self.path, num_bytes - present)
 
-    def load_tokens(self) -> np.ndarray | None:
-        """Calibration windows of an earlier start, or None."""
-        path = self.path / "tokens.npy"
+    def load_tokens(self, name: str = "tokens") -> np.ndarray | None:
+        """Windows of an earlier start, or None: "tokens" to calibrate on, or "held_out"."""
+        path = self.path / f"{name}.npy"
         if not path.exists():
             return None
         try:
@@ -195,8 +198,8 @@ class WorkDir:
             logging.warning("%s is damaged and made again: %s", path, first_line(error))
             return None
 
-    def save_tokens(self, tokens: np.ndarray) -> None:
-        replacing = durable.replacing(self.path / "tokens.npy", tokens.nbytes)
+    def save_tokens(self, tokens: np.ndarray, name: str = "tokens") -> None:
+        replacing = durable.replacing(self.path / f"{name}.npy", tokens.nbytes)
         with replacing as partial, open(partial, "wb") as file:  # np.save would append .npy
             np.save(file, tokens)
 

@@ -97,11 +97,23 @@ def quantize_once(
       setting: name in settings_of(method).
       name: the layer, for messages.
     """
-    settings = settings_of(method)[setting]
+    return quantize_with(weight, hessian, method, settings_of(method)[setting], name)
+
+
+def quantize_with(
+    weight: jax.Array,
+    hessian: jax.Array,
+    method: str,
+    settings: Any,
+    name: str,
+    damping: float = DAMPING,
+    seed: int = 0,
+) -> tuple[VQTensor, float]:
+    """`quantize_once` with any settings of the method."""
     start = time.perf_counter()
-    objective = Objective(hessian, factorize(hessian, DAMPING, name))
-    quantize = METHODS[method].quantize
-    tensor = quantize_layer(quantize, settings, weight, [objective], jax.random.key(0), name=name)
+    objective = Objective(hessian, factorize(hessian, damping, name))
+    quantize, key = METHODS[method].quantize, jax.random.key(seed)
+    tensor = quantize_layer(quantize, settings, weight, [objective], key, name=name)
     jax.block_until_ready(tensor)
     return tensor, time.perf_counter() - start
 

@@ -65,10 +65,12 @@ def make_layers(
     wanted: Mapping[int, Sequence[str]],
     directory: Path,
     progress: Progress,
+    held_out: np.ndarray | None = None,
 ) -> None:
     """Writes weights and Hessians of some layers of the float model, one .npz file per layer.
 
-    `block07.k_proj.npz` holds `weight` (out, in) and `hessian` (in, in), mean x x^T, float32. One
+    `block07.k_proj.npz` holds `weight` (out, in) and `hessian` (in, in), mean x x^T, float32, and
+    where there is a second text its Hessian as `held_out`. One
     block is in memory at a time, and none after the last one wanted is read. The directory appears
     only when it is complete; one that exists is left as it is.
 
@@ -78,6 +80,7 @@ def make_layers(
       wanted: {block: names in LINEAR_LAYERS}.
       directory: to be made.
       progress: advanced by one per block up to the last one wanted.
+      held_out: windows (n, T) int32 of the second text.
 
     Raises:
       ValueError: a layer or a block that the model does not have.
@@ -91,18 +94,22 @@ def make_layers(
         raise ValueError(f"{name!r} is not a linear layer of a block; choose from {LINEAR_LAYERS}")
     shapes = layer_shapes(source.config)
     weights = [shapes[name] for names in wanted.values() for name in names]
-    num_bytes = sum(4 * cols * (rows + cols) for rows, cols in weights)
+    texts = {"hessian": tokens} if held_out is None else {"hessian": tokens, "held_out": held_out}
+    num_bytes = sum(4 * cols * (rows + len(texts) * cols) for rows, cols in weights)
     with new_directory(directory, num_bytes) as partial:
-        activations = np.asarray(embed(source.outer(), tokens))
+        outer = source.outer()
+        activations = {text: np.asarray(embed(outer, of_text)) for text, of_text in texts.items()}
         for index in range(max(wanted) + 1):
             block = jax.device_put(source.block(index))
-            names = wanted.get(index, ())
-            activations, moments = _forward(source.config, block, activations, names)
+            names, moments = wanted.get(index, ()), {}
+            for text, x in activations.items():
+                activations[text], moments[text] = _forward(source.config, block, x, names)
             for name in names:
+                group = _group_of(name)
                 np.savez(
                     partial / f"block{index:02d}.{name.rpartition('/')[2]}.npz",
                     weight=np.asarray(get_layer(block, name)["kernel"]).T,
-                    hessian=np.asarray(mean(moments[_group_of(name)])),
+                    **{text: np.asarray(mean(of[group])) for text, of in moments.items()},
                 )
             progress.advance(f"block {index}")
 

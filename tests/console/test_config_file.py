@@ -3,7 +3,12 @@
 import pytest
 
 from gptvq_jax.config import from_config
-from gptvq_jax.console.config_file import config_names, find_config, load_config
+from gptvq_jax.console.config_file import (
+    config_names,
+    find_config,
+    load_config,
+    printed_config,
+)
 from gptvq_jax.console.shipped import shipped
 
 FILE = "def get_config(arg='none'):\n    return arg\n"
@@ -17,6 +22,16 @@ def test_a_config_that_comes_with_the_package(tmp_path, monkeypatch):
     assert find_config("smollm2_135m_2d:2b") == f"{path}:2b"
     settings = from_config(load_config("smollm2_135m_2d:2b"))
     assert settings.allocation.bits_per_value == 2.125
+
+
+def test_a_config_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "sweeps/smollm2_dimensionality"
+    path = shipped("configs") / f"{name}.py"
+    assert name in config_names() and find_config(f"{name}:smoke") == f"{path}:smoke"
+    for spelling in (name, str(path)):
+        assert printed_config(f"{spelling}:smoke") == f"configs/{name}.py:smoke"
+    assert printed_config("mine/c.py:2b") == "mine/c.py:2b"
 
 
 def test_a_file_comes_before_a_name(tmp_path, monkeypatch):

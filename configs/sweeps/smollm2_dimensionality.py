@@ -1,0 +1,73 @@
+"""SmolLM2-135M-Instruct in 1, 2 and 4 dimensions at 2, 3 and 4 index bits per weight.
+
+  python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py          # whole models
+  python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py:smoke    # two blocks
+  python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py:layers   # six layers
+
+All layers of a model have one format, and codebooks cost at most 0.125 bits per weight; tokens are
+weighted by gradients. A code has 8 bits at most, so that vectors of 4 weights are there at 2 bits
+only. `layers` is the paper's first figure, SQNR against dimension at equal bits, with AQLM beside
+it: six layers (study/sample_layers.py), each by itself, the error measured on text that nothing was
+fitted to, and codebooks such that in each row the true bits agree to 0.01 with those of AQLM.
+"""
+
+from gptvq_jax.study.sweep.axes import axis, points, sweep
+
+NAMES = ("2b", "3b", "4b")
+# Of `layers`, (dimension, bits) -> weights that share a codebook, and the widest group.
+GROUPS = {
+    ("1d", "2b"): (286, 96),
+    ("1d", "3b"): (764, 128),
+    ("1d", "4b"): (400, 116),
+    ("2d", "2b"): (1522, 576),
+    ("2d", "3b"): (9174, 128),
+    ("2d", "4b"): (12187, 576),
+    ("4d", "2b"): (41233, 576),
+}
+# Bits -> M codebooks of B-bit codes for 8 weights, M * B / 8 of these bits.
+AQLM = {"2b": (2, 8), "3b": (4, 6), "4b": (4, 8)}
+
+
+def get_config(arg: str = "models"):
+    if arg == "layers":
+        return _layers()
+    if arg not in ("models", "smoke"):
+        raise ValueError(f"{arg!r} is not one of models, smoke, layers")
+    fields = {"calibration.gradient_groups": 1}
+    if arg == "smoke":  # as configs/smollm2_135m_2d.py:smoke
+        fields |= {"num_blocks": 2, "vq.polish_rounds": 0}
+        for text, count in (("calibration", 8), ("evaluation", 2)):
+            fields |= {f"{text}.num_windows": count, f"{text}.seqlen": 512, f"{text}.batch_size": 2}
+    return sweep(
+        f"smollm2_dimensionality{'_smoke' if arg == 'smoke' else ''}",
+        base="smollm2_135m_2d:ablation",
+        fields={"calibration.num_windows": 32, **fields},
+        axes=[
+            axis("vq.dim", (1, 2, 4), names=("1d", "2d", "4d")),
+            axis("vq.bits", (2.0, 3.0, 4.0), names=NAMES),
+        ],
+    )
+
+
+def _layers():
+    more = {"vq.polish_rounds": 6, "vq.update_iterations": 6}  # as in study/layer_benchmark.py
+    dims = {f"{dim}d": {"vq.dim": dim, **more} for dim in (1, 2, 4)}
+    cells = {
+        names: {"vq.group_size": size, "vq.max_group_cols": cols}
+        for names, (size, cols) in GROUPS.items()
+    }
+    for bits, (books, width) in AQLM.items():
+        cells["aqlm", bits] = {"aqlm.num_codebooks": books, "aqlm.code_bits": width}
+    texts = {"calibration.num_windows": 8, "evaluation.num_windows": 4}
+    texts |= {f"{text}.seqlen": 1024 for text in ("calibration", "evaluation")}
+    return sweep(
+        "smollm2_dimensionality_layers",
+        base="smollm2_135m_2d:ablation",
+        fields=texts,
+        axes=[
+            points("dimension", {**dims, "aqlm": {"method": "aqlm", "aqlm.dim": 8}}),
+            axis("vq.bits", (2.0, 3.0, 4.0), names=NAMES),
+        ],
+        kind="layers",
+        cells=cells,
+    )

@@ -1,0 +1,128 @@
+"""Second moments of what all layers of a block read in the float model, kept for several runs.
+
+With `calibration.inputs='float'`, and without `true_sequential`, they depend on nothing that is
+quantized: runs on the same text may share them. A run that finds them in its work directory does
+not add them up again.
+"""
+
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax.config import RunSettings
+from gptvq_jax.console.errors import first_line
+from gptvq_jax.core.hessian import Moment
+from gptvq_jax.files import durable
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.flops import stage_flops
+from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, Params
+from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.run import forward
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Files,
+    Moments,
+    init_moments,
+    moment_flops,
+    relative_weights,
+    run_windows,
+)
+from gptvq_jax.run.context import Context
+from gptvq_jax.run.workdir import WorkDir
+
+_FOLDER = "moments"
+
+
+class FloatMoments:
+    """A visitor of the blocks, upwards: writes the moments of each.
+
+    It reads the float model's stream, which is there already, and token weights where
+    `calibration.gradient_groups` asks for them.
+
+    Args:
+      context: of the run.
+      blocks: how many are wanted, from the first.
+    """
+
+    releases = ()
+
+    def __init__(self, context: Context, blocks: int):
+        self._context, self._blocks = context, blocks
+        self.files = context.files
+
+    def position(self, order: range) -> int:
+        """Up to the first block without moments."""
+        missing = (i for i in order[: self._blocks] if not _path(self._context.workdir, i).exists())
+        return next(missing, len(order))
+
+    def begin(self) -> None:
+        """There is nothing to begin with."""
+
+    def visit(self, index: int, block: Params) -> None:
+        """See Visitor."""
+        if index >= self._blocks:
+            return
+        source, settings, workdir, _, stopwatch = self._context
+        c, weights = settings.calibration, None
+        with stopwatch.stage("hessians"):
+            if c.gradient_groups:
+                loaded = workdir.load_token_weights(index).items()
+                weights = {name: relative_weights(w, c.gradient_power) for name, w in loaded}
+            x = self.files.read(forward.STREAM, index)
+            moments = init_moments(block, range(LAST), weights)
+            stopwatch.flops(
+                stage_flops(source.config, range(LAST - 1), *x.shape[:2])
+                + moment_flops(moments, x.shape[0] * x.shape[1])
+            )
+            parts = source.config, block, Files(x), 0, LAST - 1, moments, c.batch_size, weights
+            save_moments(workdir, index, jax.block_until_ready(run_windows(*parts)))
+
+
+def save_moments(workdir: WorkDir, index: int, moments: Moments) -> None:
+    """Writes the sums of inputs; float moments have no others."""
+    arrays = {}
+    for (name, group), moment in moments.inputs.items():
+        arrays[f"{name} {group} total"] = np.asarray(moment.total)
+        arrays[f"{name} {group} count"] = np.asarray(moment.count)
+    size = sum(array.nbytes for array in arrays.values())
+    writing = durable.replacing(_path(workdir, index), size)
+    with writing as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_moments(workdir: WorkDir, index: int) -> Moments | None:
+    """Those of a block, or None where nobody has made them.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = _path(workdir, index)
+    if not path.exists():
+        return None
+    inputs = {}
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            for key in [key for key in arrays if key.endswith(" total")]:
+                name, group, _ = key.split(" ")
+                parts = arrays[key], arrays[f"{name} {group} count"]
+                inputs[name, int(group)] = Moment(*map(jnp.asarray, parts))
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({first_line(error)}); remove {path.parent} and give the same "
+            "command again"
+        ) from error
+    return Moments(inputs, {})
+
+
+def moments_bytes(config: ModelConfig, settings: RunSettings) -> int:
+    """Of the file of one block, without its headers."""
+    shapes, groups = layer_shapes(config), settings.calibration.gradient_groups
+    firsts = LINEAR_LAYERS if groups else [group[0] for group in LINEAR_GROUPS]
+    return sum(4 * shapes[name][1] ** 2 * (groups or 1) for name in firsts)
+
+
+def _path(workdir: WorkDir, index: int) -> Path:
+    return workdir.path / _FOLDER / f"{index:05d}.npz"

@@ -1,0 +1,142 @@
+"""What a sweep will take, from shapes: FLOP of matrix products, and bytes on the disk.
+
+Seconds follow from a rate: of this machine's matrix products, as a lower bound, or, once cells are
+finished, of those cells as they were.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gptvq_jax.config import RunSettings
+from gptvq_jax.core.flops import cross_moment, inverse_cholesky, second_moment, unit
+from gptvq_jax.core.hessian import tile_size
+from gptvq_jax.models import flops
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
+from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.run.curves import to_measure
+from gptvq_jax.run.passes import peak_bytes
+from gptvq_jax.run.quantize import num_quantized
+from gptvq_jax.run.sizes import stored_bytes
+from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
+
+
+def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of a run that finds its passes over the float model made; a held-out text of unknown length
+    is left out, and rounds that may stop early count in full."""
+    c, blocks = settings.calibration, num_quantized(settings, config)
+    shape = c.num_windows, c.seqlen
+    walks = 1 if settings.true_sequential else 2
+    size = walks * flops.block_forward(config, *shape)
+    size += moments_flop(config, settings, c.asymmetry > 0)
+    if c.asymmetry > 0:  # what the first layers of both halves read in the float model
+        size += flops.stage_flops(config, (0, 2), *shape)
+    groups = c.gradient_groups or 1
+    used = settings.candidates if settings.allocation.bits_per_value else [settings.method_settings]
+    for rows, cols in layer_shapes(config).values():
+        per_layer = [groups * of.flops(rows // groups, cols) for of in used]
+        size += sum(per_layer) / len(per_layer) + (2 + 3 * (c.asymmetry > 0)) * unit(rows, cols)
+    if settings.tune.block:
+        tuned = settings.calibration.num_windows - settings.tune.held_out
+        size += settings.tune.epochs * flops.block_tuning(config, tuned, c.seqlen)
+    return blocks * size + evaluation_flop(config, settings)
+
+
+def pass_flop(config: ModelConfig, of: Pass) -> float:
+    """Of a pass that cells share."""
+    settings, depth = of.settings, config.num_hidden_layers
+    shape = settings.calibration.num_windows, settings.calibration.seqlen
+    blocks = num_quantized(settings, config)
+    if of.kind == FLOAT:
+        return of.points * flops.block_forward(config, *shape) + evaluation_flop(config, settings)
+    if of.kind == GRADIENTS:
+        size = depth * flops.block_backward(config, *shape) + flops.head_backward(config, *shape)
+        curves = settings.allocation.bits_per_value > 0
+        return size + curves * blocks * _curves_flop(config, settings)
+    of_block = flops.block_inputs(config, *shape) + moments_flop(config, settings, False)
+    return blocks * of_block
+
+
+def _curves_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of the error curves of a block."""
+    groups, size = settings.calibration.gradient_groups or 1, moments_flop(config, settings, False)
+    for rows, cols in layer_shapes(config).values():
+        for candidate in to_measure(settings.candidates, settings.allocation.measured):
+            quick = dataclasses.replace(candidate, polish_rounds=0)
+            part = rows // groups
+            if settings.allocation.sample:
+                part = candidate.parts(rows // groups, cols)[0].rows
+            size += groups * (quick.flops(part, cols) + 2 * unit(part, cols))
+    return size
+
+
+def moments_flop(config: ModelConfig, settings: RunSettings, crosses: bool) -> float:
+    """Of the Hessians of a block and their factors."""
+    c, shapes = settings.calibration, layer_shapes(config)
+    tokens, groups, size = c.num_windows * c.seqlen, c.gradient_groups, 0.0
+    for stage, group in enumerate(LINEAR_GROUPS):
+        for name in group if groups else group[:1]:
+            rows, cols = shapes[name]
+            own = second_moment(tokens, cols, tile_size(cols)) + inverse_cholesky(cols)
+            if crosses:
+                closes = STAGES[stage] in ("attend", "feed")
+                own += cross_moment(tokens, rows // (groups or 1) if closes else cols, cols)
+            size += own * (groups or 1)
+    return size
+
+
+def evaluation_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of the perplexity of a model; 0 where the length of the text is not known."""
+    shape = settings.evaluation.num_windows, settings.evaluation.seqlen
+    blocks = config.num_hidden_layers * flops.block_forward(config, *shape)
+    return blocks + flops.head_forward(config, *shape)
+
+
+def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
+    """Of a run: what stays on the disk, and what it takes for a while beside it."""
+    shape = settings.calibration.num_windows, settings.calibration.seqlen
+    while_it_runs = peak_bytes(config, settings, shape, 0, made=True)
+    return stored_bytes(config, settings, _largest(config, settings)), while_it_runs
+
+
+def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str], Any]:
+    """A plan in which every layer has its largest candidate: more than a budget allows."""
+    if not settings.allocation.bits_per_value:
+        return {}
+    largest = max(settings.candidates, key=lambda of: of.bits)
+    blocks = range(num_quantized(settings, config))
+    return {(index, name): largest for index in blocks for name in LINEAR_LAYERS}
+
+
+class Seconds(NamedTuple):
+    """Of what is left of a sweep."""
+
+    value: float
+    basis: str  # where that comes from
+
+
+def seconds(
+    flop: Mapping[str, float],
+    left: Sequence[str],
+    passes: float,
+    rows: Mapping[str, Mapping[str, Any]],
+    rate: float | None,
+) -> Seconds:
+    """How long the cells that are left will take.
+
+    Args:
+      flop: of every cell.
+      left: names of cells.
+      passes: FLOP of the passes that are left.
+      rows: of finished cells, by name.
+      rate: FLOP/s of this machine's matrix products; asked for only where no cell is finished.
+    """
+    wanted = math.fsum(flop[name] for name in left) + passes
+    known = {name: float(row["seconds"]) for name, row in rows.items() if flop.get(name)}
+    if known and sum(known.values()) > 0:
+        per_flop = sum(known.values()) / sum(flop[name] for name in known)
+        return Seconds(wanted * per_flop, f"as {len(known)} finished cells took")
+    basis = f"its matrix products alone, at {rate / 1e12:.2f} TFLOP/s, which this machine reaches"
+    return Seconds(wanted / rate, basis)

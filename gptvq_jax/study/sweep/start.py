@@ -1,0 +1,122 @@
+"""A sweep from its config to its results, and its plan. What scripts/sweep.py calls."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+from tqdm import tqdm
+
+from gptvq_jax.study.matmul_rate import matmul_rate
+from gptvq_jax.study.sweep import estimate
+from gptvq_jax.study.sweep.cells import Cell, resolve
+from gptvq_jax.study.sweep.directory import Directory, record_of
+from gptvq_jax.study.sweep.drive import Drive, Maker, choose
+from gptvq_jax.study.sweep.layers import Layers
+from gptvq_jax.study.sweep.models import Models
+from gptvq_jax.study.sweep.results import DONE, Results
+from gptvq_jax.study.sweep.table import Table
+
+_MAKERS = {"models": Models, "layers": Layers}
+
+
+def sweep(
+    config: config_dict.ConfigDict,
+    origin: str,
+    given: Collection[str],
+    workdir: str,
+    pattern: str | None = None,
+) -> list[str]:
+    """Makes the cells of a sweep and prints their table; returns the names of those that failed.
+
+    Args:
+      config: as `axes.sweep` gives it, with the values of the command line in it.
+      origin: its file, with the argument.
+      given: fields that the command line names, such as "base.vq.dim".
+      workdir: directory of everything that is written; an earlier start there goes on.
+      pattern: regular expression of the names of the cells to make; None: all.
+
+    Raises:
+      ValueError: a field that does not exist or has no effect, no cell that can be, or the
+        directory of another sweep.
+      FullDiskError: no cell has room.
+    """
+    maker, chosen = _resolved(config, given, workdir, pattern)
+    record = record_of(maker.sweep, origin, given)
+    directory = Directory(workdir)
+    directory.open(record)
+    _tell(maker)
+    cells = {cell["name"]: cell for cell in record["cells"]}
+    work = {cell.name: maker.cell_flop(cell) for cell in maker.sweep.cells}
+    with Table(maker.sweep.kind, [cell.name for cell in chosen]) as table:
+        failed = Drive(maker, directory, cells, chosen, work, table).run()
+    print(f"\n{table.text()}\n\nwritten to {directory.path}")
+    return failed
+
+
+def plan(
+    config: config_dict.ConfigDict,
+    origin: str,
+    given: Collection[str],
+    workdir: str,
+    pattern: str | None = None,
+) -> None:
+    """Prints what `sweep` with the same arguments would do, and what that takes; writes nothing."""
+    maker, chosen = _resolved(config, given, workdir, pattern)
+    directory = Directory(workdir)
+    directory.check(record_of(maker.sweep, origin, given))
+    rows = Results(directory, [cell.name for cell in maker.sweep.cells]).rows()
+    done = {name: row for name, row in rows.items() if row["status"] == DONE}
+    left = [cell for cell in chosen if cell.name not in done]
+    passes = {of.name: (of, cell) for cell in left for of in maker.passes(cell)}
+    missing = {name: pair for name, pair in passes.items() if not maker.is_made(pair[0])}
+    print(f"sweep {maker.sweep.name}: {len(chosen)} cells, {len(chosen) - len(left)} finished\n")
+    for cell in chosen:
+        state = "finished" if cell.name in done else "to do"
+        needs = ", ".join(of.name for of in maker.passes(cell))
+        print(f"  {cell.name:20s} {state:9s} {_fields(cell.fields)}; reads {needs}")
+    print("\nmade once for all that read it:")
+    for name, (_, cell) in passes.items():
+        readers = sum(name in {of.name for of in maker.passes(other)} for other in left)
+        state = "to do" if name in missing else "made"
+        print(f"  {name:24s} {state:9s} for {readers} cells of {cell.settings.model}")
+    _tell(maker)
+    flop = {cell.name: maker.cell_flop(cell) for cell in maker.sweep.cells}
+    of_passes = sum(maker.pass_flop(of, cell) for of, cell in missing.values())
+    names = [cell.name for cell in left]
+    rate = None if done else matmul_rate()
+    time = estimate.seconds(flop, names, of_passes, done, rate)
+    held = sum(maker.pass_bytes(of, cell) for of, cell in passes.values())
+    sizes = [maker.cell_bytes(cell) for cell in left] or [(0, 0)]
+    stays, beside = sum(stays for stays, _ in sizes), max(beside for _, beside in sizes)
+    least = "" if done else "at least "
+    print(f"\ntime  {least}{tqdm.format_interval(time.value)} in one process ({time.basis})")
+    print(
+        f"disk  {(stays + held + beside) / 1e9:.2f} GB at most: {stays / 1e9:.2f} GB of cells, "
+        f"{held / 1e9:.2f} GB of shared files, which are removed in the end, and "
+        f"{beside / 1e9:.2f} GB while a cell is made"
+    )
+
+
+def _resolved(
+    config: config_dict.ConfigDict,
+    given: Collection[str],
+    workdir: str,
+    pattern: str | None,
+) -> tuple[Maker, list[Cell]]:
+    """What makes the cells, and those that are wanted."""
+    resolved = resolve(config, given)
+    maker = _MAKERS[resolved.kind](resolved, Path(workdir))
+    return maker, choose(maker.sweep.cells, pattern)
+
+
+def _tell(maker: Maker) -> None:
+    """Prints what was settled, and what cannot be."""
+    for note in maker.sweep.notes:
+        print(note)
+    for name, reason in maker.sweep.refused:
+        print(f"refused: {name}: {reason}")
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "the base"

@@ -1,0 +1,119 @@
+"""A sweep of settings on layers, and what a sweep shows."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from gptvq_jax.config import from_config
+from gptvq_jax.console.config_file import load_config
+from gptvq_jax.core import metrics
+from gptvq_jax.core.vq_tensor import dequantize
+from gptvq_jax.methods.aqlm import AQLMSettings
+from gptvq_jax.run.sizes import packed_bytes
+from gptvq_jax.study.layer_benchmark import load_layer, quantize_with
+from gptvq_jax.study.sweep import start
+from gptvq_jax.study.sweep.axes import axis, sweep
+from gptvq_jax.study.sweep.cells import resolve
+from gptvq_jax.study.sweep.estimate import seconds
+from gptvq_jax.study.sweep.layers import wanted_layers
+from gptvq_jax.study.sweep.results import as_csv
+from gptvq_jax.study.sweep.table import Table
+
+# Rows and columns of the six layers of SmolLM2-135M.
+SHAPES = ((192, 576), (576, 1536), (576, 576), (1536, 576), (192, 576), (576, 576))
+
+
+def test_a_setting_is_measured_on_text_that_nothing_was_fitted_to(tiny_config, tmp_path):
+    tiny_config.method = "gptq"
+    config = sweep("layers", tiny_config, [axis("uniform.bits", (2, 4))], kind="layers")
+    assert start.sweep(config, "tiny.py", (), str(tmp_path)) == []
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in rows] == ["bits2", "bits4"]
+    assert rows[0]["relative_error"] > 4 * rows[1]["relative_error"]
+    (folder,) = (tmp_path / "shared").glob("layers-*")
+    files = sorted(folder.glob("*.npz"))
+    tiny_config.uniform.bits = 2
+    settings = from_config(tiny_config)
+    assert len(rows[0]["layers"]) == len(files) == 6
+    for row, file in zip(rows[0]["layers"], files, strict=True):
+        weight, hessian = load_layer(file)
+        tensor, _ = quantize_with(weight, hessian, "gptq", settings.uniform, "layer")
+        other = np.load(file)["held_out"]
+        assert not np.allclose(other, hessian, rtol=0.01)
+        error = float(metrics.relative_error(weight, dequantize(tensor), other))
+        assert row["layer"] == file.stem and row["relative_error"] == pytest.approx(error, rel=1e-5)
+        assert row["sqnr_db"] == pytest.approx(-10 * np.log10(error), rel=1e-4)
+    errors = [row["relative_error"] for row in rows[0]["layers"]]
+    assert rows[0]["relative_error"] == pytest.approx(np.exp(np.mean(np.log(errors))))
+    assert rows[0]["sqnr_db"] == pytest.approx(-10 * np.log10(rows[0]["relative_error"]), rel=1e-4)
+
+
+def test_layers_of_other_depths():
+    config = type("Config", (), {"num_hidden_layers": 1})
+    assert sum(map(len, wanted_layers(config).values())) == 6 and set(wanted_layers(config)) == {0}
+    config.num_hidden_layers = 30
+    assert set(wanted_layers(config)) == {0, 14, 29}
+
+
+def test_true_bits_of_a_row_agree():
+    """The cells of the first figure that stand beside each other differ in nothing else."""
+    cells = resolve(load_config("sweeps/smollm2_dimensionality:layers")).cells
+    values = sum(rows * cols for rows, cols in SHAPES)
+    for bits in ("2b", "3b", "4b"):
+        row = [cell.settings for cell in cells if cell.point["bits"] == bits]
+        assert len(row) == (4 if bits == "2b" else 3)
+        assert any(isinstance(s.method_settings, AQLMSettings) for s in row)
+        true = [
+            8 * sum(packed_bytes(s.method, s.method_settings, *shape) for shape in SHAPES) / values
+            for s in row
+        ]
+        assert max(true) - min(true) <= 0.01, (bits, true)
+
+
+def test_the_table_in_a_log_has_a_line_for_every_change(capsys):
+    done = {"status": "done", "bits_per_value": 2.5, "perplexity_quantized": "inf", "seconds": 3.0}
+    with Table("models", ["a", "bb"], terminal=False) as table:
+        table.started("a", "float")
+        table.started("a", "float")
+        table.elsewhere("bb")
+        assert table.ended("a", done) and not table.ended("a", done)
+        assert table.ended("bb", {"status": "failed", "error": "no room"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["cell", "state", "bits/value", "perplexity", "seconds"],
+        ["a", "float"],
+        ["bb", "elsewhere"],
+        ["a", "done", "2.5000", "inf", "3.0"],
+        ["bb", "failed", "no", "room"],
+    ]
+    assert table.text().splitlines()[1:] == lines[3:]
+
+
+def test_the_table_on_a_terminal_changes_its_lines(capsys):
+    with Table("layers", ["a", "b"], terminal=True) as table:
+        table.started("b", "running")
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [table.header] and "SQNR dB" in table.header
+    assert "b     running" in captured.err and "\r" in captured.err
+    assert "a     waiting" in captured.err
+
+
+def test_csv_has_a_column_for_each_number_of_any_row():
+    rows = [
+        {"cell": "a", "status": "done", "seconds": 1.5, "stages": {"load": {"seconds": 1}}},
+        {"cell": "b, c", "status": "failed", "error": "no\nroom", "layers": [{"x": 1}]},
+    ]
+    read = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert [row["cell"] for row in read] == ["a", "b, c"]
+    assert read[0]["stages.load.seconds"] == "1" and read[1]["error"] == "no\nroom"
+    assert "layers" not in read[0] and list(read[0])[:3] == ["cell", "status", "seconds"]
+
+
+def test_seconds_go_by_finished_cells_where_there_are_some():
+    flop = {"a": 1e12, "b": 3e12}
+    assert seconds(flop, ["a", "b"], 2e12, {}, 1e12).value == 6.0
+    known = seconds(flop, ["b"], 0.0, {"a": {"seconds": 10.0}}, None)
+    assert known.value == pytest.approx(30.0) and known.basis == "as 1 finished cells took"
