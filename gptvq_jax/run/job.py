@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 
 from gptvq_jax.config import RunSettings, evaluation_settings, from_config, to_dict
-from gptvq_jax.console import report
+from gptvq_jax.console import layer_plot, report
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.data.corpora import documents
@@ -63,7 +63,7 @@ def quantize(
         summary[name] = float(summary[name])
     rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
-    report.plot(rows, title, workdir.path / "report.png", tuned)
+    layer_plot.plot(rows, title, workdir.path / "report.png", tuned)
     print(report.layer_table(rows))
     print()
     print(report.summary_text(summary, tuned))

@@ -1,0 +1,88 @@
+"""Which settings tell cells apart, and which cells belong on one curve."""
+
+import json
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from gptvq_jax.config import default_config
+from gptvq_jax.study.report.results import Cell, flat
+from gptvq_jax.study.report.rows import printable
+
+# They say how many bits a weight has: what a curve goes along. The method and the dimension are its
+# name.
+_BITS = ("vq.dim", "vq.bits", "vq.group_size", "vq.max_group_cols", "method", "num_blocks")
+_SECTIONS = ("aqlm.num_codebooks", "aqlm.code_bits", "aqlm.dim", "uniform.", "allocation.")
+_NOT_SETTINGS = ("weights",)  # config.json has the fingerprint of the source there
+
+
+def settings_of(cell: Cell) -> dict[str, str]:
+    """{dotted field: value as text}."""
+    return {
+        name: printable(value if isinstance(value, str) else json.dumps(value))
+        for name, value in cell.settings.items()
+        if name.partition(".")[0] not in _NOT_SETTINGS
+    }
+
+
+def differing(cells: Sequence[Cell]) -> list[str]:
+    """Fields whose values differ between cells that have them, in the order of the config."""
+    return [name for name, values in _values(cells).items() if len(values) > 1]
+
+
+def common(cells: Sequence[Cell]) -> dict[str, str]:
+    """Settings that all cells share and that are not the defaults."""
+    defaults = flat(json.loads(json.dumps(default_config().to_dict())))
+    shared = {name: values for name, values in _values(cells).items() if len(values) == 1}
+    return {
+        name: next(iter(values))
+        for name, values in shared.items()
+        if values != _values_of({name: defaults.get(name)})
+    }
+
+
+def _values(cells: Sequence[Cell]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for cell in cells:
+        for name, value in settings_of(cell).items():
+            found.setdefault(name, set()).add(value)
+    return found
+
+
+def _values_of(field: dict[str, Any]) -> set[str]:
+    (value,) = field.values()
+    return {value if isinstance(value, str) else json.dumps(value)}
+
+
+def code_name(cell: Cell) -> str:
+    """Method and dimension of the vectors, such as "GPTVQ 2D"; "mixed" where layers differ."""
+    method = str(cell.settings.get("method", "gptvq")).upper()
+    if method in ("GPTQ", "RTN"):
+        return method
+    dims = {row["dim"] for row in cell.layers if "dim" in row}
+    if not dims:
+        dims = {cell.settings.get("aqlm.dim" if method == "AQLM" else "vq.dim")} - {None}
+    name = f"{next(iter(dims))}D" if len(dims) == 1 else "mixed" if dims else ""
+    return printable(f"{method} {name}".strip())
+
+
+def curve_names(cells: Sequence[Cell]) -> dict[str, str]:
+    """{cell: its curve}: method, dimension, and what else differs but the bits of a weight."""
+    fields = [
+        name for name in differing(cells) if name not in _BITS and not name.startswith(_SECTIONS)
+    ]
+    names = {}
+    for cell in cells:
+        settings = settings_of(cell)
+        parts = [code_name(cell), *(f"{n}={settings[n]}" for n in fields if n in settings)]
+        if cell.settings.get("allocation.bits_per_value"):
+            parts.insert(1, "bits by layer")
+        names[cell.name] = ", ".join(parts)
+    return names
+
+
+def alike(cells: Sequence[Cell], key: Callable[[Cell], Hashable]) -> list[list[Cell]]:
+    """Cells that may be compared: those with one key, groups in the order of their first."""
+    groups: dict[Hashable, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(key(cell), []).append(cell)
+    return list(groups.values())
