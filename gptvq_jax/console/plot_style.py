@@ -7,6 +7,7 @@ from typing import Any
 # which is too pale on white, and its black, which is too dark on black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
 
 
 def style(index: int) -> dict[str, Any]:
@@ -14,6 +15,7 @@ def style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
         "markersize": 4.5,
         "linewidth": 1.2,
     }

@@ -81,7 +81,7 @@ def render(figure: Figure) -> Files:
 
 
 def shortened(text: str, length: int) -> str:
-    """A text of at most so many letters, cut in the middle: names of cells end with what differs."""
+    """A text of at most so many letters, cut in the middle: names often differ at their ends."""
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[:half]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
 
