@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -167,6 +168,13 @@ def define_config(default: str | None = None, help: str = "") -> Any:
         with _refused_flags():  # fields that the command line names are set at once
             flags.set_default(holder, default)
     return holder
+
+
+def command_line() -> str:
+    """This command as one would type it again."""
+    program, *words = sys.argv
+    start = ["python"] if program.endswith(".py") else []  # else `gptvq_jax COMMAND`
+    return " ".join([*start, program, *map(shlex.quote, words)])
 
 
 def config_name(flag: str = "config") -> str:

@@ -30,6 +30,7 @@ def quantize(
     workdir_path: str,
     perplexity_float: float | None = None,
     given: Collection[str] = (),
+    command: str = "",
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
 
@@ -38,6 +39,7 @@ def quantize(
       workdir_path: directory for everything the run writes; an earlier run in it is resumed.
       perplexity_float: of the float model on the same held-out text, if it is known already.
       given: fields of the config that the command line names; each must have an effect.
+      command: the command line, to be noted in the work directory; "": none.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
@@ -54,6 +56,8 @@ def quantize(
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
         summary = workdir.summary()
         if summary is None:
+            if command:
+                workdir.note_command(command)
             summary = _quantize(source, settings, workdir, stopwatch, perplexity_float)
             workdir.append_metrics([report.json_numbers(summary)])
         else:

@@ -35,7 +35,7 @@ def against_bits(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
         text = f"{group[0].settings.get('model', '')}, {_text_of(group[0])}".strip(", ")
         for field, title, label in (
             ("perplexity_quantized", "Perplexity against bits", "perplexity"),
-            ("kl_mean", "KL divergence against bits", "mean KL from the float model, nats/token"),
+            ("kl_mean", "KL divergence against bits", "mean KL, nats per token"),
         ):
             points = _points(group, field, notes)
             if points:
