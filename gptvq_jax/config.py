@@ -225,6 +225,15 @@ def evaluation_settings(made_with: dict[str, Any], given: dict[str, Any]) -> Eva
     return _build(EvaluationSettings, {**made_with, **given}, "evaluation.")
 
 
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"vq.dim": 2, ...} of a nested dict."""
+    fields = {}
+    for name, value in config.items():
+        whole = isinstance(value, dict)
+        fields.update(flat(value, f"{prefix}{name}.") if whole else {f"{prefix}{name}": value})
+    return fields
+
+
 def to_dict(settings: RunSettings) -> dict[str, Any]:
     """Plain nested dict, for JSON."""
     return dataclasses.asdict(settings)

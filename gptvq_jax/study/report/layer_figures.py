@@ -7,7 +7,7 @@ from typing import Any
 from gptvq_jax.console.layer_plot import by_depth, codes_differ, tuning_by_depth
 from gptvq_jax.console.plot_style import log_ticks, style
 from gptvq_jax.study.report.drawing import INK, Figure, shortened
-from gptvq_jax.study.report.results import Cell
+from gptvq_jax.study.report.results import Cell, named
 
 Row = dict[str, Any]
 
@@ -139,9 +139,9 @@ def code_usage(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
         cell.name: [row for row in cell.layers if row.get("code_entropy") is not None]
         for cell in cells
     }
-    without = [cell.name for cell in cells if cell.layers and not found[cell.name]]
+    without = [cell for cell in cells if cell.layers and not found[cell.name]]
     if without:
-        notes.append(f"no code entropy in {', '.join(without)}: it is left out of code usage")
+        notes.append(f"no code entropy in {named(without)}: it is left out of code usage")
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
         return []

@@ -127,6 +127,9 @@ def _said(said: Said) -> list[Markup]:
     )
     for prompt, by_model in said.items():
         parts.append(element("h3", prompt))
-        lines = (join(element("dt", m), element("dd", text)) for m, text in by_model.items())
+        lines = (
+            join(element("dt", m), element("dd", text.strip() or "(nothing)"))
+            for m, text in by_model.items()
+        )
         parts.append(element("dl", *lines, class_="said"))
     return parts

@@ -7,7 +7,7 @@ from typing import Any
 from gptvq_jax.console.plot_style import log_ticks, style
 from gptvq_jax.study.report.drawing import INK, Figure
 from gptvq_jax.study.report.pareto import pareto_front
-from gptvq_jax.study.report.results import Cell
+from gptvq_jax.study.report.results import Cell, named
 from gptvq_jax.study.report.settings import alike, code_name, curve_names
 
 _SAME_BITS = 0.08  # true bits per value that count as equal, as 2.125 and 2.162 do
@@ -47,8 +47,7 @@ def against_bits(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
                     Figure(name, title, caption, _against_bits(group, points, field, label))
                 )
         if not any(cell.number("kl_mean") is not None for cell in group):
-            where = ", ".join(cell.name for cell in group)
-            notes.append(f"no KL divergences of {where}: their figure is left out")
+            notes.append(f"no KL divergences of {named(group)}: their figure is left out")
     return figures
 
 
@@ -56,7 +55,7 @@ def _text_of(cell: Cell) -> str:
     return str(cell.summary.get("evaluation", ""))
 
 
-Point = tuple[Cell, float, float, float | None]  # bits, value, standard error
+Point = tuple[Cell, float, float, float | None]  # bits, value, standard error if it is known
 
 
 def _points(group: Sequence[Cell], field: str, notes: list[str]) -> list[Point]:
@@ -69,7 +68,8 @@ def _points(group: Sequence[Cell], field: str, notes: list[str]) -> list[Point]:
             notes.append(f"{cell.name}: {field}={value:g} has no place on its figure")
             continue
         name = "perplexity" if field.startswith("perplexity") else field
-        points.append((cell, bits, value, cell.standard_error(name)))
+        error = cell.standard_error(name)
+        points.append((cell, bits, value, error if error and math.isfinite(error) else None))
     return points
 
 
@@ -82,11 +82,12 @@ def _against_bits(group: Sequence[Cell], points: Sequence[Point], field: str, la
             on_curve = sorted((p for p in points if curves[p[0].name] == name), key=lambda p: p[1])
             _, bits, values, errors = zip(*on_curve, strict=True)
             axes.plot(bits, values, label=name, **style(index))
-            bars = [error if error and math.isfinite(error) else 0.0 for error in errors]
+            bars = [error or 0.0 for error in errors]
             if any(bars):
                 colour = style(index)["color"]
                 axes.errorbar(bits, values, bars, fmt="none", ecolor=colour, elinewidth=1)
         values = [point[2] for point in points]
+        ends = [value + (error or 0.0) for _, _, value, error in points]
         front = pareto_front([(bits, value) for _, bits, value, _ in points])
         axes.plot(
             [points[place][1] for place in front],
@@ -110,7 +111,7 @@ def _against_bits(group: Sequence[Cell], points: Sequence[Point], field: str, la
                     line, color=INK, linestyle="--", linewidth=1, label=f"float {line:.4g}"
                 )
         axes.set(xlabel="bits per value, codebooks included", ylabel=label, yscale="log")
-        low, high = min(values), max(values)
+        low, high = min(values), max(*values, *ends)
         axes.set_ylim(low / (high / low) ** 0.06 * 0.99, high * (high / low) ** 0.06 * 1.01)
         log_ticks(axes.yaxis, low, high)
         axes.margins(x=0.08)

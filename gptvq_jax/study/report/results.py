@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptvq_jax.config import flat
 from gptvq_jax.console.json_file import leaves_directory, read_json_lines, read_json_object
 from gptvq_jax.study.report.rows import check_result, check_row, printable
 
@@ -53,6 +54,13 @@ class Cell:
         """Of a number of the comparison, where it is known."""
         value = self.summary.get("comparison", {}).get(name, {}).get("standard_error")
         return None if value is None else float(value)
+
+
+def named(cells: Sequence[Cell]) -> str:
+    """Names for a line about cells, the first few where there are many."""
+    names = [cell.name for cell in cells]
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[:3] if more else names) + more
 
 
 class Results(NamedTuple):
@@ -128,7 +136,10 @@ def _sweep(directory: Path, notes: list[str]) -> list[Cell]:
     for number, row in enumerate(read_json_lines(results) if results.is_file() else [], 1):
         check_result(row, sweep.get("kind"), f"{results}, line {number}")
         rows[row["cell"]] = row  # a cell that was run again has the last word
-    for refused in sweep.get("refused", []):
+    refusals = sweep.get("refused", [])
+    for refused in refusals if isinstance(refusals, list) else []:
+        if not isinstance(refused, dict):
+            raise ValueError(f"{path} has a refused cell without a name; restore the file")
         notes.append(printable(f"{refused.get('name')} was refused: {refused.get('reason')}"))
     return [_cell(directory, path, cell, rows.get(cell.get("name"))) for cell in listed]
 
@@ -137,6 +148,9 @@ def _cell(directory: Path, path: Path, cell: dict[str, Any], row: dict[str, Any]
     name, work = cell.get("name"), cell.get("workdir") or "."
     if not isinstance(name, str) or not isinstance(work, str) or leaves_directory(work):
         raise ValueError(f"{path} has a cell without a name or a directory in it; restore the file")
+    for part in ("point", "fields"):
+        if not isinstance(cell.get(part) or {}, dict):
+            raise ValueError(f"{path}: {part} of cell {name!r} is no object; restore the file")
     work_directory = directory / work
     run = Cell(printable(name), work_directory, "not finished")
     if work != "." and (work_directory / METRICS).is_file():
@@ -164,14 +178,3 @@ def _with_names_of_their_own(cells: list[Cell]) -> list[Cell]:
         else cell
         for cell in cells
     ]
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted field: value} of a config in sections."""
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[f"{prefix}{name}"] = value
-    return fields

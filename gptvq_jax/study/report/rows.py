@@ -82,6 +82,7 @@ def _check_optional(row: dict[str, Any], where: str) -> None:
     for name in ("comparison", "stages", "protocol"):
         if name in row and not isinstance(row[name], dict):
             raise ValueError(f"{where}: {name}={brief(row[name])} is no object; restore the file")
+    _check(row, {"seconds": float} if "seconds" in row else {}, where)
     for name, compared in row.get("comparison", {}).items():
         if not isinstance(compared, dict):
             raise ValueError(f"{where}: {name}={brief(compared)} is no object; restore the file")

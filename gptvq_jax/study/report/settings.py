@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from gptvq_jax.config import default_config
-from gptvq_jax.study.report.results import Cell, flat
+from gptvq_jax.config import default_config, flat
+from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.rows import printable
 
 # They say how many bits a weight has: what a curve goes along. The method and the dimension are its

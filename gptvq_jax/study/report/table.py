@@ -17,7 +17,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[Cell], float | None]], ...] = (
         lambda cell: mean_bits(cell) if cell.layers or cell.summary else None,
     ),
     ("perplexity", ".3f", lambda cell: cell.number("perplexity_quantized")),
-    ("of the float model", ".3f", lambda cell: cell.number("perplexity_float")),
+    ("float perplexity", ".3f", lambda cell: cell.number("perplexity_float")),
     ("mean KL, nats/token", ".4g", lambda cell: cell.number("kl_mean")),
     ("99 % KL, nats/token", ".4g", lambda cell: cell.number("kl_99")),
     ("same top-1", ".2%", lambda cell: cell.number("same_top1")),

@@ -19,7 +19,7 @@ from gptvq_jax.serve.prompts import encode_prompts
 from gptvq_jax.serve.stop_tokens import stop_tokens
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.study.report.page import Said
-from gptvq_jax.study.report.results import Cell
+from gptvq_jax.study.report.results import Cell, named
 from gptvq_jax.study.report.rows import printable
 
 PROMPTS = (
@@ -87,7 +87,7 @@ def _models(cells: Sequence[Cell], small_only: bool, notes: list[str]) -> list[M
     for cell in cells:
         path = cell.directory / "checkpoint"
         if not (path / "manifest.json").is_file():
-            without += [cell.name] if cell.status == "done" else []
+            without += [cell] if cell.status == "done" else []
             continue
         try:
             checkpoint = PackedCheckpoint(path)
@@ -96,7 +96,7 @@ def _models(cells: Sequence[Cell], small_only: bool, notes: list[str]) -> list[M
             notes.append(f"no texts of {cell.name}: {printable(first_line(error))}")
             continue
         if small_only and big:
-            large.append(cell.name)
+            large.append(cell)
             continue
         digest = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
         packed.append(Model(cell.name, digest, lambda p=path: PackedCheckpoint(p), packed_params))
@@ -109,11 +109,11 @@ def _models(cells: Sequence[Cell], small_only: bool, notes: list[str]) -> list[M
             )
     if large:
         notes.append(
-            f"{', '.join(large)} would take long to ask: what they say is left out; name prompts "
+            f"{named(large)} would take long to ask: what they say is left out; name prompts "
             "with --prompt to ask them"
         )
     if without:
-        notes.append(f"no checkpoint of {', '.join(without)}: what it says is left out")
+        notes.append(f"no checkpoint of {named(without)}: what it says is left out")
     return [*floats.values(), *packed]
 
 
