@@ -63,6 +63,14 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             "python scripts/benchmark_big_layer.py --alone --settings=2d_2.125,aqlm_2x8",
             "--alone measures one setting; --settings names 2",
         ),
+        (
+            "python scripts/report.py --workdir=DIR --noprompts --prompt=a",
+            "--prompt has no effect with --noprompts; leave that out",
+        ),
+        (
+            "python scripts/report.py --workdir=docs,configs",  # several, by commas
+            "docs is neither the work directory of a run nor of a sweep: .*; pass another --work",
+        ),
         ("python scripts/benchmark_decode.py --batches=0", "--batches=0 must be integers of at"),
         ("python scripts/benchmark_memory.py --depths=six", "--depths=six must be integers of at"),
     ],

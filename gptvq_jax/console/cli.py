@@ -232,7 +232,11 @@ def integers(name: str, lowest: int = 1) -> list[int]:
 def _refuse_empty_flags() -> None:
     """--name= sets nothing; only a text may be empty."""
     for name, flag in flags.FLAGS.flag_values_dict().items():
-        if flag in ("", []) and flags.FLAGS[name].present and name not in ("prompt", "system"):
+        if (
+            flag in ("", [], [""])
+            and flags.FLAGS[name].present
+            and name not in ("prompt", "system")
+        ):
             raise ValueError(f"--{name}= is empty; give it a value or leave it out")
 
 

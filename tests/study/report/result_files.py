@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gptvq_jax.config import default_config
+from gptvq_jax.config import default_config, from_config, to_dict
 
 LAYERS = ("self_attn/q_proj", "mlp/up_proj")
 STAGES = {"quantize": {"seconds": 3.5}, "evaluate": {"seconds": 1.25}, "elsewhere": 0.5}
@@ -35,7 +35,7 @@ def comparison(kl: float, error: float | None = 0.001):
 def config(**fields):
     values = default_config()
     values.update_from_flattened_dict(fields)
-    return {**values.to_dict(), "weights": "sha256:0"}
+    return {**to_dict(from_config(values)), "weights": "sha256:0"}
 
 
 def write_run(path: Path, rows, fields=None) -> Path:

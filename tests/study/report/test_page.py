@@ -1,5 +1,7 @@
 """The page: it parses, has everything, loads nothing, and lets no text become markup."""
 
+import contextlib
+import io
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -66,8 +68,15 @@ def table(text):
     return [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in rows]
 
 
-def test_a_sweep(tmp_path, capsys):
-    text, page, output = made(dimensions(tmp_path / "s"))
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The page of a sweep, taken apart, its directory, and what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return *made(dimensions(tmp_path_factory.mktemp("sweep") / "s")), out.getvalue()
+
+
+def test_a_sweep(swept):
+    text, page, output, printed = swept
     head, *rows = table(text)
     assert head[:4] == ["cell", "format", "vq.dim", "vq.bits"]
     assert [row[0] for row in rows] == ["1d_2b", "1d_3b", "2d_2b", "2d_3b", "8d"]
@@ -82,22 +91,22 @@ def test_a_sweep(tmp_path, capsys):
     assert {"error_depth", "code_usage", "time_stages", "cell1_error", "cell4_error"} < names
     assert names == {path.stem for path in (output / "figures").glob("*.png")}
     assert names <= set(page.ids)  # every one of them is on the page
-    *notes, last = capsys.readouterr().out.splitlines()
+    *notes, last = printed.splitlines()
     assert last == str(output / "index.html")
-    missing = f"no layer rows in {tmp_path / 's/cells/8d'}: errors by layer are left out"
+    missing = f"no layer rows in {output.parent / 'cells/8d'}: errors by layer are left out"
     assert notes == [missing] and missing in "".join(page.text)
 
 
-def test_pictures_are_whole(tmp_path):
-    _, page, output = made(dimensions(tmp_path / "s"))
+def test_pictures_are_whole(swept):
+    _, page, output, _ = swept
     assert page.tags.count("svg") == len(list((output / "figures").glob("*.svg"))) > 8
     for path in (output / "figures").glob("*.svg"):
         assert ET.parse(path).getroot().tag == f"{SVG}svg"
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_loads_nothing_and_names_everything_once(tmp_path):
-    text, page, output = made(dimensions(tmp_path / "s"))
+def test_the_page_loads_nothing_and_names_everything_once(swept):
+    text, page, output, _ = swept
     for link in page.loads:  # downloads beside it, and places in it
         assert link[1:] in page.ids if link.startswith("#") else (output / link).is_file()
     assert not re.search(r"url\((?!#)|@import|@font-face", text)
@@ -105,14 +114,14 @@ def test_the_page_loads_nothing_and_names_everything_once(tmp_path):
     assert set(re.findall(r"url\(#(.*?)\)", text)) <= set(page.ids)
 
 
-def test_figures_take_the_colour_of_the_page_and_stay_legible_on_a_phone(tmp_path):
-    text, *_ = made(dimensions(tmp_path / "s"))
+def test_figures_take_the_colour_of_the_page_and_stay_legible_on_a_phone(swept):
+    text, *_ = swept
     assert "prefers-color-scheme: dark" in text and 'content="width=device-width' in text
     elements = re.findall(r"<svg .*?</svg>", text, re.S)
     for element in map(ET.fromstring, elements):
         assert element.get("viewBox").startswith(f"0 0 {WIDTH} ") and not element.get("width")
         texts = list(element.iter(f"{SVG}text"))
-        sizes = [float(re.search(r"font: ([\d.]+)px", t.get("style"))[1]) for t in texts]
+        sizes = [float(re.search(r"font(?:-size)?: ([\d.]+)px", t.get("style"))[1]) for t in texts]
         room = 390 - 2 * 16 - 2 * 5  # between the edges of the page and of a figure's card
         assert texts and min(sizes) * room / WIDTH >= 10
         for other in element.iter():

@@ -29,7 +29,7 @@ def test_a_cell_that_never_began_has_the_fields_of_its_axes_alone():
 
 
 def test_names_of_codes():
-    assert code_name(cell(**{"vq.dim": 4})) == "GPTVQ 4D"
+    assert code_name(cell(**{"vq.dim": 4, "vq.bits": 2.0})) == "GPTVQ 4D"
     assert code_name(cell(method="gptq")) == "GPTQ"
     assert code_name(cell(method="aqlm", **{"aqlm.dim": 16})) == "AQLM 16D"
     assert code_name(cell(layers=[layer_row(dim=1), layer_row(dim=2)])) == "GPTVQ mixed"
