@@ -6,9 +6,10 @@ there is room. In the page, text and axes take the colour of the page's text.
 
 import html
 import io
+import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 WIDTH = 380  # points, and pixels of an SVG that is not scaled
@@ -80,10 +81,25 @@ def render(figure: Figure) -> Files:
     return Files(svg.replace("<svg ", paper, 1), image.getvalue(), _inline(svg, figure))
 
 
-def shortened(text: str, length: int) -> str:
-    """A text of at most so many letters, cut in the middle: names often differ at their ends."""
+_CUT = "\N{HORIZONTAL ELLIPSIS}"
+
+
+def shortened(names: Sequence[str], length: int) -> list[str]:
+    """Names of at most so many letters, which differ where the names do.
+
+    Where one is too long, all lose what they begin with together; what is too long still is cut in
+    the middle, and where two become one they are numbered.
+    """
+    if max(map(len, names), default=0) <= length:
+        return list(names)
+    start = len(os.path.commonprefix(list(names))) if len(names) > 1 else 0
+    texts = [f"{_CUT}{name[start:]}" if start > 1 else name for name in names]
     half = (length - 1) // 2
-    return text if len(text) <= length else f"{text[:half]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
+    short = [t if len(t) <= length else f"{t[:half]}{_CUT}{t[-half:]}" for t in texts]
+    if len(set(short)) == len(set(names)):
+        return short
+    width = len(str(len(names))) + 2
+    return [f"{place}: {text[-(length - width) :]}" for place, text in enumerate(texts, 1)]
 
 
 def _legend(canvas: Any, axes: Any) -> int:
@@ -91,7 +107,7 @@ def _legend(canvas: Any, axes: Any) -> int:
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return 0
-    labels = [shortened(label, 44) for label in labels]
+    labels = shortened(labels, 44)
     columns = max(1, min(len(labels), 52 // (max(map(len, labels)) + 6)))
     canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
     return -(-len(labels) // columns)

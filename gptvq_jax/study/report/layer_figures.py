@@ -92,7 +92,7 @@ def side_by_side(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
 def _short(names: Sequence[str]) -> list[str]:
     """Names of layers without the part of the block they are in, where they still differ."""
     last = [name.rpartition("/")[2] for name in names]
-    return [shortened(name, 18) for name in (last if len(set(last)) == len(last) else names)]
+    return shortened(last if len(set(last)) == len(last) else names, 18)
 
 
 def _lines(

@@ -13,6 +13,7 @@ from result_files import LAYERS, comparison, dimensions, layer_row, summary_row
 
 from gptvq_jax.console.plot_style import log_ticks, style
 from gptvq_jax.study.report import layer_figures, quality_figures, time_figures
+from gptvq_jax.study.report.drawing import shortened
 from gptvq_jax.study.report.pareto import pareto_front
 from gptvq_jax.study.report.results import Cell, read_results
 
@@ -34,6 +35,7 @@ def sweep(tmp_path):
     return [c for c in read_results([dimensions(tmp_path / "s")]).cells if c.status == "done"]
 
 
+CUT = "\N{HORIZONTAL ELLIPSIS}"
 NUMBERS = st.integers(0, 6).map(float)
 
 
@@ -180,6 +182,18 @@ def test_time_by_stage():
     notes = []
     assert time_figures.time_by_stage([cell("a")], notes) == []
     assert notes == ["no times of stages: time by stage is left out"]
+
+
+@given(st.lists(st.text("ab_", max_size=30), max_size=12, unique=True))
+def test_short_names_still_differ(names):
+    short = shortened(names, 9)
+    assert len(set(short)) == len(names) and all(len(name) <= 9 for name in short)
+
+
+def test_short_names_keep_what_differs():
+    assert shortened(["ab", "cd"], 4) == ["ab", "cd"]
+    assert shortened(["a_long_name_1d", "a_long_name_2d"], 8) == [f"{CUT}1d", f"{CUT}2d"]
+    assert shortened(["one_long_name"], 7) == [f"one{CUT}ame"]
 
 
 def test_many_lines_keep_apart():
