@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 WIDTH = 380  # points, and pixels of an SVG that is not scaled
 _HEIGHT, _TEXT = 270, 11
-_INK = "#1b1b1c"  # of text and axes, in files of their own
+INK = "#1b1b1c"  # of text and axes: in the page, the colour of its text
 _STYLE = {
     "font.size": _TEXT,
     "axes.titlesize": _TEXT,
@@ -22,13 +22,13 @@ _STYLE = {
     "legend.frameon": False,
     "legend.handlelength": 1.6,
     "legend.columnspacing": 1.2,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,  # names of cells may have a $ in them
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
     "grid.alpha": 0.2,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "gptvq_jax",  # the same figure is the same file
@@ -53,9 +53,6 @@ class Files(NamedTuple):
     inline: str  # an <svg> element for the page
 
 
-INK = _INK  # what a figure draws in the colour of the text
-
-
 def render(figure: Figure) -> Files:
     """Draws a figure."""
     import matplotlib
@@ -77,7 +74,7 @@ def render(figure: Figure) -> Files:
         canvas.savefig(text, format="svg", metadata=nothing)
         canvas.savefig(image, format="png", dpi=160, facecolor="white")
     svg = text.getvalue()
-    paper = f'<svg style="background:#ffffff;color:{_INK}" '
+    paper = f'<svg style="background:#ffffff;color:{INK}" '
     return Files(svg.replace("<svg ", paper, 1), image.getvalue(), _inline(svg, figure))
 
 
@@ -115,7 +112,7 @@ def _legend(canvas: Any, axes: Any) -> int:
 
 def _inline(svg: str, figure: Figure) -> str:
     """The element for the page: no size of its own, the page's colour, names used nowhere else."""
-    svg = svg[svg.index("<svg ") :].replace(_INK, "currentColor")
+    svg = svg[svg.index("<svg ") :].replace(INK, "currentColor")
     label = html.escape(figure.title)
     start = f'<svg role="img" aria-label="{label}" '
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)

@@ -8,9 +8,8 @@ from gptvq_jax.config import default_config, flat
 from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.rows import printable
 
-# They say how many bits a weight has: what a curve goes along. The method and the dimension are its
-# name.
-_BITS = ("vq.dim", "vq.bits", "vq.group_size", "vq.max_group_cols", "method", "num_blocks")
+# What the bits of a weight come from, which a curve goes along; and what `code_name` says.
+_BITS = ("vq.dim", "vq.bits", "vq.group_size", "vq.max_group_cols", "method")
 _SECTIONS = ("aqlm.num_codebooks", "aqlm.code_bits", "aqlm.dim", "uniform.", "allocation.")
 _NOT_SETTINGS = ("weights",)  # config.json has the fingerprint of the source there
 
@@ -18,7 +17,7 @@ _NOT_SETTINGS = ("weights",)  # config.json has the fingerprint of the source th
 def settings_of(cell: Cell) -> dict[str, str]:
     """{dotted field: value as text}."""
     return {
-        name: printable(value if isinstance(value, str) else json.dumps(value))
+        name: _text(value)
         for name, value in cell.settings.items()
         if name.partition(".")[0] not in _NOT_SETTINGS
     }
@@ -31,13 +30,10 @@ def differing(cells: Sequence[Cell]) -> list[str]:
 
 def common(cells: Sequence[Cell]) -> dict[str, str]:
     """Settings that all cells share and that are not the defaults."""
-    defaults = flat(json.loads(json.dumps(default_config().to_dict())))
-    shared = {name: values for name, values in _values(cells).items() if len(values) == 1}
-    return {
-        name: next(iter(values))
-        for name, values in shared.items()
-        if values != _values_of({name: defaults.get(name)})
-    }
+    defaults = {name: _text(value) for name, value in flat(default_config().to_dict()).items()}
+    found = _values(cells).items()
+    shared = {name: next(iter(values)) for name, values in found if len(values) == 1}
+    return {name: value for name, value in shared.items() if value != defaults.get(name)}
 
 
 def _values(cells: Sequence[Cell]) -> dict[str, set[str]]:
@@ -48,9 +44,8 @@ def _values(cells: Sequence[Cell]) -> dict[str, set[str]]:
     return found
 
 
-def _values_of(field: dict[str, Any]) -> set[str]:
-    (value,) = field.values()
-    return {value if isinstance(value, str) else json.dumps(value)}
+def _text(value: Any) -> str:
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def code_name(cell: Cell) -> str:
