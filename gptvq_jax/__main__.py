@@ -25,6 +25,7 @@ PROGRAM = "gptvq_jax"
 GROUPS = {
     "To quantize a model and use it": ("quantize", "evaluate", "generate", "export", "import"),
     "To see what it costs and what each choice is worth": (
+        "report",
         "benchmark-pipeline",
         "sweep",
         "ablate",

@@ -19,7 +19,6 @@ Columns, of each stage, of what is in none ("elsewhere") and of the whole run ("
 run that was stopped and went on, the numbers are those of its last part.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -60,14 +59,14 @@ def main(_) -> None:
 
 def read_run(workdir: Path) -> list[dict]:
     """The rows of a finished run; its summary is the last."""
+    from gptvq_jax.console.json_file import read_json_lines
+
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; pass the work directory of a run")
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        _ = [row["kind"] for row in rows]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} holds no rows of a run; pass another work directory") from None
+    rows = read_json_lines(path)
+    if not all("kind" in row for row in rows):
+        raise ValueError(f"{path} holds no rows of a run; pass another work directory")
     if not rows or rows[-1]["kind"] != "summary":
         raise ValueError(f"{workdir} is not finished; run gptvq_jax quantize on it first")
     return rows

@@ -28,7 +28,7 @@ def main(_) -> None:
     from gptvq_jax.run.job import quantize
 
     workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
-    quantize(_CONFIG.value, workdir, given=cli.given_fields())
+    quantize(_CONFIG.value, workdir, given=cli.given_fields(), command=cli.command_line())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,15 @@ def test_every_folder_of_the_package_is_installed():
     assert sorted(setuptools["packages"]) == sorted([*folders, *shipped])
 
 
+def test_every_other_file_of_the_package_is_installed():
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = setuptools["package-data"]
+    for path in (REPOSITORY / "gptvq_jax").rglob("*.*"):
+        if path.suffix not in (".py", ".pyc", ".so"):
+            package = ".".join(path.parent.relative_to(REPOSITORY).parts)
+            assert any(path.match(pattern) for pattern in patterns.get(package, [])), path
+
+
 @pytest.fixture(scope="module")
 def bin_dir(tmp_path_factory):
     """Of an environment with the package, which sees everything else that is installed here."""

@@ -134,6 +134,10 @@ EFFECTS = {
     ),
     "python scripts/import.py --model=ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf "
     "--output=imported": has("ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf", "imported", "float16"),
+    f"python scripts/report.py --workdir={RUN}": has([Path(RUN)], None, [], True),
+    "python scripts/report.py --workdir=runs/one --workdir=runs/two --output=compared": has(
+        [Path("runs/one"), Path("runs/two")], Path("compared"), [], True
+    ),
     f"python scripts/benchmark_pipeline.py --workdir={RUN}": has(
         [{"kind": "layer"}, {"kind": "summary"}], None, RATE, "here"
     ),
@@ -205,6 +209,7 @@ def call(monkeypatch, tmp_path):
                 job(f"exchange.{name}", name, of=of_checkpoint)
             job("exchange.import_aqlm", "import_aqlm", of=of_checkpoint)
             job("console.time_table", "time_table")
+            job("study.report.report", "report")
             monkeypatch.setattr("gptvq_jax.study.matmul_rate.matmul_rate", lambda: RATE)
             monkeypatch.setattr("gptvq_jax.console.processor.processor_name", lambda: "here")
             job("study.torture", "torture", (Counter(), 0, 0))

@@ -76,6 +76,14 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             "python scripts/sweep.py --config=configs/smollm2_135m_2d.py",
             "a sweep's config file must return what study.sweep.axes.sweep gives",
         ),
+        (
+            "python scripts/report.py --workdir=DIR --noprompts --prompt=a",
+            "--prompt has no effect with --noprompts; leave that out",
+        ),
+        (
+            "python scripts/report.py --workdir=docs,configs",  # several, by commas
+            "docs is neither the work directory of a run nor of a sweep: .*; pass another --work",
+        ),
         ("python scripts/benchmark_decode.py --batches=0", "--batches=0 must be integers of at"),
         ("python scripts/benchmark_memory.py --depths=six", "--depths=six must be integers of at"),
     ],

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -169,6 +170,13 @@ def define_config(default: str | None = None, help: str = "") -> Any:
     return holder
 
 
+def command_line() -> str:
+    """This command as one would type it again."""
+    program, *words = sys.argv
+    start = ["python"] if program.endswith(".py") else []  # else `gptvq_jax COMMAND`
+    return " ".join([*start, program, *map(shlex.quote, words)])
+
+
 def config_name(flag: str = "config") -> str:
     """Name of the file that a config flag was given, with its argument: x.py:4d -> x_4d."""
     from ml_collections import config_flags
@@ -224,7 +232,11 @@ def integers(name: str, lowest: int = 1) -> list[int]:
 def _refuse_empty_flags() -> None:
     """--name= sets nothing; only a text may be empty."""
     for name, flag in flags.FLAGS.flag_values_dict().items():
-        if flag in ("", []) and flags.FLAGS[name].present and name not in ("prompt", "system"):
+        if (
+            flag in ("", [], [""])
+            and flags.FLAGS[name].present
+            and name not in ("prompt", "system")
+        ):
             raise ValueError(f"--{name}= is empty; give it a value or leave it out")
 
 

@@ -1,4 +1,4 @@
-"""Reading a JSON file that anyone may have written: one object, or one line that says why not."""
+"""Reading JSON files that anyone may have written: objects, or one line that says why not."""
 
 import json
 import math
@@ -56,6 +56,37 @@ def _load(path: Path, **hooks: Callable) -> Any:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
         raise ValueError(first_line(error)) from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, one a line.
+
+    A last line that breaks off is what a process writes, or wrote when it was killed: it is left
+    out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another line is no JSON object; the message names the file and the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    unfinished = lines.pop()
+    rows = []
+    for number, line in enumerate([*lines, unfinished] if unfinished else lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"it holds {brief(row)}")
+        except (ValueError, RecursionError) as error:
+            if number > len(lines):
+                break
+            raise ValueError(
+                f"{path} is damaged: line {number} is no JSON object ({first_line(error)}); "
+                "restore the file"
+            ) from None
+        rows.append(row)
+    return rows
 
 
 def leaves_directory(path: str) -> bool:

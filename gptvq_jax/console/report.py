@@ -1,14 +1,12 @@
-"""What a run tells its user: the table per layer, the summary, the picture."""
+"""What a run tells its user: the table per layer and the summary."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptvq_jax.console.comparison_text import comparison_lines, figure_text, protocol_text
 from gptvq_jax.console.stopwatch import stages_of
-from gptvq_jax.files.durable import replacing
 
 _COLUMNS = "block  layer              rel. error   SQNR dB    code   bits/value   seconds"
 
@@ -103,50 +101,3 @@ def _tuning_text(tuned: Sequence[dict[str, Any]]) -> str:
         f"{max(ratios):.3f}, in {epochs:.1f} epochs a block"
         + (f"; {diverged} diverged" if diverged else "")
     )
-
-
-def plot(
-    rows: list[dict[str, Any]],
-    title: str,
-    path: Path,
-    tuned: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Relative output error against depth, one line per kind of layer.
-
-    Further panels show the bits of the layers if they differ, and the errors of whole blocks before
-    and after their tuning, `tuned`, if there was one.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [("relative_error", "relative output error", "log")]
-    if len({(row["dim"], row["index_bits"]) for row in rows}) > 1:
-        panels.append(("bits_per_value", "bits per value", "linear"))
-    count = len(panels) + bool(tuned)
-    figure, all_axes = plt.subplots(
-        count, 1, figsize=(8, 4.2 * count), layout="constrained", squeeze=False
-    )
-    for axes, (field, label, scale) in zip(all_axes[:, 0], panels, strict=False):
-        for name in dict.fromkeys(row["layer"] for row in rows):
-            of_layer = [row for row in rows if row["layer"] == name]
-            blocks = [row["block"] for row in of_layer]
-            axes.plot(blocks, [row[field] for row in of_layer], ".-", label=name)
-        axes.set(yscale=scale, ylabel=label)
-    if tuned:
-        axes, blocks = all_axes[-1, 0], [row["block"] for row in tuned]
-        for field, label in [("before", "quantized"), ("after", "and tuned")]:
-            errors = [row[f"tune_error_{field}"] for row in tuned]
-            axes.plot(blocks, errors, ".-", label=label)
-        axes.set(yscale="log", ylabel="held-out error of the block")
-        axes.legend(fontsize="small")
-    for axes in all_axes[:, 0]:
-        axes.set(xlabel="block")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    all_axes[0, 0].legend(fontsize="small", ncols=2)
-    all_axes[0, 0].set_title(title)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-    plt.close(figure)

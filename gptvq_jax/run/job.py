@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from gptvq_jax.config import RunSettings, from_config, to_dict
-from gptvq_jax.console import report
+from gptvq_jax.console import layer_plot, report
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.core.divergence import FIGURES
@@ -41,6 +41,7 @@ def quantize(
     shared_evaluation: str | None = None,
     given: Collection[str] = (),
     prepare: Callable[[WorkDir], None] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Runs one config to its end and returns the summary, which is also printed.
 
@@ -55,6 +56,7 @@ def quantize(
       given: fields of the config that the command line names; each must have an effect.
       prepare: called with the work directory before the first pass, unless the run is finished: it
         may put there what other runs have made, which the passes then find done.
+      command: the command line, to be noted in the work directory; "": none.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
@@ -70,6 +72,8 @@ def quantize(
     with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
         summary = workdir.summary()
         if summary is None:
+            if command:
+                workdir.note_command(command)
             summary = _quantize(source, settings, workdir, stopwatch, shared_evaluation, prepare)
             workdir.append_metrics([report.json_numbers(summary)])
         else:
@@ -82,7 +86,7 @@ def quantize(
         figure.update({k: None if v is None else float(v) for k, v in figure.items()})
     rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
-    report.plot(rows, title, workdir.path / "report.png", tuned)
+    layer_plot.plot(rows, title, workdir.path / "report.png", tuned)
     print(report.layer_table(rows))
     print()
     print(report.summary_text(summary, tuned))

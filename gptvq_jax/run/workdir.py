@@ -1,6 +1,7 @@
 """The work directory of a run: what a killed run needs to go on.
 
     config.json             the run's settings; a run with others is refused
+    command.txt             the command line that began it or last went on with it, if there was one
     tokens.npy              calibration windows (n, T) int32
     held_out.npy            windows of the held-out text (n, T) int32
     activations/            streams (stream_files.py) (n, T, hidden), bfloat16 bits, at point 7,
@@ -185,6 +186,10 @@ class WorkDir:
         """
         present = sum(directory_bytes(self.path, pattern) for pattern in kept)
         check_room(self.path, num_bytes - present)
+
+    def note_command(self, command: str) -> None:
+        """Keeps the command line, for those who read the results."""
+        durable.write_text(self.path / "command.txt", command + "\n")
 
     def load_tokens(self, name: str = "tokens") -> np.ndarray | None:
         """Windows of an earlier start, or None: "tokens" to calibrate on, or "held_out"."""

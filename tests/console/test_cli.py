@@ -143,6 +143,18 @@ def test_a_text_may_be_empty(given):
     cli._refuse_empty_flags()
 
 
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["scripts/a.py", "--name=a b"], "python scripts/a.py '--name=a b'"),
+        (["gptvq_jax quantize", "--config=x:2b"], "gptvq_jax quantize --config=x:2b"),
+    ],
+)
+def test_the_command_as_it_was_typed(words, text, monkeypatch):
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.command_line() == text
+
+
 @pytest.mark.parametrize("word", ["--batches=1,x", "--batches=0", "--batches=1.5"])
 def test_integers_of_a_list_flag(given, word):
     given("--batches=1,16")

@@ -107,7 +107,7 @@ def commit(visit: Visit, depth: int) -> str:
 def run(config, path: Path) -> Counter[Visit]:
     """A run, without its picture, which takes as long as all else; returns its visits."""
     with pytest.MonkeyPatch.context() as patch, counted_visits() as visits:
-        patch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
+        patch.setattr("gptvq_jax.console.layer_plot.plot", lambda *_: None)
         job.quantize(config, str(path))
     return visits
 

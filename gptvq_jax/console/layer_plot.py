@@ -1,0 +1,90 @@
+"""The picture of a run, report.png; scripts/report.py draws the same panels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptvq_jax.console.plot_style import log_ticks, style
+from gptvq_jax.files.durable import replacing
+
+Rows = Sequence[dict[str, Any]]  # of a work directory's metrics.jsonl
+
+
+def plot(rows: Rows, title: str, path: Path, tuned: Rows = ()) -> None:
+    """Relative output error against depth, one line per kind of layer.
+
+    Further panels show the bits of the layers if they differ, and the errors of whole blocks before
+    and after their tuning, `tuned`, if there was one.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("relative_error", "relative output error", "log")]
+    if codes_differ(rows):
+        panels.append(("bits_per_value", "bits per value", "linear"))
+    count = len(panels) + bool(tuned)
+    figure, all_axes = plt.subplots(
+        count, 1, figsize=(8, 4.2 * count), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(all_axes[:, 0], panels, strict=False):
+        by_depth(axes, rows, *panel)
+    if tuned:
+        tuning_by_depth(all_axes[-1, 0], tuned)
+        all_axes[-1, 0].legend(fontsize="small")
+    for axes in all_axes[:, 0]:
+        axes.grid(alpha=0.3)
+    all_axes[0, 0].legend(fontsize="small", ncols=2)
+    all_axes[0, 0].set_title(title)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    plt.close(figure)
+
+
+def codes_differ(rows: Rows) -> bool:
+    """Whether not all layers have codes of the same bits and dimension."""
+    return len({(row["dim"], row["index_bits"]) for row in rows}) > 1
+
+
+def by_depth(axes: Any, rows: Rows, field: str, label: str, scale: str = "linear") -> None:
+    """One line for each kind of layer: a field of its rows against the block.
+
+    Args:
+      axes: of matplotlib.
+      rows: of layers.
+      field: of a row.
+      label: what it is, with its unit.
+      scale: "linear", or "log", on which a value of 0 has no place and is left out.
+    """
+    log = scale == "log"
+    for index, name in enumerate(dict.fromkeys(row["layer"] for row in rows)):
+        points = [
+            (row["block"], row[field])
+            for row in rows
+            if row["layer"] == name and (row[field] > 0 or not log)
+        ]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), label=name, **style(index))
+    axes.set(yscale=scale, ylabel=label)
+    _blocks(axes)
+    values = [row[field] for row in rows if row[field] > 0]
+    if log and values:
+        log_ticks(axes.yaxis, min(values), max(values))
+
+
+def tuning_by_depth(axes: Any, tuned: Rows) -> None:
+    """Two lines: held-out errors of blocks before and after their tuning."""
+    blocks, errors = [row["block"] for row in tuned], []
+    for index, (when, label) in enumerate([("before", "quantized"), ("after", "and tuned")]):
+        of_blocks = [row[f"tune_error_{when}"] for row in tuned]
+        axes.plot(blocks, of_blocks, label=label, **style(index))
+        errors += [error for error in of_blocks if error > 0]
+    axes.set(yscale="log", ylabel="held-out error of the block")
+    _blocks(axes)
+    if errors:
+        log_ticks(axes.yaxis, min(errors), max(errors))
+
+
+def _blocks(axes: Any) -> None:
+    axes.set(xlabel="block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
