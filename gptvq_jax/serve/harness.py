@@ -10,27 +10,19 @@ from functools import cached_property
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    Collator,
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-)
+from lm_eval.models.utils import Collator, has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.data.vocabulary import check_tokens, encode
 from gptvq_jax.serve.generate_until import generate_until
+from gptvq_jax.serve.harness_options import GenerationOptions
 from gptvq_jax.serve.loglikelihood import Score, plan_batches, score_batch
 from gptvq_jax.serve.prompts import render_chat
-from gptvq_jax.serve.sampling import Sampling
 from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.serve.stop_tokens import stop_tokens
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness
 SEED = 1234  # of draws, the harness's own
-# Options of generation that are not ours, at the values that change nothing.
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
 
 
 class HarnessModel(TemplateLM):
@@ -93,6 +85,12 @@ class HarnessModel(TemplateLM):
             "the tokenizer has neither a BOS token nor one for the end of text, before which no "
             "text begins; set bos_token in its tokenizer_config.json"
         )
+
+    @property
+    def _end(self) -> str | None:
+        """How the end of text is written."""
+        token = self.eot_token_id
+        return None if token is None else self.tokenizer.decode(token, skip_special_tokens=False)
 
     @property
     def tokenizer_name(self) -> str:
@@ -193,34 +191,34 @@ class HarnessModel(TemplateLM):
             group_by="gen_kwargs",
             group_fn=lambda args: args[1],
         )
-        with Progress(len(requests), "generate_until", "request") as progress:
-            for number, batch in enumerate(groups.get_batched(n=self.batch_size)):
-                new = self._generate(
-                    [context for context, _ in batch], batch[0][1], number, progress
-                )
+        batches = list(groups.get_batched(n=self.batch_size))
+        options = [
+            GenerationOptions.of_task(batch[0][1], self._end, self.max_length) for batch in batches
+        ]
+        most = [given.max_tokens for given in options]
+        with Progress(len(requests), "generate_until", "request", sum(most)) as progress:
+            for number, (batch, given) in enumerate(zip(batches, options, strict=True)):
+                contexts = [context for context, _ in batch]
+                made = 0
+
+                def on_step(total: int, given=given) -> None:
+                    nonlocal made
+                    text = f"{total} of at most {given.max_tokens} tokens"
+                    progress.advance(text, 0, total - made)
+                    made = total
+
+                new = self._generate(contexts, given, SEED + number, on_step)
+                progress.advance(steps=len(batch), work=given.max_tokens - made)
                 for arguments, text in zip(batch, new, strict=True):
                     texts.append(text)
                     self.cache_hook.add_partial("generate_until", arguments, text)
-                progress.advance(steps=len(batch))
         return groups.get_original(texts)
 
     def _generate(
-        self, contexts: Sequence[str], options: dict[str, Any], number: int, progress: Progress
+        self, contexts: Sequence[str], given: GenerationOptions, seed: int, on_step
     ) -> list[str]:
         """Texts of one batch, whose requests have the same options."""
-        given = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
-        max_tokens = given.pop("max_gen_toks")
-        eos = self.eot_token_id
-        end = None if eos is None else self.tokenizer.decode(eos, skip_special_tokens=False)
-        until = handle_stop_sequences(given.pop("until"), eos=end)
-        room = self.max_length - max_tokens
-        if max_tokens < 1 or room < 1:
-            raise ValueError(
-                f"the task generates max_gen_toks={max_tokens} tokens; that must be from 1 to "
-                f"{self.max_length - 1}, or nothing of its prompt is left in the "
-                f"{self.max_length} tokens that the model reads"
-            )
-        sampling = _sampling(given)
+        room = self.max_length - given.max_tokens
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
         prompts += prompts[-1:] * (self.batch_size - len(prompts))  # one size, one program
         texts = generate_until(
@@ -228,13 +226,13 @@ class HarnessModel(TemplateLM):
             self._params,
             self.tokenizer,
             prompts,
-            until=until,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=SEED + number,
+            until=given.until,
+            max_tokens=given.max_tokens,
+            sampling=given.sampling,
+            seed=seed,
             stop_tokens=stop_tokens(self._served.source),
             dtype=self._dtype,
-            on_step=lambda made: progress.note(f"{made} of at most {max_tokens} tokens"),
+            on_step=on_step,
         )
         return texts[: len(contexts)]
 
@@ -259,28 +257,3 @@ class HarnessModel(TemplateLM):
 
     def _render(self, messages, answer_next: bool) -> str:
         return render_chat(self.tokenizer, messages, answer_next, goes_on=not answer_next)
-
-
-def _sampling(given: dict[str, Any]) -> Sampling:
-    """How tokens are drawn, by a task's options of generation.
-
-    Raises:
-      ValueError: there are others than ours, or one of ours is out of range.
-    """
-    given = dict(given)
-    drawn = given.pop("do_sample")
-    temperature = float(given.pop("temperature", 0.0))
-    top_k, top_p = int(given.pop("top_k", None) or 0), float(given.pop("top_p", None) or 1.0)
-    for name, value in given.items():
-        if name not in _NEUTRAL or _NEUTRAL[name] != value:
-            raise ValueError(
-                f"the task's generation_kwargs have {name}={value!r}, which is not supported here; "
-                "leave it out of the task, or the task out of --tasks"
-            )
-    if not drawn:
-        return Sampling()
-    if temperature == 0:
-        raise ValueError(
-            "the task's generation_kwargs have do_sample without a temperature; set it above 0"
-        )
-    return Sampling(temperature, top_k, top_p)
