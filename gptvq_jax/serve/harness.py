@@ -66,6 +66,10 @@ class HarnessModel(TemplateLM):
     def _params(self) -> Any:
         return self._served.params(self._dtype)
 
+    @cached_property
+    def _stop_tokens(self) -> tuple[int, ...]:
+        return stop_tokens(self._served.source)
+
     @property
     def eot_token_id(self) -> int | None:
         """The tokenizer's end of text."""
@@ -230,7 +234,7 @@ class HarnessModel(TemplateLM):
             max_tokens=given.max_tokens,
             sampling=given.sampling,
             seed=seed,
-            stop_tokens=stop_tokens(self._served.source),
+            stop_tokens=self._stop_tokens,
             dtype=self._dtype,
             on_step=on_step,
         )

@@ -1,4 +1,4 @@
-"""How a task of lm-eval wants its text generated: its `generation_kwargs`, all of them or an error."""
+"""How a task of lm-eval wants its text generated: every one of its `generation_kwargs` counts."""
 
 import dataclasses
 from collections.abc import Mapping

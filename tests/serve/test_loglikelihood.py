@@ -53,7 +53,9 @@ def agree(model, pairs, found):
 
 def test_batches_against_each_text_alone(model):
     rng = np.random.default_rng(0)
-    pairs = [draw(rng, *lengths) for lengths in [(1, 1), (5, 3), (30, 1), (2, 20), (40, 10), (9, 9)]]
+    pairs = [
+        draw(rng, *lengths) for lengths in [(1, 1), (5, 3), (30, 1), (2, 20), (40, 10), (9, 9)]
+    ]
     # One that is greedy, one whose last token is not.
     context = draw(rng, 7)[0]
     likeliest = []
