@@ -4,6 +4,7 @@ import pytest
 from documented import REPOSITORY, parsed
 
 LAYERS = "python scripts/benchmark_layers.py"
+TASKS = "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=a"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
 
@@ -19,6 +20,8 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{GENERATE} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{GENERATE} --dense --implementation=xla", "--implementation is of packed weights"),
         (f"{GENERATE} --model=M", "either --checkpoint=DIR or --model=NAME"),
+        (f"{TASKS} --system=Short", "--system has no effect without a chat, .*; add --chat"),
+        (f"{TASKS} --num_fewshot=-1", "lm-eval is not installed|num_fewshot=-1 must be 0"),
         ("python scripts/evaluate.py --checkpoint=DIR --model=M", "either --checkpoint=DIR or"),
         (
             "python scripts/ablate.py --tables=layers --config=configs/smollm2_135m_2d.py",
