@@ -24,7 +24,12 @@ PROGRAM = "gptvq_jax"
 # In the order in which one needs them.
 GROUPS = {
     "To quantize a model and use it": (
-        *("quantize", "evaluate", "evaluate-tasks", "generate", "export", "import"),
+        "quantize",
+        "evaluate",
+        "evaluate-tasks",
+        "generate",
+        "export",
+        "import",
     ),
     "To see what it costs and what each choice is worth": (
         "benchmark-pipeline",

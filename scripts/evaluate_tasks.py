@@ -52,6 +52,7 @@ flags.mark_flag_as_required("tasks")
 
 
 def main(_) -> None:
+    from gptvq_jax import __version__
     from gptvq_jax.serve.evaluate_tasks import evaluate_tasks
 
     if not _CHAT.value:
@@ -60,6 +61,7 @@ def main(_) -> None:
         _CHECKPOINT.value,
         _MODEL.value,
         _TASKS.value,
+        version=__version__,
         num_fewshot=_NUM_FEWSHOT.value,
         limit=_LIMIT.value,
         batch_size=_BATCH_SIZE.value,

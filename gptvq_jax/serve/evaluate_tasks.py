@@ -10,7 +10,6 @@ from typing import Any
 
 from absl import logging
 
-from gptvq_jax import __version__
 from gptvq_jax.console import report
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.console.nearest_name import nearest_names
@@ -25,6 +24,7 @@ def evaluate_tasks(
     model: str | None,
     tasks: Sequence[str],
     *,
+    version: str,
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int = 8,
@@ -45,6 +45,7 @@ def evaluate_tasks(
     Args:
       checkpoint, model, implementation, dense: see `ServedModel`.
       tasks: names of tasks, groups or tags, patterns with * of them, or YAML files.
+      version: of this package, for the file.
       num_fewshot: examples in the prompt; None: as each task says.
       limit: evaluate so many documents of each task, or, below 1, this fraction of them.
       include_path: directory of further tasks.
@@ -106,7 +107,7 @@ def evaluate_tasks(
             ", ".join(fixed),
         )
     stored = {
-        "versions": {"gptvq_jax": __version__, **{n: metadata.version(n) for n in _LIBRARIES}},
+        "versions": {"gptvq_jax": version, **{n: metadata.version(n) for n in _LIBRARIES}},
         **of_model,
         "tasks": list(tasks),
         "limit": limit,

@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts/evaluate_tasks.py"
 )
 def test_bad_input(options, message, monkeypatch):
     monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: name)
-    arguments = {"checkpoint": "a", "model": None, "tasks": ["x"]} | options
+    arguments = {"checkpoint": "a", "model": None, "tasks": ["x"], "version": "0"} | options
     with pytest.raises(ValueError, match=message):
         evaluate_tasks(**arguments)
 
@@ -37,7 +37,7 @@ def test_bad_input(options, message, monkeypatch):
 def test_without_the_harness(monkeypatch):
     monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="lm-eval is not installed; pip install -r requirements-t"):
-        evaluate_tasks("a", None, ["x"])
+        evaluate_tasks("a", None, ["x"], version="0")
 
 
 # --- with the harness ---
@@ -61,7 +61,7 @@ def checkpoint(tmp_path_factory):
 
 def run(checkpoint, tasks, *names, **options):
     options = {"implementation": "xla", "include_path": str(tasks), "max_length": 96} | options
-    return evaluate_tasks(checkpoint, None, names or ["local_*"], **options)
+    return evaluate_tasks(checkpoint, None, names or ["local_*"], version="1.2.3", **options)
 
 
 def test_table_file_and_what_was_evaluated(checkpoint, tasks, tmp_path, capsys):
@@ -79,6 +79,7 @@ def test_table_file_and_what_was_evaluated(checkpoint, tasks, tmp_path, capsys):
     assert found["checkpoint"] == checkpoint and found["tasks"] == ["local_*"]
     assert set(found["num_fewshot"].values()) == {1} and found["limit"] == 4
     assert found["task_versions"]["local_choice"] == 2.0
+    assert found["versions"]["gptvq_jax"] == "1.2.3"
     assert found["versions"].keys() == {"gptvq_jax", "lm_eval", "jax", "transformers", "datasets"}
 
 
