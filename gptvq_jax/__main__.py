@@ -23,7 +23,14 @@ from gptvq_jax.console.shipped import shipped
 PROGRAM = "gptvq_jax"
 # In the order in which one needs them.
 GROUPS = {
-    "To quantize a model and use it": ("quantize", "evaluate", "generate", "export", "import"),
+    "To quantize a model and use it": (
+        "quantize",
+        "evaluate",
+        "evaluate-tasks",
+        "generate",
+        "export",
+        "import",
+    ),
     "To see what it costs and what each choice is worth": (
         "report",
         "benchmark-pipeline",

@@ -5,18 +5,18 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.config import RunSettings, evaluation_settings
 from gptvq_jax.data.vocabulary import check_tokens
 from gptvq_jax.data.windows import evaluation_windows
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import block_forward, embed, head_logits
+from gptvq_jax.models.llama import head_logits
 from gptvq_jax.ops.vq_matmul import check_implementation
 from gptvq_jax.run import evaluate
 from gptvq_jax.serve.generate import check_prompts, generate
-from gptvq_jax.serve.params import packed_params
+from gptvq_jax.serve.loglikelihood import last_hidden
+from gptvq_jax.serve.params import outer_params, packed_params
 from gptvq_jax.serve.prompts import TextStream, encode_prompts
 from gptvq_jax.serve.sampling import Sampling
 from gptvq_jax.serve.stop_tokens import stop_tokens
@@ -69,10 +69,8 @@ class QuantizedModel:
             than it has positions; a damaged checkpoint.
         """
         tokens = self._checked(tokens)
-        x = embed(self._outer, tokens).astype(jnp.float32)
-        for index in range(self.config.num_hidden_layers):
-            x = block_forward(self.config, self._params[f"layers_{index}"], x)
-        return head_logits(self.config, self._outer, x)
+        x = last_hidden(self.config, self._params, tokens)
+        return head_logits(self.config, outer_params(self._params), x)
 
     def perplexity(
         self, text: str, *, seqlen: int | None = None, batch_size: int | None = None
@@ -177,10 +175,6 @@ class QuantizedModel:
     @cached_property
     def _params(self) -> dict[str, Any]:
         return packed_params(self.checkpoint, self.implementation)
-
-    @property
-    def _outer(self) -> dict[str, Any]:
-        return {n: part for n, part in self._params.items() if not n.startswith("layers_")}
 
     def _checked(self, tokens: Any) -> np.ndarray:
         """Tokens as int32 (batch, time)."""

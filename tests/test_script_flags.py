@@ -5,6 +5,7 @@ from documented import REPOSITORY, parsed
 
 SWEEP = "python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py"
 LAYERS = "python scripts/benchmark_layers.py"
+TASKS = "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=a"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
 
@@ -20,6 +21,8 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{GENERATE} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{GENERATE} --dense --implementation=xla", "--implementation is of packed weights"),
         (f"{GENERATE} --model=M", "either --checkpoint=DIR or --model=NAME"),
+        (f"{TASKS} --system=Short", "--system has no effect without a chat, .*; add --chat"),
+        (f"{TASKS} --num_fewshot=-1", "lm-eval is not installed|num_fewshot=-1 must be 0"),
         ("python scripts/evaluate.py --checkpoint=DIR --model=M", "either --checkpoint=DIR or"),
         ("python scripts/evaluate.py --against=B", "either --checkpoint=DIR or"),
         (

@@ -19,6 +19,8 @@ from gptvq_jax.core.seeds import random_key
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.models.llama import block_step, embed, head_logits
+from gptvq_jax.serve.lengths import padded_length
+from gptvq_jax.serve.params import outer_params
 from gptvq_jax.serve.sampling import Sampling, sample
 
 STEPS_PER_CALL = 8  # tokens between two looks of the host
@@ -75,7 +77,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     dtype: str = "float32",
     compile_first: bool = False,
-    on_tokens: Callable[[list[list[int]]], None] = lambda new: None,
+    on_tokens: Callable[[list[list[int]]], bool | None] = lambda new: None,
 ) -> Generation:
     """Continues a batch of prompts, each until a stop token or for `max_tokens` tokens.
 
@@ -89,7 +91,8 @@ def generate(
       stop_tokens: each ends its sequence, and is not part of it.
       dtype: of the activations and of the caches: float32, bfloat16 or float16.
       compile_first: read the prompts twice, so that the times do not contain compilation.
-      on_tokens: called every few steps with the new tokens of each sequence.
+      on_tokens: called every few steps with the new tokens of each sequence; when it returns True,
+        there are no further steps.
 
     Raises:
       ValueError: a prompt is empty, or too long for the model with `max_tokens` more; a seed out of
@@ -97,14 +100,14 @@ def generate(
     """
     check_prompts(config, prompts, max_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    padded = np.zeros((len(prompts), _bucket(lengths.max())), np.int32)
+    padded = np.zeros((len(prompts), padded_length(lengths.max())), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     plan = Plan(
         config=config,
         stop_tokens=tuple(sorted(set(stop_tokens))),
         sampling=sampling or Sampling(),
-        max_len=_bucket(lengths.max() + max_tokens),
+        max_len=padded_length(lengths.max() + max_tokens),
         dtype=dtype,
     )
     inputs = (plan, params, padded, lengths, random_key(seed))
@@ -115,14 +118,16 @@ def generate(
         compile_seconds = time.perf_counter() - start
 
     tokens: list[list[int]] = [[] for _ in prompts]
+    enough = False
 
     def hand_out(new: np.ndarray) -> int:
         """Appends (batch, n) tokens; returns how many there are, stop tokens included."""
+        nonlocal enough
         unseen = (NO_TOKEN, *plan.stop_tokens)
         kept = [[int(token) for token in row if token not in unseen] for row in new]
         for sequence, more in zip(tokens, kept, strict=True):
             sequence += more
-        on_tokens(kept)
+        enough = on_tokens(kept) is True
         return int((new != NO_TOKEN).sum())
 
     start = time.perf_counter()
@@ -131,7 +136,7 @@ def generate(
     hand_out(np.asarray(state.tokens)[:, None])
 
     decode_seconds, decoded, left = 0.0, 0, max_tokens - 1
-    while left > 0 and not np.all(state.ended):
+    while left > 0 and not enough and not np.all(state.ended):
         start = time.perf_counter()
         state, new = decode(plan, params, state, min(left, STEPS_PER_CALL))
         new = np.asarray(new)
@@ -236,17 +241,11 @@ def _blocks(plan, params, tokens, caches, positions, true):
 
 def _next(plan, params, x, caches, positions, ended, key) -> State:
     """The state after drawing from the outputs x (batch, 1, hidden) of the last block."""
-    outer = {name: part for name, part in params.items() if not name.startswith("layers_")}
-    x, outer = lax.optimization_barrier((x, outer))  # the head is not decoded before the loop
+    # Behind the barrier, or the head is decoded before the loop.
+    x, outer = lax.optimization_barrier((x, outer_params(params)))
     logits = head_logits(plan.config, outer, x)[:, 0]
     key, now = jax.random.split(key)
     tokens = sample(logits, now, plan.sampling)
     if plan.stop_tokens:
         ended |= jnp.isin(tokens, jnp.array(plan.stop_tokens))
     return State(caches, tokens, positions, ended, key)
-
-
-def _bucket(length: int) -> int:
-    """The next power of 2, from 16 to 256, then of 256: lengths share compiled programs."""
-    length = int(length)
-    return -(-length // 256) * 256 if length > 256 else max(16, 1 << (length - 1).bit_length())

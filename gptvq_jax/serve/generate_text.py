@@ -5,19 +5,12 @@ from typing import Any
 
 from gptvq_jax.data.vocabulary import check_tokens
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.open import open_source
 from gptvq_jax.serve.generate import Generation, check_prompts, generate
-from gptvq_jax.serve.params import (
-    dense_params,
-    float32_bytes,
-    implementations,
-    memory_bytes,
-    packed_params,
-)
+from gptvq_jax.serve.params import float32_bytes, implementations, memory_bytes
 from gptvq_jax.serve.prompts import TextStream, encode_prompts
 from gptvq_jax.serve.sampling import Sampling
+from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.serve.stop_tokens import stop_tokens
-from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 
 def generate_text(
@@ -50,24 +43,13 @@ def generate_text(
     Raises:
       ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
     """
-    if (checkpoint is None) == (model is None):
-        raise ValueError("pass either --checkpoint=DIR or --model=NAME")
-    packed = checkpoint is not None and not dense
-    if implementation is not None and not packed:
-        raise ValueError(
-            "--implementation is of packed weights; leave it out with --model or --dense"
-        )
-    if dense and model is not None:
-        raise ValueError("--dense is of a checkpoint; a --model is dense already")
-    source = PackedCheckpoint(checkpoint) if checkpoint else open_source(model)
+    served = ServedModel(checkpoint, model, implementation, dense)
+    source = served.source
     tokens = encode_prompts(source.tokenizer, prompts, chat, system)
     for index, prompt in enumerate(tokens):
         check_tokens(prompt, source.config.vocab_size, source.tokenizer, f"prompt {index}")
     check_prompts(source.config, tokens, max_tokens)
-    if packed:
-        params = packed_params(source, implementation or "auto")
-    else:
-        params = dense_params(source, dtype)
+    params = served.params(dtype)
 
     streams = [TextStream(source.tokenizer, prompt) for prompt in tokens]
     texts = ["" for _ in prompts]

@@ -54,6 +54,11 @@ def dense_params(source: ModelSource, dtype: str = "float32") -> Params:
     return _load(source.config, source.outer, source.block, leaf)
 
 
+def outer_params(params: Params) -> Params:
+    """The tree without its blocks: embedding, final norm, untied head."""
+    return {name: part for name, part in params.items() if not name.startswith("layers_")}
+
+
 def memory_bytes(params: Params) -> tuple[int, int]:
     """Bytes of the arrays of a parameter tree: (packed leaves, dense leaves)."""
     leaves = jax.tree.leaves(params, is_leaf=_is_weight)

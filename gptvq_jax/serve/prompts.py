@@ -53,13 +53,16 @@ def encode_prompts(
     ]
 
 
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next: bool) -> str:
+def render_chat(
+    tokenizer: Any, messages: Sequence[dict[str, str]], answer_next: bool, goes_on: bool = False
+) -> str:
     """The text that the tokenizer's chat template makes of messages.
 
     Args:
       tokenizer: of transformers, with a chat template.
       messages: {"role": ..., "content": ...}, in turn.
       answer_next: end where the assistant's answer begins.
+      goes_on: end where the last message does, without what closes it.
 
     Raises:
       ValueError: the template refuses them, is faulty, or takes too long (which only the main
@@ -68,7 +71,10 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], answer_next:
     try:
         with _time_limit(_TEMPLATE_SECONDS):
             text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next
+                messages,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                continue_final_message=goes_on,
             )
     except Exception as error:  # a template is a program
         raise ValueError(

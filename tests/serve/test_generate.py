@@ -109,6 +109,18 @@ def test_tokens_are_handed_out_as_they_are_made(tied, params):
     assert joined == result.tokens
 
 
+def test_steps_end_when_nobody_wants_more(tied, params):
+    seen = []
+
+    def second(new):
+        seen.append(new)
+        return len(seen) == 2
+
+    stopped = generate(tied.config, params, PROMPTS, max_tokens=STEPS, on_tokens=second)
+    free = generate(tied.config, params, PROMPTS, max_tokens=STEPS)
+    assert stopped.tokens == [row[:9] for row in free.tokens] and len(seen) == 2
+
+
 def test_draws_follow_the_seed_and_the_settings(tied, params):
     def draw(seed=0, **fields):
         sampling = Sampling(**{"temperature": 5.0, **fields})

@@ -1,0 +1,61 @@
+"""The model that a command serves: which one its flags name, and the weights that it runs on."""
+
+from gptvq_jax.models.open import open_source
+from gptvq_jax.models.source import ModelSource
+from gptvq_jax.serve.params import Params, dense_params, packed_params
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+
+class ServedModel:
+    """A checkpoint, packed or dequantized, or a float model; its weights are not read yet.
+
+    Args:
+      checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
+      implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto'.
+      dense: replace a checkpoint's packed weights by the dense ones that they stand for.
+
+    Attributes:
+      source: config, tokenizer, stop tokens.
+      bits_per_value: of the quantized layers of a checkpoint; None: of a float model.
+
+    Raises:
+      ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None,
+        model: str | None,
+        implementation: str | None = None,
+        dense: bool = False,
+    ):
+        if (checkpoint is None) == (model is None):
+            raise ValueError("pass either --checkpoint=DIR or --model=NAME")
+        self._packed = checkpoint is not None and not dense
+        if implementation is not None and not self._packed:
+            raise ValueError(
+                "--implementation is of packed weights; leave it out with --model or --dense"
+            )
+        if dense and model is not None:
+            raise ValueError("--dense is of a checkpoint; a --model is dense already")
+        self._implementation = implementation or "auto"
+        self.source: ModelSource
+        self.bits_per_value: float | None = None
+        if checkpoint is None:
+            self.source = open_source(model)
+        else:
+            self.source = PackedCheckpoint(checkpoint)
+            self.bits_per_value = self.source.manifest["bits_per_value"]
+
+    def params(self, dtype: str = "float32") -> Params:
+        """The parameter tree on the device.
+
+        Args:
+          dtype: of dense weights; what a checkpoint holds beside its packed ones keeps its own.
+
+        Raises:
+          ValueError, NotImplementedError: see `packed_params`.
+        """
+        if self._packed:
+            return packed_params(self.source, self._implementation)
+        return dense_params(self.source, dtype)
