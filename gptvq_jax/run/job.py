@@ -152,14 +152,17 @@ def texts(
     source: ModelSource, settings: RunSettings, workdir: WorkDir
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows of the held-out text and of the calibration text, kept in the work directory."""
-    found = []
-    for name, make in (("held_out", evaluation_tokens), ("tokens", calibration_tokens)):
-        tokens = workdir.load_tokens(name)
-        if tokens is None:
-            tokens = make(source, settings)
-            workdir.save_tokens(tokens, name)
-        found.append(tokens)
-    return found[0], found[1]
+    held_out, tokens = workdir.load_tokens("held_out"), workdir.load_tokens()
+    known = held_out is not None, tokens is not None
+    held_out = held_out if known[0] else evaluation_tokens(source, settings)
+    tokens = tokens if known[1] else calibration_tokens(source, settings)
+    # Both are there: what is kept from here on was made with a config that is not refused. The
+    # tokens come first, because the work directory counts as begun with them.
+    if not known[1]:
+        workdir.save_tokens(tokens)
+    if not known[0]:
+        workdir.save_tokens(held_out, "held_out")
+    return held_out, tokens
 
 
 def float_evaluation(

@@ -333,7 +333,6 @@ def test_two_processes_share_the_work_and_a_dead_one_is_taken_over(base, tmp_pat
 def test_a_claimed_cell_is_left_to_its_owner(base, tmp_path):
     """Until that is gone; then it is taken over."""
     config, slept = weighted(base), []
-    run(config, tmp_path / "whole")
     directory = Directory(tmp_path / "sweep")
     owner = contextlib.ExitStack()
 

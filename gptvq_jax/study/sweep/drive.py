@@ -157,7 +157,7 @@ class Drive:
                     if not self._maker.is_made(missing[0]):
                         self._make(missing[0], cell, progress)
                     return True
-                if self._left([cell], lambda *_: None):
+                if self._left([cell], progress.skip):
                     self._run(cell, progress)
                 return True
         return False
