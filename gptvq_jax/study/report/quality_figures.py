@@ -1,4 +1,4 @@
-"""Quality of whole models against their true bits, and of layers against the dimension."""
+"""Perplexity and KL divergence of whole models against their true bits per value."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,7 @@ from gptvq_jax.console.plot_style import log_ticks, style
 from gptvq_jax.study.report.drawing import INK, Figure
 from gptvq_jax.study.report.pareto import pareto_front
 from gptvq_jax.study.report.results import Cell, named
-from gptvq_jax.study.report.settings import alike, code_name, curve_names
-
-_SAME_BITS = 0.08  # true bits per value that count as equal, as 2.125 and 2.162 do
+from gptvq_jax.study.report.settings import alike, curve_names
 
 
 def against_bits(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
@@ -117,86 +115,3 @@ def _against_bits(group: Sequence[Cell], points: Sequence[Point], field: str, la
         axes.margins(x=0.08)
 
     return draw
-
-
-def against_dimension(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
-    """SQNR of the same layers against the dimension of their vectors, a line for equal bits."""
-    measured = [cell for cell in cells if sqnr(cell.layers) is not None]
-    groups = alike(measured, _layers_of)
-    drawn = [group for group in groups if len({code_name(cell) for cell in group}) > 1]
-    if not drawn:
-        if measured:
-            notes.append(
-                "no cells of the same layers that differ in dimension or method: SQNR against "
-                "dimension is left out"
-            )
-        return []
-    if len(groups) > 1:
-        notes.append("cells that quantize other layers do not share a line of SQNR")
-    return [
-        Figure(
-            f"sqnr_dimension{'' if len(drawn) == 1 else f'_{index}'}",
-            "SQNR against dimension at equal bits",
-            f"Mean over {len(group[0].layers)} layers. A line joins cells whose true bits per "
-            f"value are within {_SAME_BITS:g} of each other.",
-            _against_dimension(group),
-        )
-        for index, group in enumerate(drawn, 1)
-    ]
-
-
-def _layers_of(cell: Cell) -> Any:
-    model = cell.settings.get("model")
-    return model, frozenset((row.get("block"), row["layer"]) for row in cell.layers)
-
-
-def sqnr(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Mean signal-to-quantization-noise ratio of layers in dB; None if none has a finite one."""
-    errors = [row["relative_error"] for row in rows]
-    ratios = [-10 * math.log10(error) for error in errors if 0 < error < math.inf]
-    return sum(ratios) / len(ratios) if ratios else None
-
-
-def equal_bits(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells in groups of equal bits, which lie within _SAME_BITS, from the fewest bits on."""
-    groups: list[list[Cell]] = []
-    for cell in sorted(cells, key=lambda cell: mean_bits(cell)):
-        if groups and mean_bits(cell) - mean_bits(groups[-1][0]) <= _SAME_BITS:
-            groups[-1].append(cell)
-        else:
-            groups.append([cell])
-    return groups
-
-
-def mean_bits(cell: Cell) -> float:
-    """True bits per value of the whole cell, or of its layers so far."""
-    whole = cell.number("bits_per_value")
-    if whole is not None:
-        return whole
-    values = [row.get("num_values", 1) for row in cell.layers]
-    bits = [row["bits_per_value"] for row in cell.layers]
-    return sum(b * n for b, n in zip(bits, values, strict=True)) / sum(values)
-
-
-def _against_dimension(group: Sequence[Cell]) -> Any:
-    kinds = list(dict.fromkeys(code_name(cell) for cell in sorted(group, key=_place)))
-
-    def draw(axes: Any) -> None:
-        for index, line in enumerate(equal_bits(group)):
-            points = sorted((kinds.index(code_name(cell)), sqnr(cell.layers)) for cell in line)
-            low, high = mean_bits(line[0]), mean_bits(line[-1])
-            bits = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
-            axes.plot(*zip(*points, strict=True), label=f"{bits} bits", **style(index))
-        axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n", 1) for kind in kinds])
-        axes.set(xlabel="method and dimension: weights per vector", ylabel="mean SQNR, dB")
-        axes.margins(x=0.08, y=0.08)
-
-    return draw
-
-
-def _place(cell: Cell) -> tuple[int, str]:
-    """Uniform grids first, then by dimension, AQLM after GPTVQ."""
-    name = code_name(cell)
-    method, _, dim = name.partition(" ")
-    digits = dim.removesuffix("D")
-    return (int(digits) if digits.isdigit() else 0 if not dim else 99), method

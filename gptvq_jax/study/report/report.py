@@ -6,10 +6,11 @@ from pathlib import Path
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError
+from gptvq_jax.study.report.dimension_figures import against_dimension
 from gptvq_jax.study.report.drawing import render
 from gptvq_jax.study.report.layer_figures import code_usage, of_one, side_by_side
 from gptvq_jax.study.report.page import Section, page
-from gptvq_jax.study.report.quality_figures import against_bits, against_dimension
+from gptvq_jax.study.report.quality_figures import against_bits
 from gptvq_jax.study.report.results import Cell, read_results
 from gptvq_jax.study.report.texts import said
 from gptvq_jax.study.report.time_figures import time_by_stage

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
+from gptvq_jax.study.report.dimension_figures import mean_bits, sqnr
 from gptvq_jax.study.report.html_text import Markup, element, join
 from gptvq_jax.study.report.layer_figures import geometric_mean
-from gptvq_jax.study.report.quality_figures import mean_bits, sqnr
 from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.settings import differing, settings_of
 

@@ -1,18 +1,19 @@
 """What figures show: their points, not their pixels."""
 
+import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 from result_files import LAYERS, comparison, dimensions, layer_row, summary_row
 
 from gptvq_jax.console.plot_style import log_ticks, style
-from gptvq_jax.study.report import layer_figures, quality_figures, time_figures
+from gptvq_jax.study.report import dimension_figures, layer_figures, quality_figures, time_figures
 from gptvq_jax.study.report.drawing import shortened
 from gptvq_jax.study.report.pareto import pareto_front
 from gptvq_jax.study.report.results import Cell, read_results
@@ -39,6 +40,7 @@ CUT = "\N{HORIZONTAL ELLIPSIS}"
 NUMBERS = st.integers(0, 6).map(float)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
 def test_the_pareto_front_by_brute_force(points):
     def beaten(point):
@@ -96,7 +98,7 @@ def test_what_has_no_place_on_a_figure_is_said(sweep):
 
 
 def test_sqnr_against_dimension(sweep):
-    (figure,) = quality_figures.against_dimension(sweep, [])
+    (figure,) = dimension_figures.against_dimension(sweep, [])
     expected = {
         f"{bits + 0.125:.2f} bits": [
             [place, pytest.approx(-10 * math.log10(0.1 / bits**4 / dim))]
@@ -105,21 +107,32 @@ def test_sqnr_against_dimension(sweep):
         for bits in (2, 3)
     }
     assert drawn(figure) == expected
+    tuned = [
+        dataclasses.replace(c, name=f"{c.name} tuned", settings={**c.settings, "tune.block": True})
+        for c in sweep
+    ]
+    (figure,) = dimension_figures.against_dimension([*sweep, *tuned], [])  # lines of their own
+    assert drawn(figure) == {
+        f"{label}, tune.block={value}": line
+        for value in ("false", "true")
+        for label, line in expected.items()
+    }
     notes = []
-    assert quality_figures.against_dimension(sweep[:2], notes) == []
+    assert dimension_figures.against_dimension(sweep[:2], notes) == []
     assert "no cells of the same layers that differ in dimension" in notes[0]
 
 
 def test_sqnr_is_a_mean_of_decibels():
     rows = [layer_row(error=error) for error in (0.1, 0.001, 0.0)]  # the last is exact
-    assert quality_figures.sqnr(rows) == pytest.approx(20.0)
-    assert quality_figures.sqnr(rows[2:]) is None
+    assert dimension_figures.sqnr(rows) == pytest.approx(20.0)
+    assert dimension_figures.sqnr(rows[2:]) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1, 4), min_size=1, max_size=10))
 def test_groups_of_equal_bits(bits):
     cells = [cell(str(i), bits_per_value=b) for i, b in enumerate(bits)]
-    groups = quality_figures.equal_bits(cells)
+    groups = dimension_figures.equal_bits(cells)
     assert sorted(c.name for group in groups for c in group) == sorted(c.name for c in cells)
     spans = [[c.number("bits_per_value") for c in group] for group in groups]
     assert all(max(span) - min(span) <= 0.08 for span in spans)
@@ -184,6 +197,7 @@ def test_time_by_stage():
     assert notes == ["no times of stages: time by stage is left out"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab_", max_size=30), max_size=12, unique=True))
 def test_short_names_still_differ(names):
     short = shortened(names, 9)
@@ -201,6 +215,7 @@ def test_many_lines_keep_apart():
     assert len({(look["color"], look["marker"]) for look in looks}) == 42
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.floats(1e-6, 1e4), st.floats(0, 8))
 def test_a_logarithmic_axis_has_numbers(low, decades):
     high = low * 10**decades
