@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tiny_checkpoint import TIED, write_checkpoint
+from tiny_checkpoint import MODEL, write_checkpoint
 
 from gptvq_jax.serve import generate_until as driver
 from gptvq_jax.serve.generate_until import generate_until
@@ -16,8 +16,8 @@ PROMPTS = [[5, 9, 3], [7], list(range(10, 22))]
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Config, weights and tokenizer, whose words are w0 to w39."""
-    config = dataclasses.replace(TIED, num_hidden_layers=1)
-    path = write_checkpoint(tmp_path_factory.mktemp("tied") / "packed", config)
+    config = dataclasses.replace(MODEL, num_hidden_layers=1)
+    path = write_checkpoint(tmp_path_factory.mktemp("model") / "packed", config)
     source = PackedCheckpoint(path)
     return config, dense_params(source), source.tokenizer
 
@@ -40,19 +40,19 @@ def test_the_first_of_several_strings_ends_a_text(parts, whole):
     assert found == cut and len(found[0]) < len(whole[0])
 
 
-def test_steps_go_on_until_every_text_has_ended(parts, whole, monkeypatch):
-    steps = []
-    first = [text.split()[1] for text in whole]
-    found = generate_until(*parts, PROMPTS, until=first, max_tokens=20, on_step=steps.append)
-    assert steps == [1, 9]  # the first token, then eight at a time
-    assert all(len(text.split()) <= 1 for text in found)
-    alone = generate_until(
-        *parts, PROMPTS, until=first[:1], max_tokens=20, on_step=(steps := []).append
-    )
-    assert alone[0] == found[0]
-    others = [text.partition(first[0])[0] for text in whole[1:]]
-    assert alone[1:] == others
-    assert (len(steps) > 2) == any(len(text.split()) >= 9 for text in others)
+def test_steps_go_on_until_every_text_has_ended(parts, whole):
+    def steps(until):
+        made = []
+        generate_until(*parts, PROMPTS, until=until, max_tokens=20, on_step=made.append)
+        return made
+
+    assert steps([]) == [1, 9, 17, 20]  # the first token, then eight at a time
+    words = [text.split() for text in whole]
+    assert steps([row[0] for row in words]) == [1]
+    assert steps([row[3] for row in words]) == [1, 9]
+    late = " ".join(words[0][9:11])  # the others hold it sooner
+    assert all(late in " ".join(row[:9]) for row in words[1:])
+    assert steps([late]) == [1, 9, 17]
 
 
 def test_options_reach_the_generator(parts, monkeypatch):
