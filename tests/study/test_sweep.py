@@ -117,7 +117,7 @@ CASES = {
 }
 
 
-SLOW = (budgets, in_step)
+SLOW = (budgets, in_step, of_float_inputs)
 
 
 @pytest.mark.parametrize(
