@@ -13,6 +13,7 @@ from absl import logging
 from gptvq_jax.console import report
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.console.nearest_name import nearest_names
+from gptvq_jax.console.progress import Progress
 from gptvq_jax.files.durable import make_directory, write_text
 from gptvq_jax.serve.served_model import ServedModel
 
@@ -152,7 +153,9 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> tuple[A
     if include_path is not None:
         managers.insert(0, {"include_path": include_path, "include_defaults": False})
     for options in managers:
-        manager = TaskManager(**options)
+        with Progress(1, "index tasks", "folder") as progress:
+            manager = TaskManager(**options)
+            progress.advance()
         resolved = [_resolve(manager, name) for name in names]
         if all(found and not set(found) & set(manager.all_groups) for found in resolved):
             break
