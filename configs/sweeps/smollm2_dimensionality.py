@@ -8,7 +8,8 @@ All layers of a model have one format, and codebooks cost at most 0.125 bits per
 weighted by gradients. A code has 8 bits at most, so that vectors of 4 weights are there at 2 bits
 only. `layers` is the paper's first figure, SQNR against dimension at equal bits, with AQLM beside
 it: six layers (study/sample_layers.py), each by itself, the error measured on text that nothing was
-fitted to, and codebooks such that in each row the true bits agree to 0.01 with those of AQLM.
+fitted to, every method with its defaults, and codebooks such that in each row the true bits agree
+to 0.01 with those of AQLM.
 """
 
 from gptvq_jax.study.sweep.axes import axis, points, sweep
@@ -50,8 +51,7 @@ def get_config(arg: str = "models"):
 
 
 def _layers():
-    more = {"vq.polish_rounds": 6, "vq.update_iterations": 6}  # as in study/layer_benchmark.py
-    dims = {f"{dim}d": {"vq.dim": dim, **more} for dim in (1, 2, 4)}
+    dims = {f"{dim}d": {"vq.dim": dim} for dim in (1, 2, 4)}
     cells = {
         names: {"vq.group_size": size, "vq.max_group_cols": cols}
         for names, (size, cols) in GROUPS.items()
