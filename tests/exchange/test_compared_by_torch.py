@@ -20,7 +20,7 @@ def torch_logits(torch, directory, windows):
 
 def test_a_comparison_is_that_of_torch(tiny_config, tmp_path, monkeypatch):  # noqa: F811
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
+    monkeypatch.setattr("gptvq_jax.console.layer_plot.plot", lambda *_: None)
     tiny_config.evaluation.num_windows = 8
     tiny_config.method, tiny_config.uniform.bits = "rtn", 4
     summary = job.quantize(tiny_config, str(tmp_path / "run"))

@@ -114,7 +114,7 @@ def test_losses_beyond_every_number_are_told_as_they_are():
 @pytest.fixture
 def config(tiny_config, monkeypatch):
     """One block is quantized, nothing solved, and no picture drawn, which takes longer."""
-    monkeypatch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
+    monkeypatch.setattr("gptvq_jax.console.layer_plot.plot", lambda *_: None)
     tiny_config.method, tiny_config.num_blocks = "rtn", 1
     return tiny_config
 
