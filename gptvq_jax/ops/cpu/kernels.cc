@@ -2,6 +2,7 @@
 #include "direct.h"
 #include "lookup.h"
 #include "products.h"
+#include "viterbi.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -14,9 +15,12 @@ using F16 = ffi::Buffer<ffi::F16, 3>;
 using U8Matrix = ffi::Buffer<ffi::U8, 2>;
 using F16Matrix = ffi::Buffer<ffi::F16, 2>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Vector = ffi::Buffer<ffi::F32, 1>;
 using F32Books = ffi::Buffer<ffi::F32, 5>;
 using F32Scales = ffi::Buffer<ffi::F32, 3>;
 using Result = ffi::ResultBuffer<ffi::F32, 2>;
+using Scalar = ffi::Buffer<ffi::S32, 0>;
+using Integers = ffi::Buffer<ffi::S32, 2>;
 
 constexpr char kMismatch[] = "the shapes of the arrays do not fit each other";
 
@@ -88,6 +92,28 @@ ffi::Error Int4Matmul(ffi::ThreadPool pool, Matrix x, U8Matrix codes, F16Matrix 
   return ffi::Error::Success();
 }
 
+ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vector table,
+                   Scalar rate, int64_t trace_back,
+                   ffi::Result<Integers> windows,
+                         ffi::Result<Vector> loss) {
+  const auto z = target.dimensions(), w = weight.dimensions(), s = windows->dimensions();
+  const int64_t size = table.dimensions()[0], k = *rate.typed_data();
+  int64_t bits = 0;
+  while (int64_t{1} << bits < size) bits++;
+  if (z[0] != w[0] || z[1] != w[1] || s[0] != z[0] || s[1] != z[1] ||
+      loss->dimensions()[0] != z[0] || int64_t{1} << bits != size || k < 0 || k > 6 || k > bits ||
+      z[1] < bits)
+    return ffi::Error::InvalidArgument(kMismatch);
+  if (k == 0) {
+    std::fill_n(windows->typed_data(), z[0] * z[1], 0);
+    std::fill_n(loss->typed_data(), z[0], 0.0f);
+    return ffi::Error::Success();
+  }
+  tail_biting(target.typed_data(), weight.typed_data(), table.typed_data(), bits, k, z[0], z[1],
+              trace_back * divide_up(bits, k), pool, windows->typed_data(), loss->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 extern "C" const char* simd_name() { return SIMD_NAME; }
@@ -123,3 +149,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(int4_matmul, Int4Matmul,
                                   .Arg<U8Matrix>()
                                   .Arg<F16Matrix>()
                                   .Ret<Matrix>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(viterbi, ViterbiSearch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix>()
+                                  .Arg<Matrix>()
+                                  .Arg<Vector>()
+                                  .Arg<Scalar>()
+                                  .Attr<int64_t>("trace_back")
+                                  .Ret<Integers>()
+                                  .Ret<Vector>());
