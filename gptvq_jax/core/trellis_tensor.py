@@ -159,7 +159,7 @@ def pack_streams(codes: np.ndarray, rates: np.ndarray) -> np.ndarray:
     for rate in range(1, MAX_RATE + 1):
         of_rate = np.swapaxes(codes[:, :, rates == rate], 1, 2).astype(np.uint8)  # (cuts, n, T)
         planes = (of_rate[..., None] >> np.arange(rate, dtype=np.uint8)) & 1
-        bits = planes.reshape(*of_rate.shape[:2], -1)
+        bits = planes.reshape(*of_rate.shape[:2], codes.shape[1] * rate)
         parts.append(np.packbits(bits, axis=-1, bitorder="little").reshape(-1))
     return np.concatenate(parts)
 
