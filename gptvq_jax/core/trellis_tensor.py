@@ -9,8 +9,9 @@ trellis_table.py or learned levels behind the same scrambling.
 
 Stored are the columns in order of their rate, those of one rate in their own order: for each rate
 from 1 up, for each cut of T rows, for each such column, ceil(T K / 8) bytes, least significant bit
-first. Outliers, added at the end, stand in the order of columns and then of rows; each one says how
-far behind the last one it is. A gap beyond 65535 is bridged by outliers of 0.
+first; one byte where there are none. Outliers, added at the end, stand in the order of columns and
+then of rows; each one says how far behind the last one it is. A gap beyond 65535 is bridged by
+outliers of 0.
 """
 
 import dataclasses
@@ -161,7 +162,8 @@ def pack_streams(codes: np.ndarray, rates: np.ndarray) -> np.ndarray:
         planes = (of_rate[..., None] >> np.arange(rate, dtype=np.uint8)) & 1
         bits = planes.reshape(*of_rate.shape[:2], codes.shape[1] * rate)
         parts.append(np.packbits(bits, axis=-1, bitorder="little").reshape(-1))
-    return np.concatenate(parts)
+    stored = np.concatenate(parts)
+    return stored if len(stored) else np.zeros(1, np.uint8)
 
 
 def pack_outliers(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

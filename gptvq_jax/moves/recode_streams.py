@@ -83,8 +83,6 @@ def recode_streams(
         image = image - jnp.matmul(h_rows.T, change, precision="highest")
         return image, (new, change)
 
-    image, (new, change) = lax.scan(
-        one_block, residual.image, jnp.arange(cols // block_size)
-    )
+    image, (new, change) = lax.scan(one_block, residual.image, jnp.arange(cols // block_size))
     new, change = jax.tree.map(lambda x: x.reshape(cols, *x.shape[2:]), (new, change))
     return new, Residual(residual.error - change, image)

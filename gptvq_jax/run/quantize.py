@@ -22,7 +22,7 @@ import numpy as np
 from gptvq_jax.config import RunSettings, to_dict
 from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.code_usage import code_usage
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled
+from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.layer import (
     Problem,
     most_flops,
@@ -339,7 +339,7 @@ def _flops(problems: Sequence[Problem], moments: Moments) -> float:
     )
 
 
-def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:
+def _row(of_layer: tuple[Problem, QuantizedTensor, jax.Array]) -> dict[str, Any]:
     """Metrics of a quantized layer."""
     problem, tensor, kernel = of_layer
     error = relative_error(problem.weight, kernel, problem.objectives)

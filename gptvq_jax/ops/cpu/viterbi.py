@@ -30,8 +30,9 @@ def tail_biting(
       trace_back: rows searched on both sides of the cut, times those of a window.
     """
     library()
-    shapes = jax.ShapeDtypeStruct(target.shape, jnp.int32), jax.ShapeDtypeStruct(
-        target.shape[:1], jnp.float32
+    shapes = (
+        jax.ShapeDtypeStruct(target.shape, jnp.int32),
+        jax.ShapeDtypeStruct(target.shape[:1], jnp.float32),
     )
     call = jax.ffi.ffi_call("gptvq_viterbi", shapes)
     return call(target, weight, table, rate.astype(jnp.int32), trace_back=np.int64(trace_back))
