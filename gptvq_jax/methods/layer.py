@@ -177,10 +177,12 @@ def check_row_groups(
     Raises:
       ValueError: the rows of a group are not whole row strips.
     """
+    if groups == 1:
+        return
     for name, (rows, cols) in shapes.items():
         for of_layer in settings:
             grid = of_layer.grid(rows // groups, cols)
-            if groups > 1 and grid.rows % grid.strip_rows:
+            if grid.rows % grid.strip_rows:
                 raise ValueError(
                     f"calibration.gradient_groups={groups}: the {grid.rows} rows of a group of "
                     f"{name} are not whole strips of {grid.strip_rows} rows; choose another "

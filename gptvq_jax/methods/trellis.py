@@ -42,7 +42,7 @@ class TrellisSettings:
     window_bits: int = 12  # L, 4 to 16: the search takes 2^L steps per weight
     stream_rows: int = 256  # T, about: rows that are coded as one
     column_rates: bool = True  # False: as far as the budget allows, all columns the same
-    outlier_limit: float = 4.0  # standard deviations beyond which a weight is kept; 0: none is
+    outlier_limit: float = 4.5  # standard deviations beyond which a weight is kept; 0: none is
     recode_passes: int = 2  # passes of coordinate descent after the sweep
     block_size: int = 128  # columns per lazy update
 
