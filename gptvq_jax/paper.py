@@ -79,6 +79,34 @@ def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
     return config
 
 
+def trellis_config(model: str, width: str, budgets: dict[str, float]) -> config_dict.ConfigDict:
+    """Trellis codes under a budget for all layers, on the default texts, weighted by gradients.
+
+    Args:
+      model: directory, hub name or package.
+      width: key of `budgets`, or true bits per value themselves, as in 2.5b.
+      budgets: true bits per value by name.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)b", width)
+    if not match:
+        raise ValueError(f"{width!r} is not bits per value, such as 2b, 3b or 2.5b")
+    config = default_config()
+    config.model = model
+    config.method = "trellis"
+    config.allocation.bits_per_value = budgets.get(width, float(match[1]))
+    config.trellis.bits = config.allocation.bits_per_value
+    config.calibration.gradient_groups = 1
+    set_index_bits(config, round(config.allocation.bits_per_value))
+    return config
+
+
+def trellis_protocol(model: str, width: str) -> config_dict.ConfigDict:
+    """`trellis_config` with the texts of GPTVQ's Table 2; bits are true ones."""
+    config = trellis_config(model, width, {})
+    _set_text(config, "wikitext2", num_windows=128, seqlen=2048)
+    return config
+
+
 def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
     """Index bits per weight of every method, so that --config.method=... keeps those of the file.
 
