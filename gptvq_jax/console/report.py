@@ -29,7 +29,7 @@ def log_ratio(after: float, before: float) -> float:
 def layer_table(rows: list[dict[str, Any]]) -> str:
     """One line per layer: relative output error, SQNR, code, true bits per value, seconds.
 
-    A code of 2x8/8 stands for two codes of 8 bits for 8 weights, L12/256 for windows of 12 bits over
+    A code of 2x8/8 stands for two codes of 8 bits for 8 weights, L12/256 for windows of 12 bits in
     streams of 256 rows.
     """
     lines = [_COLUMNS]

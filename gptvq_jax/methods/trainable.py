@@ -1,8 +1,8 @@
 """What is continuous in a stored weight once its codes are chosen: centroids, factors, scales.
 
 A leaf of a block is a quantized tensor or, for the scale of a norm, an array in its stored dtype.
-Its float32 parameters go in and out of it. `decode` rounds them as they will be stored, so a loss of
-its result is that of the stored model; gradients pass the rounding as if it were the identity
+Its float32 parameters go in and out of it. `decode` rounds them as they will be stored, so a loss
+of its result is that of the stored model; gradients pass the rounding as if it were the identity
 (straight-through). Codes stay as they are, and so do block scales, which are codes too.
 """
 
@@ -75,8 +75,8 @@ def decode(leaf: Leaf, params: Parameters) -> jax.Array:
     """What `with_parameters(leaf, params)` stands for, float32, differentiable in `params`.
 
     Of a quantized tensor that is its `dequantize`, (R, C). The gradient is that of the same
-    function without rounding, at the rounded values. It costs R C / D lookups of a centroid for each
-    codebook, and on the way back as many additions to one.
+    function without rounding, at the rounded values. It costs R C / D lookups of a centroid for
+    each codebook, and on the way back as many additions to one.
     """
     rounded = parameters(with_parameters(leaf, params))
     values = {name: straight_through(params[name], rounded[name]) for name in rounded}

@@ -78,8 +78,8 @@ def tail_biting(
     the cut finds nearly always the same one; given it, the rest is exact.
     """
     rows, bits = target.shape[1], len(table).bit_length() - 1
-    after = min(rows, TRACE_BACK * -(-bits // rate))
-    before = min(after, rows - after)
+    reach = TRACE_BACK * -(-bits // rate)
+    after, before = min(reach, rows - rows // 2), min(reach, rows // 2)
 
     def around(x):
         return jnp.concatenate([x[:, rows - before :], x[:, :after]], axis=1)

@@ -113,17 +113,22 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"{implementation=} must be one of {', '.join(known)}")
 
 
+def check_supported(tensor: QuantizedTensor, implementation: str) -> None:
+    """Raises NotImplementedError where an implementation cannot take a tensor on any platform."""
+    module = _module(implementation)
+    if not isinstance(tensor, getattr(module, "KINDS", (VQTensor,))):
+        raise NotImplementedError("it has no kernel for trellis codes")
+    module.check(tensor.take_row_scales()[0])
+
+
 def unsupported(tensor: QuantizedTensor, implementation: str) -> str | None:
     """Why an implementation cannot take a tensor on this platform; None if it can."""
     platform = IMPLEMENTATIONS[implementation][0]
     here = jax.default_backend()
     if platform is not None and platform != here:
         return f"it needs a {platform.upper()} and JAX runs on {here.upper()} here"
-    module = _module(implementation)
-    if not isinstance(tensor, getattr(module, "KINDS", (VQTensor,))):
-        return "it has no kernel for trellis codes"
     try:
-        module.check(tensor.take_row_scales()[0])
+        check_supported(tensor, implementation)
     except NotImplementedError as error:
         return str(error)
     return None

@@ -104,7 +104,7 @@ def abstract_tensor(meta: Mapping[str, Any]) -> QuantizedTensor:
 def check_format_version(version: Any, what: str) -> None:
     """Raises ValueError if `what` (named in the message) is of a version we cannot read."""
     if type(version) is not int or version not in _READABLE:
-        known = " and ".join(map(str, _READABLE))
+        known = " and ".join(", ".join(map(str, _READABLE)).rsplit(", ", 1))
         raise ValueError(
             f"{what} has format_version={brief(version)}, but this gptvq_jax reads {known}; "
             "use the version that wrote it, or quantize again"

@@ -128,7 +128,7 @@ void tail_biting(const float* target, const float* weight, const float* table, i
     t.table = table, t.bits = bits, t.rate = rate;
     const float *z = target + i * rows, *w = weight + i * rows;
     int32_t* out = windows + i * rows;
-    const int64_t after = std::min(reach, rows), before = std::min(reach, rows - after);
+    const int64_t after = std::min(reach, rows - rows / 2), before = std::min(reach, rows / 2);
     static thread_local std::vector<float> around;
     static thread_local std::vector<int32_t> trial;
     around.resize(2 * (before + after)), trial.resize(before + after);
