@@ -120,7 +120,7 @@ def stream_bytes(rates: jax.Array, stream_rows: int) -> jax.Array:
     return (rates * stream_rows + 7) // 8
 
 
-def _offsets(rates: jax.Array, cuts: int, stream_rows: int) -> jax.Array:
+def stream_offsets(rates: jax.Array, cuts: int, stream_rows: int) -> jax.Array:
     """Where the streams of every column begin: (cuts, C) int32."""
     of_rate = rates[None] == jnp.arange(MAX_RATE + 1)[:, None]  # (rates, C)
     counts = jnp.sum(of_rate, axis=1)
@@ -141,7 +141,7 @@ def unpack_streams(stored: jax.Array, rates: jax.Array, cuts: int, stream_rows: 
       stream_rows: T.
     """
     bit = jnp.arange(stream_rows)[:, None] * rates
-    first = _offsets(rates, cuts, stream_rows)[:, None] + bit // 8
+    first = stream_offsets(rates, cuts, stream_rows)[:, None] + bit // 8
     low, high = (stored.at[first + i].get(mode="clip").astype(jnp.int32) for i in (0, 1))
     return ((low | high << 8) >> bit % 8) & ((1 << rates) - 1)
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from base import CASES, TRELLIS, MatmulTests
+from base import CASES, MatmulTests
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
@@ -14,7 +14,6 @@ _NOT_INT8 = ("float16", "block", "svd", "uniform", "int8 rows", "aqlm", "trellis
 
 class TestExact(MatmulTests):
     implementation = "cpu"
-    supported = tuple(case for case in CASES if case not in TRELLIS)
 
 
 class TestInt8(MatmulTests):
