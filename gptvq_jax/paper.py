@@ -5,6 +5,7 @@ import re
 from ml_collections import config_dict
 
 from gptvq_jax.config import default_config
+from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.gptvq import makes_codes
 
 # (dim, bits per value) -> (index bits per weight, weights per codebook), int8 centroids.
@@ -88,15 +89,15 @@ def trellis_config(model: str, width: str, budgets: dict[str, float]) -> config_
       budgets: true bits per value by name.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)b", width)
-    if not match:
-        raise ValueError(f"{width!r} is not bits per value, such as 2b, 3b or 2.5b")
+    bits = budgets.get(width, float(match[1])) if match else 0.0
+    if not 0 < bits <= MAX_RATE:
+        raise ValueError(f"{width!r} is not bits per value up to {MAX_RATE}, as in 2b or 2.5b")
     config = default_config()
     config.model = model
     config.method = "trellis"
-    config.allocation.bits_per_value = budgets.get(width, float(match[1]))
-    config.trellis.bits = config.allocation.bits_per_value
+    set_index_bits(config, max(1, round(bits)))
+    config.allocation.bits_per_value = config.trellis.bits = bits
     config.calibration.gradient_groups = 1
-    set_index_bits(config, round(config.allocation.bits_per_value))
     return config
 
 
@@ -117,6 +118,7 @@ def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
     if makes_codes(config.vq.dim, bits):
         config.vq.bits = float(bits)
     config.uniform.bits = min(max(round(bits), 1), 8)
+    config.trellis.bits = float(min(bits, MAX_RATE))  # of which scales and rates are a part
     if config.method != "aqlm":
         config.aqlm.num_codebooks = round(bits)  # of 8-bit codes for 8 weights
         if config.aqlm.dim % config.aqlm.num_codebooks:
