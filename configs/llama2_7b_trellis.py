@@ -1,6 +1,6 @@
 """Llama-2-7B, trellis codes with a rate for every column, on the texts of GPTVQ's Table 2.
 
-  python scripts/quantize.py --config=configs/llama2_7b_trellis.py:2.125b --config.model=DIR_OR_HUB_NAME
+  python scripts/quantize.py --config=configs/llama2_7b_trellis.py:2.125b --config.model=DIR
 
 Any number of true bits per value, as in 2.5b, is the budget of all layers together.
 This code has not run it yet.

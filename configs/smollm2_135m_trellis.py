@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, trellis codes with a rate for every column, on a laptop.
 
-  python scripts/quantize.py --config=configs/smollm2_135m_trellis.py       # 2b; also :3b, :2.5b, ...
-  python scripts/quantize.py --config=configs/smollm2_135m_trellis.py:smoke # first two blocks, quick
+  python scripts/quantize.py --config=configs/smollm2_135m_trellis.py        # 2b; also 3b, 2.5b
+  python scripts/quantize.py --config=configs/smollm2_135m_trellis.py:smoke  # two blocks, quick
 
 2b, 3b and 4b are budgets of 2.125, 3.085 and 4.1 true bits per value, as in smollm2_135m_2d.py; any
 other number is the budget itself. It is spent on the columns of all layers together, weighted by

@@ -20,7 +20,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gptvq_jax.core import packing
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
@@ -66,12 +65,12 @@ class TrellisTensor(QuantizedTensor):
         """What is looked up in the table: (R, C) int32, 0 in columns of rate 0."""
         rates = self.column_rates()
         codes = unpack_streams(self.codes, rates, self.cuts, self.stream_rows)
-        mask = 2**self.window_bits - 1
-
-        def one_further(_, window):  # the window of a row is its code, then that of the next row
-            return (codes | jnp.roll(window, -1, axis=1) << rates) & mask
-
-        window = lax.fori_loop(0, self.window_bits, one_further, jnp.zeros_like(codes))
+        window, count = codes, 1
+        while count < self.window_bits:  # from `count` codes in a row to twice as many
+            shift = jnp.minimum(count * rates, self.window_bits)  # what is beyond it is cut off
+            window = window | (jnp.roll(window, -count, axis=1) << shift)
+            window = window & (2**self.window_bits - 1)
+            count *= 2
         return window.reshape(-1, self.cols)[: self.rows]
 
     def values(self) -> jax.Array:
