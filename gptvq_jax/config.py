@@ -15,6 +15,7 @@ from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
 from gptvq_jax.storage.checkpoint import EMBEDDINGS
 
@@ -39,6 +40,7 @@ class AllocationSettings:
     """Index bits and dimension for each layer, under a budget for all of them together."""
 
     bits_per_value: float = 0.0  # true bits, codebooks included; 0: all layers as vq says
+    # The rest is of method 'gptvq', but for `sample`: 'trellis' measures no candidates.
     dims: tuple[int, ...] = (2,)  # candidates: every pair of these ...
     bits: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # ... with dim * bits whole, 1 to 8
     em_iterations: int = 5  # of the measured error curves, which are made without polish
@@ -99,6 +101,7 @@ class RunSettings:
     seed: int = 0  # of the codebook seeds, and of the order of windows in tuning
     vq: GPTVQSettings = GPTVQSettings()
     aqlm: AQLMSettings = AQLMSettings()
+    trellis: TrellisSettings = TrellisSettings()
     uniform: UniformSettings = UniformSettings()
     allocation: AllocationSettings = AllocationSettings()
     calibration: CalibrationSettings = CalibrationSettings()
@@ -125,9 +128,14 @@ class RunSettings:
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
         check(a.measured in (0, 2, 3), "allocation.measured", "0 (all), 2 or 3")
         if a.bits_per_value:
+            check(
+                self.method in ("gptvq", "trellis"),
+                "method",
+                "'gptvq' or 'trellis' unless allocation.bits_per_value is 0",
+            )
+        if a.bits_per_value and self.method == "gptvq":
             whole = f"such that dim * bits is whole, 1 to 8, for one of allocation.dims={a.dims}"
             check(bool(self.candidates), "allocation.bits", whole)
-            check(self.method == "gptvq", "method", "'gptvq' unless allocation.bits_per_value is 0")
             check(
                 self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"
             )
@@ -146,6 +154,11 @@ class RunSettings:
             c.gradient_groups <= 1 or not shared,
             "calibration.gradient_groups",
             "0 or 1 with vq.svd_rank or vq.scale_block_size, which all rows of a layer share",
+        )
+        check(
+            c.gradient_groups <= 1 or self.method != "trellis",
+            "calibration.gradient_groups",
+            "0 or 1 with method 'trellis', whose columns have one rate for all rows",
         )
         check(c.num_windows >= 1, "calibration.num_windows", "at least 1")
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
@@ -182,7 +195,9 @@ class RunSettings:
 
     @property
     def candidates(self) -> list[GPTVQSettings]:
-        """What the allocation chooses from for each layer."""
+        """What the allocation chooses from for each layer; nothing where it fills columns."""
+        if self.method == "trellis":
+            return []
         return [
             dataclasses.replace(self.vq, dim=dim, bits=bits)
             for dim in self.allocation.dims

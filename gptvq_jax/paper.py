@@ -5,6 +5,7 @@ import re
 from ml_collections import config_dict
 
 from gptvq_jax.config import default_config
+from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.gptvq import makes_codes
 
 # (dim, bits per value) -> (index bits per weight, weights per codebook), int8 centroids.
@@ -79,6 +80,34 @@ def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
     return config
 
 
+def trellis_config(model: str, width: str, budgets: dict[str, float]) -> config_dict.ConfigDict:
+    """Trellis codes under a budget for all layers, on the default texts, weighted by gradients.
+
+    Args:
+      model: directory, hub name or package.
+      width: key of `budgets`, or true bits per value themselves, as in 2.5b.
+      budgets: true bits per value by name.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)b", width)
+    bits = budgets.get(width, float(match[1])) if match else 0.0
+    if not 0 < bits <= MAX_RATE:
+        raise ValueError(f"{width!r} is not bits per value up to {MAX_RATE}, as in 2b or 2.5b")
+    config = default_config()
+    config.model = model
+    config.method = "trellis"
+    set_index_bits(config, max(1, round(bits)))
+    config.allocation.bits_per_value = config.trellis.bits = bits
+    config.calibration.gradient_groups = 1
+    return config
+
+
+def trellis_protocol(model: str, width: str) -> config_dict.ConfigDict:
+    """`trellis_config` with the texts of GPTVQ's Table 2; bits are true ones."""
+    config = trellis_config(model, width, {})
+    _set_text(config, "wikitext2", num_windows=128, seqlen=2048)
+    return config
+
+
 def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
     """Index bits per weight of every method, so that --config.method=... keeps those of the file.
 
@@ -89,6 +118,7 @@ def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
     if makes_codes(config.vq.dim, bits):
         config.vq.bits = float(bits)
     config.uniform.bits = min(max(round(bits), 1), 8)
+    config.trellis.bits = float(min(bits, MAX_RATE))  # of which scales and rates are a part
     if config.method != "aqlm":
         config.aqlm.num_codebooks = round(bits)  # of 8-bit codes for 8 weights
         if config.aqlm.dim % config.aqlm.num_codebooks:

@@ -23,7 +23,7 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 from absl import flags
 
 _SHAPE = flags.DEFINE_string("shape", "11008x4096", "Outputs x inputs.")
-_SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq or aqlm.")
+_SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq, aqlm, trellis.")
 _ALONE = flags.DEFINE_bool("alone", False, "Measure one setting in this process; print JSON.")
 
 
@@ -33,7 +33,7 @@ def main(_) -> None:
     shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", _SHAPE.value)
     if not shape:
         raise ValueError(f"--shape={_SHAPE.value} must be ROWSxCOLS, such as 11008x4096")
-    chosen = choose(["gptvq", "aqlm"], _SETTINGS.value)
+    chosen = choose(["gptvq", "aqlm", "trellis"], _SETTINGS.value)
     if _ALONE.value:
         if len(chosen) != 1:
             raise ValueError(f"--alone measures one setting; --settings names {len(chosen)}")

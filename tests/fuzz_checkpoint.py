@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.cpu import build
 from gptvq_jax.ops.vq_matmul import VQKernel, vq_matmul
@@ -205,7 +206,7 @@ def alter_arrays(draw, directory: Path, expected: dict) -> dict | None:
     flat = traverse_util.flatten_dict(expected[name], sep="/")
     leaf = draw(st.sampled_from(sorted(flat)))
     told = draw(st.sampled_from(["files", "sums", "shapes", "all", "all"]))
-    whole = told == "all" and isinstance(flat[leaf], VQTensor) and draw(st.booleans())
+    whole = told == "all" and isinstance(flat[leaf], QuantizedTensor) and draw(st.booleans())
     if whole and name != "outer":  # a tensor that exists, of this shape or another
         kind = draw(st.sampled_from(tiny.KINDS))
         rows, cols = flat[leaf].shape
@@ -214,7 +215,7 @@ def alter_arrays(draw, directory: Path, expected: dict) -> dict | None:
         record["quantized"][leaf] = quantized_meta(flat[leaf], digest(arrays))
     else:
         arrays = flat[leaf]
-        if isinstance(arrays, VQTensor):
+        if isinstance(arrays, QuantizedTensor):
             arrays, _ = tensor_to_state(arrays)
             part = draw(st.sampled_from(sorted(arrays)))
             arrays = arrays | {part: other_array(draw, arrays[part], list(arrays.values()))}
@@ -228,7 +229,9 @@ def alter_arrays(draw, directory: Path, expected: dict) -> dict | None:
 
 def store(directory: Path, name: str, flat: dict, record: dict, mirrored: bool = True) -> None:
     """Stores a tree whose leaves may be anything, with the sums of its files in `record`."""
-    stored = {n: tensor_to_state(v)[0] if isinstance(v, VQTensor) else v for n, v in flat.items()}
+    stored = {
+        n: tensor_to_state(v)[0] if isinstance(v, QuantizedTensor) else v for n, v in flat.items()
+    }
     shutil.rmtree(directory / name / "arrays")
     ocp.save(directory / name / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
     record["files"] = file_sums(directory / name)
@@ -283,7 +286,7 @@ def describe_again(draw, meta: dict, arrays: dict, told: str) -> None:
 def with_arrays(tree: dict, name: str, leaf, arrays) -> dict:
     """What a reader should return where it accepts these arrays for a leaf."""
     flat = traverse_util.flatten_dict(tree, sep="/")
-    if isinstance(leaf, VQTensor):
+    if isinstance(leaf, QuantizedTensor):
         for path, array in arrays.items():
             part, _, field = path.rpartition(".")
             if part:

@@ -188,6 +188,8 @@ def test_every_config_file_builds():
         settings = from_config(get_config(file.stem))
         if file.stem.endswith("_aqlm"):
             assert settings.method == "aqlm" and settings.tune.block
+        elif file.stem.endswith("_trellis"):
+            assert settings.method == "trellis" and settings.allocation.bits_per_value == 2.125
         else:
             assert settings.method == "gptvq" and settings.vq.dim == int(file.stem[-2])
         with pytest.raises(ValueError, match="9b"):
@@ -220,6 +222,25 @@ def test_default_codes_of_aqlm_configs():
     assert small.calibration.gradient_groups == 1
     assert (large.aqlm.num_codebooks, large.aqlm.code_bits) == (1, 16)
     assert large.calibration.num_windows * large.calibration.seqlen == 2**22  # tokens
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m_trellis", "llama2_7b_trellis", "llama3_8b_trellis"])
+def test_any_number_is_a_budget_of_trellis_configs(name):
+    settings = from_config(get_config(name, "2.5b"))
+    assert settings.allocation.bits_per_value == settings.trellis.bits == 2.5
+    assert settings.calibration.gradient_groups == 1
+    for arg in ("2", "b", "0b", "6.5b", "2bb", "-2b"):
+        with pytest.raises(ValueError, match=f"{arg!r} is not bits per value up to 6"):
+            get_config(name, arg)
+
+
+def test_named_budgets_are_those_of_the_2d_config():
+    for arg in ("2b", "3b", "4b"):
+        budgets = {
+            from_config(get_config(f"smollm2_135m_{kind}", arg)).allocation.bits_per_value
+            for kind in ("2d", "trellis")
+        }
+        assert len(budgets) == 1 and budgets != {float(arg[0])}
 
 
 @pytest.mark.parametrize("code", ["", "2", "2x", "x8", "2x8g", "2X8", "2x8g8g8", "2x8 ", "-2x8"])

@@ -72,6 +72,11 @@ def is_aqlm_tuned(call):
     assert (aqlm.num_codebooks, aqlm.code_bits, aqlm.dim) == (2, 8, 8)
 
 
+def is_trellis(call):
+    assert (call.settings.method, budget(call.settings)) == ("trellis", 2.5)
+    assert call.settings.method_settings == call.settings.trellis
+
+
 def is_gptvq_tuned(call):
     assert (call.settings.method, call.settings.tune.block) == ("gptvq", True)
     assert budget(call.settings) == 3.085
@@ -103,6 +108,7 @@ EFFECTS = {
     f"{Q}smollm2_135m_2d.py --config.vq.dim=4 --config.vq.bits=2": is_4d_in_all_layers,
     f"{Q}smollm2_135m_2d.py --config.method=gptq": is_gptq,
     f"{Q}smollm2_135m_aqlm.py": is_aqlm_tuned,
+    f"{Q}smollm2_135m_trellis.py:2.5b": is_trellis,
     f"{Q}smollm2_135m_2d.py --config.tune.block=True": is_gptvq_tuned,
     f"{Q}llama2_7b_2d.py:2.25b --config.model=/models/Llama-2-7b-hf": is_llama_from_a_directory,
     f"python scripts/generate.py --checkpoint={RUN}/checkpoint '--prompt={PROMPT}'": has(

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
@@ -31,7 +31,7 @@ SETTINGS = {
 }
 # No GPTVQSettings make this one: codebooks that are summed, and a scale for every row.
 AQLM = TensorFormat(dim=4, index_bits=5, codebook_bits=16, num_codebooks=2, row_scales=True)
-KINDS = (*SETTINGS, "aqlm")
+KINDS = (*SETTINGS, "aqlm", "trellis")
 MODEL = ModelConfig(
     model_type="llama",
     vocab_size=40,
@@ -47,18 +47,20 @@ MODEL = ModelConfig(
 )
 TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
 WHOLE_VECTORS = dataclasses.replace(MODEL, hidden_size=32, intermediate_size=48)  # of 8
-LAYER_KINDS = dict(zip(LINEAR_LAYERS, KINDS, strict=True))
+LAYER_KINDS = dict(zip(LINEAR_LAYERS, [k for k in KINDS if k != "svd int8"], strict=True))
 
 
 def settings(kind: str) -> GPTVQSettings:
     return GPTVQSettings(group_size=256, max_group_cols=24, **SETTINGS[kind])
 
 
-def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> VQTensor:
+def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> QuantizedTensor:
     """Stored arrays of a kind of KINDS, with random contents.
 
     For settings(kind), arrays as `gptvq.quantize` returns them.
     """
+    if kind == "trellis":
+        return sample_tensors.random_trellis(rows, cols, window_bits=5, stream_rows=8, seed=seed)
     if kind == "aqlm":
         return sample_tensors.random_tensor(AQLM, AQLM.grid(rows, cols), seed)
     s = settings(kind)
@@ -73,7 +75,7 @@ def random_tensor(kind: str, rows: int, cols: int, seed: int = 0) -> VQTensor:
 
 
 def random_block(seed: int, config: ModelConfig = MODEL, fmt: TensorFormat | None = None) -> dict:
-    """A block whose seven kernels are VQTensors of one format, or of all kinds."""
+    """A block whose seven kernels are quantized, of one format, or of all kinds."""
     rng = np.random.default_rng(seed)
     hidden, inner = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim

@@ -29,12 +29,15 @@ def log_ratio(after: float, before: float) -> float:
 def layer_table(rows: list[dict[str, Any]]) -> str:
     """One line per layer: relative output error, SQNR, code, true bits per value, seconds.
 
-    A code of 2x8/8 stands for two codes of 8 bits for 8 weights.
+    A code of 2x8/8 stands for two codes of 8 bits for 8 weights, L12/256 for windows of 12 bits in
+    streams of 256 rows.
     """
     lines = [_COLUMNS]
     for row in rows:
         sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
         code = f"{row['num_codebooks']}x{row['index_bits']}/{row['dim']}"
+        if "stream_rows" in row:
+            code = f"L{row['index_bits']}/{row['stream_rows']}"
         lines.append(
             f"{row['block']:5d}  {row['layer']:<17s} {row['relative_error']:11.5f} {sqnr:>9s} "
             f"{code:>7s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}"

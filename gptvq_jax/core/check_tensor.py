@@ -1,8 +1,8 @@
 """Whether the arrays of a quantized weight fit its static fields, and each other.
 
-Kernels in C++ and lookups that promise to be in bounds believe what a VQTensor says of itself. It
-may come from a file that anyone wrote, so it is checked where a file is read (shapes and values)
-and where a kernel takes it (shapes alone, which tracers have too).
+Kernels in C++ and lookups that promise to be in bounds believe what a quantized tensor says of
+itself. It may come from a file that anyone wrote, so it is checked where a file is read (shapes and
+values) and where a kernel takes it (shapes alone, which tracers have too).
 
 Codes need no look: a codebook has as many centroids as `index_bits` bits count, and a reader masks
 with as many bits, so every bit pattern is a code within the codebook. Bits beyond the last code of
@@ -16,44 +16,59 @@ from typing import Any
 import numpy as np
 
 from gptvq_jax.console.errors import brief
+from gptvq_jax.core import check_trellis
+from gptvq_jax.core.array_checks import (
+    MAX_SIZE,
+    axis,
+    brackets,
+    check_equal,
+    check_size,
+    signature,
+)
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.packing import MAX_BITS, packed_length
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
 
-_MAX_SIZE = 2**31 - 1  # of an axis, and of the centroids of a tensor: they are counted in int32
 _DENSE_DTYPES = {16: "float16", 8: "int8", 4: "uint8"}
 _MAX_LOG2_SCALE = 127  # of a float32
 
 
-def check_tensor(tensor: VQTensor) -> None:
+def check_tensor(tensor: QuantizedTensor) -> None:
     """Compares shapes, dtypes and static fields; the arrays may be tracers or ShapeDtypeStructs.
 
     Raises:
       ValueError: they contradict each other or the definition; the message names the field.
     """
-    _check_static(tensor)
+    trellis = isinstance(tensor, TrellisTensor)
+    (check_trellis.check_static if trellis else _check_static)(tensor)
     arrays = dict(named_arrays(tensor))
-    expected = _expected_arrays(tensor)
+    expected = (check_trellis.expected_arrays if trellis else _expected_arrays)(tensor)
     for name, (dtypes, shape) in expected.items():
         array = arrays.pop(name, None)
         if array is None:
             raise ValueError(f"{name} is missing")
         if array.dtype not in map(np.dtype, dtypes) or tuple(array.shape) != shape:
-            wanted = " or ".join(f"{dtype}{_brackets(shape)}" for dtype in dtypes)
+            wanted = " or ".join(f"{dtype}{brackets(shape)}" for dtype in dtypes)
             raise ValueError(f"{name} must be {wanted}, not {signature(array)}")
     if arrays:
         raise ValueError(f"{min(arrays)} has no place in this kind of tensor")
 
 
-def check_values(tensor: VQTensor) -> None:
+def check_values(tensor: QuantizedTensor) -> None:
     """Looks into host arrays that `check_tensor` accepts: every number must be finite.
 
     Raises:
-      ValueError: a centroid, a factor or a scale is not, or a block scale is beyond float32.
+      ValueError: a centroid, a factor or a scale is not, a block scale is beyond float32, or the
+        streams of a trellis are not those that its rates say.
     """
     for name, array in named_arrays(tensor):
         if array.dtype == np.float16 and not np.isfinite(array).all():
             raise ValueError(f"{name} contains NaN or Inf")
+    if isinstance(tensor, TrellisTensor):
+        check_trellis.check_values(tensor)
+        return
     scales = tensor.block_scales
     if scales is not None:
         largest = np.float32(scales.offset) + 15 * np.maximum(np.float32(scales.step), 0)
@@ -61,8 +76,13 @@ def check_values(tensor: VQTensor) -> None:
             raise ValueError(f"block_scales reach 2^{largest.max():.0f}, beyond float32")
 
 
-def named_arrays(tensor: VQTensor) -> Iterator[tuple[str, Any]]:
-    """("codes" | "codebook.<field>" | "block_scales.<field>" | "row_scales", array), in order."""
+def named_arrays(tensor: QuantizedTensor) -> Iterator[tuple[str, Any]]:
+    """(name, array) of every array, in order.
+
+    A name is that of the field, in a codebook or in block scales after theirs and a dot."""
+    if isinstance(tensor, TrellisTensor):
+        yield from check_trellis.named_arrays(tensor)
+        return
     yield "codes", tensor.codes
     for prefix, part in (("codebook", tensor.codebook), ("block_scales", tensor.block_scales)):
         for field in dataclasses.fields(part) if part is not None else ():
@@ -73,17 +93,12 @@ def named_arrays(tensor: VQTensor) -> Iterator[tuple[str, Any]]:
         yield "row_scales", tensor.row_scales
 
 
-def signature(array: Any) -> str:
-    """dtype and shape, as in uint8[1,576,216]."""
-    return f"{np.dtype(array.dtype).name}{_brackets(array.shape)}"
-
-
 def _check_static(tensor: VQTensor) -> None:
     grid, book, scales = tensor.grid, tensor.codebook, tensor.block_scales
     if not isinstance(grid, GroupGrid):
         raise ValueError(f"grid must be a GroupGrid, not {type(grid).__name__}")
     for field in dataclasses.fields(grid):
-        _check_size(f"grid.{field.name}", getattr(grid, field.name), _MAX_SIZE)
+        check_size(f"grid.{field.name}", getattr(grid, field.name), MAX_SIZE)
     # Bytes are made for whole strips: one that is much larger than the matrix is never written.
     if grid.strip_rows > grid.rows:
         raise ValueError(f"grid.strip_rows={grid.strip_rows} must be at most rows={grid.rows}")
@@ -92,26 +107,26 @@ def _check_static(tensor: VQTensor) -> None:
             f"grid.strip_cols={grid.strip_cols} must be at most cols={grid.cols}, rounded up to "
             f"vectors of {grid.dim}"
         )
-    _check_size("index_bits", tensor.index_bits, MAX_BITS)
+    check_size("index_bits", tensor.index_bits, MAX_BITS)
     if isinstance(book, DenseCodebook):
-        _check_equal("codebook.dim", book.dim, grid.dim)
-        _check_equal("codebook.codebook_size", book.codebook_size, 2**tensor.index_bits)
+        check_equal("codebook.dim", book.dim, grid.dim)
+        check_equal("codebook.codebook_size", book.codebook_size, 2**tensor.index_bits)
         if type(book.bits) is not int or book.bits not in _DENSE_DTYPES:
             raise ValueError(f"codebook.bits={brief(book.bits)} must be 16, 8 or 4")
     elif isinstance(book, FactoredCodebook):
-        _check_equal("grid.dim of a factored codebook", grid.dim, 1)
+        check_equal("grid.dim of a factored codebook", grid.dim, 1)
     else:
         raise ValueError(f"codebook must be dense or factored, not {type(book).__name__}")
     if scales is not None:
         if not isinstance(scales, BlockScales):
             raise ValueError(f"block_scales must be BlockScales, not {type(scales).__name__}")
-        _check_size("block_scales.block_size", scales.block_size, _MAX_SIZE)
+        check_size("block_scales.block_size", scales.block_size, MAX_SIZE)
         if scales.block_size % grid.dim:
             raise ValueError(
                 f"block_scales.block_size={scales.block_size} must be a multiple of {grid.dim=}"
             )
         blocks = -(-grid.strip_cols // scales.block_size)
-        _check_equal("block_scales.blocks", scales.blocks, blocks)
+        check_equal("block_scales.blocks", scales.blocks, blocks)
 
 
 def _expected_arrays(tensor: VQTensor) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -121,11 +136,11 @@ def _expected_arrays(tensor: VQTensor) -> dict[str, tuple[tuple[str, ...], tuple
     """
     grid, book, scales = tensor.grid, tensor.codebook, tensor.block_scales
     size, vectors = 2**tensor.index_bits, grid.num_vectors
-    books = _axis("codes", tensor.codes, 3, 0)
+    books = axis("codes", tensor.codes, 3, 0)
     groups = (books, grid.col_strips, grid.row_strips)
     centroids = books * grid.col_strips * grid.row_strips * size
-    if centroids > _MAX_SIZE:
-        raise ValueError(f"{centroids} centroids are more than {_MAX_SIZE}, which can be counted")
+    if centroids > MAX_SIZE:
+        raise ValueError(f"{centroids} centroids are more than {MAX_SIZE}, which can be counted")
     code_bytes = packed_length(vectors, tensor.index_bits)
     expected = {"codes": (("uint8",), (books, grid.rows, code_bytes))}
     if isinstance(book, DenseCodebook):
@@ -136,7 +151,7 @@ def _expected_arrays(tensor: VQTensor) -> dict[str, tuple[tuple[str, ...], tuple
         if book.bits != 16:
             expected["codebook.scale"] = (("float16",), groups)
     else:
-        rank = _axis("codebook.right", book.right, 2, 0)
+        rank = axis("codebook.right", book.right, 2, 0)
         expected["codebook.right"] = (("float16",), (rank, size))
         dtype = "float16" if book.left_scale is None else "int8"
         expected["codebook.left"] = ((dtype,), (*groups, rank))
@@ -150,26 +165,3 @@ def _expected_arrays(tensor: VQTensor) -> dict[str, tuple[tuple[str, ...], tuple
     if tensor.row_scales is not None:
         expected["row_scales"] = (("float16",), (grid.rows,))
     return expected
-
-
-def _axis(name: str, array: Any, ndim: int, axis: int) -> int:
-    shape = getattr(array, "shape", None)
-    if shape is None:
-        raise ValueError(f"{name} is missing")
-    if len(shape) != ndim or not 1 <= shape[axis] <= _MAX_SIZE:
-        raise ValueError(f"{name} must have {ndim} axes and none that is empty, not {list(shape)}")
-    return shape[axis]
-
-
-def _check_size(name: str, value: Any, largest: int) -> None:
-    if type(value) is not int or not 1 <= value <= largest:
-        raise ValueError(f"{name}={brief(value)} must be an integer of 1 to {largest}")
-
-
-def _check_equal(name: str, value: Any, expected: int) -> None:
-    if type(value) is not int or value != expected:
-        raise ValueError(f"{name}={brief(value)} must be {expected}")
-
-
-def _brackets(shape: Any) -> str:
-    return f"[{','.join(map(str, shape))}]"

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.core.uniform_grid import basis, uniform_grid
-from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, dequantize_compiled
+from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
 
 _CHUNK_VALUES = 2**20  # of an embedding, rounded or dequantized at once
 

@@ -1,4 +1,4 @@
-"""The quantized weight: one pytree for every method of this package.
+"""The quantized weight with codebooks: one pytree for GPTVQ, AQLM and uniform grids.
 
     W[r, jD:(j+1)D] = s(r, j) * sum_m codebook[m, group(r, j), codes[m, r, j]]
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gptvq_jax.core import packing
 from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 
 _static = partial(dataclasses.field, metadata={"static": True})
 
@@ -91,7 +92,7 @@ def block_scale_values(codes: jax.Array, offset: jax.Array, step: jax.Array) -> 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class VQTensor:
+class VQTensor(QuantizedTensor):
     """A quantized (R, C) weight, outputs x inputs, exactly as stored."""
 
     codes: jax.Array  # (M, R, bytes) uint8: J codes of index_bits each, rows byte-aligned
@@ -105,14 +106,11 @@ class VQTensor:
     def shape(self) -> tuple[int, int]:
         return self.grid.rows, self.grid.cols
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+    def dequantize(self) -> jax.Array:
+        return dequantize(self)
 
-    @property
-    def bits_per_value(self) -> float:
-        """8 x the bytes of every stored array / weights."""
-        return 8 * self.num_bytes / (self.grid.rows * self.grid.cols)
+    def take_row_scales(self) -> tuple["VQTensor", jax.Array | None]:
+        return dataclasses.replace(self, row_scales=None), self.row_scales
 
     def unpack_codes(self) -> jax.Array:
         """Codes (M, R, J), int32."""
@@ -159,9 +157,6 @@ def flat_index(tensor: VQTensor) -> jax.Array:
     books = jnp.arange(tensor.codes.shape[0])[:, None, None]
     group = group + books * (grid.col_strips * grid.row_strips)
     return group * 2**tensor.index_bits + tensor.unpack_codes()
-
-
-dequantize_compiled = jax.jit(dequantize)  # where it is not part of a larger program
 
 
 def pack_codes(codes: jax.Array, index_bits: int, grid: GroupGrid) -> jax.Array:

@@ -18,6 +18,7 @@ import numpy as np
 from gptvq_jax.core.check_tensor import check_tensor, check_values
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.packing import pack
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import DenseCodebook, VQTensor
 from gptvq_jax.storage.tree_io import cast_dense
 
@@ -55,12 +56,14 @@ class AQLMFormat(NamedTuple):
         }
 
 
-def aqlm_format(tensor: VQTensor) -> AQLMFormat:
+def aqlm_format(tensor: QuantizedTensor) -> AQLMFormat:
     """The format that a tensor takes; looks at no array but for its shape.
 
     Raises:
       NotImplementedError: it has none; the message continues a sentence that begins with its name.
     """
+    if not isinstance(tensor, VQTensor):
+        raise NotImplementedError("has trellis codes, not codebooks; quantize with method 'aqlm'")
     grid = tensor.grid
     groups = grid.row_strips * grid.col_strips
     if not isinstance(tensor.codebook, DenseCodebook):

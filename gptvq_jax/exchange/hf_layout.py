@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.exchange.aqlm_format import aqlm_format, to_aqlm
 from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.files.new_directory import new_directory
@@ -30,7 +30,7 @@ Named = tuple[str, np.ndarray]
 def hf_tensors(params: Params, prefix: str = "", dtype: str = "float32") -> Iterator[Named]:
     """Renames a parameter tree: ("model.layers.0.self_attn.q_proj.weight", (out, in)), ...
 
-    A VQTensor gives ("model.layers.0.self_attn.q_proj.codes", ...), codebooks and scales.
+    A quantized one gives ("model.layers.0.self_attn.q_proj.codes", ...), codebooks and scales.
 
     Args:
       params: the tree of models/llama.py, or a part of it.
@@ -43,7 +43,7 @@ def hf_tensors(params: Params, prefix: str = "", dtype: str = "float32") -> Iter
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         path = prefix + path
         name = module_name(path)
-        if isinstance(leaf, VQTensor):
+        if isinstance(leaf, QuantizedTensor):
             yield from ((f"{name}.{part}", array) for part, array in to_aqlm(leaf).items())
         else:
             array = leaf.T if path.endswith("/kernel") else leaf

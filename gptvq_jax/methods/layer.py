@@ -17,6 +17,7 @@ from absl import logging
 from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 from gptvq_jax.methods.pool import parallel
 
@@ -32,7 +33,7 @@ class Objective(NamedTuple):
 class Problem(NamedTuple):
     """A layer, and how it is to be quantized."""
 
-    quantize: Callable[..., VQTensor]  # of a method, and its settings
+    quantize: Callable[..., QuantizedTensor]  # of a method, and its settings
     settings: Any  # hashable
     weight: jax.Array  # (R, C)
     objectives: Sequence[Objective]  # of g contiguous groups of R / g rows
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
     part_grid: GroupGrid | None = None  # of each group of rows, where they are a sample of a layer
 
 
-def quantize_layers(problems: Sequence[Problem]) -> list[VQTensor]:
+def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
     """Quantizes weights, several at once where the device is a CPU of several cores.
 
     The results do not depend on the unit of an objective, nor on how many run at once.
@@ -55,7 +56,8 @@ def quantize_layers(problems: Sequence[Problem]) -> list[VQTensor]:
     tensors = iter(parallel(lambda part: part(), itertools.chain(*parts)))
     done = []
     for problem, of_layer, own in zip(problems, targets, parts, strict=True):
-        tensor = concat_rows([next(tensors) for _ in own])
+        made = [next(tensors) for _ in own]
+        tensor = concat_rows(made) if len(made) > 1 else made[0]
         peak = max(float(jnp.max(jnp.abs(target))) for target in of_layer)
         _check_range(tensor, peak, problem.name)
         done.append(tensor)
@@ -72,7 +74,7 @@ def most_flops(problem: Problem) -> int:
     return size
 
 
-def quantize_layer(*problem, **fields) -> VQTensor:
+def quantize_layer(*problem, **fields) -> QuantizedTensor:
     """`quantize_layers` of one Problem, given by its fields."""
     return quantize_layers([Problem(*problem, **fields)])[0]
 
@@ -89,7 +91,9 @@ def _targets(problem: Problem) -> list[jax.Array]:
     return targets
 
 
-def _parts(problem: Problem, targets: Sequence[jax.Array]) -> Iterator[Callable[[], VQTensor]]:
+def _parts(
+    problem: Problem, targets: Sequence[jax.Array]
+) -> Iterator[Callable[[], QuantizedTensor]]:
     """Rows that share no codebook with others are quantized by themselves."""
     split = getattr(problem.settings, "parts", None) if _on_cpu() else None
     for target, (hessian, factor, _) in zip(targets, problem.objectives, strict=True):
@@ -117,15 +121,16 @@ _TOO_SMALL = 2.0**-19  # float16 numbers are 2^-24 apart there
 _SQUARES = 1e15  # beyond it, and below its inverse, sums of squares leave float32
 
 
-def _check_range(tensor: VQTensor, peak: float, name: str) -> None:
+def _check_range(tensor: QuantizedTensor, peak: float, name: str) -> None:
     """Says where weights of up to `peak` are what no float16 codebook or scale can hold.
 
     Raises:
       ValueError: they are too large, or a stored number is not finite.
     """
-    own_exponents = tensor.block_scales is not None
+    own_exponents = isinstance(tensor, VQTensor) and tensor.block_scales is not None
     smallest = 1 / _SQUARES if own_exponents else _TOO_SMALL
-    if isinstance(tensor.codebook, FactoredCodebook) and tensor.codebook.left_scale is not None:
+    book = getattr(tensor, "codebook", None)
+    if isinstance(book, FactoredCodebook) and book.left_scale is not None:
         smallest = _TOO_SMALL**2  # a product of two stored numbers
     stored = [leaf for leaf in jax.tree.leaves(tensor) if leaf.dtype == jnp.float16]
     finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in stored)
@@ -172,10 +177,12 @@ def check_row_groups(
     Raises:
       ValueError: the rows of a group are not whole row strips.
     """
+    if groups == 1:
+        return
     for name, (rows, cols) in shapes.items():
         for of_layer in settings:
             grid = of_layer.grid(rows // groups, cols)
-            if groups > 1 and grid.rows % grid.strip_rows:
+            if grid.rows % grid.strip_rows:
                 raise ValueError(
                     f"calibration.gradient_groups={groups}: the {grid.rows} rows of a group of "
                     f"{name} are not whole strips of {grid.strip_rows} rows; choose another "

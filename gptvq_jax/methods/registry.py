@@ -1,9 +1,9 @@
-"""The table of methods, each (weight, hessian, hinv_chol, key, settings) -> VQTensor."""
+"""The table of methods, each (weight, hessian, hinv_chol, key, settings) -> QuantizedTensor."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gptvq_jax.methods import aqlm, gptvq, uniform
+from gptvq_jax.methods import aqlm, gptvq, trellis, uniform
 
 
 class Method(NamedTuple):
@@ -15,6 +15,7 @@ class Method(NamedTuple):
 METHODS = {
     "gptvq": Method(gptvq.quantize, gptvq.GPTVQSettings, "vq"),
     "aqlm": Method(aqlm.quantize, aqlm.AQLMSettings, "aqlm"),
+    "trellis": Method(trellis.quantize, trellis.TrellisSettings, "trellis"),
     "gptq": Method(uniform.gptq, uniform.UniformSettings, "uniform"),
     "rtn": Method(uniform.rtn, uniform.UniformSettings, "uniform"),
 }

@@ -1,8 +1,8 @@
 """What is continuous in a stored weight once its codes are chosen: centroids, factors, scales.
 
-A leaf of a block is a VQTensor or, for the scale of a norm, an array in its stored dtype. Its
-float32 parameters go in and out of it. `decode` rounds them as they will be stored, so a loss of
-its result is that of the stored model; gradients pass the rounding as if it were the identity
+A leaf of a block is a quantized tensor or, for the scale of a norm, an array in its stored dtype.
+Its float32 parameters go in and out of it. `decode` rounds them as they will be stored, so a loss
+of its result is that of the stored model; gradients pass the rounding as if it were the identity
 (straight-through). Codes stay as they are, and so do block scales, which are codes too.
 """
 
@@ -11,11 +11,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook, VQTensor, dequantize
 from gptvq_jax.moves.compress import quantize_centroids, quantize_factors
 
-Leaf = VQTensor | jax.Array
+Leaf = QuantizedTensor | jax.Array
 Parameters = dict[str, jax.Array]
+_OF_TRELLIS = ("row_scales", "col_scales", "levels", "outlier_values")
 
 
 def parameters(leaf: Leaf) -> Parameters:
@@ -23,9 +26,13 @@ def parameters(leaf: Leaf) -> Parameters:
 
     Returns:
       {"centroids": (M, S, G, K, D)} or, of factored codebooks, {"left": (M, S, G, p), "right":
-      (p, K)}, scales multiplied in; with "row_scales": (R,) where the tensor has them. Of an
-      array, {"values"} in its shape.
+      (p, K)}, scales multiplied in; with "row_scales": (R,) where the tensor has them. Of trellis
+      codes, {"row_scales", "col_scales"} and, where it has them, {"levels", "outlier_values"}. Of
+      an array, {"values"} in its shape.
     """
+    if isinstance(leaf, TrellisTensor):
+        stored = {name: getattr(leaf, name) for name in _OF_TRELLIS}
+        return {n: jnp.asarray(v, jnp.float32) for n, v in stored.items() if v is not None}
     if not isinstance(leaf, VQTensor):
         return {"values": jnp.asarray(leaf, jnp.float32)}
     codebook = leaf.codebook
@@ -47,6 +54,9 @@ def with_parameters(leaf: Leaf, params: Parameters) -> Leaf:
     The scales of int8 and int4 codebooks follow their largest entries. A leaf as the methods make
     it gets its own bytes back from its own parameters.
     """
+    if isinstance(leaf, TrellisTensor):
+        stored = {name: value.astype(jnp.float16) for name, value in params.items()}
+        return dataclasses.replace(leaf, **stored)
     if not isinstance(leaf, VQTensor):
         return params["values"].astype(leaf.dtype)
     old = leaf.codebook
@@ -64,12 +74,14 @@ def with_parameters(leaf: Leaf, params: Parameters) -> Leaf:
 def decode(leaf: Leaf, params: Parameters) -> jax.Array:
     """What `with_parameters(leaf, params)` stands for, float32, differentiable in `params`.
 
-    Of a VQTensor that is its `dequantize`, (R, C). The gradient is that of the same function
-    without rounding, at the rounded values. It costs R C / D lookups of a centroid for each
-    codebook, and on the way back as many additions to one.
+    Of a quantized tensor that is its `dequantize`, (R, C). The gradient is that of the same
+    function without rounding, at the rounded values. It costs R C / D lookups of a centroid for
+    each codebook, and on the way back as many additions to one.
     """
     rounded = parameters(with_parameters(leaf, params))
     values = {name: straight_through(params[name], rounded[name]) for name in rounded}
+    if isinstance(leaf, TrellisTensor):
+        return dataclasses.replace(leaf, **values).dequantize()
     if not isinstance(leaf, VQTensor):
         return values["values"]
     if isinstance(leaf.codebook, DenseCodebook):

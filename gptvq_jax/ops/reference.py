@@ -3,19 +3,21 @@
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+
+KINDS = (QuantizedTensor,)  # what it takes; of a module that does not say, VQTensor alone
 
 
-def check(tensor: VQTensor) -> None:
+def check(tensor: QuantizedTensor) -> None:
     """Supports every tensor."""
 
 
-def pack(tensor: VQTensor) -> VQTensor:
+def pack(tensor: QuantizedTensor) -> QuantizedTensor:
     """Reads the stored form itself."""
     return tensor
 
 
-def matmul(x: jax.Array, weight: VQTensor) -> jax.Array:
+def matmul(x: jax.Array, weight: QuantizedTensor) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32."""
     x = x.astype(jnp.float32)
-    return jnp.matmul(x, dequantize(weight).T, precision="highest")
+    return jnp.matmul(x, weight.dequantize().T, precision="highest")

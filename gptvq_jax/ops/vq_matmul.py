@@ -1,13 +1,14 @@
 """y = x @ dequantize(W)^T from the packed codes, by an implementation that is named or chosen.
 
-An implementation is a module of this package with three functions:
+An implementation is a module of this package with these names:
 
+    KINDS                the classes of tensors that it takes, if not VQTensor alone
     check(tensor)        raises NotImplementedError for a tensor it does not support
     pack(tensor)         the tensor in the layout that its kernel reads, still packed; done once
     matmul(x, packed)    x (N, C) -> (N, R) float32
 
-None of them sees row scales: they commute with the product, so they are taken off the tensor first
-and VQKernel multiplies by them.
+None of them sees row scales of a VQTensor: they commute with the product, so they are taken off the
+tensor first and VQKernel multiplies by them.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from absl import logging
 
 from gptvq_jax.console.user_cache import VARIABLE
 from gptvq_jax.core.check_tensor import check_tensor
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 
 # Name -> (platform it runs on, or None for all; what it is).
@@ -38,7 +40,7 @@ _PREFERRED = {"cpu": ("cpu", "xla"), "tpu": ("pallas_tpu", "xla")}
 _static = partial(dataclasses.field, metadata={"static": True})
 
 
-def vq_matmul(x: jax.Array, tensor: VQTensor, *, implementation: str = "auto") -> jax.Array:
+def vq_matmul(x: jax.Array, tensor: QuantizedTensor, *, implementation: str = "auto") -> jax.Array:
     """x @ dequantize(tensor)^T, accumulated in float32.
 
     Args:
@@ -58,7 +60,7 @@ def vq_matmul(x: jax.Array, tensor: VQTensor, *, implementation: str = "auto") -
     return x @ make_kernel(tensor, implementation)
 
 
-def make_kernel(tensor: VQTensor, implementation: str = "auto") -> "VQKernel":
+def make_kernel(tensor: QuantizedTensor, implementation: str = "auto") -> "VQKernel":
     """The tensor as a leaf that takes the place of a dense kernel (in, out): x @ leaf.
 
     Args and errors are those of `vq_matmul`. Where it runs many times, make it once: some
@@ -68,17 +70,13 @@ def make_kernel(tensor: VQTensor, implementation: str = "auto") -> "VQKernel":
     return pack(tensor, _choose(tensor, implementation))
 
 
-def pack(tensor: VQTensor, implementation: str) -> "VQKernel":
+def pack(tensor: QuantizedTensor, implementation: str) -> "VQKernel":
     """`make_kernel` without asking whether the named implementation runs here."""
     check_tensor(tensor)  # implementations and their kernels do not look again
     rows, cols = tensor.shape
-    packed = _module(implementation).pack(without_row_scales(tensor))
-    return VQKernel(packed, tensor.row_scales, implementation, (cols, rows))
-
-
-def without_row_scales(tensor: VQTensor) -> VQTensor:
-    """What an implementation sees of a tensor."""
-    return dataclasses.replace(tensor, row_scales=None)
+    tensor, row_scales = tensor.take_row_scales()
+    packed = _module(implementation).pack(tensor)
+    return VQKernel(packed, row_scales, implementation, (cols, rows))
 
 
 @jax.tree_util.register_dataclass
@@ -115,20 +113,28 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"{implementation=} must be one of {', '.join(known)}")
 
 
-def unsupported(tensor: VQTensor, implementation: str) -> str | None:
+def check_supported(tensor: QuantizedTensor, implementation: str) -> None:
+    """Raises NotImplementedError where an implementation cannot take a tensor on any platform."""
+    module = _module(implementation)
+    if not isinstance(tensor, getattr(module, "KINDS", (VQTensor,))):
+        raise NotImplementedError("it has no kernel for trellis codes")
+    module.check(tensor.take_row_scales()[0])
+
+
+def unsupported(tensor: QuantizedTensor, implementation: str) -> str | None:
     """Why an implementation cannot take a tensor on this platform; None if it can."""
     platform = IMPLEMENTATIONS[implementation][0]
     here = jax.default_backend()
     if platform is not None and platform != here:
         return f"it needs a {platform.upper()} and JAX runs on {here.upper()} here"
     try:
-        _module(implementation).check(without_row_scales(tensor))
+        check_supported(tensor, implementation)
     except NotImplementedError as error:
         return str(error)
     return None
 
 
-def _choose(tensor: VQTensor, implementation: str) -> str:
+def _choose(tensor: QuantizedTensor, implementation: str) -> str:
     if implementation == "auto":
         preferred = _PREFERRED.get(jax.default_backend(), ("xla",))
         reasons = {name: unsupported(tensor, name) for name in preferred}

@@ -1,7 +1,8 @@
 """Index bits and dimension for each layer, under a budget for the whole model.
 
 What the model's loss would rise by with each candidate (curves.py) adds up over the layers: the
-best allocation is a knapsack, solved exactly (knapsack.py).
+best allocation is a knapsack, solved exactly (knapsack.py). Columns of trellis codes, whose rise is
+known in closed form, are filled bit by bit instead (columns.py).
 """
 
 from typing import Any
@@ -11,23 +12,31 @@ from absl import logging
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core import knapsack
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS
+from gptvq_jax.models.llama import LINEAR_LAYERS, Params
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.run import columns, curves
+from gptvq_jax.run.calibrate import Moments
+from gptvq_jax.run.context import Context
 from gptvq_jax.run.quantize import Plan
 from gptvq_jax.run.sizes import packed_bytes
 from gptvq_jax.run.workdir import WorkDir
 
 _ROW_BYTES = 200  # of one candidate in a file of curves, at most
+_NUMBER_BYTES = 26  # of one column there
 
 
-def curve_bytes(num_blocks: int, num_rows: int) -> int:
-    """Most bytes of the files of curves.
+def curve_bytes(config: ModelConfig, settings: RunSettings, num_blocks: int) -> int:
+    """Most bytes of the files of curves of so many blocks."""
+    if settings.method == "trellis":
+        inputs = sum(cols for _, cols in layer_shapes(config).values())
+        return num_blocks * (len(LINEAR_LAYERS) * _ROW_BYTES + inputs * _NUMBER_BYTES)
+    return num_blocks * len(LINEAR_LAYERS) * len(settings.candidates) * _ROW_BYTES
 
-    Args:
-      num_blocks: blocks to measure.
-      num_rows: candidates of a layer.
-    """
-    return num_blocks * len(LINEAR_LAYERS) * num_rows * _ROW_BYTES
+
+def measure(context: Context, index: int, block: Params, moments: Moments, token_weights):
+    """What the plan needs to know of a block's layers, to be saved; arguments of curves.measure."""
+    of_method = columns if context.settings.method == "trellis" else curves
+    return of_method.measure(context, index, block, moments, token_weights)
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
@@ -38,6 +47,9 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     Raises:
       ValueError: they are not; the message names the bits per value that they take.
     """
+    if settings.method == "trellis":
+        columns.check_budget(config, settings)
+        return
     groups = settings.calibration.gradient_groups or 1
     fewest, most, values = 0, 0, 0
     for rows, cols in layer_shapes(config).values():
@@ -65,14 +77,16 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
 
 def plan(settings: RunSettings, workdir: WorkDir, num_blocks: int) -> Plan:
     """Settings for every layer of the measured blocks: the least estimated rise of the loss."""
-    curves: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    curves_of: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for index in range(num_blocks):
         for row in workdir.load_curves(index):
-            curves.setdefault((index, row["layer"]), []).append(row)
-    values = sum(rows[0]["num_values"] for rows in curves.values())
+            curves_of.setdefault((index, row["layer"]), []).append(row)
+    if settings.method == "trellis":
+        return columns.plan(settings, {layer: row for layer, (row,) in curves_of.items()})
+    values = sum(rows[0]["num_values"] for rows in curves_of.values())
     chosen = knapsack.choose(
-        [[row["loss"] for row in rows] for rows in curves.values()],
-        [[row["num_bytes"] for row in rows] for rows in curves.values()],
+        [[row["loss"] for row in rows] for rows in curves_of.values()],
+        [[row["num_bytes"] for row in rows] for rows in curves_of.values()],
         int(settings.allocation.bits_per_value * values / 8),
     )
-    return {layer: settings.candidates[k] for layer, k in zip(curves, chosen, strict=True)}
+    return {layer: settings.candidates[k] for layer, k in zip(curves_of, chosen, strict=True)}

@@ -35,7 +35,7 @@ from flax import traverse_util
 
 from gptvq_jax.config import TuneSettings
 from gptvq_jax.console.stopwatch import Stopwatch
-from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.methods.trainable import Leaf, Parameters, decode, parameters, with_parameters
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
@@ -73,14 +73,14 @@ def tune_block(
     on_epoch: Callable[[str], None] = lambda text: None,
     stopwatch: Stopwatch | None = None,
 ) -> tuple[Params, dict[str, Any]]:
-    """Tunes the VQTensors and norms of a block; kernels that are dense stay as they are.
+    """Tunes the quantized weights and norms of a block; kernels that are dense stay as they are.
 
     What is lowered is mean |block(x) - y|^2 / mean |y - x|^2 over tokens, the error relative to
     what the block has to add to its inputs x. It is always that of the block as it is stored.
 
     Args:
       config: of the model.
-      block: nested dict; each kernel is a VQTensor or a dense (in, out) array.
+      block: nested dict; each kernel is a QuantizedTensor or a dense (in, out) array.
       pairs: n windows, of which the last `settings.held_out` are not tuned on.
       settings: of the tuning.
       dense_dtype: in which the norms will be stored.
@@ -149,7 +149,7 @@ def _split(block: Params, dense_dtype: str) -> tuple[dict[str, Leaf], dict[str, 
     """What is tuned, norms as they will be stored; and the dense kernels."""
     trained, fixed = {}, {}
     for name, leaf in traverse_util.flatten_dict(block, sep="/").items():
-        if isinstance(leaf, VQTensor):
+        if isinstance(leaf, QuantizedTensor):
             trained[name] = leaf
         elif name.endswith("kernel"):
             fixed[name] = leaf

@@ -36,7 +36,7 @@ from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.run import curves, forward
+from gptvq_jax.run import allocation, curves, forward
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.calibrate import (
     LAST,
@@ -138,7 +138,7 @@ class Backward:
             weights, moments = self._backward(index, block, measures)
         if measures:
             with stopwatch.stage("allocation"):
-                rows = curves.measure(self._context, index, block, moments, weights)
+                rows = allocation.measure(self._context, index, block, moments, weights)
                 workdir.save_curves(index, rows)
         # Last: the block is finished once its weights are there.
         workdir.save_token_weights(index, weights)

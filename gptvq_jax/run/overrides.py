@@ -21,6 +21,7 @@ from gptvq_jax.methods.registry import METHODS
 _SECTIONS = {
     "vq": "--config.method=gptvq",
     "aqlm": "--config.method=aqlm",
+    "trellis": "--config.method=trellis",
     "uniform": "--config.method=gptq or rtn",
 }
 _WITHOUT_BUDGET = "--config.allocation.bits_per_value=0"
@@ -75,7 +76,8 @@ def _against_budget(config: config_dict.ConfigDict, given: Collection[str]) -> l
     if not a.bits_per_value:
         return []
     against = {
-        "method": config.method != "gptvq",
+        "method": config.method not in ("gptvq", "trellis"),
+        "trellis.bits": config.method == "trellis",
         "vq.dim": set(a.dims) != {vq.dim},
         "vq.bits": set(a.bits) != {vq.bits},
         "vq.group_size": vq.group_size != 0,
@@ -158,6 +160,18 @@ def _aqlm(settings: RunSettings, when) -> None:
 
 def _allocation(settings: RunSettings, when) -> None:
     a, vq = settings.allocation, settings.vq
+    of_candidates = "dims bits em_iterations measured"
+    when(
+        settings.method == "trellis",
+        " ".join(f"allocation.{field}" for field in of_candidates.split()),
+        "with method 'trellis', which measures no candidates; set --config.method=gptvq",
+    )
+    when(
+        a.bits_per_value > 0,
+        "trellis.bits",
+        f"under allocation.bits_per_value={a.bits_per_value:g}, which gives every layer its own; "
+        f"set {_WITHOUT_BUDGET} for the same bits in all layers",
+    )
     when(
         a.bits_per_value == 0,
         " ".join(f"allocation.{field}" for field in _fields(a) if field != "bits_per_value"),
@@ -220,13 +234,13 @@ def _tune(settings: RunSettings, when) -> None:
 def _method(settings: RunSettings, when) -> None:
     """Of what all methods are given, what this one does not use."""
     drawn = ("kmeans++", "random")
-    seeds = {"vq": settings.vq.seed, "aqlm": settings.aqlm.seed, "uniform": "none"}
+    seeds = {"vq": settings.vq.seed, "aqlm": settings.aqlm.seed}
     section = METHODS[settings.method].section
     instead = "--config.tune.block=True, which shuffles windows"
-    if section != "uniform":
+    if section in seeds:
         instead = f"--config.{section}.seed={' or '.join(drawn)}, or {instead}"
     when(
-        seeds[section] not in drawn and not settings.tune.block,
+        seeds.get(section) not in drawn and not settings.tune.block,
         "seed",
         f"where nothing is drawn at random; set {instead}",
     )

@@ -90,7 +90,7 @@ def find_gradients(context: Context, tokens: np.ndarray, riders: Sequence[Visito
     points = depth + 1 if keep or not done else min(depth + 1, depth - done + 2)
     room = (points + depth * middle) * _stream_bytes(source.config, tokens.shape)
     room += gradients.peak_bytes(source.config, tokens.shape, groups)
-    room += allocation.curve_bytes(measured, len(settings.candidates))
+    room += allocation.curve_bytes(source.config, settings, measured)
     workdir.check_room(room, "activations/*", "gradients/*", "curves/*")
     with Progress(depth, "float model", "block") as progress:
         wanted = depth if keep or not done else depth - 1 - done

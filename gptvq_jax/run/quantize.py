@@ -21,8 +21,8 @@ import numpy as np
 
 from gptvq_jax.config import RunSettings, to_dict
 from gptvq_jax.core import flops, metrics
-from gptvq_jax.core.code_usage import code_usage
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled
+from gptvq_jax.core.code_usage import code_metrics
+from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.layer import (
     Problem,
     most_flops,
@@ -339,22 +339,17 @@ def _flops(problems: Sequence[Problem], moments: Moments) -> float:
     )
 
 
-def _row(of_layer: tuple[Problem, VQTensor, jax.Array]) -> dict[str, Any]:
+def _row(of_layer: tuple[Problem, QuantizedTensor, jax.Array]) -> dict[str, Any]:
     """Metrics of a quantized layer."""
     problem, tensor, kernel = of_layer
     error = relative_error(problem.weight, kernel, problem.objectives)
-    usage = code_usage(tensor)
     return {
-        "num_codebooks": len(tensor.codes),
-        "dim": tensor.grid.dim,
-        "index_bits": tensor.index_bits,
+        **code_metrics(tensor),
         "relative_error": error,
         "sqnr_db": float(metrics.sqnr_db(error)) if error > 0 else None,
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
         "num_values": problem.weight.size,
-        "code_entropy": float(usage.code_entropy),
-        "unused_centroids": int(usage.unused_centroids),
         "dead_inputs": int(jnp.sum(jnp.diagonal(problem.objectives[0].hessian) <= 0)),
         "damping": max(objective.factor.damping for objective in problem.objectives),
     }

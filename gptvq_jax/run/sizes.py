@@ -49,7 +49,7 @@ def stored_bytes(
 
 @functools.cache
 def packed_bytes(method: str, settings: Any, rows: int, cols: int, groups: int = 1) -> int:
-    """Of a quantized layer.
+    """Of a quantized layer; at most, where a method is given a budget of bytes.
 
     Args:
       method: name in METHODS.
@@ -57,6 +57,8 @@ def packed_bytes(method: str, settings: Any, rows: int, cols: int, groups: int =
       rows, cols: shape of the weight.
       groups: of rows, each quantized by itself.
     """
+    if hasattr(settings, "budget_bytes"):  # which it never exceeds
+        return groups * settings.budget_bytes(rows // groups, cols)
     if hasattr(settings, "polish_rounds"):  # which change no shape
         settings = dataclasses.replace(settings, polish_rounds=0)
     square = jax.ShapeDtypeStruct((cols, cols), jnp.float32)

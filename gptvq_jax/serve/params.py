@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.row_weight import RowWeight
-from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import ModelSource, block_shapes, outer_shapes
 from gptvq_jax.ops.vq_matmul import VQKernel, make_kernel
@@ -31,7 +31,7 @@ def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") ->
     """
 
     def leaf(name: str, stored: Any) -> Any:
-        if not isinstance(stored, VQTensor):
+        if not isinstance(stored, QuantizedTensor):
             return _dense_leaf(name, stored)
         if name in ("embed_tokens/embedding", "lm_head/kernel"):
             return RowWeight.from_int8_rows(stored)

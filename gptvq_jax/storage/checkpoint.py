@@ -27,7 +27,7 @@ from flax import traverse_util
 from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import read_own_object
 from gptvq_jax.core.int8_rows import check_int8_rows, dequantize_rows, int8_rows
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize_compiled
+from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError, naming_full_disk
 from gptvq_jax.models.companions import read_companions, read_stop_tokens
@@ -108,8 +108,8 @@ class CheckpointWriter:
         """Stores block `index` (from 0), replacing what an interrupted run left of it.
 
         Args:
-          block: nested dict of one decoder block; each 'kernel' is a VQTensor of the (out, in)
-            weight or a dense (in, out) array.
+          block: nested dict of one decoder block; each 'kernel' is a QuantizedTensor of the
+            (out, in) weight or a dense (in, out) array.
         """
         self._reopen()
         save_tree(_block_path(self.directory, index), block, self.dense_dtype)
@@ -288,7 +288,7 @@ class PackedCheckpoint:
         return dequantize_block(self.packed_block(index))
 
     def packed_block(self, index: int) -> Tree:
-        """Block `index` with a VQTensor of the (out, in) weight as each quantized kernel.
+        """Block `index` with a QuantizedTensor of the (out, in) weight as each quantized kernel.
 
         Raises:
           ValueError: there is no such block, or it is damaged; the message names the layer.
@@ -324,12 +324,12 @@ class PackedCheckpoint:
 def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
     """Every leaf as a float32 host array.
 
-    A VQTensor named 'kernel', of an (out, in) weight, becomes (in, out) as in Flax; under any other
-    name, such as 'embedding', it keeps its orientation.
+    A quantized tensor named 'kernel', of an (out, in) weight, becomes (in, out) as in Flax; under
+    any other name, such as 'embedding', it keeps its orientation.
     """
 
     def dense(name, leaf):
-        if not isinstance(leaf, VQTensor):
+        if not isinstance(leaf, QuantizedTensor):
             return np.asarray(leaf, np.float32)
         by_rows = name in _EMBEDDING_MATRICES
         weight = dequantize_rows(leaf) if by_rows else np.asarray(dequantize_compiled(leaf))
@@ -342,12 +342,12 @@ def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
 def dequantize_block(block: Mapping[str, Any]) -> Tree:
     """A packed block with every leaf in float32 on the device, kernels (in, out)."""
 
-    def dense(leaf: VQTensor | np.ndarray) -> jax.Array:
-        if isinstance(leaf, VQTensor):
+    def dense(leaf: QuantizedTensor | np.ndarray) -> jax.Array:
+        if isinstance(leaf, QuantizedTensor):
             return dequantize_compiled(leaf).T
         return jnp.asarray(leaf, jnp.float32)
 
-    return jax.tree.map(dense, block, is_leaf=lambda leaf: isinstance(leaf, VQTensor))
+    return jax.tree.map(dense, block, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
 def _int8_outer(outer: Mapping[str, Any]) -> Tree:
@@ -376,7 +376,7 @@ def _model_config(model: Any, path: Path) -> ModelConfig:
 
 def _check_embeddings(outer: Tree, path: Path) -> None:
     for name, leaf in traverse_util.flatten_dict(outer, sep="/").items():
-        if isinstance(leaf, VQTensor):
+        if isinstance(leaf, QuantizedTensor):
             try:
                 check_int8_rows(leaf)
             except NotImplementedError as error:

@@ -1,4 +1,4 @@
-"""A VQTensor as named arrays and a JSON-able description, and back, bit for bit."""
+"""A quantized tensor as named arrays and a JSON-able description, and back, bit for bit."""
 
 import dataclasses
 import hashlib
@@ -12,15 +12,20 @@ import numpy as np
 from gptvq_jax.console.errors import brief
 from gptvq_jax.core.check_tensor import check_tensor, check_values, named_arrays, signature
 from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
 
-FORMAT_VERSION = 2  # of what is written
-_READABLE = (1, FORMAT_VERSION)  # in 1 there were no row_scales
+FORMAT_VERSION = 3  # of what is written
+_READABLE = (1, 2, FORMAT_VERSION)  # in 1 there were no row_scales, in 2 no trellis codes
 _CODEBOOKS = {"dense": DenseCodebook, "factored": FactoredCodebook}
 _KINDS = {codebook: kind for kind, codebook in _CODEBOOKS.items()}
+_TRELLIS = "trellis"
 
 # No array of a tensor is a scalar. Sizes have few digits, so that text cannot name absurd ones.
-_SIGNATURE = re.compile(r"(?P<dtype>u?int8|float16)\[(?P<shape>[0-9]{1,12}(,[0-9]{1,12}){0,5})\]")
+_SIGNATURE = re.compile(
+    r"(?P<dtype>u?int8|uint16|float16)\[(?P<shape>[0-9]{1,12}(,[0-9]{1,12}){0,5})\]"
+)
 
 _MAX_INT = 2**63 - 1
 
@@ -28,7 +33,7 @@ State = dict[str, np.ndarray]
 Meta = dict[str, Any]
 
 
-def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
+def tensor_to_state(tensor: QuantizedTensor) -> tuple[State, Meta]:
     """Splits a tensor into its stored arrays and its static fields.
 
     Returns:
@@ -42,17 +47,22 @@ def tensor_to_state(tensor: VQTensor) -> tuple[State, Meta]:
     return arrays, describe(tensor)
 
 
-def describe(tensor: VQTensor) -> Meta:
+def describe(tensor: QuantizedTensor) -> Meta:
     """What is stored beside a tensor's arrays, whose contents it does not look at.
 
     Returns:
-      A dict of JSON types: format_version, kind of codebook, index_bits, grid, the static fields of
-      the codebook and of the block scales (None if there are none), and the dtype and shape of
-      every array as in {"codes": "uint8[1,576,216]"}.
+      A dict of JSON types: format_version, kind ("trellis", or that of the codebook), the static
+      fields of the tensor, of a VQTensor's grid, codebook and block scales (None if there are none)
+      in dicts of their own, and the dtype and shape of every array as in {"codes":
+      "uint8[1,576,216]"}.
 
     Raises:
       ValueError: no format is defined for this type of codebook.
     """
+    arrays = {name: signature(array) for name, array in named_arrays(tensor)}
+    if isinstance(tensor, TrellisTensor):
+        static = _static_values(tensor)
+        return {"format_version": FORMAT_VERSION, "kind": _TRELLIS, **static, "arrays": arrays}
     if type(tensor.codebook) not in _KINDS:
         raise ValueError(f"no stored format is defined for {type(tensor.codebook).__name__}")
     scales = tensor.block_scales
@@ -63,11 +73,11 @@ def describe(tensor: VQTensor) -> Meta:
         "grid": _static_values(tensor.grid),
         "codebook": _static_values(tensor.codebook),
         "block_scales": None if scales is None else _static_values(scales),
-        "arrays": {name: signature(array) for name, array in named_arrays(tensor)},
+        "arrays": arrays,
     }
 
 
-def state_to_tensor(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> VQTensor:
+def state_to_tensor(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> QuantizedTensor:
     """Inverse of `tensor_to_state`; the tensor holds `arrays` themselves.
 
     Raises:
@@ -79,7 +89,7 @@ def state_to_tensor(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -
     return tensor
 
 
-def abstract_tensor(meta: Mapping[str, Any]) -> VQTensor:
+def abstract_tensor(meta: Mapping[str, Any]) -> QuantizedTensor:
     """The tensor that `meta` describes, with a jax.ShapeDtypeStruct in place of each array.
 
     Raises:
@@ -94,7 +104,7 @@ def abstract_tensor(meta: Mapping[str, Any]) -> VQTensor:
 def check_format_version(version: Any, what: str) -> None:
     """Raises ValueError if `what` (named in the message) is of a version we cannot read."""
     if type(version) is not int or version not in _READABLE:
-        known = " and ".join(map(str, _READABLE))
+        known = " and ".join(", ".join(map(str, _READABLE)).rsplit(", ", 1))
         raise ValueError(
             f"{what} has format_version={brief(version)}, but this gptvq_jax reads {known}; "
             "use the version that wrote it, or quantize again"
@@ -111,18 +121,19 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
-def _join(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> VQTensor:
+def _join(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> QuantizedTensor:
     """The tensor of arrays and of a description that anyone may have written."""
     check_format_version(meta.get("format_version"), "the quantized tensor")
     kind = meta.get("kind")
-    if not isinstance(kind, str) or kind not in _CODEBOOKS:
-        raise ValueError(
-            f"kind={brief(kind)} of a quantized tensor must be one of {sorted(_CODEBOOKS)}"
-        )
+    known = sorted([*_CODEBOOKS, _TRELLIS])
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"kind={brief(kind)} of a quantized tensor must be one of {known}")
     signatures = {name: signature(array) for name, array in arrays.items()}
     if signatures != meta.get("arrays"):
         listed = repr(meta.get("arrays"))[:1000]
         raise ValueError(f"a quantized tensor has arrays {signatures}, not {listed}")
+    if kind == _TRELLIS:
+        return _checked(_join_trellis(arrays, meta), arrays)
     for name in ("codes", "index_bits", "grid", "codebook", "block_scales"):
         if name not in (arrays if name == "codes" else meta):
             raise ValueError(f"a quantized tensor is described incompletely: {name!r} is missing")
@@ -135,6 +146,20 @@ def _join(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> VQTensor:
         grid=_part(GroupGrid, {}, meta["grid"], "grid"),
         row_scales=arrays.get("row_scales"),
     )
+    return _checked(tensor, arrays)
+
+
+def _join_trellis(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> TrellisTensor:
+    static = {}
+    for name in _static_fields(TrellisTensor):
+        if name not in meta:
+            raise ValueError(f"a quantized tensor is described incompletely: {name!r} is missing")
+        static[name] = meta[name]
+    names = [field.name for field in dataclasses.fields(TrellisTensor) if field.name not in static]
+    return TrellisTensor(**static, **{name: arrays.get(name) for name in names})
+
+
+def _checked(tensor: QuantizedTensor, arrays: Mapping[str, Any]) -> QuantizedTensor:
     check_tensor(tensor)
     if unused := arrays.keys() - dict(named_arrays(tensor)):
         raise ValueError(f"a quantized tensor has no place for the array {min(unused)}")

@@ -1,4 +1,4 @@
-"""One stored tree: a nested dict of arrays and VQTensors, with a description to check it by.
+"""One stored tree: a dict of arrays and quantized tensors, with a description to check it by.
 
 arrays/        Orbax
 record.json    written last: its presence means complete
@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from gptvq_jax.console.json_file import read_own_object
-from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import check_room, naming_full_disk
 from gptvq_jax.storage import orbax_files
@@ -53,7 +53,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
 
     Args:
       directory: to be created.
-      tree: nested dict with strings as keys; a leaf is a VQTensor or an array.
+      tree: nested dict with strings as keys; a leaf is a QuantizedTensor or an array.
       dense_dtype: key of DENSE_DTYPES, in which arrays are stored.
 
     Returns:
@@ -67,7 +67,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
     """
     stored, quantized, dense = {}, {}, {}
     for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
-        if isinstance(leaf, VQTensor):
+        if isinstance(leaf, QuantizedTensor):
             stored[name], _ = tensor_to_state(leaf)
             quantized[name] = quantized_meta(leaf, digest(stored[name]))
         else:
@@ -137,7 +137,7 @@ def finished_record(directory: Path) -> Record:
 
 
 def load_tree(directory: Path) -> tuple[Tree, Record]:
-    """Reads a tree of host arrays and VQTensors of host arrays, and its description.
+    """Reads a tree of host arrays and quantized tensors of host arrays, and its description.
 
     Raises:
       FileNotFoundError: there is no finished tree in `directory`.

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import leaves_directory
-from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.storage.tensor_io import abstract_tensor, describe
 
 RECORD = "record.json"
@@ -31,7 +31,7 @@ Meta = dict[str, Any]
 Record = dict[str, Any]
 
 
-def quantized_meta(tensor: VQTensor, sha256: str) -> Meta:
+def quantized_meta(tensor: QuantizedTensor, sha256: str) -> Meta:
     """Describes a quantized leaf, whose arrays may be abstract, with the sum of its arrays."""
     counts = {"shape": list(tensor.shape), "num_bytes": tensor.num_bytes}
     counts |= {"bits_per_value": tensor.bits_per_value, "sha256": sha256}
@@ -45,7 +45,7 @@ def dense_meta(shape: Iterable[int], dtype: str, sha256: str) -> Meta:
     return {"shape": shape, "num_bytes": num_bytes, "dtype": dtype, "sha256": sha256}
 
 
-def check_quantized_meta(meta: Any) -> VQTensor:
+def check_quantized_meta(meta: Any) -> QuantizedTensor:
     """Returns the described tensor, with a jax.ShapeDtypeStruct in place of each array.
 
     Raises:

@@ -18,7 +18,7 @@ import numpy as np
 from gptvq_jax.console.report import log_ratio
 from gptvq_jax.console.stopwatch import stages_of
 from gptvq_jax.core.hessian import factorize
-from gptvq_jax.core.vq_tensor import dequantize
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.files.durable import replacing, write_text
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.layer import Objective, quantize_layer, relative_error
@@ -140,7 +140,7 @@ def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
             jax.block_until_ready(tensor)
             warm = time.perf_counter() - start
         seconds += warm
-        errors.append(relative_error(weight, dequantize(tensor), objectives))
+        errors.append(relative_error(weight, dequantize_compiled(tensor), objectives))
         num_bytes += tensor.num_bytes
         values += weight.size
     return {

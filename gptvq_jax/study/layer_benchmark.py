@@ -16,11 +16,12 @@ from gptvq_jax.console.errors import first_line
 from gptvq_jax.console.stopwatch import peak_memory_bytes
 from gptvq_jax.core import metrics
 from gptvq_jax.core.hessian import factorize
-from gptvq_jax.core.vq_tensor import VQTensor, dequantize
+from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.layer import Objective, quantize_layer
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
 from gptvq_jax.study.sample_layers import random_layer
 
@@ -50,6 +51,13 @@ ONLY_BY_NAME = ("aqlm_1x16",)
 UNIFORM_SETTINGS = {
     f"int{bits}_g128": dict(bits=bits, group_size=128, symmetric=True) for bits in (2, 3, 4)
 }
+# Named by true bits per value: those of the codebooks above with their scales. L = 12, or 10.
+TRELLIS_SETTINGS = {
+    "trellis_2.13": dict(bits=2.133),
+    "trellis_3.08": dict(bits=3.085),
+    "trellis_2.13_l10": dict(bits=2.133, window_bits=10),
+    "trellis_3.08_l10": dict(bits=3.085, window_bits=10),
+}
 DAMPING = 0.01
 RATIO_FIELDS = ("relative_error", "seconds_cold", "seconds")
 
@@ -60,6 +68,8 @@ def settings_of(method: str) -> dict[str, Any]:
         return {name: UniformSettings(**s) for name, s in UNIFORM_SETTINGS.items()}
     if METHODS[method].settings is AQLMSettings:
         return {name: AQLMSettings(**s) for name, s in AQLM_SETTINGS.items()}
+    if METHODS[method].settings is TrellisSettings:
+        return {name: TrellisSettings(**s) for name, s in TRELLIS_SETTINGS.items()}
     return {name: GPTVQSettings(**s) for name, s in VQ_SETTINGS.items()}
 
 
@@ -87,7 +97,7 @@ def load_layer(path: Path) -> tuple[jax.Array, jax.Array]:
 
 def quantize_once(
     weight: jax.Array, hessian: jax.Array, method: str, setting: str, name: str
-) -> tuple[VQTensor, float]:
+) -> tuple[QuantizedTensor, float]:
     """The quantized layer, and seconds from its Hessian to the end.
 
     Args:
@@ -108,7 +118,7 @@ def quantize_with(
     name: str,
     damping: float = DAMPING,
     seed: int = 0,
-) -> tuple[VQTensor, float]:
+) -> tuple[QuantizedTensor, float]:
     """`quantize_once` with any settings of the method."""
     start = time.perf_counter()
     objective = Objective(hessian, factorize(hessian, damping, name))
@@ -163,8 +173,8 @@ def measure_memory(rows: int, cols: int, method: str, setting: str) -> dict[str,
     }
 
 
-def _relative_error(tensor: VQTensor, weight: jax.Array, hessian: jax.Array) -> float:
-    return float(metrics.relative_error(weight, dequantize(tensor), hessian))
+def _relative_error(tensor: QuantizedTensor, weight: jax.Array, hessian: jax.Array) -> float:
+    return float(metrics.relative_error(weight, dequantize_compiled(tensor), hessian))
 
 
 def choose(methods: Sequence[str], settings: Sequence[str] | None) -> list[tuple[str, str]]:

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from gptvq_jax.core.grid import GroupGrid, make_grid
-from gptvq_jax.core.packing import packed_length
+from gptvq_jax.core.packing import pack, packed_length
+from gptvq_jax.core.trellis_tensor import MAX_RATE, TrellisTensor, stream_bytes
 from gptvq_jax.core.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
 
 
@@ -80,3 +81,41 @@ def random_tensor(fmt: TensorFormat, grid: GroupGrid, seed: int = 0) -> VQTensor
     codes = integers(np.uint8, books, grid.rows, length)
     row_scales = uniform(0.5, 2.0, grid.rows) if fmt.row_scales else None
     return VQTensor(codes, codebook, scales, fmt.index_bits, grid, row_scales)
+
+
+def random_trellis(
+    rows: int,
+    cols: int,
+    window_bits: int = 8,
+    stream_rows: int = 16,
+    outliers: int = 3,
+    level_bits: int = 0,
+    seed: int = 0,
+) -> TrellisTensor:
+    """Trellis codes of host arrays: uniform streams, rates from 0 up, weights of about 0.02.
+
+    Args:
+      rows, cols: R and C.
+      window_bits: L.
+      stream_rows: T.
+      outliers: N.
+      level_bits: B of learned levels; 0: the table of quantiles.
+      seed: of everything.
+    """
+    rng = np.random.default_rng(seed)
+    rates = rng.integers(0, min(MAX_RATE, window_bits) + 1, cols)
+    size = -(-rows // stream_rows) * int(stream_bytes(rates, stream_rows).sum())
+    gaps = rng.integers(0, rows * cols // (outliers + 1) + 1, outliers).astype(np.uint16)
+    return TrellisTensor(
+        codes=rng.integers(0, 256, max(1, size)).astype(np.uint8),
+        rates=np.asarray(pack(rates, 4)),
+        row_scales=rng.uniform(0.01, 0.03, rows).astype(np.float16),
+        col_scales=rng.uniform(0.5, 1.5, cols).astype(np.float16),
+        levels=rng.normal(size=2**level_bits).astype(np.float16) if level_bits else None,
+        outlier_gaps=gaps if outliers else None,
+        outlier_values=rng.normal(0, 0.1, outliers).astype(np.float16) if outliers else None,
+        rows=rows,
+        cols=cols,
+        stream_rows=stream_rows,
+        window_bits=window_bits,
+    )

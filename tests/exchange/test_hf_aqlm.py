@@ -14,7 +14,7 @@ import pytest
 import tiny_checkpoint as tiny
 from safetensors.numpy import load_file
 
-from gptvq_jax.core.vq_tensor import dequantize_compiled
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.exchange.aqlm_format import AQLMFormat, from_aqlm, to_aqlm
 from gptvq_jax.exchange.aqlm_source import AQLMSource
 from gptvq_jax.exchange.hf_aqlm import hf_aqlm

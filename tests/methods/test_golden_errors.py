@@ -13,7 +13,7 @@ import pytest
 
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.hessian import factorize
-from gptvq_jax.core.vq_tensor import dequantize_compiled
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.layer import Objective, quantize_layer, relative_error

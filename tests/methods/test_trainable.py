@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from float64 import decode as float64_decode
 
-from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook, VQTensor, dequantize_compiled
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
+from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook, VQTensor
 from gptvq_jax.methods import trainable
 from gptvq_jax.methods.trainable import parameters, straight_through
 from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor

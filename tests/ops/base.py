@@ -13,7 +13,7 @@ import pytest
 from float64 import decode
 
 from gptvq_jax.ops import vq_matmul
-from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor, random_trellis
 
 # name -> (format, rows, cols). Sizes are odd on purpose: strips that end short, rows that do not
 # fill bytes, groups of one row.
@@ -48,13 +48,19 @@ CASES = {
     "aqlm 1x12": (TensorFormat(8, 12, 0, codebook_bits=16), 24, 256),
     "aqlm 1x16": (TensorFormat(8, 16, 0, codebook_bits=16), 24, 256),
     "2 int8 codebooks": (TensorFormat(4, 8, 8192, 256, num_codebooks=2), 40, 512),
+    "trellis, 8 bits": (dict(window_bits=8, stream_rows=16), 48, 96),
+    "trellis, 12 bits, ragged": (dict(window_bits=12, stream_rows=13, outliers=0), 31, 43),
+    "trellis, levels": (dict(window_bits=6, stream_rows=24, level_bits=4), 24, 64),
 }
+TRELLIS = tuple(case for case in CASES if case.startswith("trellis"))
 BATCHES = (1, 6)  # six rows are cut into tiles of four and of one by some
 
 
 @functools.cache
 def tensor_of(case: str):
     fmt, rows, cols = CASES[case]
+    if case in TRELLIS:
+        return jax.tree.map(jnp.asarray, random_trellis(rows, cols, **fmt))
     return jax.tree.map(jnp.asarray, random_tensor(fmt, fmt.grid(rows, cols), seed=1))
 
 
@@ -83,7 +89,7 @@ class MatmulTests:
         )
 
     def check(self, tensor):
-        vq_matmul._module(self.implementation).check(vq_matmul.without_row_scales(tensor))
+        vq_matmul.check_supported(tensor, self.implementation)
 
     @pytest.mark.parametrize("batch", BATCHES)
     @pytest.mark.parametrize("case", CASES)

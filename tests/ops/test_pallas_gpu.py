@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import real_shapes
-from base import CASES, MatmulTests, decoded, relative_error, tensor_of
+from base import CASES as ALL_CASES
+from base import TRELLIS, MatmulTests, decoded, relative_error, tensor_of
 from float64 import decode
 
 from gptvq_jax.core.grid import GroupGrid
@@ -18,6 +19,7 @@ from gptvq_jax.ops.gpu import layout
 from gptvq_jax.ops.pallas_gpu import Tile
 from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
+CASES = tuple(case for case in ALL_CASES if case not in TRELLIS)
 # What CASES do not have. Formats and grids (rows, columns, D, rows and columns of a strip).
 SHAPES = {
     "odd D": (TensorFormat(3, 5), GroupGrid(20, 91, 3, 7, 30)),
@@ -113,7 +115,7 @@ class TestPallasGPU(MatmulTests):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("case", ["2d 3 bit, ragged", "aqlm 2x8"])
 def test_few_rows_of_bfloat16_lose_nothing(case, batch):
-    tensor = vq_matmul.without_row_scales(tensor_of(case))
+    tensor = tensor_of(case).take_row_scales()[0]
     x = random_x(batch, tensor.shape[1], jnp.bfloat16)
     assert error(x, product(x, pallas_gpu.pack(tensor)), decode(tensor)) < 1e-5
 
@@ -159,7 +161,7 @@ def test_spare_codes_stay_inside():
 
 @pytest.mark.parametrize("case", CASES)
 def test_unpack_is_the_same_weight(case):
-    tensor = vq_matmul.without_row_scales(tensor_of(case))
+    tensor = tensor_of(case).take_row_scales()[0]
     again = layout.unpack(pallas_gpu.pack(tensor))
     np.testing.assert_array_equal(again.codes, tensor.codes)
     # Exact, but for scales that moved from one factor to the other.

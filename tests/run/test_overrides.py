@@ -142,6 +142,11 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({"tune.block": True, "tune.epochs": 1}, "tune.patience", "--config.tune.epochs=2"),
         ({"tune.block": True, "tune.patience": 8}, "tune.tolerance", "--config.tune.epochs above"),
         ({"method": "gptq"}, "seed", "--config.tune.block=True"),
+        ({"method": "trellis"}, "seed", "--config.tune.block=True"),
+        ({}, "trellis.bits", "--config.method=trellis"),
+        ({"method": "trellis"}, "vq.dim", "--config.method=gptvq"),
+        ({"method": "trellis", **BUDGET}, "allocation.dims", "--config.method=gptvq"),
+        ({"method": "trellis"}, "allocation.sample", "--config.allocation.bits_per_value"),
         ({"vq.seed": "mahalanobis"}, "seed", "--config.vq.seed=kmeans++ or random, or "),
         ({"method": "rtn", "calibration.asymmetry": 0.0}, "damping", "--config.method=gptq"),
     ],
@@ -161,6 +166,9 @@ def test_a_field_without_effect_is_refused_with_what_to_set(base, field, instead
         (BUDGET, "allocation.dims"),
         (BUDGET, "allocation.em_iterations"),
         (BUDGET, "allocation.sample"),
+        ({"method": "trellis", **BUDGET}, "allocation.sample"),
+        ({"method": "trellis"}, "trellis.bits"),
+        ({"method": "trellis", **BUDGET}, "trellis.window_bits"),
         ({**BUDGET, "allocation.measured": 0}, "allocation.measured"),
         ({"calibration.gradient_groups": 1}, "calibration.gradient_power"),
         ({"tune.block": True}, "tune.tolerance"),
@@ -183,10 +191,12 @@ def test_fields_of_the_run_itself_always_count():
     everything.allocation.dims, everything.allocation.bits = (2,), (2.0,)
     # So that vq.dim and vq.bits count there is one candidate, which is measured.
     left = {field for field in ignored(from_config(everything))} - {"allocation.measured"}
-    assert {field.partition(".")[0] for field in left} == {"aqlm", "uniform"}
+    assert {field.partition(".")[0] for field in left} == {"aqlm", "trellis", "uniform"}
 
 
 # --- a budget in the file ---
+
+IN_COMPANY = ("vq.svd_rank", "uniform.bits")
 
 FILE = {"allocation.bits_per_value": 3.0, "allocation.bits": (2.0, 3.0, 4.0)}
 
@@ -200,6 +210,7 @@ FILE = {"allocation.bits_per_value": 3.0, "allocation.bits": (2.0, 3.0, 4.0)}
         {"vq.group_size": 4096},
         {"method": "gptq"},
         {"method": "rtn", "uniform.bits": 2},
+        {"method": "trellis", "trellis.bits": 2.5},
         {"method": "aqlm"},
     ],
 )
@@ -213,7 +224,9 @@ def test_one_format_for_all_layers_switches_the_budget_of_the_file_off(given):
     for field, value in given.items():
         section, _, name = field.rpartition(".")
         assert (flat[section] if section else flat)[name] == value
-    named = next(field for field in given if field not in ("vq.svd_rank", "uniform.bits"))
+    named = next(field for field in given if field not in IN_COMPANY)
+    if "trellis.bits" in given:  # the method alone would take the budget
+        named = "trellis.bits"
     assert note.startswith("allocation.bits_per_value=3 of the config file is off, because ")
     assert f"--config.{named}" in note
     assert config.to_dict() == before

@@ -43,7 +43,7 @@ def test_tensor_survives_state_and_disk(kind, tmp_path):
     arrays, meta = tensor_to_state(tensor)
     assert all(type(array) is np.ndarray for array in arrays.values())
     assert sum(array.nbytes for array in arrays.values()) == tensor.num_bytes
-    assert ("row_scales" in arrays) == (kind == "aqlm")
+    assert ("row_scales" in arrays) == (kind in ("aqlm", "trellis"))
     tiny.assert_same_tree(state_to_tensor(arrays, json.loads(json.dumps(meta))), tensor)
 
     save_tree(tmp_path / "tree", {"layer": {"kernel": tensor}}, "float16")
@@ -70,8 +70,8 @@ def test_tensor_of_quantize_survives(kind, tmp_path):
 
 def test_state_is_checked():
     arrays, meta = tensor_to_state(tiny.random_tensor("int8", ROWS, COLS))
-    with pytest.raises(ValueError, match="format_version=3, but this gptvq_jax reads 1 and 2"):
-        state_to_tensor(arrays, meta | {"format_version": 3})
+    with pytest.raises(ValueError, match="format_version=4, but this gptvq_jax reads 1, 2 and 3"):
+        state_to_tensor(arrays, meta | {"format_version": 4})
     with pytest.raises(ValueError, match=r"kind='lattice' .* must be one of \['dense', 'fact"):
         state_to_tensor(arrays, meta | {"kind": "lattice"})
     with pytest.raises(ValueError, match="incompletely: 'grid'"):
@@ -96,7 +96,7 @@ def test_row_scales_do_not_get_lost():
 def test_a_tensor_of_version_1_is_read(kind):
     tensor = tiny.random_tensor(kind, ROWS, COLS)
     arrays, meta = tensor_to_state(tensor)
-    assert meta["format_version"] == 2
+    assert meta["format_version"] == 3
     tiny.assert_same_tree(state_to_tensor(arrays, meta | {"format_version": 1}), tensor)
 
 
@@ -189,8 +189,8 @@ def test_checkpoint_of_version_1_is_read(copy):
     # As written before there were row scales, of which these layers have none.
     for path in (copy / "manifest.json", *copy.rglob("record.json")):
         text = path.read_text()
-        assert '"format_version": 2' in text
-        path.write_text(text.replace('"format_version": 2', '"format_version": 1'))
+        assert '"format_version": 3' in text
+        path.write_text(text.replace('"format_version": 3', '"format_version": 1'))
     assert writer.finished_blocks() == 2
     checkpoint = PackedCheckpoint(copy)
     tiny.assert_same_tree(checkpoint.outer(), dequantize_tree(tiny.half(tiny.random_outer(7))))
@@ -353,7 +353,7 @@ def test_block_of_another_run_is_found(copy):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format_version": 3}, "format_version=3, but this gptvq_jax reads 1 and 2"),
+        ({"format_version": 4}, "format_version=4, but this gptvq_jax reads 1, 2 and 3"),
         ({"format": "gguf"}, "is not the manifest of a gptvq_jax checkpoint"),
     ],
 )

@@ -67,6 +67,14 @@ def test_settings_are_named_by_dimension_and_bits():
     assert list(settings_of("gptvq")) == ["1d_2.125", "2d_2.125", "2d_3.083", "4d_2.222"]
 
 
+def test_settings_of_trellis_are_named_by_true_bits():
+    settings = settings_of("trellis")
+    assert settings["trellis_2.13"].bits == 2.133 and settings["trellis_3.08"].bits == 3.085
+    assert {s.window_bits for s in settings.values()} == {10, 12}
+    pairs = choose(["trellis"], ["trellis_2.13"])
+    assert pairs == [("trellis", "trellis_2.13")]
+
+
 def test_settings_of_aqlm_are_named_by_codebooks_and_bits():
     settings = settings_of("aqlm")
     codes = ("1x8", "1x12", "2x8", "4x8", "8x8", "1x16")

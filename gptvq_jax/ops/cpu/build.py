@@ -30,8 +30,10 @@ _SOURCES = (
     "direct.h",
     "parallel.h",
     "simd.h",
+    "trellis.h",
+    "viterbi.h",
 )
-_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul")
+_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul", "viterbi", "trellis_matmul")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300

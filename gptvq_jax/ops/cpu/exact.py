@@ -1,14 +1,32 @@
-"""The C++ kernel with float32 activations."""
+"""The C++ kernels with float32 activations."""
 
 import jax
 
-from gptvq_jax.ops.cpu import kernels
-from gptvq_jax.ops.cpu.kernels import check
-from gptvq_jax.ops.reference import pack
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
+from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.ops.cpu import kernels, trellis
+from gptvq_jax.ops.cpu.build import library
+from gptvq_jax.ops.cpu.trellis import PackedTrellis
 
-__all__ = ["check", "matmul", "pack"]
+KINDS = (VQTensor, TrellisTensor)
 
 
-def matmul(x: jax.Array, weight) -> jax.Array:
+def check(tensor: QuantizedTensor) -> None:
+    """Raises NotImplementedError for what the kernels cannot read, or if they cannot be built."""
+    if isinstance(tensor, TrellisTensor):
+        library()
+    else:
+        kernels.check(tensor)
+
+
+def pack(tensor: QuantizedTensor) -> VQTensor | PackedTrellis:
+    """Codebooks are read as they are stored."""
+    return trellis.pack(tensor) if isinstance(tensor, TrellisTensor) else tensor
+
+
+def matmul(x: jax.Array, weight: VQTensor | PackedTrellis) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32."""
+    if isinstance(weight, PackedTrellis):
+        return trellis.matmul(x, weight)
     return kernels.matmul(x, weight, round_x=False)

@@ -2,6 +2,8 @@
 #include "direct.h"
 #include "lookup.h"
 #include "products.h"
+#include "trellis.h"
+#include "viterbi.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -14,9 +16,14 @@ using F16 = ffi::Buffer<ffi::F16, 3>;
 using U8Matrix = ffi::Buffer<ffi::U8, 2>;
 using F16Matrix = ffi::Buffer<ffi::F16, 2>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Vector = ffi::Buffer<ffi::F32, 1>;
 using F32Books = ffi::Buffer<ffi::F32, 5>;
 using F32Scales = ffi::Buffer<ffi::F32, 3>;
 using Result = ffi::ResultBuffer<ffi::F32, 2>;
+using Scalar = ffi::Buffer<ffi::S32, 0>;
+using Integers = ffi::Buffer<ffi::S32, 2>;
+using IntVector = ffi::Buffer<ffi::S32, 1>;
+using Stream = ffi::Buffer<ffi::U8, 1>;
 
 constexpr char kMismatch[] = "the shapes of the arrays do not fit each other";
 
@@ -88,6 +95,53 @@ ffi::Error Int4Matmul(ffi::ThreadPool pool, Matrix x, U8Matrix codes, F16Matrix 
   return ffi::Error::Success();
 }
 
+int64_t log2_of(int64_t size) {  // -1: not a power of two
+  int64_t bits = 0;
+  while (int64_t{1} << bits < size) bits++;
+  return int64_t{1} << bits == size ? bits : -1;
+}
+
+ffi::Error TrellisMatmul(ffi::ThreadPool pool, Matrix x, Stream codes, IntVector rates,
+                         Integers offsets, Vector table, Vector row_scales, Vector col_scales,
+                         IntVector outlier_rows, IntVector outlier_cols, Vector outlier_values,
+                         int64_t stream_rows, Result y) {
+  auto size = [](const auto& array) { return array.dimensions()[0]; };
+  const int64_t batch = size(x), rows = size(row_scales), cols = size(rates);
+  const TrellisFormat f{rows, cols, stream_rows, log2_of(size(table)), size(codes),
+                        codes.typed_data(), rates.typed_data(), offsets.typed_data(),
+                        table.typed_data(), row_scales.typed_data(), col_scales.typed_data(),
+                        size(outlier_values), outlier_rows.typed_data(),
+                        outlier_cols.typed_data(), outlier_values.typed_data()};
+  if (stream_rows < 1 || f.bits < 1 || f.bits > 16 || stream_rows < f.bits ||
+      x.dimensions()[1] != cols || size(col_scales) != cols || size(offsets) != f.cuts() ||
+      offsets.dimensions()[1] != cols || size(outlier_rows) != f.num_outliers ||
+      size(outlier_cols) != f.num_outliers || y->dimensions()[0] != batch ||
+      y->dimensions()[1] != rows || !f.consistent())
+    return ffi::Error::InvalidArgument(kMismatch);
+  trellis_product(f, x.typed_data(), batch, pool, y->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vector table,
+                   Scalar rate, int64_t trace_back,
+                   ffi::Result<Integers> windows,
+                         ffi::Result<Vector> loss) {
+  const auto z = target.dimensions(), w = weight.dimensions(), s = windows->dimensions();
+  const int64_t bits = log2_of(table.dimensions()[0]), k = *rate.typed_data();
+  if (z[0] != w[0] || z[1] != w[1] || s[0] != z[0] || s[1] != z[1] ||
+      loss->dimensions()[0] != z[0] || bits < 1 || k < 0 || k > 6 || k > bits ||
+      z[1] < bits)
+    return ffi::Error::InvalidArgument(kMismatch);
+  if (k == 0) {
+    std::fill_n(windows->typed_data(), z[0] * z[1], 0);
+    std::fill_n(loss->typed_data(), z[0], 0.0f);
+    return ffi::Error::Success();
+  }
+  tail_biting(target.typed_data(), weight.typed_data(), table.typed_data(), bits, k, z[0], z[1],
+              trace_back * divide_up(bits, k), pool, windows->typed_data(), loss->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 extern "C" const char* simd_name() { return SIMD_NAME; }
@@ -122,4 +176,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(int4_matmul, Int4Matmul,
                                   .Arg<Matrix>()
                                   .Arg<U8Matrix>()
                                   .Arg<F16Matrix>()
+                                  .Ret<Matrix>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(viterbi, ViterbiSearch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix>()
+                                  .Arg<Matrix>()
+                                  .Arg<Vector>()
+                                  .Arg<Scalar>()
+                                  .Attr<int64_t>("trace_back")
+                                  .Ret<Integers>()
+                                  .Ret<Vector>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(trellis_matmul, TrellisMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix>()
+                                  .Arg<Stream>()
+                                  .Arg<IntVector>()
+                                  .Arg<Integers>()
+                                  .Arg<Vector>()
+                                  .Arg<Vector>()
+                                  .Arg<Vector>()
+                                  .Arg<IntVector>()
+                                  .Arg<IntVector>()
+                                  .Arg<Vector>()
+                                  .Attr<int64_t>("stream_rows")
                                   .Ret<Matrix>());

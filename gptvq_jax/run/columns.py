@@ -1,0 +1,131 @@
+"""Bits for every column of trellis codes, under a budget for all layers together.
+
+With w_t the mean squared gradient of the loss with respect to a layer's outputs at token t, column
+j at K bits raises the loss, to second order and up to a constant factor, by
+
+    (mean_t w_t) v_j D(K),   v_j = sum_r W_rj^2 / U_jj^2
+
+with U the factor of the Hessian that the layer is quantized with, outliers left out and D that of
+moves/rates.py. So the bits of all columns are filled in one go, and no candidate is measured. What
+a layer gets for all its columns is then its own budget.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax.config import RunSettings
+from gptvq_jax.core.hessian import unit
+from gptvq_jax.methods.trellis import (
+    OUTLIER_BYTES,
+    TrellisSettings,
+    bytes_per_bit,
+    demand,
+    fixed_bytes,
+)
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
+from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.moves.rates import water_fill
+from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
+from gptvq_jax.run.context import Context
+
+
+def measure(
+    context: Context,
+    index: int,
+    block: Params,
+    moments: Moments,
+    token_weights: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """One row for every layer of a block: what each of its columns adds to the loss at 0 bits.
+
+    Args:
+      context: of the run.
+      index: of the block.
+      block: parameters of the float model.
+      moments: of what its layers read there.
+      token_weights: {layer: (n, T, 1)}, squared gradients.
+    """
+    settings = context.settings
+    weighted = token_weights if settings.calibration.gradient_groups else None
+    context.progress.note(f"block {index} columns")
+    found = objectives(moments, settings.damping, f"layers_{index}")
+    context.stopwatch.flops(factor_flops(moments))
+    rows = []
+    for name in LINEAR_LAYERS:
+        (owner,) = owners(name, weighted)
+        hessian, factor, _ = found[owner]
+        weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+        of_layer = demand(weight, factor.hinv_chol, settings.trellis)
+        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))
+        values = np.asarray(of_layer.values, np.float64) * sensitivity
+        rows.append({
+            "layer": name,
+            "shape": list(weight.shape),
+            "outliers": int(jnp.sum(of_layer.counts)),
+            "values": values.tolist(),
+        })  # fmt: skip
+    return rows
+
+
+def check_budget(config: ModelConfig, settings: RunSettings) -> None:
+    """Checks, before any work, that scales and rates leave some of the budget.
+
+    Raises:
+      ValueError: they do not; the message names the bits per value that they take.
+    """
+    shapes = layer_shapes(config).values()
+    fixed = sum(fixed_bytes(*shape) for shape in shapes)
+    values = sum(rows * cols for rows, cols in shapes)
+    if 8 * fixed > settings.allocation.bits_per_value * values:
+        raise ValueError(
+            f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: "
+            f"scales and rates alone take {8 * fixed / values:.4f} bits per value; raise it"
+        )
+
+
+def plan(
+    settings: RunSettings, layers: Mapping[tuple[int, str], Mapping[str, Any]]
+) -> dict[tuple[int, str], TrellisSettings]:
+    """Settings with its own budget for every layer.
+
+    Args:
+      settings: of the run.
+      layers: rows of `measure`, by (block, layer).
+
+    Raises:
+      ValueError: scales, rates and outliers take more than the budget.
+    """
+    trellis = settings.trellis
+    shapes = [tuple(row["shape"]) for row in layers.values()]
+    sizes = [rows * cols for rows, cols in shapes]
+    fixed = [
+        fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
+        for shape, row in zip(shapes, layers.values(), strict=True)
+    ]
+    budget = settings.allocation.bits_per_value * sum(sizes) / 8
+    if sum(fixed) > budget:
+        raise ValueError(
+            f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
+            f"{8 * sum(fixed) / sum(sizes):.4f} bits per value of scales, rates and outliers; "
+            "raise it, or trellis.outlier_limit"
+        )
+    per_bit = [bytes_per_bit(rows, trellis) for rows, _ in shapes]
+    widths = [cols for _, cols in shapes]
+    rates = water_fill(
+        np.concatenate([row["values"] for row in layers.values()]),
+        np.repeat(per_bit, widths),
+        budget - sum(fixed),
+        trellis.most_rate,
+    )
+    of_layer = np.split(rates, np.cumsum(widths)[:-1])
+    return {
+        layer: dataclasses.replace(trellis, bits=8 * (base + cost * int(own.sum())) / size)
+        for layer, base, cost, own, size in zip(
+            layers, fixed, per_bit, of_layer, sizes, strict=True
+        )
+    }

@@ -1,0 +1,176 @@
+"""Method 'trellis' in a run: bits of all columns under one budget, and what is made of them."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptvq_jax.config import RunSettings, default_config, from_config
+from gptvq_jax.core.hessian import factorize, unit
+from gptvq_jax.methods.trellis import TrellisSettings, bytes_per_bit, demand, fixed_bytes
+from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
+from gptvq_jax.models.open import open_source
+from gptvq_jax.moves.rates import distortion
+from gptvq_jax.run import columns, job
+from gptvq_jax.serve.generate import generate
+from gptvq_jax.serve.params import dense_params, packed_params
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+BUDGET = 3.2
+
+
+def settings(budget=2.5):
+    base = RunSettings()
+    return dataclasses.replace(
+        base,
+        method="trellis",
+        allocation=dataclasses.replace(base.allocation, bits_per_value=budget),
+    )
+
+
+def layers(worth=(1.0, 100.0)):
+    rng = np.random.default_rng(0)
+    rows = {}
+    for number, (w, shape) in enumerate(zip(worth, ((64, 48), (256, 32)), strict=True)):
+        values = (w * rng.lognormal(0, 1, shape[1])).tolist()
+        rows[0, f"layer{number}"] = {"shape": list(shape), "outliers": number, "values": values}
+    return rows
+
+
+@pytest.mark.parametrize("budget", [1.8, 2.5, 4.0])
+def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
+    rows = layers()
+    plan = columns.plan(settings(budget), rows)
+    sizes = {layer: np.prod(row["shape"]) for layer, row in rows.items()}
+    spent = sum(plan[layer].bits * size for layer, size in sizes.items()) / sum(sizes.values())
+    assert budget - 256 / sum(sizes.values()) <= spent <= budget
+    assert plan[0, "layer1"].bits > plan[0, "layer0"].bits
+    assert {s.bits for s in plan.values()} != {budget}
+    others = {dataclasses.replace(s, bits=2.0) for s in plan.values()}
+    assert others == {TrellisSettings(bits=2.0)}
+
+
+def test_equal_worth_gets_equal_bits():
+    rows = layers()
+    rows[0, "layer0"]["values"], rows[0, "layer1"]["values"] = [64.0] * 48, [256.0] * 32
+    plan = columns.plan(settings(2.5 + 0.5), rows)
+    codes = {
+        layer: plan[layer].budget_bytes(*row["shape"])
+        - fixed_bytes(*row["shape"]) - 4 * row["outliers"]
+        for layer, row in rows.items()
+    }  # fmt: skip
+    rates = {
+        layer: codes[layer] / (bytes_per_bit(row["shape"][0], TrellisSettings()) * row["shape"][1])
+        for layer, row in rows.items()
+    }
+    assert abs(rates[0, "layer0"] - rates[0, "layer1"]) < 1
+
+
+def test_outliers_beyond_the_budget_are_named():
+    rows = layers()
+    rows[0, "layer0"]["outliers"] = 3000
+    with pytest.raises(ValueError, match="bits_per_value=2.5 is below .* trellis.outlier_limit"):
+        columns.plan(settings(2.5), rows)
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, text_files, tmp_path_factory):
+    """A run of method 'trellis' under a budget."""
+    config = default_config()
+    config.model, config.method, config.num_blocks = str(model_dir), "trellis", 2
+    config.trellis.window_bits, config.trellis.stream_rows = 6, 16
+    config.trellis.recode_passes, config.trellis.block_size = 1, 16
+    config.allocation.bits_per_value = BUDGET
+    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.gradient_groups = 1
+    config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
+    path = tmp_path_factory.mktemp("run") / "run"
+    summary = job.quantize(config, str(path))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return config, summary, path, [row for row in rows if row["kind"] == "layer"]
+
+
+def test_a_run_meets_its_budget_from_below(finished):
+    _, summary, path, rows = finished
+    assert [(row["block"], row["layer"]) for row in rows] == [
+        (block, name) for block in range(2) for name in LINEAR_LAYERS
+    ]
+    sizes = np.array([row["num_values"] for row in rows])
+    bits = np.array([row["bits_per_value"] for row in rows])
+    assert summary["bits_per_value"] == pytest.approx(bits @ sizes / sizes.sum())
+    # A layer of 16 x 48 weights cannot spend less than 16 bits at once.
+    assert BUDGET - 0.05 < summary["bits_per_value"] <= BUDGET
+    assert np.ptp(bits) > 0.1
+    packed = PackedCheckpoint(path / "checkpoint")
+    for row in rows:
+        tensor = get_layer(packed.packed_block(row["block"]), row["layer"])["kernel"]
+        assert row["num_bytes"] == tensor.num_bytes
+        counts = np.bincount(tensor.column_rates(), minlength=7)
+        assert row["columns_by_rate"] == counts.tolist()
+        assert row["index_bits"] == 6 and 0 < row["code_entropy"] <= 6
+        assert 0 < row["relative_error"] < 0.3
+
+
+def test_the_worth_of_columns_is_the_rise_of_the_loss(finished):
+    """By the definition, from the Hessian of the float model; block 1, whose inputs are its own."""
+    config, _, path, _ = finished
+    rows = {row["layer"]: row for row in json.loads((path / "curves/00001.json").read_text())}
+    assert list(rows) == list(LINEAR_LAYERS)
+    block = open_source(config.model).block(1)
+    for name, row in rows.items():
+        weight = get_layer(block, name)["kernel"].T
+        assert row["shape"] == list(weight.shape) and len(row["values"]) == weight.shape[1]
+        assert np.all(np.asarray(row["values"]) >= 0) and sum(row["values"]) > 0
+
+
+def test_worth_does_not_depend_on_the_unit_of_the_hessian():
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(24, 10)), jnp.float32)
+    x = rng.normal(size=(50, 10))
+    hessian = jnp.asarray(x.T @ x, jnp.float32)
+    settings = TrellisSettings()
+
+    def worth(h):
+        found = demand(weight, factorize(h, 0.0).hinv_chol, settings)
+        return np.asarray(found.values) * float(unit(h))
+
+    np.testing.assert_allclose(worth(hessian * 64), 64 * worth(hessian), rtol=1e-4)
+    # The last column has nothing behind it: its loss at 0 bits is what the Hessian says.
+    inverse = np.linalg.inv(np.asarray(hessian, np.float64))
+    kept = float(np.sum(np.square(weight[:, 0]))) / inverse[0, 0]
+    chol = np.linalg.cholesky(inverse).T
+    expected = float(np.sum(np.square(weight[:, -1]))) / chol[-1, -1] ** 2
+    np.testing.assert_allclose(worth(hessian)[-1], expected, rtol=1e-3)
+    np.testing.assert_allclose(worth(hessian)[0], kept, rtol=1e-3)
+    assert distortion(np.array([0, 1, 2])).tolist() == [1, 1.15 / 4, 1.15 / 16]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
+def test_it_generates_packed_what_the_dequantized_model_does(finished, implementation):
+    _, _, path, _ = finished
+    packed = PackedCheckpoint(path / "checkpoint")
+    prompts = [[5, 9, 11], [7, 3, 2, 8]]
+    own, dense = (
+        generate(packed.config, params, prompts, max_tokens=12).tokens
+        for params in (packed_params(packed, implementation), dense_params(packed))
+    )
+    assert own == dense
+
+
+def test_gradient_groups_are_refused():
+    config = RunSettings()
+    calibration = dataclasses.replace(config.calibration, gradient_groups=2)
+    with pytest.raises(ValueError, match="gradient_groups=2 must be 0 or 1 with method 'trellis'"):
+        dataclasses.replace(config, method="trellis", calibration=calibration)
+
+
+def test_a_budget_below_scales_is_refused_before_any_work(finished, tmp_path):
+    config = finished[0].copy_and_resolve_references()
+    config.allocation.bits_per_value = 0.3
+    with pytest.raises(ValueError, match="bits_per_value=0.3 cannot be met: scales and rates"):
+        job.quantize(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert from_config(config).candidates == []
