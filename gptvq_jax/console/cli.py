@@ -92,6 +92,8 @@ atexit.register(_interrupts.ignore)  # the first to be registered is the last to
 from absl import app, flags  # noqa: E402 - Ctrl-C is one line from here on
 from absl import logging as absl_logging  # noqa: E402
 
+from gptvq_jax.console.flag_values import in_words  # noqa: E402
+
 flags.disclaim_key_flags()  # what is defined here belongs to the script that asked for it
 
 # Raised with a message that names the field or file and the fix; anything else is a bug of ours.
@@ -160,38 +162,25 @@ def define_config(default: str | None = None, help: str = "", sweep: bool = Fals
     """
     from ml_collections import config_flags
 
+    from gptvq_jax.console.config_file import load_config_of
+
     what = "A file, or a config that comes with gptvq_jax by its name; after a colon its argument."
     holder = config_flags.DEFINE_config_file("config", None, f"{help} {what}".strip())
-    flags.FLAGS["config"].parser.parse = lambda name: _loaded_config(name, sweep)
+
+    def parse(name: str) -> Any:
+        try:
+            config = load_config_of(name, sweep)
+        except ValueError as error:
+            # In the place of a ValueError the flags would put one that begins with the flag.
+            raise flags.Error(str(error)) from None
+        config.lock()
+        return config
+
+    flags.FLAGS["config"].parser.parse = parse
     if default is not None:
         with _refused_flags():  # fields that the command line names are set at once
             flags.set_default(holder, default)
     return holder
-
-
-def _loaded_config(name: str, sweep: bool) -> Any:
-    """A config as its file gives it, locked; raises flags.Error, in one line."""
-    from gptvq_jax.console.config_file import is_sweep, load_config
-
-    try:
-        config = load_config(name)
-    except ValueError as error:
-        # In the place of a ValueError the flags would put one that begins with the flag.
-        raise flags.Error(str(error)) from None
-    if not hasattr(config, "to_dict"):
-        raise flags.Error(
-            f"{name}: get_config must return a config, as default_config() gives it, not "
-            f"{type(config).__name__}"
-        )
-    if is_sweep(config) and not sweep:
-        raise flags.Error(f"{name}: it is the config of a sweep; give it to scripts/sweep.py")
-    if not is_sweep(config) and sweep:
-        raise flags.Error(
-            f"{name}: it is the config of a run, which scripts/quantize.py takes; get_config of "
-            "a sweep must return what study.sweep.axes.sweep gives, as in configs/sweeps/"
-        )
-    config.lock()
-    return config
 
 
 def command_line() -> str:
@@ -363,29 +352,10 @@ def _refused_flags() -> Iterator[None]:
         before = f"; pass --{flag}=FILE before it" if field and flag in flags.FLAGS else ""
         print_error(f"{str(error).splitlines()[0]}{before}")
     except flags.Error as error:
-        text = _in_words([line for line in str(error).splitlines() if line.strip()][-1])
+        text = in_words([line for line in str(error).splitlines() if line.strip()][-1])
         missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
         print_error(f"--{missing[1]} is missing; --help has examples" if missing else text)
     sys.exit(1)
-
-
-def _in_words(text: str) -> str:
-    """What a flag must be, where Python's own words for it would come."""
-    found = re.fullmatch(r"flag --([\w.]+)=(.*?): (.*)", text)
-    if found is None:
-        return text
-    name, value, reason = found.groups()
-    for of_python, kind in _KINDS.items():
-        if of_python in reason:
-            return f"--{name} must be {kind}, not {value!r}"
-    return text
-
-
-_KINDS = {
-    "invalid literal for int()": "a whole number",
-    "could not convert string to float": "a number",
-    "Non-boolean argument": "True or False",
-}
 
 
 def print_error(error: Any) -> None:

@@ -89,6 +89,28 @@ def load_config(name: str) -> Any:
     return config
 
 
+def load_config_of(name: str, sweep: bool) -> Any:
+    """`load_config` for a script that takes configs of sweeps, or of runs.
+
+    Raises:
+      ValueError: as `load_config`; or it is a config of the other kind, or none.
+    """
+    config = load_config(name)
+    if not hasattr(config, "to_dict"):
+        raise ValueError(
+            f"{name}: get_config must return a config, as default_config() gives it, not "
+            f"{type(config).__name__}"
+        )
+    if is_sweep(config) and not sweep:
+        raise ValueError(f"{name}: it is the config of a sweep; give it to scripts/sweep.py")
+    if not is_sweep(config) and sweep:
+        raise ValueError(
+            f"{name}: it is the config of a run, which scripts/quantize.py takes; get_config of "
+            "a sweep must return what study.sweep.axes.sweep gives, as in configs/sweeps/"
+        )
+    return config
+
+
 def is_sweep(config: Any) -> bool:
     """Whether it is what the config file of a sweep gives (study/sweep/axes.py), not of a run."""
     return hasattr(config, "to_dict") and {"axes", "cells", "base"} <= {*config}
