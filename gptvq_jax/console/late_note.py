@@ -1,4 +1,4 @@
-"""A line for what takes long without a sign of life, such as compilation; none where it is quick."""
+"""A line for what takes long without a sign of life, such as compilation."""
 
 import contextlib
 import sys

@@ -426,7 +426,7 @@ def test_cells_that_cannot_be_are_told_and_the_others_are_planned(base, tmp_path
     )
     start.plan(config, "tiny.py", (), str(tmp_path / "sweep"))
     out, errors = capsys.readouterr()
-    told = "working out the cells ...\nreading the models of 1 cells ...\nmeasuring the matrix"
+    told = "working out the cells ...\nreading the models of 2 cells ...\nmeasuring the matrix"
     assert errors.startswith(told)
     assert "refused: budget0.3_block_size128: allocation.bits_per_value=0.3 cannot be met" in out
     assert "refused: budget1.4_block_size0: vq.block_size=0 must be at least 1" in out
