@@ -142,7 +142,7 @@ def test_the_script_prints_runs_rate_and_table(flag, tmp_path, monkeypatch, caps
     lines = capsys.readouterr().out.splitlines()
     against = ["against old: on a processor that was not noted"] if flag else []
     assert lines[: lines.index("")] == [
-        "this run: on 2 cores of A",
+        "new: on 2 cores of A",
         *against,
         "rate: 0.200 TFLOP/s in float32 matrix products, on 2 cores of A",
     ]

@@ -78,7 +78,7 @@ def read_results(directories: Sequence[Path]) -> Results:
         finished in any of them.
     """
     cells, notes = [], []
-    for directory in dict.fromkeys(directories):
+    for directory in directories:
         if (directory / SWEEP).is_file():
             more = _sweep(directory, notes)
         elif (directory / METRICS).is_file() or (directory / "config.json").is_file():
@@ -98,10 +98,24 @@ def read_results(directories: Sequence[Path]) -> Results:
         raise ValueError(
             f"nothing is finished in {names} yet{why}; give the command that began it again"
         )
-    for cell in cells:
-        if cell.status == "not finished":
-            notes.append(f"{cell.name} is not finished: what it lacks is left out")
-    return Results(_with_names_of_their_own(cells), notes)
+    cells = _with_names_of_their_own(cells)
+    return Results(cells, notes + _unfinished(cells))
+
+
+def _unfinished(cells: Sequence[Cell]) -> list[str]:
+    """A line for all cells that are not finished, and one for all that failed."""
+    lines = []
+    for status, one, several in (
+        ("not finished", "is not finished", "are not finished"),
+        ("failed", "failed", "failed"),
+    ):
+        found = [cell for cell in cells if cell.status == status]
+        if found and len(cells) == 1:
+            lines.append(f"{found[0].name} {one}: what it lacks is left out")
+        elif found:
+            verb = one if len(found) == 1 else several
+            lines.append(f"{len(found)} of {len(cells)} cells {verb}: {named(found)}")
+    return lines
 
 
 def _run(directory: Path, name: str = "") -> Cell:

@@ -1,6 +1,8 @@
-"""The table of cells: what differs between them, what came out, and the command of each."""
+"""The table of cells: what differs between them and what came out; the command of each."""
 
+import html
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from gptvq_jax.study.report.dimension_figures import mean_bits, sqnr
@@ -40,10 +42,11 @@ def _unused(cell: Cell) -> int | None:
 
 def cells_table(cells: Sequence[Cell]) -> Markup:
     """Columns that have nothing in any row are left out."""
-    axes = list(dict.fromkeys(name for cell in cells for name in cell.point))
     fields = differing(cells)
+    axes = list(dict.fromkeys(name for cell in cells for name in cell.point))
+    axes = [axis for axis in axes if not any(_says_the_same(cells, axis, f) for f in fields)]
     numbers = [column for column in _NUMBERS if any(column[2](cell) is not None for cell in cells)]
-    titles = ["cell", *axes, *fields, *(title for title, *_ in numbers), "state", "command"]
+    titles = ["cell", *axes, *fields, *(title for title, *_ in numbers), "state"]
     rows = []
     for cell in cells:
         settings = settings_of(cell)
@@ -54,15 +57,56 @@ def cells_table(cells: Sequence[Cell]) -> Markup:
                 *(element("td", cell.point.get(axis, "")) for axis in axes),
                 *(element("td", settings.get(field, "")) for field in fields),
                 *(_number(cell, *column) for column in numbers),
-                element("td", cell.status + (f": {cell.error}" if cell.error else "")),
-                element("td", element("code", cell.command or "not noted"), class_="command"),
+                element(
+                    "td", cell.status + (f": {cell.error}" if cell.error else ""), **_short(cell)
+                ),
             )
         )
-    head = (element("th", element("button", title, type="button"), scope="col") for title in titles)
+    head = (
+        element("th", element("button", _breakable(title), type="button"), scope="col")
+        for title in titles
+    )
     table = element(
         "table", element("thead", element("tr", *head)), element("tbody", *rows), class_="sortable"
     )
     return element("div", table, class_="wide", tabindex="0", role="region", aria_label="cells")
+
+
+def _short(cell: Cell) -> dict[str, str]:
+    """Class of a state that stays on one line."""
+    return {} if cell.error else {"class_": "short"}
+
+
+def _breakable(title: str) -> Markup:
+    """A title that may go on in the next line after a dot or an underscore."""
+    parts = re.split(r"(?<=[._])", title)
+    return Markup("<wbr>".join(html.escape(part) for part in parts))
+
+
+def _says_the_same(cells: Sequence[Cell], axis: str, field: str) -> bool:
+    """Whether the points of an axis are the values of a field, as dim2 and 2d are those of 2."""
+    pairs = [(c.point[axis], settings_of(c).get(field)) for c in cells if axis in c.point]
+    return all(value is not None and _same(point, value) for point, value in pairs)
+
+
+def _same(point: str, value: str) -> bool:
+    number = re.fullmatch(r"[A-Za-z_]*[=]?(-?\d+(?:\.\d+)?(?:e-?\d+)?)[A-Za-z]*", point)
+    try:
+        return point == value or (number is not None and float(number[1]) == float(value))
+    except ValueError:
+        return False
+
+
+def commands(cells: Sequence[Cell]) -> Markup:
+    """The command of each cell; folded where there are several."""
+    lines = (
+        join(element("dt", cell.name), element("dd", element("code", cell.command or "not noted")))
+        for cell in cells
+    )
+    found = element("dl", *lines, class_="set")
+    if len(cells) == 1:
+        return found
+    return element("details", element("summary", "The command of each cell"), found)
 
 
 def _number(
