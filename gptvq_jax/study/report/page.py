@@ -95,8 +95,8 @@ def _common(cells: Sequence[Cell]) -> list[Markup]:
     shared = common(cells)
     if not shared:
         return []
-    of = "all cells" if len(cells) > 1 else "the run"
-    summary = element("summary", f"Settings of {of} that are not the defaults")
+    of = "that all cells share and" if len(cells) > 1 else "of the run"
+    summary = element("summary", f"Settings {of} that are not the defaults")
     return [element("details", summary, settings_list(shared))]
 
 

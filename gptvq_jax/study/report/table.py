@@ -9,7 +9,7 @@ from gptvq_jax.study.report.dimension_figures import mean_bits, sqnr
 from gptvq_jax.study.report.html_text import Markup, element, join
 from gptvq_jax.study.report.layer_figures import geometric_mean
 from gptvq_jax.study.report.results import Cell
-from gptvq_jax.study.report.settings import differing, settings_of
+from gptvq_jax.study.report.settings import columns, settings_of
 
 # Title, form, and the number of a cell, or None.
 _NUMBERS: tuple[tuple[str, str, Callable[[Cell], float | None]], ...] = (
@@ -42,9 +42,7 @@ def _unused(cell: Cell) -> int | None:
 
 def cells_table(cells: Sequence[Cell]) -> Markup:
     """Columns that have nothing in any row are left out."""
-    fields = differing(cells)
-    axes = list(dict.fromkeys(name for cell in cells for name in cell.point))
-    axes = [axis for axis in axes if not any(_says_the_same(cells, axis, f) for f in fields)]
+    axes, fields = columns(cells)
     numbers = [column for column in _NUMBERS if any(column[2](cell) is not None for cell in cells)]
     titles = ["cell", *axes, *fields, *(title for title, *_ in numbers), "state"]
     rows = []
@@ -83,30 +81,16 @@ def _breakable(title: str) -> Markup:
     return Markup("<wbr>".join(html.escape(part) for part in parts))
 
 
-def _says_the_same(cells: Sequence[Cell], axis: str, field: str) -> bool:
-    """Whether the points of an axis are the values of a field, as dim2 and 2d are those of 2."""
-    pairs = [(c.point[axis], settings_of(c).get(field)) for c in cells if axis in c.point]
-    return all(value is not None and _same(point, value) for point, value in pairs)
-
-
-def _same(point: str, value: str) -> bool:
-    number = re.fullmatch(r"[A-Za-z_]*[=]?(-?\d+(?:\.\d+)?(?:e-?\d+)?)[A-Za-z]*", point)
-    try:
-        return point == value or (number is not None and float(number[1]) == float(value))
-    except ValueError:
-        return False
-
-
 def commands(cells: Sequence[Cell]) -> Markup:
     """The command of each cell; folded where there are several."""
+    if len(cells) == 1:
+        return element("p", element("code", cells[0].command or "command not noted"))
     lines = (
         join(element("dt", cell.name), element("dd", element("code", cell.command or "not noted")))
         for cell in cells
     )
-    found = element("dl", *lines, class_="set")
-    if len(cells) == 1:
-        return found
-    return element("details", element("summary", "The command of each cell"), found)
+    commands_list = element("dl", *lines, class_="set")
+    return element("details", element("summary", "The command of each cell"), commands_list)
 
 
 def _number(

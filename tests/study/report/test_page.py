@@ -23,7 +23,7 @@ from gptvq_jax.console.comparison_text import protocol_text
 from gptvq_jax.study.report.drawing import WIDTH
 from gptvq_jax.study.report.report import report
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 

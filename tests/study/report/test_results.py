@@ -68,6 +68,18 @@ def test_layers_of_a_sweep_over_layers(tmp_path):
     assert cell.layers == layers and cell.number("perplexity_quantized") is None
 
 
+def test_a_cell_without_a_config_has_the_settings_of_its_sweep(tmp_path):
+    sweep = write_sweep(tmp_path, {"a": {"vq.dim": 4}}, [{"cell": "a", **summary_row()}])
+    record = json.loads((sweep / "sweep.json").read_text())
+    record["base"] = {"method": "gptvq", "vq": {"dim": 2, "bits": 3.0}}
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    (cell,), _ = read_results([sweep])
+    assert cell.settings == {"method": "gptvq", "vq.dim": 4, "vq.bits": 3.0}
+    (sweep / "sweep.json").write_text(json.dumps({**record, "base": [1]}))
+    with pytest.raises(ValueError, match=r"base=\[1\] is no object; restore the file"):
+        read_results([sweep])
+
+
 def test_several_directories_have_names_of_their_own(tmp_path):
     runs = [write_run(tmp_path / f"{n}/w", [summary_row()]) for n in "ab"]
     cells, _ = read_results([*runs, dimensions(tmp_path / "s")])
