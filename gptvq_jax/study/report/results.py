@@ -105,18 +105,20 @@ def read_results(directories: Sequence[Path]) -> Results:
 
 
 def _unfinished(cells: Sequence[Cell]) -> list[str]:
-    """A line for all cells that are not finished, and one for all that failed."""
+    """A line for all cells that are not finished, and one for all that failed in one way."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.status != "done":
+            groups.setdefault((cell.status, cell.error), []).append(cell)
     lines = []
-    for status, one, several in (
-        ("not finished", "is not finished", "are not finished"),
-        ("failed", "failed", "failed"),
-    ):
-        found = [cell for cell in cells if cell.status == status]
-        if found and len(cells) == 1:
-            lines.append(f"{found[0].name} {one}: what it lacks is left out")
-        elif found:
-            verb = one if len(found) == 1 else several
-            lines.append(f"{len(found)} of {len(cells)} cells {verb}: {named(found)}")
+    for (status, error), found in groups.items():
+        verb = "is not finished" if len(found) == 1 else "are not finished"
+        verb = "failed" if status == "failed" else verb
+        why = f" ({error})" if error else ""
+        if len(cells) == 1:
+            lines.append(f"{found[0].name} {verb}: what it lacks is left out{why}")
+        else:
+            lines.append(f"{len(found)} of {len(cells)} cells {verb}: {named(found)}{why}")
     return lines
 
 

@@ -44,7 +44,7 @@ def cells_table(cells: Sequence[Cell]) -> Markup:
     """Columns that have nothing in any row are left out."""
     axes, fields = columns(cells)
     numbers = [column for column in _NUMBERS if any(column[2](cell) is not None for cell in cells)]
-    titles = ["cell", *axes, *fields, *(title for title, *_ in numbers), "state"]
+    titles = ["cell", "state", *axes, *fields, *(title for title, *_ in numbers)]
     rows = []
     for cell in cells:
         settings = settings_of(cell)
@@ -52,12 +52,10 @@ def cells_table(cells: Sequence[Cell]) -> Markup:
             element(
                 "tr",
                 element("th", cell.name, scope="row"),
+                element("td", cell.status, class_="short"),
                 *(element("td", cell.point.get(axis, "")) for axis in axes),
                 *(element("td", settings.get(field, "")) for field in fields),
                 *(_number(cell, *column) for column in numbers),
-                element(
-                    "td", cell.status + (f": {cell.error}" if cell.error else ""), **_short(cell)
-                ),
             )
         )
     head = (
@@ -68,11 +66,6 @@ def cells_table(cells: Sequence[Cell]) -> Markup:
         "table", element("thead", element("tr", *head)), element("tbody", *rows), class_="sortable"
     )
     return element("div", table, class_="wide", tabindex="0", role="region", aria_label="cells")
-
-
-def _short(cell: Cell) -> dict[str, str]:
-    """Class of a state that stays on one line."""
-    return {} if cell.error else {"class_": "short"}
 
 
 def _breakable(title: str) -> Markup:

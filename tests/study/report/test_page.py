@@ -81,14 +81,14 @@ def swept(tmp_path_factory):
 def test_a_sweep(swept):
     text, page, output, printed = swept
     head, *rows = table(text)
-    assert head[:4] == ["cell", "format", "vq.dim", "vq.bits"]
+    assert head[:5] == ["cell", "state", "format", "vq.dim", "vq.bits"]
     assert [row[0] for row in rows] == ["1d_2b", "1d_3b", "2d_2b", "2d_3b", "8d"]
     by_title = dict(zip(head, rows[3], strict=True))
     assert (by_title["vq.dim"], by_title["vq.bits"]) == ("2", "3.0")
     assert (by_title["perplexity"], by_title["float perplexity"]) == ("16.000", "15.000")
     assert by_title["mean KL, nats/token"] == "0.4 \N{PLUS-MINUS SIGN} 0.001"
     assert "<dt>2d_3b</dt><dd><code>python scripts/sweep.py --cells=2d_3b</code></dd>" in text
-    assert rows[4][-1] == "failed: vq.dim=8 must be 1, 2 or 4"
+    assert [row[1] for row in rows] == ["done"] * 4 + ["failed"]
     names = {path.stem for path in (output / "figures").glob("*.svg")}
     assert {"perplexity_bits", "kl_bits", "sqnr_dimension", "error_layers"} < names
     assert {"error_depth", "code_usage", "time_stages", "cell1_error", "cell4_error"} < names
@@ -96,7 +96,7 @@ def test_a_sweep(swept):
     assert names <= set(page.ids)  # every one of them is on the page
     *notes, last = printed.splitlines()
     assert last == str(output / "index.html")
-    missing = "1 of 5 cells failed: 8d"
+    missing = "1 of 5 cells failed: 8d (vq.dim=8 must be 1, 2 or 4)"
     assert notes == [missing] and missing in "".join(page.text)
 
 
@@ -198,8 +198,8 @@ def test_an_unfinished_sweep_is_one_line_and_axes_that_repeat_a_field_are_no_col
     (sweep / "sweep.json").write_text(json.dumps(record))
     text, page, _ = made(sweep)
     head, *rows = table(text)
-    assert head[:5] == ["cell", "recipe", "vq.dim", "vq.bits", "bits per value"]
-    assert [row[-1] for row in rows] == ["done"] + ["not finished"] * 5
+    assert head[1:6] == ["state", "recipe", "vq.dim", "vq.bits", "bits per value"]
+    assert [row[1] for row in rows] == ["done"] + ["not finished"] * 5
     items = re.findall("<li>(.*?)</li>", text)
     assert [item for item in items if "1d_3b" in item] == [
         "5 of 6 cells are not finished: 1d_3b, 1d_4b, 2d_2b and 2 more"

@@ -42,7 +42,7 @@ def test_a_sweep(tmp_path):
     cells, notes = read_results([dimensions(tmp_path / "s")])
     assert [cell.name for cell in cells] == ["1d_2b", "1d_3b", "2d_2b", "2d_3b", "8d"]
     assert [cell.status for cell in cells] == ["done"] * 4 + ["failed"]
-    assert notes == ["1 of 5 cells failed: 8d"]
+    assert notes == ["1 of 5 cells failed: 8d (vq.dim=8 must be 1, 2 or 4)"]
     assert cells[1].command == "python scripts/sweep.py --cells=1d_3b"
     assert cells[1].settings["vq.bits"] == 3.0 and len(cells[1].layers) == 6
     assert cells[4].error == "vq.dim=8 must be 1, 2 or 4" and cells[4].settings == {"vq.dim": 8}

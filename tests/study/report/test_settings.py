@@ -44,15 +44,14 @@ def test_sections_that_a_method_does_not_take_are_no_settings():
 
 
 def test_axes_and_fields_that_say_the_same_are_one_column():
-    points = {"a": ("2d", "2b", "x1"), "b": ("dim4", "bits3.0", "x3"), "c": ("aqlm", "2b", "x2")}
-    fields = [{"vq.dim": 2, "vq.bits": 2.0}, {"vq.dim": 4, "vq.bits": 3.0}, {"method": "aqlm"}]
+    points = {"a": ("2d", "2b", "x1"), "b": ("dim1", "bits3.0", "x3"), "c": ("aqlm", "2b", "x2")}
+    fields = [{"vq.dim": 2, "vq.bits": 2.0}, {"vq.dim": 1, "vq.bits": 3.0}, {"method": "aqlm"}]
+    axes = ("code", "bits", "recipe")
     cells = [
-        dataclasses.replace(
-            cell(n, **f), point=dict(zip(("code", "bits", "recipe"), p, strict=True))
-        )
+        dataclasses.replace(cell(n, **f), point=dict(zip(axes, p, strict=True)))
         for (n, p), f in zip(points.items(), fields, strict=True)
     ]
-    assert columns(cells) == (["code", "bits", "recipe"], ["method"])  # axes say more
+    assert columns(cells) == (list(axes), ["method"])  # axes say more
     assert columns(cells[:2]) == (["recipe"], ["vq.dim", "vq.bits"])
     assert columns([cells[0], cell("run", **fields[1])])[1] == ["vq.dim", "vq.bits"]
 
