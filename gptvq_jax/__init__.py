@@ -36,9 +36,10 @@ def quantize(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     from gptvq_jax.console.config_file import load_config
     from gptvq_jax.run import job
 
+    workdir = _directory("workdir", workdir)
     if isinstance(config, str | os.PathLike):
         config = load_config(os.fspath(config))
-    return job.quantize(config, os.fspath(workdir))
+    return job.quantize(config, workdir)
 
 
 def load(checkpoint: str | os.PathLike, implementation: str = "auto") -> "QuantizedModel":
@@ -54,8 +55,17 @@ def load(checkpoint: str | os.PathLike, implementation: str = "auto") -> "Quanti
 
     Raises:
       FileNotFoundError: there is no finished checkpoint.
-      ValueError: it is damaged, or there is no such implementation.
+      ValueError: it is damaged or no path, or there is no such implementation.
     """
+    checkpoint = _directory("checkpoint", checkpoint)
     from gptvq_jax.quantized_model import QuantizedModel
 
     return QuantizedModel(checkpoint, implementation)
+
+
+def _directory(name: str, path: Any) -> str:
+    """A path that somebody gave; "" would be the current directory."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not text or not isinstance(text, str):
+        raise ValueError(f"{name} must be the path of a directory, as in 'runs/mine', not {path!r}")
+    return text

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from gptvq_jax.console.config_file import is_sweep
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings, makes_codes
@@ -222,6 +223,8 @@ def from_config(config: config_dict.ConfigDict) -> RunSettings:
             f"get_config of a config file must return what default_config() gives, not "
             f"{type(config).__name__}"
         )
+    if is_sweep(config):
+        raise ValueError("this is the config of a sweep, not of a run; give it to scripts/sweep.py")
     return _build(RunSettings, config.to_dict(), "")
 
 

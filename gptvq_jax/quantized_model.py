@@ -181,11 +181,16 @@ class QuantizedModel:
         try:
             array = np.asarray(tokens)
         except ValueError:  # of lists whose lengths differ
-            array = np.empty(0)
-        if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            array = None
+        if (
+            array is None
+            or array.ndim != 2
+            or not array.size
+            or not np.issubdtype(array.dtype, np.integer)
+        ):
             raise ValueError(
-                f"tokens must be integers (batch, time), every row as long, at least one token; "
-                f"got {array.dtype} {array.shape}"
+                "tokens must be integers (batch, time), every row as long, at least one token; "
+                f"got {_described(tokens, array)}"
             )
         limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
         if array.shape[1] > limit:
@@ -199,6 +204,20 @@ class QuantizedModel:
                 "model's vocabulary"
             )
         return array.astype(np.int32)
+
+
+def _described(tokens: Any, array: np.ndarray | None) -> str:
+    """What was given in the place of tokens; `array` is what NumPy makes of it, if anything."""
+    if array is None:
+        lengths = [len(row) for row in tokens if hasattr(row, "__len__")]
+        if len(lengths) == len(tokens) and len({*lengths}) > 1:
+            return f"rows of {min(lengths)} to {max(lengths)} tokens; pad them or pass them singly"
+        return "a list whose parts have different shapes"
+    if isinstance(tokens, str):
+        return "a text, of which model.tokenizer makes tokens"
+    if not array.size:
+        return f"no token, in shape {array.shape}"
+    return f"{array.dtype} {array.shape}"
 
 
 def _check_text(name: str, text: Any) -> None:

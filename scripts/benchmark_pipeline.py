@@ -50,7 +50,8 @@ def main(_) -> None:
             print()
         rows = read_run(workdir)
     rate, processor = matmul_rate(), processor_name()
-    for name, run in [("this run", rows), (f"against {_AGAINST.value}", against)]:
+    this = _WORKDIR.value or f"a fresh run of {cli.config_name()}"
+    for name, run in [(this, rows), (f"against {_AGAINST.value}", against)]:
         if run is not None:
             print(f"{name}: on {run[-1].get('processor', 'a processor that was not noted')}")
     print(f"rate: {rate / 1e12:.3f} TFLOP/s in float32 matrix products, on {processor}\n")

@@ -7,8 +7,9 @@
 
 The page is index.html in --output; it loads nothing, so that it can be sent as it is. Models that
 take at most 1 GiB in float32 are asked to continue a few prompts, before and after; larger ones if
---prompt names them. What they said is kept beside the page. What is missing, such as layers of a
-run that failed, is said there and here, and the rest is made.
+--prompt names them. That can take minutes, which --noprompts saves; what they said is kept beside
+the page. What is missing, such as layers of a run that failed, is said there and here, and the
+rest is made.
 """
 
 import sys

@@ -22,7 +22,7 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
-_SWEEP = cli.define_config()
+_SWEEP = cli.define_config(sweep=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default: runs/<config name>.")
 _CELLS = flags.DEFINE_string("cells", None, "Make those alone whose name this expression matches.")
 _PLAN = flags.DEFINE_bool("plan", False, "Say what there is to do and what it will take, and stop.")

@@ -70,6 +70,7 @@ def test_quantize_takes_a_config(tiny_config, tmp_path, capsys):  # noqa: F811
     tiny_config.num_blocks = 1
     summary = gptvq_jax.quantize(tiny_config, tmp_path / "work")
     assert summary["num_layers"] == 7 and (tmp_path / "work/report.png").is_file()
+    assert " 7/7 steps " in capsys.readouterr().err  # blocks that stay dense are none
     # The text of the evaluation, whole, in that run's windows.
     path = tmp_path / "work/checkpoint"
     text = Path(tiny_config.evaluation.dataset).read_text()
@@ -110,10 +111,13 @@ def test_logits_are_those_of_the_dense_weights(model):
     "tokens, message",
     [
         ([1, 2], r"must be integers \(batch, time\), .* got int64 \(2,\)"),
-        ([[1, 2], [3]], r"must be integers \(batch, time\), every row as long"),
+        ([[1, 2], [3]], r"every row as long, .* got rows of 1 to 2 tokens; pad them or pass them"),
+        ([[[1], [2]], [3, 4]], "got a list whose parts have different shapes"),
         ([[1.0, 2.0]], "got float64"),
-        ([[]], "at least one token"),
-        ("text", "must be integers"),
+        ([], r"at least one token; got no token, in shape \(0,\)"),
+        ([[]], r"at least one token; got no token, in shape \(1, 0\)"),
+        ("text", r"must be integers .* got a text, of which model\.tokenizer makes tokens"),
+        (None, r"got object \(\)"),
         ([[0, 40]], r"tokens from 0 to 40 must be in 0\.\.39"),
         ([[-1]], r"tokens from -1 to -1 must be in"),
         (np.zeros((1, 2049), int), "time=2049, beyond the 2048 positions"),
@@ -141,6 +145,8 @@ def test_perplexity_is_that_of_evaluate(model, tmp_path, capsys):
     [
         (["w1"], {}, r"text must be a text \(str\), not list"),
         ("w1 w2", {}, "the text has only 2 tokens, fewer than one window of 1024; .* seqlen <= 2"),
+        ("w1", {}, "only 1 token, fewer than .* 1024; pass more text, of at least 2 tokens$"),
+        ("", {}, "only 0 tokens, fewer than one window of 1024; pass more text, of at least 2 tok"),
         ("w1 w2", {"seqlen": 2049}, "seqlen=2049 is beyond the 2048 positions"),
         ("w1 w2", {"seqlen": 1}, r"evaluation\.seqlen=1 must be at least 2"),
         ("w1 w2", {"seqlen": 2, "batch_size": 0}, r"evaluation\.batch_size=0 must be at least 1"),
@@ -186,6 +192,19 @@ def test_load_refuses(tmp_path):
         gptvq_jax.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="implementation='fast' must be one of auto, reference"):
         gptvq_jax.load(tmp_path, "fast")
+
+
+@pytest.mark.parametrize("path", ["", 3, None, b"runs/mine"])
+def test_a_path_is_a_text_that_names_a_directory(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # which "" must not mean
+    for name, call in (
+        ("workdir", lambda: gptvq_jax.quantize("smollm2_135m_2d:smoke", path)),
+        ("checkpoint", lambda: gptvq_jax.load(path)),
+    ):
+        message = f"{name} must be the path of a directory, as in 'runs/mine', not {path!r}"
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_model_says_what_it_is(model):

@@ -76,7 +76,7 @@ def test_no_such_command_is_one_line(tmp_path):
         (["export", "--checkpoint=x"], "--output is missing; --help has examples"),
         (
             ["quantize", "--config=smollm2_2d"],
-            "flag --config=smollm2_2d: there is no config 'smollm2_2d': neither a file nor one "
+            "there is no config 'smollm2_2d': neither a file nor one "
             "that comes with gptvq_jax; the nearest is 'smollm2_135m_2d'",
         ),
         (

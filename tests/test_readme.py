@@ -24,7 +24,6 @@ from gptvq_jax.console import cli
 from gptvq_jax.run.overrides import settle
 
 # By ml_collections, which loads a config file so.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 TEXT = README.read_text()
 Q = "python scripts/quantize.py --config=configs/"
 RUN = "runs/smollm2_135m_2d"

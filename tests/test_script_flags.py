@@ -9,7 +9,6 @@ TASKS = "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=a"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -76,10 +75,6 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{SWEEP} --config.name=x", r"--config\.name is not to be set; set fields of all cells"),
         (f"{SWEEP}:layers --config.base.tune.block=True", "tune.block has no effect on layers"),
         (
-            "python scripts/sweep.py --config=configs/smollm2_135m_2d.py",
-            "a sweep's config file must return what study.sweep.axes.sweep gives",
-        ),
-        (
             "python scripts/report.py --workdir=DIR --noprompts --prompt=a",
             "--prompt has no effect with --noprompts; leave that out",
         ),
@@ -99,3 +94,49 @@ def test_a_flag_without_effect_is_refused(command, message, monkeypatch):
         pytest.raises((ValueError, OSError), match=message),
     ):
         module.main([])
+
+
+QUANTIZE = "python scripts/quantize.py"
+RUN = f"{QUANTIZE} --config=configs/smollm2_135m_2d.py"
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        (f"{RUN} --config.vq.dim=two", "--config.vq.dim must be a whole number, not 'two'"),
+        (f"{RUN} --config.vq.bits=two", "--config.vq.bits must be a number, not 'two'"),
+        (f"{RUN} --config.tune.block=2", "--config.tune.block must be True or False, not '2'"),
+        (f"{GENERATE} --max_tokens=two", "--max_tokens must be a whole number, not 'two'"),
+        (f"{GENERATE} '--top_p=a: b'", "--top_p must be a number, not 'a: b'"),
+        (f"{GENERATE} --chat=maybe", "--chat must be True or False, not 'maybe'"),
+        (
+            f"{GENERATE} --dtype=int4",
+            "flag --dtype=int4: value should be one of <float32|bfloat16>",
+        ),
+        (
+            f"{QUANTIZE} --config=configs/sweeps/llama2_7b_table2.py --config.vq.dim=2",
+            "configs/sweeps/llama2_7b_table2.py: it is the config of a sweep; give it to "
+            "scripts/sweep.py",
+        ),
+        (
+            "python scripts/sweep.py --config=smollm2_135m_2d:5b",
+            f"{REPOSITORY}/configs/smollm2_135m_2d.py: '5b' is not one of 2b, 3b, 4b, smoke, "
+            "ablation",
+        ),
+        (
+            f"{QUANTIZE} --config={{}}",
+            "{}: get_config returns nothing; end it with `return config`",
+        ),
+        ("python scripts/ablate.py --config={}", "{}: get_config returns nothing; end it with"),
+        (f"{RUN} --config.vq.dimm=2", "no such field of the config: 'dimm"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(command, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    file = tmp_path / "c.py"
+    file.write_text("def get_config(): pass\n")
+    with pytest.raises(SystemExit) as ended, parsed(command.format(file), monkeypatch):
+        pass
+    errors = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert errors.startswith(f"error: {line.format(file)}") and errors.count("\n") == 1

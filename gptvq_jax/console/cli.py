@@ -92,6 +92,8 @@ atexit.register(_interrupts.ignore)  # the first to be registered is the last to
 from absl import app, flags  # noqa: E402 - Ctrl-C is one line from here on
 from absl import logging as absl_logging  # noqa: E402
 
+from gptvq_jax.console.flag_values import in_words  # noqa: E402
+
 flags.disclaim_key_flags()  # what is defined here belongs to the script that asked for it
 
 # Raised with a message that names the field or file and the fix; anything else is a bug of ours.
@@ -119,8 +121,10 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
     def guarded(argv: list[str]) -> int:
         try:
             if len(argv) > 1:
-                text = f"unexpected argument {argv[1]!r}; flags look like --name=value"
-                raise app.UsageError(text)
+                raise ValueError(
+                    f"unexpected argument {argv[1]!r}; flags look like --name=value, and --help "
+                    "lists them"
+                )
             _refuse_empty_flags()
             _return_freed_memory()
             _quiet_logs()
@@ -145,25 +149,34 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def define_config(default: str | None = None, help: str = "") -> Any:
+def define_config(default: str | None = None, help: str = "", sweep: bool = False) -> Any:
     """Defines --config and --config.FIELD, as `config_flags.DEFINE_config_file` does.
 
     Args:
       default: as the flag takes it: a file, or the name of one that comes with the package.
       help: what it is for, before what it may be.
+      sweep: whether it is of a sweep, not of a run.
 
     Returns:
       The flag's holder, whose value is a locked ConfigDict, or None.
     """
     from ml_collections import config_flags
 
-    from gptvq_jax.console.config_file import find_config
+    from gptvq_jax.console.config_file import load_config_of
 
     what = "A file, or a config that comes with gptvq_jax by its name; after a colon its argument."
     holder = config_flags.DEFINE_config_file("config", None, f"{help} {what}".strip())
-    parser = flags.FLAGS["config"].parser
-    load = parser.parse
-    parser.parse = lambda name: load(find_config(name))
+
+    def parse(name: str) -> Any:
+        try:
+            config = load_config_of(name, sweep)
+        except ValueError as error:
+            # In the place of a ValueError the flags would put one that begins with the flag.
+            raise flags.Error(str(error)) from None
+        config.lock()
+        return config
+
+    flags.FLAGS["config"].parser.parse = parse
     if default is not None:
         with _refused_flags():  # fields that the command line names are set at once
             flags.set_default(holder, default)
@@ -339,8 +352,7 @@ def _refused_flags() -> Iterator[None]:
         before = f"; pass --{flag}=FILE before it" if field and flag in flags.FLAGS else ""
         print_error(f"{str(error).splitlines()[0]}{before}")
     except flags.Error as error:
-        # What a config file raised comes with its traceback, of which the last line says it all.
-        text = [line for line in str(error).splitlines() if line.strip()][-1]
+        text = in_words([line for line in str(error).splitlines() if line.strip()][-1])
         missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
         print_error(f"--{missing[1]} is missing; --help has examples" if missing else text)
     sys.exit(1)

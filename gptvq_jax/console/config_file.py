@@ -1,10 +1,14 @@
 """Config files by name: a path, or one that comes with the package; after a colon its argument."""
 
 import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from gptvq_jax.console.errors import first_line
 from gptvq_jax.console.nearest_name import nearest_name
 from gptvq_jax.console.shipped import shipped
 
@@ -62,17 +66,74 @@ def load_config(name: str) -> Any:
       name: as `find_config` takes it.
 
     Raises:
-      ValueError: there is no such file, or it has no `get_config`, or that takes no such argument.
+      ValueError: there is no such file, it has no `get_config`, that takes no such argument, or
+        something in it fails; one line that begins with the file.
     """
     path, colon, argument = find_config(name).partition(":")
-    spec = importlib.util.spec_from_file_location("config_file", path)
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if spec is None:
-        raise ValueError(f"{path} is no Python file; a config file ends in .py")
+        raise ValueError(f"{path}: it is no Python file; a config file ends in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    _run(path, lambda: spec.loader.exec_module(module))
+    get_config, given = _get_config(path, module), [argument] if colon else []
     try:
-        spec.loader.exec_module(module)
+        inspect.signature(get_config).bind(*given)
+    except TypeError:
+        fix = f"leave out {colon + argument!r}" if colon else f"name one, as in {path}:ARGUMENT"
+        takes = "no" if colon else "an"
+        raise ValueError(f"{path}: get_config takes {takes} argument; {fix}") from None
+    config = _run(path, lambda: get_config(*given))
+    if config is None:
+        raise ValueError(f"{path}: get_config returns nothing; end it with `return config`")
+    return config
+
+
+def load_config_of(name: str, sweep: bool) -> Any:
+    """`load_config` for a script that takes configs of sweeps, or of runs.
+
+    Raises:
+      ValueError: as `load_config`; or it is a config of the other kind, or none.
+    """
+    config = load_config(name)
+    if not hasattr(config, "to_dict"):
+        raise ValueError(
+            f"{name}: get_config must return a config, as default_config() gives it, not "
+            f"{type(config).__name__}"
+        )
+    if is_sweep(config) and not sweep:
+        raise ValueError(f"{name}: it is the config of a sweep; give it to scripts/sweep.py")
+    if not is_sweep(config) and sweep:
+        raise ValueError(
+            f"{name}: it is the config of a run, which scripts/quantize.py takes; get_config of "
+            "a sweep must return what study.sweep.axes.sweep gives, as in configs/sweeps/"
+        )
+    return config
+
+
+def is_sweep(config: Any) -> bool:
+    """Whether it is what the config file of a sweep gives (study/sweep/axes.py), not of a run."""
+    return hasattr(config, "to_dict") and {"axes", "cells", "base"} <= {*config}
+
+
+def _get_config(path: str, module: ModuleType) -> Callable[..., Any]:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ValueError(f"{path}: it has no function get_config; configs/ shows how it looks")
+    return get_config
+
+
+def _run(path: str, code: Callable[[], Any]) -> Any:
+    """Runs what a user wrote; raises ValueError, in one line, for whatever it raises."""
+    try:
+        return code()
     except SyntaxError as error:
-        raise ValueError(f"{path} is no Python file: {first_line(error)}") from None
-    if not callable(getattr(module, "get_config", None)):
-        raise ValueError(f"{path} has no function get_config; configs/ shows how it looks")
-    return module.get_config(argument) if colon else module.get_config()
+        where = error.filename if error.filename and error.filename != path else path
+        text = f"{where}: line {error.lineno} is no Python ({error.msg}); mend it"
+    except (ValueError, NotImplementedError) as error:  # whose text says what to do
+        text = str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}"
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f"line {lines[-1]}" if lines else "it"
+        text = f"{path}: {place} raises {type(error).__name__} ({error}); mend it"
+    raise ValueError(" ".join(text.split())) from None

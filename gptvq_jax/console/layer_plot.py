@@ -47,7 +47,9 @@ def codes_differ(rows: Rows) -> bool:
     return len({(row["dim"], row["index_bits"]) for row in rows}) > 1
 
 
-def by_depth(axes: Any, rows: Rows, field: str, label: str, scale: str = "linear") -> None:
+def by_depth(
+    axes: Any, rows: Rows, field: str, label: str, scale: str = "linear", count: bool = False
+) -> None:
     """One line for each kind of layer: a field of its rows against the block.
 
     Args:
@@ -56,6 +58,7 @@ def by_depth(axes: Any, rows: Rows, field: str, label: str, scale: str = "linear
       field: of a row.
       label: what it is, with its unit.
       scale: "linear", or "log", on which a value of 0 has no place and is left out.
+      count: whether it is a whole number, between which the axis has no ticks.
     """
     log = scale == "log"
     for index, name in enumerate(dict.fromkeys(row["layer"] for row in rows)):
@@ -66,6 +69,8 @@ def by_depth(axes: Any, rows: Rows, field: str, label: str, scale: str = "linear
         ]
         axes.plot(*zip(*points, strict=True) if points else ([], []), label=name, **style(index))
     axes.set(yscale=scale, ylabel=label)
+    if count:
+        axes.yaxis.get_major_locator().set_params(integer=True)
     _blocks(axes)
     values = [row[field] for row in rows if row[field] > 0]
     if log and values:

@@ -55,8 +55,8 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
     lines = [
         ("bits per value", f"{summary['bits_per_value']:.4f}  (codes, codebooks and scales of "
          f"{summary['num_layers']} layers)"),
-        ("bytes on disk", f"{summary['checkpoint_bytes'] * mib:.1f} MiB, of which quantized layers "
-         f"{summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
+        ("bytes on disk", f"{summary['checkpoint_bytes'] * mib:.1f} MiB, compressed; before that "
+         f"quantized layers {summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
         ("perplexity", _perplexity_text(summary)),
         *_judged(summary),

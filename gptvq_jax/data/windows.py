@@ -124,9 +124,10 @@ def _tokenize(tokenizer: Any, text: str, vocab_size: int | None) -> np.ndarray:
 
 def _check_length(available: int, seqlen: int, subject: str) -> None:
     if available < seqlen:
+        fix = f" or seqlen <= {available}" if available >= 2 else ", of at least 2 tokens"
         raise ValueError(
-            f"{subject} only {available} tokens, fewer than one window of {seqlen}; "
-            f"pass more text or seqlen <= {available}"
+            f"{subject} only {available} token{'s' * (available != 1)}, fewer than one window of "
+            f"{seqlen}; pass more text{fix}"
         )
 
 

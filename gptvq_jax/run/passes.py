@@ -131,14 +131,15 @@ def quantize_blocks(
 
 
 def steps(config: ModelConfig, settings: RunSettings) -> int:
-    """By how much `Quantize` advances the progress: layers, and epochs of tuning."""
+    """By how much `Quantize` advances the progress: layers it quantizes, and epochs of tuning."""
     return sum(block_steps(config, settings, i) for i in range(config.num_hidden_layers))
 
 
 def block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
     """The same for one block."""
-    tuned = settings.tune.block and index < num_quantized(settings, config)
-    return len(LINEAR_LAYERS) + tuned * settings.tune.epochs
+    if index >= num_quantized(settings, config):
+        return 0  # it stays dense
+    return len(LINEAR_LAYERS) + settings.tune.block * settings.tune.epochs
 
 
 def peak_bytes(

@@ -138,7 +138,7 @@ class Quantize:
                 goes_on=index + 1 < self._last
             )
         else:
-            progress.advance(f"block {index} stays dense", len(LINEAR_LAYERS))
+            progress.note(f"block {index} stays dense")
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
             self.writer.write_block(index, packed)

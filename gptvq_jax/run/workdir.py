@@ -45,17 +45,27 @@ from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_byte
 from gptvq_jax.run.activations import Activations
 from gptvq_jax.run.stream_files import StreamFiles
 
+# Files that no run writes beside its own.
+_OF_OTHERS = {
+    "sweep.json": "the directory of a sweep",
+    "manifest.json": "a packed checkpoint",
+    "model.safetensors": "a model",
+    "model.safetensors.index.json": "a model",
+}
+
 
 class WorkDir:
     """Opens (or makes) a work directory and locks it for this process until it is closed.
 
     Raises:
-      ValueError: it cannot be written, another process uses it, or it belongs to another config.
+      ValueError: it cannot be written, another process uses it, or it belongs to another config or
+        to something else, such as a sweep.
       FullDiskError: there is no room for anything.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
         self.path = Path(path)
+        self._check_kind()
         try:
             with naming_full_disk(self.path):
                 durable.make_directory(self._activations)
@@ -98,6 +108,15 @@ class WorkDir:
                 f"another process is using the work directory {self.path}; wait for it or pass "
                 "another --workdir"
             ) from error
+
+    def _check_kind(self) -> None:
+        """Refuses what is another thing's directory, before a file is written there."""
+        for name, what in _OF_OTHERS.items():
+            if (self.path / name).exists():
+                raise ValueError(
+                    f"{self.path} is {what}, which {name} in it says, and no work directory of a "
+                    "run; pass another --workdir"
+                )
 
     @property
     def checkpoint(self) -> Path:

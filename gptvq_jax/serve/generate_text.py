@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from gptvq_jax.console.late_note import late_note
 from gptvq_jax.data.vocabulary import check_tokens
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.serve.generate import Generation, check_prompts, generate
@@ -29,7 +30,8 @@ def generate_text(
 ) -> list[str]:
     """Prints and returns a continuation of each prompt, and prints time and memory.
 
-    The text of a single prompt appears as it is made, that of several at the end, numbered.
+    The text of a single prompt appears as it is made, that of several at the end, numbered. Where
+    compilation takes long, a line on standard error says so.
 
     Args:
       checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
@@ -60,18 +62,24 @@ def generate_text(
         if len(texts) == 1:
             print(pieces[0], end="", flush=True)
 
-    result = generate(
-        source.config,
-        params,
-        tokens,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        seed=seed,
-        stop_tokens=stop_tokens(source),
-        dtype=dtype,
-        compile_first=True,
-        on_tokens=lambda new: show([s.add(t) for s, t in zip(streams, new, strict=True)]),
-    )
+    with late_note("compiling, and reading the prompt ...") as shown:
+
+        def on_tokens(new: list[list[int]]) -> None:
+            shown()
+            show([stream.add(part) for stream, part in zip(streams, new, strict=True)])
+
+        result = generate(
+            source.config,
+            params,
+            tokens,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop_tokens=stop_tokens(source),
+            dtype=dtype,
+            compile_first=True,
+            on_tokens=on_tokens,
+        )
     show([stream.finish() for stream in streams])
     print()
     if len(texts) > 1:

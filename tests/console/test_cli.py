@@ -81,6 +81,12 @@ def test_what_ends_with_an_error(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+def test_an_argument_that_is_no_flag_is_one_line(tmp_path):
+    done = script("pass", tmp_path, "smollm2")
+    line = "error: unexpected argument 'smollm2'; flags look like --name=value, and --help lists"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{line} them\n")
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_closed_pipe_ends_it_quietly(lines, tmp_path):
     reader, writer = os.pipe()

@@ -94,6 +94,48 @@ def test_steps_without_work_and_parts_of_steps():
         assert progress.seconds_left is None
 
 
+def test_what_is_expected_is_the_eta_until_a_step_is_done(capsys):
+    clock = Clock()
+    with bar(clock, 4, work=8.0) as progress:
+        progress.skip(1, 2.0)
+        progress.expect(600, at_least=True)
+        assert progress.seconds_left == pytest.approx(600)
+        assert "1/4 layers [00:00, ETA at least 10:00]" in shown(capsys)
+        clock.work(60)
+        progress.note("first")
+        assert "ETA at least 09:00, first]" in shown(capsys)
+        progress.skip(1, 2.0)  # another process has done it
+        assert progress.seconds_left == pytest.approx(400)
+        clock.work(500)
+        progress.note("longer than that")
+        assert progress.seconds_left is None and "ETA ?, longer" in shown(capsys)
+        progress.advance(work=2.0)
+        assert progress.seconds_left == pytest.approx(500)
+        assert "3/4 layers [00:00, ETA 08:20" in (progress.note(""), shown(capsys))[1]
+    with bar(clock, 0) as progress:
+        progress.expect(1.0)  # nothing is left
+        assert progress.seconds_left in (None, 0.0)
+
+
+def test_while_others_are_waited_for_nothing_is_known_and_no_time_counts(capsys):
+    clock = Clock()
+    with bar(clock, 4) as progress:
+        progress.expect(40)
+        clock.work(10)
+        progress.advance()
+        assert progress.seconds_left == pytest.approx(30)
+        for _ in range(3):
+            progress.wait("waiting")
+            assert progress.seconds_left is None and "ETA ?, waiting]" in shown(capsys)
+            clock.work(1000)
+        progress.skip(1)
+        assert progress.seconds_left is None  # still waiting
+        progress.note("mine")
+        clock.work(10)
+        progress.advance()
+        assert progress.seconds_left == pytest.approx(10)
+
+
 @pytest.mark.parametrize("whole, part", [(None, 2.0), (9.0, None)])
 def test_work_of_all_and_of_each(whole, part):
     with bar(Clock(), 4, work=whole) as progress:

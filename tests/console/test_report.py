@@ -69,6 +69,14 @@ def test_figures_are_shown_with_their_standard_errors():
     assert "one text; 1 windows x" in one and one.endswith("one window has no standard error")
 
 
+def test_parts_of_a_compressed_checkpoint_are_told_apart_from_the_whole():
+    mib = 2**20
+    sizes = {"checkpoint_bytes": 226 * mib, "quantized_bytes": 3 * mib, "dense_bytes": 243 * mib}
+    text = report.summary_text(summary_of(embedding_bytes=0, **sizes))
+    expected = "226.0 MiB, compressed; before that quantized layers 3.0 MiB, dense leaves 243.0 MiB"
+    assert f"  bytes on disk  {expected}\n" in text
+
+
 def test_runs_of_earlier_versions_are_shown_as_before():
     lines = report.summary_text(summary_of()).splitlines()
     assert lines[2].endswith(

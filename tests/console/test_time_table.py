@@ -1,6 +1,7 @@
 """The table of one run, and of two, by code of any age."""
 
 import json
+from pathlib import Path
 
 import pytest
 from documented import parsed
@@ -142,12 +143,27 @@ def test_the_script_prints_runs_rate_and_table(flag, tmp_path, monkeypatch, caps
     lines = capsys.readouterr().out.splitlines()
     against = ["against old: on a processor that was not noted"] if flag else []
     assert lines[: lines.index("")] == [
-        "this run: on 2 cores of A",
+        "new: on 2 cores of A",
         *against,
         "rate: 0.200 TFLOP/s in float32 matrix products, on 2 cores of A",
     ]
     runs = [[*LAYERS, NEW], [LAYERS[0], OLD]][: 2 if flag else 1]
     assert lines[lines.index("") + 1 :] == table(*runs, rate=0.2e12, processor="2 cores of A")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_fresh_run_has_the_name_of_its_config(monkeypatch, capsys):
+    def quantize(config, workdir, given):
+        text = "".join(json.dumps(row) + "\n" for row in [*LAYERS, NEW])
+        (Path(workdir) / "metrics.jsonl").write_text(text)
+
+    monkeypatch.setattr("gptvq_jax.run.job.quantize", quantize)
+    monkeypatch.setattr("gptvq_jax.study.matmul_rate.matmul_rate", lambda: 0.2e12)
+    command = "python scripts/benchmark_pipeline.py --config=configs/smollm2_135m_2d.py:smoke"
+    with parsed(command, monkeypatch) as script:
+        script.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["", "a fresh run of smollm2_135m_2d_smoke: on 2 cores of A"]
 
 
 def test_the_processor_has_its_name_or_another(tmp_path, monkeypatch):

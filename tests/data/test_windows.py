@@ -91,8 +91,11 @@ def test_text_too_short(tokenizer):
         calibration_windows(tokenizer, ["abc"], 2, 5, seed=0)
     with pytest.raises(ValueError, match="the longest of 2 documents has " + message):
         calibration_windows(tokenizer, ["abc", "d"], 2, 5, seed=0, per_document=True)
-    with pytest.raises(ValueError, match="the longest of 0 documents has only 0 tokens"):
+    none = "only 0 tokens, fewer than one window of 5; pass more text, of at least 2 tokens$"
+    with pytest.raises(ValueError, match=f"the longest of 0 documents has {none}"):
         calibration_windows(tokenizer, [], 2, 5, seed=0, per_document=True)
+    with pytest.raises(ValueError, match="the text has only 1 token, .* of at least 2 tokens$"):
+        evaluation_windows(tokenizer, [""], 5)  # the BOS
 
 
 def test_ids_outside_the_vocabulary(tokenizer):

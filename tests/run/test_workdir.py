@@ -40,6 +40,22 @@ def test_foreign_directory_is_refused(tmp_path):
         WorkDir(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize(
+    "file, what",
+    [
+        ("sweep.json", "the directory of a sweep"),
+        ("manifest.json", "a packed checkpoint"),
+        ("model.safetensors", "a model"),
+    ],
+)
+def test_the_directory_of_something_else_is_refused_as_it_is(file, what, tmp_path):
+    (tmp_path / file).write_text("{}")
+    message = f"{tmp_path} is {what}, which {file} in it says, .*; pass another --workdir"
+    with pytest.raises(ValueError, match=message):
+        WorkDir(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
 def save(workdir, point, x, stream="quantized"):
     with workdir.streams.write(stream, point, x.shape) as out:
         for i in range(len(x)):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from tiny_checkpoint import TIED, tiny_tokenizer, write_checkpoint
 from tiny_run import byte_tokenizer
 
+from gptvq_jax.console.late_note import late_note
 from gptvq_jax.serve import generate_text as job
 from gptvq_jax.serve.generate_text import generate_text, stop_tokens
 from gptvq_jax.serve.sampling import Sampling
@@ -38,9 +40,11 @@ def run(checkpoint, *prompts, **options):
     return generate_text(checkpoint, None, prompts, **options)
 
 
-def test_text_of_one_prompt_then_figures(checkpoint, capsys):
+def test_text_of_one_prompt_then_figures(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(job, "late_note", partial(late_note, seconds=0.0))
     (text,) = run(checkpoint, PROMPTS[0])
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    assert errors == "compiling, and reading the prompt ...\n"
     assert text.split() and set(text.split()) <= {f"w{i}" for i in range(40)}
     shown, figures = out.removesuffix("\n").split("\n")
     assert shown == text

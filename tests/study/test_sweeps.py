@@ -330,7 +330,7 @@ def test_two_processes_share_the_work_and_a_dead_one_is_taken_over(base, tmp_pat
     assert visits["Quantize"] <= 4 * BLOCKS and visits["Backward"] <= BLOCKS
 
 
-def test_a_claimed_cell_is_left_to_its_owner(base, tmp_path):
+def test_a_claimed_cell_is_left_to_its_owner(base, tmp_path, capsys):
     """Until that is gone; then it is taken over."""
     config, slept = weighted(base), []
     directory = Directory(tmp_path / "sweep")
@@ -342,10 +342,12 @@ def test_a_claimed_cell_is_left_to_its_owner(base, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", sleep)
-        patch.setattr(start.Drive.__init__, "__defaults__", (0.0, sleep))
+        patch.setattr(start.Drive.__init__, "__defaults__", (None, 0.0, sleep))
         assert owner.enter_context(directory.claim("cell-bits2"))
         assert run(config, tmp_path / "sweep") == []
     assert slept == [{"bits3"}]
+    waiting = [t for t in capsys.readouterr().err.split("\r") if "waiting for other" in t]
+    assert waiting and all("ETA ?," in text for text in waiting)
     assert set(rows(tmp_path / "sweep")) == {"bits2", "bits3"}
 
 
@@ -423,7 +425,9 @@ def test_cells_that_cannot_be_are_told_and_the_others_are_planned(base, tmp_path
         [axis("allocation.bits_per_value", (0.3, 1.4), "budget"), axis("vq.block_size", (0, 128))],
     )
     start.plan(config, "tiny.py", (), str(tmp_path / "sweep"))
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    told = "working out the cells ...\nreading the models of 2 cells ...\nmeasuring the matrix"
+    assert errors.startswith(told)
     assert "refused: budget0.3_block_size128: allocation.bits_per_value=0.3 cannot be met" in out
     assert "refused: budget1.4_block_size0: vq.block_size=0 must be at least 1" in out
     assert "sweep some: 1 cells, 0 finished" in out and "gradients-" in out
@@ -444,10 +448,11 @@ def test_two_points_that_are_the_same_run_make_one(base, tmp_path, capsys):
 def test_the_plan_goes_by_finished_cells(base, tmp_path, capsys):
     config = in_step(base)
     run(config, tmp_path, cells="asymmetry0$")
-    capsys.readouterr()
+    assert "[00:00, ETA at least " in capsys.readouterr().err  # before the cell
     start.plan(config, "tiny.py", (), str(tmp_path))
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
     assert "2 cells, 1 finished" in out and "as 1 finished cells took" in out
+    assert "measuring" not in errors
 
 
 def test_one_sweep_has_a_directory(base, tmp_path):
@@ -477,7 +482,6 @@ def test_a_pattern_that_matches_nothing_names_the_cells(base, tmp_path):
             run(weighted(base), tmp_path, cells=pattern)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_the_command_of_a_cell_is_that_run(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     for name in ("sweeps/smollm2_dimensionality", "sweeps/llama2_7b_table2"):

@@ -18,7 +18,7 @@ def against_dimension(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
     groups = alike(measured, _layers_of)
     drawn = [group for group in groups if len({code_name(cell) for cell in group}) > 1]
     if not drawn:
-        if measured:
+        if len(measured) > 1:
             notes.append(
                 "no cells of the same layers that differ in dimension or method: SQNR against "
                 "dimension is left out"

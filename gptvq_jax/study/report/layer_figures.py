@@ -39,14 +39,16 @@ def of_one(cell: Cell, stem: str) -> list[Figure]:
                 lambda axes: by_depth(axes, rows, "bits_per_value", "bits per value"),
             )
         )
-    if any("unused_centroids" in row and row["unused_centroids"] for row in rows):
-        counted = [row for row in rows if "unused_centroids" in row]
+    counted = _counted(rows)
+    if _enough_unused(counted):
         figures.append(
             Figure(
                 f"{stem}unused",
                 "Unused centroids",
                 "Centroids of a layer that no vector uses.",
-                lambda axes: by_depth(axes, counted, "unused_centroids", "unused centroids"),
+                lambda axes: by_depth(
+                    axes, counted, "unused_centroids", "unused centroids", count=True
+                ),
             )
         )
     if cell.blocks:
@@ -59,6 +61,33 @@ def of_one(cell: Cell, stem: str) -> list[Figure]:
             )
         )
     return figures
+
+
+def unused_line(cell: Cell) -> str | None:
+    """A sentence in place of the figure of unused centroids; None where they have that."""
+    rows = _counted(cell.layers)
+    if not rows or _enough_unused(rows):
+        return None
+    total = sum(row["unused_centroids"] for row in rows)
+    if not total:
+        return "Every centroid is used."
+    worst = max(rows, key=lambda row: row["unused_centroids"])
+    centroids = "1 centroid is" if total == 1 else f"{total} centroids are"
+    layers = sum(row["unused_centroids"] > 0 for row in rows)
+    return (
+        f"{centroids} unused, in {layers} of {len(rows)} layers; the most, "
+        f"{worst['unused_centroids']}, in {worst['layer']} of block {worst['block']}."
+    )
+
+
+def _counted(rows: Sequence[Row]) -> list[Row]:
+    """Rows that say how many centroids are unused, as those of old runs do not."""
+    return [row for row in rows if row.get("unused_centroids") is not None]
+
+
+def _enough_unused(rows: Sequence[Row]) -> bool:
+    """Whether a figure has more to say than a sentence: a layer has one on average, or more."""
+    return bool(rows) and sum(row["unused_centroids"] for row in rows) >= len(rows)
 
 
 def side_by_side(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
@@ -149,12 +178,11 @@ def code_usage(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
     def draw(axes: Any) -> None:
         both = []
         for index, (name, rows) in enumerate(found.items()):
-            # Cells of the same index bits stand side by side.
-            shift = 0.3 * (index / max(1, len(found) - 1) - 0.5) if len(found) > 1 else 0
             bits = [row["index_bits"] for row in rows]
             entropy = [row["code_entropy"] for row in rows]
             look = {**style(index), "linestyle": "none", "markersize": 3.5}
-            axes.plot([b + shift for b in bits], entropy, label=name, **look)
+            look |= {"markerfacecolor": "none"}  # what lies under others is seen
+            axes.plot(bits, entropy, label=name, **look)
             both += [*bits, *entropy]
         ends = [min(both) - 0.3, max(both) + 0.3]
         axes.plot(ends, ends, color=INK, linestyle="--", linewidth=1, label="all codes as often")

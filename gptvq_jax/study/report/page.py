@@ -4,21 +4,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gptvq_jax.console.comparison_text import protocol_text
 from gptvq_jax.study.report.drawing import Figure
 from gptvq_jax.study.report.html_text import Markup, element, join
 from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.settings import common
-from gptvq_jax.study.report.table import cells_table, settings_list
+from gptvq_jax.study.report.table import cells_table, commands, settings_list
 
 Said = Mapping[str, Mapping[str, str]]  # {prompt: {model: what it says}}
 
 
 class Section(NamedTuple):
-    """Figures under one heading."""
+    """Figures under one heading, and sentences before them."""
 
     title: str
     figures: Sequence[Figure]
     folded: bool = False
+    lines: Sequence[str] = ()
 
 
 def page(
@@ -55,6 +57,7 @@ def page(
         *_missing(notes),
         element("h2", "Cells" if len(cells) > 1 else "The run"),
         cells_table(cells),
+        commands(cells),
         *_common(cells),
         *(_section(section, drawn) for section in sections if section.figures),
         *_said(said),
@@ -67,20 +70,18 @@ def protocols(cells: Sequence[Cell]) -> list[str]:
     """What the numbers were measured on, a line for each way."""
     lines = []
     for cell in cells:
-        of_text = cell.summary.get("protocol", {})
         parts = [
             f"{name} {cell.summary[name]}"
             for name in ("calibration", "evaluation")
             if cell.summary.get(name)
         ]
-        parts += [
-            f"{name} {of_text[name]}" for name in ("split", "joiner", "bos") if name in of_text
-        ]
-        parts += [f"{of_text['tokens']} tokens counted"] if "tokens" in of_text else []
         if cell.summary.get("processor"):
             parts.append(f"on {cell.summary['processor']}")
-        lines.append("; ".join(parts))
-    return [line[0].upper() + line[1:] + "." for line in dict.fromkeys(lines) if line]
+        sentences = ["; ".join(parts)] if parts else []
+        if "protocol" in cell.summary:
+            sentences.append(f"protocol: {protocol_text(cell.summary['protocol'])}")
+        lines.append(" ".join(f"{text[0].upper()}{text[1:]}." for text in sentences))
+    return [line for line in dict.fromkeys(lines) if line]
 
 
 def _missing(notes: Sequence[str]) -> list[Markup]:
@@ -94,20 +95,21 @@ def _common(cells: Sequence[Cell]) -> list[Markup]:
     shared = common(cells)
     if not shared:
         return []
-    of = "all cells" if len(cells) > 1 else "the run"
-    summary = element("summary", f"Settings of {of} that are not the defaults")
+    of = "that all cells share and" if len(cells) > 1 else "of the run"
+    summary = element("summary", f"Settings {of} that are not the defaults")
     return [element("details", summary, settings_list(shared))]
 
 
 def _section(section: Section, drawn: Mapping[str, str]) -> Markup:
+    lines = (element("p", line, class_="soft") for line in section.lines)
     figures = element(
         "div",
         *(_figure(figure, drawn[figure.name]) for figure in section.figures),
         class_="figures",
     )
     if section.folded:
-        return element("details", element("summary", section.title), figures)
-    return join(element("h2", section.title), figures)
+        return element("details", element("summary", section.title), *lines, figures)
+    return join(element("h2", section.title), *lines, figures)
 
 
 def _figure(figure: Figure, svg: str) -> Markup:

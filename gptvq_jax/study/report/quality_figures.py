@@ -38,9 +38,10 @@ def against_bits(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
             points = _points(group, field, notes)
             if points:
                 name = f"{field.partition('_')[0]}_bits{number}"
-                caption = f"{text}. Rings: the Pareto front, which no other cell beats in both." + (
-                    " Bars: one standard error." if any(e for *_, e in points) else ""
-                )
+                caption = f"{text}. Rings: the Pareto front, which no other cell beats in both."
+                caption += " Bars: one standard error." if any(e for *_, e in points) else ""
+                if any(_is_cut(point) for point in points):
+                    caption += " An arrow: the bar goes on below a tenth of the value."
                 figures.append(
                     Figure(name, title, caption, _against_bits(group, points, field, label))
                 )
@@ -54,6 +55,16 @@ def _text_of(cell: Cell) -> str:
 
 
 Point = tuple[Cell, float, float, float | None]  # bits, value, standard error if it is known
+
+
+def _low_end(point: Point) -> float:
+    """Of the bar; a logarithmic axis has no place for 0, nor much for what is close to it."""
+    _, _, value, error = point
+    return max(value - (error or 0.0), value / 10)
+
+
+def _is_cut(point: Point) -> bool:
+    return point[2] - (point[3] or 0.0) < _low_end(point)
 
 
 def _points(group: Sequence[Cell], field: str, notes: list[str]) -> list[Point]:
@@ -78,14 +89,11 @@ def _against_bits(group: Sequence[Cell], points: Sequence[Point], field: str, la
     def draw(axes: Any) -> None:
         for index, name in enumerate(dict.fromkeys(curves[point[0].name] for point in points)):
             on_curve = sorted((p for p in points if curves[p[0].name] == name), key=lambda p: p[1])
-            _, bits, values, errors = zip(*on_curve, strict=True)
+            _, bits, values, _ = zip(*on_curve, strict=True)
             axes.plot(bits, values, label=name, **style(index))
-            bars = [error or 0.0 for error in errors]
-            if any(bars):
-                colour = style(index)["color"]
-                axes.errorbar(bits, values, bars, fmt="none", ecolor=colour, elinewidth=1)
+            _bars(axes, [point for point in on_curve if point[3]], style(index)["color"])
         values = [point[2] for point in points]
-        ends = [value + (error or 0.0) for _, _, value, error in points]
+        ends = [end for point in points for end in (_low_end(point), point[2] + (point[3] or 0.0))]
         front = pareto_front([(bits, value) for _, bits, value, _ in points])
         axes.plot(
             [points[place][1] for place in front],
@@ -109,9 +117,30 @@ def _against_bits(group: Sequence[Cell], points: Sequence[Point], field: str, la
                     line, color=INK, linestyle="--", linewidth=1, label=f"float {line:.4g}"
                 )
         axes.set(xlabel="bits per value, codebooks included", ylabel=label, yscale="log")
-        low, high = min(values), max(*values, *ends)
+        low, high = min(*values, *ends), max(*values, *ends)
         axes.set_ylim(low / (high / low) ** 0.06 * 0.99, high * (high / low) ** 0.06 * 1.01)
         log_ticks(axes.yaxis, low, high)
         axes.margins(x=0.08)
 
     return draw
+
+
+def _bars(axes: Any, points: Sequence[Point], colour: str) -> None:
+    """One standard error up and down; an arrow where it goes down further than is drawn."""
+    if not points:
+        return
+    _, bits, values, errors = zip(*points, strict=True)
+    down = [value - _low_end(point) for value, point in zip(values, points, strict=True)]
+    axes.errorbar(
+        bits, values, [down, errors], fmt="none", ecolor=colour, elinewidth=1, capsize=2.5
+    )
+    cut = [point for point in points if _is_cut(point)]
+    if cut:
+        axes.plot(
+            [point[1] for point in cut],
+            [_low_end(point) for point in cut],
+            color=colour,
+            linestyle="none",
+            marker="v",
+            markersize=7,
+        )

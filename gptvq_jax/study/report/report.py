@@ -8,10 +8,10 @@ from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.study.report.dimension_figures import against_dimension
 from gptvq_jax.study.report.drawing import render
-from gptvq_jax.study.report.layer_figures import code_usage, of_one, side_by_side
+from gptvq_jax.study.report.layer_figures import code_usage, of_one, side_by_side, unused_line
 from gptvq_jax.study.report.page import Section, page
 from gptvq_jax.study.report.quality_figures import against_bits
-from gptvq_jax.study.report.results import Cell, read_results
+from gptvq_jax.study.report.results import Cell, named, read_results
 from gptvq_jax.study.report.texts import said
 from gptvq_jax.study.report.time_figures import time_by_stage
 
@@ -37,6 +37,7 @@ def report(
       ValueError, FileNotFoundError: as `read_results`; a prompt that cannot be read.
       FullDiskError: there is no room.
     """
+    directories = _each_once(directories)
     cells, notes = read_results(directories)
     output = directories[0] / "report" if output is None else output
     try:
@@ -70,25 +71,42 @@ def report(
     return path
 
 
+def _each_once(directories: Sequence[Path]) -> list[Path]:
+    """Directories without those that were named before, of which it says so."""
+    found: dict[Path, Path] = {}
+    for directory in directories:
+        first = found.setdefault(directory.resolve(), directory)
+        if first is not directory:
+            print(f"{directory} is given twice; it is drawn once")
+    return list(found.values())
+
+
+def _lines(cell: Cell) -> list[str]:
+    line = unused_line(cell)
+    return [] if line is None else [line]
+
+
 def _sections(cells: Sequence[Cell], notes: list[str]) -> list[Section]:
     """All figures that the results allow."""
     quality = against_bits(cells, notes) + against_dimension(cells, notes)
     with_layers = [cell for cell in cells if cell.layers]
-    for cell in cells:
-        if not cell.layers:
-            notes.append(f"no layer rows in {cell.directory}: errors by layer are left out")
+    without = [cell for cell in cells if not cell.layers and cell.status == "done"]
+    if without:
+        notes.append(f"no layer rows of {named(without)}: errors by layer are left out")
     by_depth = [cell for cell in with_layers if all("block" in row for row in cell.layers)]
     if len(cells) == 1 and by_depth:
         layers, single = of_one(by_depth[0], ""), []
+        lines = _lines(by_depth[0])
     else:
         layers = side_by_side(with_layers, notes) if with_layers else []
+        lines = []
         single = [
-            Section(f"Layers of {cell.name}", of_one(cell, f"cell{index}_"), folded=True)
+            Section(f"Layers of {cell.name}", of_one(cell, f"cell{index}_"), True, _lines(cell))
             for index, cell in enumerate(by_depth, 1)
         ]
     return [
         Section("Quality", quality),
-        Section("Layers", layers + code_usage(cells, notes)),
+        Section("Layers", layers + code_usage(cells, notes), lines=lines),
         Section("Time", time_by_stage(cells, notes)),
         *single,
     ]

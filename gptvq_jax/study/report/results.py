@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import flat
+from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import leaves_directory, read_json_lines, read_json_object
 from gptvq_jax.study.report.rows import check_result, check_row, printable
 
@@ -27,7 +28,8 @@ class Cell:
       error: of a failed one.
       command: that makes it; "" if it was not noted.
       point: {axis of the sweep: name of the point on it}.
-      settings: {dotted field of the config: value}; of a cell that never began, those of its axes.
+      settings: {dotted field of the config: value}; of a cell without a config, the sweep's and
+        those of its axes.
       summary: of a finished one, see run/job.py; of a sweep over layers, bits and errors alone.
       layers: rows of layers; those of a sweep over layers have no block.
       blocks: rows of tuned blocks.
@@ -78,7 +80,7 @@ def read_results(directories: Sequence[Path]) -> Results:
         finished in any of them.
     """
     cells, notes = [], []
-    for directory in dict.fromkeys(directories):
+    for directory in directories:
         if (directory / SWEEP).is_file():
             more = _sweep(directory, notes)
         elif (directory / METRICS).is_file() or (directory / "config.json").is_file():
@@ -98,10 +100,26 @@ def read_results(directories: Sequence[Path]) -> Results:
         raise ValueError(
             f"nothing is finished in {names} yet{why}; give the command that began it again"
         )
+    cells = _with_names_of_their_own(cells)
+    return Results(cells, notes + _unfinished(cells))
+
+
+def _unfinished(cells: Sequence[Cell]) -> list[str]:
+    """A line for all cells that are not finished, and one for all that failed in one way."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        if cell.status == "not finished":
-            notes.append(f"{cell.name} is not finished: what it lacks is left out")
-    return Results(_with_names_of_their_own(cells), notes)
+        if cell.status != "done":
+            groups.setdefault((cell.status, cell.error), []).append(cell)
+    lines = []
+    for (status, error), found in groups.items():
+        verb = "is not finished" if len(found) == 1 else "are not finished"
+        verb = "failed" if status == "failed" else verb
+        why = f" ({error})" if error else ""
+        if len(cells) == 1:
+            lines.append(f"{found[0].name} {verb}: what it lacks is left out{why}")
+        else:
+            lines.append(f"{len(found)} of {len(cells)} cells {verb}: {named(found)}{why}")
+    return lines
 
 
 def _run(directory: Path, name: str = "") -> Cell:
@@ -141,10 +159,19 @@ def _sweep(directory: Path, notes: list[str]) -> list[Cell]:
         if not isinstance(refused, dict):
             raise ValueError(f"{path} has a refused cell without a name; restore the file")
         notes.append(printable(f"{refused.get('name')} was refused: {refused.get('reason')}"))
-    return [_cell(directory, path, cell, rows.get(cell.get("name"))) for cell in listed]
+    base = sweep.get("base") or {}
+    if not isinstance(base, dict):
+        raise ValueError(f"{path}: base={brief(base)} is no object; restore the file")
+    return [_cell(directory, path, flat(base), c, rows.get(c.get("name"))) for c in listed]
 
 
-def _cell(directory: Path, path: Path, cell: dict[str, Any], row: dict[str, Any] | None) -> Cell:
+def _cell(
+    directory: Path,
+    path: Path,
+    base: dict[str, Any],
+    cell: dict[str, Any],
+    row: dict[str, Any] | None,
+) -> Cell:
     name, work = cell.get("name"), cell.get("workdir") or "."
     if not isinstance(name, str) or not isinstance(work, str) or leaves_directory(work):
         raise ValueError(f"{path} has a cell without a name or a directory in it; restore the file")
@@ -162,7 +189,7 @@ def _cell(directory: Path, path: Path, cell: dict[str, Any], row: dict[str, Any]
         error=printable(str(found.get("error") or "")),
         command=str(cell.get("command") or run.command),
         point={str(k): str(v) for k, v in (cell.get("point") or {}).items()},
-        settings=run.settings or dict(cell.get("fields") or {}),
+        settings=run.settings or {**base, **(cell.get("fields") or {})},
         summary=found if found.get("status") == "done" else run.summary,
         layers=run.layers or found.get("layers", ()),
     )

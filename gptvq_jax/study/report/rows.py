@@ -19,6 +19,14 @@ _BLOCK = {"block": int, "tune_error_before": float, "tune_error_after": float}
 _SUMMARY = {"bits_per_value": float, "perplexity_float": float, "perplexity_quantized": float}
 _OF_LAYERS = {"bits_per_value": float, "relative_error": float}
 _OPTIONAL = {"code_entropy": float, "unused_centroids": int}  # of a layer
+_PROTOCOL = {
+    "dataset": str,
+    "split": str,
+    "bos": str,
+    "windows": int,
+    "context": int,
+    "tokens": int,
+}
 _FIELDS = {"layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY}
 
 
@@ -83,6 +91,11 @@ def _check_optional(row: dict[str, Any], where: str) -> None:
         if name in row and not isinstance(row[name], dict):
             raise ValueError(f"{where}: {name}={brief(row[name])} is no object; restore the file")
     _check(row, {"seconds": float} if "seconds" in row else {}, where)
+    if "protocol" in row:
+        _check(row["protocol"], _PROTOCOL, where)
+        joiner = row["protocol"].setdefault("joiner", None)  # its line breaks are shown escaped
+        if joiner is not None and not isinstance(joiner, str):
+            raise ValueError(f"{where}: joiner={brief(joiner)} must be a text; restore the file")
     for name, compared in row.get("comparison", {}).items():
         if not isinstance(compared, dict):
             raise ValueError(f"{where}: {name}={brief(compared)} is no object; restore the file")

@@ -1,10 +1,12 @@
 """Which settings tell cells apart, and which cells belong on one curve."""
 
 import json
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from gptvq_jax.config import default_config, flat
+from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.rows import printable
 
@@ -15,11 +17,15 @@ _NOT_SETTINGS = ("weights",)  # config.json has the fingerprint of the source th
 
 
 def settings_of(cell: Cell) -> dict[str, str]:
-    """{dotted field: value as text}."""
+    """{dotted field: value as text}, without the sections that its method does not take."""
+    method = METHODS.get(str(cell.settings.get("method")))
+    left_out = {*_NOT_SETTINGS}
+    if method is not None:
+        left_out |= {other.section for other in METHODS.values()} - {method.section}
     return {
         name: _text(value)
         for name, value in cell.settings.items()
-        if name.partition(".")[0] not in _NOT_SETTINGS
+        if name.partition(".")[0] not in left_out
     }
 
 
@@ -28,8 +34,35 @@ def differing(cells: Sequence[Cell]) -> list[str]:
     return [name for name, values in _values(cells).items() if len(values) > 1]
 
 
+def columns(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
+    """Axes and fields that say something of their own; those that say less give way."""
+    axes = list(dict.fromkeys(name for cell in cells for name in cell.point))
+    fields = differing(cells)
+    for axis in tuple(axes):
+        of_axis = [(c.point[axis], settings_of(c)) for c in cells if axis in c.point]
+        for field in tuple(fields):
+            both = [(point, of[field]) for point, of in of_axis if field in of]
+            if not both or not all(_same(point, value) for point, value in both):
+                continue
+            if len(both) == len(of_axis):
+                axes.remove(axis)
+                break
+            if all(axis in cell.point for cell in cells):
+                fields.remove(field)
+    return axes, fields
+
+
+def _same(point: str, value: str) -> bool:
+    """Whether a point is named after a value, as dim2 and 2d are after 2."""
+    number = re.fullmatch(r"[A-Za-z_]*=?(-?\d+(?:\.\d+)?(?:e-?\d+)?)[A-Za-z]*", point)
+    try:
+        return point == value or (number is not None and float(number[1]) == float(value))
+    except ValueError:
+        return False
+
+
 def common(cells: Sequence[Cell]) -> dict[str, str]:
-    """Settings that all cells share and that are not the defaults."""
+    """Settings that all cells with such a field share and that are not the defaults."""
     defaults = {name: _text(value) for name, value in flat(default_config().to_dict()).items()}
     found = _values(cells).items()
     shared = {name: next(iter(values)) for name, values in found if len(values) == 1}

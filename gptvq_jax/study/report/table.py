@@ -1,13 +1,15 @@
-"""The table of cells: what differs between them, what came out, and the command of each."""
+"""The table of cells: what differs between them and what came out; the command of each."""
 
+import html
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from gptvq_jax.study.report.dimension_figures import mean_bits, sqnr
 from gptvq_jax.study.report.html_text import Markup, element, join
 from gptvq_jax.study.report.layer_figures import geometric_mean
 from gptvq_jax.study.report.results import Cell
-from gptvq_jax.study.report.settings import differing, settings_of
+from gptvq_jax.study.report.settings import columns, settings_of
 
 # Title, form, and the number of a cell, or None.
 _NUMBERS: tuple[tuple[str, str, Callable[[Cell], float | None]], ...] = (
@@ -40,10 +42,9 @@ def _unused(cell: Cell) -> int | None:
 
 def cells_table(cells: Sequence[Cell]) -> Markup:
     """Columns that have nothing in any row are left out."""
-    axes = list(dict.fromkeys(name for cell in cells for name in cell.point))
-    fields = differing(cells)
+    axes, fields = columns(cells)
     numbers = [column for column in _NUMBERS if any(column[2](cell) is not None for cell in cells)]
-    titles = ["cell", *axes, *fields, *(title for title, *_ in numbers), "state", "command"]
+    titles = ["cell", "state", *axes, *fields, *(title for title, *_ in numbers)]
     rows = []
     for cell in cells:
         settings = settings_of(cell)
@@ -51,18 +52,38 @@ def cells_table(cells: Sequence[Cell]) -> Markup:
             element(
                 "tr",
                 element("th", cell.name, scope="row"),
+                element("td", cell.status, class_="short"),
                 *(element("td", cell.point.get(axis, "")) for axis in axes),
                 *(element("td", settings.get(field, "")) for field in fields),
                 *(_number(cell, *column) for column in numbers),
-                element("td", cell.status + (f": {cell.error}" if cell.error else "")),
-                element("td", element("code", cell.command or "not noted"), class_="command"),
             )
         )
-    head = (element("th", element("button", title, type="button"), scope="col") for title in titles)
+    head = (
+        element("th", element("button", _breakable(title), type="button"), scope="col")
+        for title in titles
+    )
     table = element(
         "table", element("thead", element("tr", *head)), element("tbody", *rows), class_="sortable"
     )
     return element("div", table, class_="wide", tabindex="0", role="region", aria_label="cells")
+
+
+def _breakable(title: str) -> Markup:
+    """A title that may go on in the next line after a dot or an underscore."""
+    parts = re.split(r"(?<=[._])", title)
+    return Markup("<wbr>".join(html.escape(part) for part in parts))
+
+
+def commands(cells: Sequence[Cell]) -> Markup:
+    """The command of each cell; folded where there are several."""
+    if len(cells) == 1:
+        return element("p", element("code", cells[0].command or "command not noted"))
+    lines = (
+        join(element("dt", cell.name), element("dd", element("code", cell.command or "not noted")))
+        for cell in cells
+    )
+    commands_list = element("dl", *lines, class_="set")
+    return element("details", element("summary", "The command of each cell"), commands_list)
 
 
 def _number(

@@ -60,6 +60,10 @@ def said(cells: Sequence[Cell], prompts: Sequence[str], store: Path, notes: list
     new = [m for m in models if any(_key(m, prompt) not in known for prompt in prompts)]
     silent = set()
     if new:
+        print(
+            f"{len(new)} model{'s' * (len(new) > 1)} to continue {len(prompts)} "
+            f"prompt{'s' * (len(prompts) > 1)}; --noprompts leaves that out"
+        )
         with Progress(len(new), "prompts", "model") as progress:
             for model in new:
                 progress.note(model.name)

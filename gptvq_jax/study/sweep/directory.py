@@ -75,7 +75,8 @@ class Directory:
     def check(self, record: dict[str, Any]) -> None:
         """Sees whether a sweep may have this directory; nothing is written."""
         if not self._file.exists():
-            others = ("config.json", "checkpoint", "cells", "shared", "metrics.jsonl")
+            others = ("config.json", "checkpoint", "manifest.json", "cells", "shared")
+            others += ("metrics.jsonl",)
             there = next((name for name in others if (self.path / name).exists()), None)
             if there is not None:
                 raise ValueError(

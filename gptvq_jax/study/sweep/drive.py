@@ -7,9 +7,9 @@ that dies leaves.
 
 import contextlib
 import re
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter, sleep
 from typing import Any, Protocol
 
 from gptvq_jax.console.errors import first_line
@@ -18,6 +18,7 @@ from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.study.sweep.cells import Cell, Sweep
 from gptvq_jax.study.sweep.directory import Directory
+from gptvq_jax.study.sweep.estimate import Seconds
 from gptvq_jax.study.sweep.results import DONE, FAILED, Results
 from gptvq_jax.study.sweep.table import Table
 
@@ -90,6 +91,7 @@ class Drive:
       chosen: cells that are wanted.
       work: of each of the sweep's cells, in any unit, for the ETA.
       table: of the chosen cells.
+      time: of what is left, for the ETA before a cell is done here; None: nothing is known.
       poll: seconds between two looks at what other processes do.
       sleep: for as many seconds.
     """
@@ -102,12 +104,13 @@ class Drive:
         chosen: Sequence[Cell],
         work: dict[str, float],
         table: Table,
+        time: Seconds | None = None,
         poll: float = _POLL,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = sleep,
     ):
         self._maker, self._directory, self._record = maker, directory, record
         self._chosen, self._work, self._table = list(chosen), work, table
-        self._poll, self._sleep = poll, sleep
+        self._time, self._poll, self._sleep = time, poll, sleep
         names = [cell.name for cell in maker.sweep.cells]
         self._results = Results(directory, names)
         self._broken: dict[str, Exception] = {}  # passes that failed here, and with what
@@ -118,14 +121,13 @@ class Drive:
         """Makes what is left of the chosen cells; returns the names of those that failed."""
         total = sum(self._work[cell.name] for cell in self._chosen)
         with Progress(len(self._chosen), self._maker.sweep.name, "cell", total) as progress:
-            left, waited = self._left(self._chosen, progress.skip), False
+            left = self._left(self._chosen, progress.skip)
+            if self._time is not None:
+                progress.expect(self._time.value, self._time.at_least)
             while left:
-                took = self._take(left, progress)
-                if not took and not waited:
-                    progress.note("waiting for other processes")
-                if not took:
+                if not self._take(left, progress):
+                    progress.wait("waiting for other processes")
                     self._sleep(self._poll)
-                waited = not took
                 left = self._left(left, progress.skip)
         rows = self._results.rows()
         self._forget(rows)
@@ -177,16 +179,16 @@ class Drive:
     def _run(self, cell: Cell, progress: Progress) -> None:
         self._table.started(cell.name, "running")
         progress.note(cell.name)
-        start = time.perf_counter()
+        start = perf_counter()
         with self._recorded(cell, progress):
             fields = self._maker.run(cell)
-            seconds = fields.get("seconds", time.perf_counter() - start)
+            seconds = fields.get("seconds", perf_counter() - start)
             self._add(cell, DONE, None, seconds, fields, progress)
 
     @contextlib.contextmanager
     def _recorded(self, cell: Cell, progress: Progress) -> Iterator[None]:
         """What is raised inside becomes the row of a cell that has failed."""
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             yield
         except FullDiskError:
@@ -197,7 +199,7 @@ class Drive:
                 file = self._directory.cell(cell.name) / "error.txt"
                 durable.write_text(file, traceback.format_exc())
                 text = f"{type(error).__name__}: {first_line(error)} (all of it: {file})"
-            self._add(cell, FAILED, text, time.perf_counter() - start, {}, progress)
+            self._add(cell, FAILED, text, perf_counter() - start, {}, progress)
 
     def _add(
         self,

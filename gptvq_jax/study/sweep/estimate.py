@@ -6,7 +6,7 @@ finished, of those cells as they were.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import RunSettings
@@ -115,6 +115,7 @@ class Seconds(NamedTuple):
 
     value: float
     basis: str  # where that comes from
+    at_least: bool = False  # whether it is a bound from below
 
 
 def seconds(
@@ -122,7 +123,7 @@ def seconds(
     left: Sequence[str],
     passes: float,
     rows: Mapping[str, Mapping[str, Any]],
-    rate: float | None,
+    rate: Callable[[], float],
 ) -> Seconds:
     """How long the cells that are left will take.
 
@@ -131,12 +132,16 @@ def seconds(
       left: names of cells.
       passes: FLOP of the passes that are left.
       rows: of finished cells, by name.
-      rate: FLOP/s of this machine's matrix products; asked for only where no cell is finished.
+      rate: measures the FLOP/s of this machine's matrix products; called only where no cell is
+        finished.
     """
     wanted = math.fsum(flop[name] for name in left) + passes
+    if not wanted:
+        return Seconds(0.0, "nothing is left")
     known = {name: float(row["seconds"]) for name, row in rows.items() if flop.get(name)}
     if known and sum(known.values()) > 0:
         per_flop = sum(known.values()) / sum(flop[name] for name in known)
         return Seconds(wanted * per_flop, f"as {len(known)} finished cells took")
-    basis = f"its matrix products alone, at {rate / 1e12:.2f} TFLOP/s, which this machine reaches"
-    return Seconds(wanted / rate, basis)
+    best = rate()
+    basis = f"its matrix products alone, at {best / 1e12:.2f} TFLOP/s, which this machine reaches"
+    return Seconds(wanted / best, basis, at_least=True)

@@ -1,8 +1,9 @@
 """A sweep from its config to its results, and its plan. What scripts/sweep.py calls."""
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 from tqdm import tqdm
@@ -47,9 +48,11 @@ def sweep(
     directory.open(record)
     _tell(maker)
     cells = {cell["name"]: cell for cell in record["cells"]}
+    todo = _to_do(maker, directory, chosen)
+    time = _seconds(maker, todo)
     work = {cell.name: maker.cell_flop(cell) for cell in maker.sweep.cells}
     with Table(maker.sweep.kind, [cell.name for cell in chosen]) as table:
-        failed = Drive(maker, directory, cells, chosen, work, table).run()
+        failed = Drive(maker, directory, cells, chosen, work, table, time).run()
     print(f"\n{table.text()}\n\nwritten to {directory.path}")
     return failed
 
@@ -65,11 +68,7 @@ def plan(
     maker, chosen = _resolved(config, given, workdir, pattern)
     directory = Directory(workdir)
     directory.check(record_of(maker.sweep, origin, given))
-    rows = Results(directory, [cell.name for cell in maker.sweep.cells]).rows()
-    done = {name: row for name, row in rows.items() if row["status"] == DONE}
-    left = [cell for cell in chosen if cell.name not in done]
-    passes = {of.name: (of, cell) for cell in left for of in maker.passes(cell)}
-    missing = {name: pair for name, pair in passes.items() if not maker.is_made(pair[0])}
+    done, left, passes, missing = todo = _to_do(maker, directory, chosen)
     print(f"sweep {maker.sweep.name}: {len(chosen)} cells, {len(chosen) - len(left)} finished\n")
     for cell in chosen:
         state = "finished" if cell.name in done else "to do"
@@ -81,21 +80,48 @@ def plan(
         state = "to do" if name in missing else "made"
         print(f"  {name:24s} {state:9s} for {readers} cells of {cell.settings.model}")
     _tell(maker)
-    flop = {cell.name: maker.cell_flop(cell) for cell in maker.sweep.cells}
-    of_passes = sum(maker.pass_flop(of, cell) for of, cell in missing.values())
-    names = [cell.name for cell in left]
-    rate = None if done else matmul_rate()
-    time = estimate.seconds(flop, names, of_passes, done, rate)
+    time = _seconds(maker, todo)
     held = sum(maker.pass_bytes(of, cell) for of, cell in passes.values())
     sizes = [maker.cell_bytes(cell) for cell in left] or [(0, 0)]
     stays, beside = sum(stays for stays, _ in sizes), max(beside for _, beside in sizes)
-    least = "" if done else "at least "
+    least = "at least " * time.at_least
     print(f"\ntime  {least}{tqdm.format_interval(time.value)} in one process ({time.basis})")
     print(
         f"disk  {(stays + held + beside) / 1e9:.2f} GB at most: {stays / 1e9:.2f} GB of cells, "
         f"{held / 1e9:.2f} GB of shared files, which are removed in the end, and "
         f"{beside / 1e9:.2f} GB while a cell is made"
     )
+
+
+class _ToDo(NamedTuple):
+    """How far a sweep is."""
+
+    done: dict[str, dict[str, Any]]  # rows of finished cells
+    left: list[Cell]  # of those that are wanted
+    passes: dict[str, tuple[Any, Cell]]  # that they read, each with a cell that does
+    missing: dict[str, tuple[Any, Cell]]  # the passes that nobody has made
+
+
+def _to_do(maker: Maker, directory: Directory, chosen: Sequence[Cell]) -> _ToDo:
+    rows = Results(directory, [cell.name for cell in maker.sweep.cells]).rows()
+    done = {name: row for name, row in rows.items() if row["status"] == DONE}
+    left = [cell for cell in chosen if cell.name not in done]
+    passes = {of.name: (of, cell) for cell in left for of in maker.passes(cell)}
+    missing = {name: pair for name, pair in passes.items() if not maker.is_made(pair[0])}
+    return _ToDo(done, left, passes, missing)
+
+
+def _seconds(maker: Maker, todo: _ToDo) -> estimate.Seconds:
+    """What is left will take."""
+
+    def rate() -> float:
+        _say("measuring the matrix products of this machine, a few seconds")
+        return matmul_rate()
+
+    flop = {cell.name: maker.cell_flop(cell) for cell in maker.sweep.cells}
+    of_passes = sum(maker.pass_flop(of, cell) for of, cell in todo.missing.values())
+    names = [cell.name for cell in todo.left]
+    return estimate.seconds(flop, names, of_passes, todo.done, rate)
 
 
 def _resolved(
@@ -105,9 +131,16 @@ def _resolved(
     pattern: str | None,
 ) -> tuple[Maker, list[Cell]]:
     """What makes the cells, and those that are wanted."""
+    _say("working out the cells")
     resolved = resolve(config, given)
+    _say(f"reading the models of {len(resolved.cells)} cells")
     maker = _MAKERS[resolved.kind](resolved, Path(workdir))
     return maker, choose(maker.sweep.cells, pattern)
+
+
+def _say(text: str) -> None:
+    """What takes a while, beside the results: on standard error."""
+    print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def _tell(maker: Maker) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from gptvq_jax.config import default_config, from_config, to_dict
 
 LAYERS = ("self_attn/q_proj", "mlp/up_proj")
+PROTOCOL = {"dataset": "t.txt", "split": "whole file", "joiner": "\n\n", "windows": 2}
+PROTOCOL |= {"context": 32, "tokens": 62, "bos": "none"}
 STAGES = {"quantize": {"seconds": 3.5}, "evaluate": {"seconds": 1.25}, "elsewhere": 0.5}
 
 

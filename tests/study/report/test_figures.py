@@ -68,7 +68,24 @@ def test_standard_errors_are_bars():
     quality_figures.against_bits([cell_], [])[1].draw(axes)
     (bars,) = axes.containers[0].lines[2]
     np.testing.assert_allclose(bars.get_segments(), [[[2.125, 0.2], [2.125, 0.3]]])
-    assert axes.get_ylim()[1] > 0.3
+    low, high = axes.get_ylim()
+    assert low < 0.2 and high > 0.3
+
+
+@pytest.mark.parametrize("error, cut", [(0.2, False), (0.24, True), (0.25, True), (9.0, True)])
+def test_a_bar_is_whole_or_its_cut_is_marked(error, cut):
+    (figure,) = quality_figures.against_bits(
+        [cell("a", **summary_row(comparison=comparison(0.25, error)))], []
+    )[1:]
+    axes = Canvas().subplots()
+    figure.draw(axes)
+    (bars,) = axes.containers[0].lines[2]
+    ((_, low), (_, high)) = bars.get_segments()[0]
+    assert high == pytest.approx(0.25 + error) and axes.get_ylim()[1] > high
+    assert low == pytest.approx(0.025 if cut else 0.25 - error) and axes.get_ylim()[0] < low
+    arrows = [line for line in axes.lines if line.get_marker() == "v"]
+    assert [a.get_xydata().tolist() for a in arrows] == ([[[2.125, 0.025]]] if cut else [])
+    assert ("An arrow" in figure.caption) == cut
 
 
 def test_what_is_not_comparable_is_apart(sweep):
@@ -150,7 +167,7 @@ def test_errors_by_layer_and_by_depth():
 def test_one_run_by_depth():
     rows = [
         layer_row(
-            block, name, 0.1 * (block + 1), 2.0 + block, unused_centroids=block, dim=1 + block
+            block, name, 0.1 * (block + 1), 2.0 + block, unused_centroids=2 * block, dim=1 + block
         )
         for block in range(2)
         for name in LAYERS
@@ -160,10 +177,15 @@ def test_one_run_by_depth():
     error, bits, unused, tuning = layer_figures.of_one(run, "x_")
     assert drawn(error) == {name: [[0, 0.1], [1, 0.2]] for name in LAYERS}
     assert drawn(bits) == {name: [[0, 2.0], [1, 3.0]] for name in LAYERS}
-    assert drawn(unused) == {name: [[0, 0], [1, 1]] for name in LAYERS}
+    assert drawn(unused) == {name: [[0, 0], [1, 2]] for name in LAYERS}
+    axes = Canvas().subplots()
+    unused.draw(axes)
+    assert all(tick == round(tick) for tick in axes.get_yticks())
+    assert layer_figures.unused_line(run) is None
     assert drawn(tuning) == {"quantized": [[0, 0.2]], "and tuned": [[0, 0.1]]}
     plain = Cell("a", Path("a"), "done", layers=[layer_row()])
     assert [figure.name for figure in layer_figures.of_one(plain, "")] == ["error"]
+    assert layer_figures.unused_line(plain) == "Every centroid is used."
 
 
 def test_code_usage():
@@ -173,6 +195,8 @@ def test_code_usage():
     (figure,) = layer_figures.code_usage(cells, notes)
     lines = drawn(figure)
     assert lines["a"] == [[4, 3.5], [6, 5.0]]
+    (both,) = layer_figures.code_usage([cell("a", rows), cell("b", rows)], [])
+    assert drawn(both)["a"] == drawn(both)["b"] == lines["a"]  # none beyond its index bits
     assert all(x == y for x, y in lines["all codes as often"])
     assert notes == ["no code entropy in old: it is left out of code usage"]
 

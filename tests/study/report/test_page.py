@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from result_files import (
     LAYERS,
+    PROTOCOL,
     comparison,
     dimensions,
     layer_row,
@@ -17,10 +19,11 @@ from result_files import (
     write_sweep,
 )
 
+from gptvq_jax.console.comparison_text import protocol_text
 from gptvq_jax.study.report.drawing import WIDTH
 from gptvq_jax.study.report.report import report
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -78,14 +81,14 @@ def swept(tmp_path_factory):
 def test_a_sweep(swept):
     text, page, output, printed = swept
     head, *rows = table(text)
-    assert head[:4] == ["cell", "format", "vq.dim", "vq.bits"]
+    assert head[:5] == ["cell", "state", "format", "vq.dim", "vq.bits"]
     assert [row[0] for row in rows] == ["1d_2b", "1d_3b", "2d_2b", "2d_3b", "8d"]
     by_title = dict(zip(head, rows[3], strict=True))
     assert (by_title["vq.dim"], by_title["vq.bits"]) == ("2", "3.0")
     assert (by_title["perplexity"], by_title["float perplexity"]) == ("16.000", "15.000")
     assert by_title["mean KL, nats/token"] == "0.4 \N{PLUS-MINUS SIGN} 0.001"
-    assert by_title["command"] == "python scripts/sweep.py --cells=2d_3b"
-    assert rows[4][-2] == "failed: vq.dim=8 must be 1, 2 or 4"
+    assert "<dt>2d_3b</dt><dd><code>python scripts/sweep.py --cells=2d_3b</code></dd>" in text
+    assert [row[1] for row in rows] == ["done"] * 4 + ["failed"]
     names = {path.stem for path in (output / "figures").glob("*.svg")}
     assert {"perplexity_bits", "kl_bits", "sqnr_dimension", "error_layers"} < names
     assert {"error_depth", "code_usage", "time_stages", "cell1_error", "cell4_error"} < names
@@ -93,7 +96,7 @@ def test_a_sweep(swept):
     assert names <= set(page.ids)  # every one of them is on the page
     *notes, last = printed.splitlines()
     assert last == str(output / "index.html")
-    missing = f"no layer rows in {output.parent / 'cells/8d'}: errors by layer are left out"
+    missing = "1 of 5 cells failed: 8d (vq.dim=8 must be 1, 2 or 4)"
     assert notes == [missing] and missing in "".join(page.text)
 
 
@@ -136,7 +139,7 @@ EVIL = "<script>alert(1)</script>&\"'$x^{$"
 def test_texts_of_files_are_no_markup(tmp_path):
     layers = [layer_row(b, f"{EVIL}{b}") for b in range(2)]
     summary = summary_row(evaluation=EVIL, processor=EVIL, calibration=EVIL, stages={EVIL: 2.0})
-    summary["protocol"] = {"split": EVIL, "tokens": EVIL}
+    summary["protocol"] = {**PROTOCOL, "split": EVIL, "joiner": EVIL}
     rows = [{"cell": EVIL, **summary}, {"cell": "b", "status": "failed", "error": EVIL}]
     sweep = write_sweep(
         tmp_path / "s",
@@ -169,6 +172,45 @@ def test_a_run_without_a_summary(tmp_path, capsys):
     assert "error" in page.ids and "perplexity_bits" not in page.ids
     notes = capsys.readouterr().out
     assert "w is not finished" in notes and "no perplexities" in notes and "no times" in notes
+
+
+def test_the_header_says_how_the_text_was_cut_and_the_table_ends_with_a_sentence(tmp_path):
+    rows = [layer_row(unused_centroids=0), layer_row(1, unused_centroids=1), layer_row(2)]
+    more = {"protocol": PROTOCOL, "calibration": "4 x 32 tokens of t.txt"}
+    text, page, _ = made(write_run(tmp_path / "w", [*rows, summary_row(**more)]))
+    lines = "".join(page.text)
+    assert (
+        "Calibration 4 x 32 tokens of t.txt; evaluation 2 x 32 tokens of t.txt; on a pro" in lines
+    )
+    assert f"Protocol: {protocol_text(PROTOCOL)}." in lines and r'joined by "\n\n"' in lines
+    assert "1 centroid is unused, in 1 of 3 layers; the most, 1, in self_attn/q_proj of b" in lines
+    assert "unused" not in page.ids
+
+
+def test_an_unfinished_sweep_is_one_line_and_axes_that_repeat_a_field_are_no_columns(tmp_path):
+    cells = {f"{dim}d_{bits}b": {"vq.dim": dim, "vq.bits": float(bits)}
+             for dim in (1, 2) for bits in (2, 3, 4)}  # fmt: skip
+    sweep = write_sweep(tmp_path / "s", cells, [{"cell": "1d_2b", **summary_row()}])
+    record = json.loads((sweep / "sweep.json").read_text())
+    for cell in record["cells"]:
+        dim, bits = cell["name"].split("_")
+        cell["point"] = {"width": f"dim{dim[0]}", "bits": bits, "recipe": f"r{int(bits[0]) + 1}"}
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    text, page, _ = made(sweep)
+    head, *rows = table(text)
+    assert head[1:6] == ["state", "recipe", "vq.dim", "vq.bits", "bits per value"]
+    assert [row[1] for row in rows] == ["done"] + ["not finished"] * 5
+    items = re.findall("<li>(.*?)</li>", text)
+    assert [item for item in items if "1d_3b" in item] == [
+        "5 of 6 cells are not finished: 1d_3b, 1d_4b, 2d_2b and 2 more"
+    ]
+
+
+def test_a_directory_that_is_given_twice_is_drawn_once(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "w", [layer_row(), summary_row()])
+    page = report([run, tmp_path / "w" / ".." / "w"], ask=False).read_text()
+    assert "<h1>w: 1 run</h1>" in page
+    assert "w/../w is given twice; it is drawn once" in capsys.readouterr().out
 
 
 def test_the_same_results_make_the_same_page(tmp_path):

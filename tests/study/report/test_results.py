@@ -4,6 +4,7 @@ import json
 
 import pytest
 from result_files import (
+    PROTOCOL,
     comparison,
     dimensions,
     layer_row,
@@ -40,7 +41,8 @@ def test_numbers_that_json_does_not_have(tmp_path):
 def test_a_sweep(tmp_path):
     cells, notes = read_results([dimensions(tmp_path / "s")])
     assert [cell.name for cell in cells] == ["1d_2b", "1d_3b", "2d_2b", "2d_3b", "8d"]
-    assert [cell.status for cell in cells] == ["done"] * 4 + ["failed"] and notes == []
+    assert [cell.status for cell in cells] == ["done"] * 4 + ["failed"]
+    assert notes == ["1 of 5 cells failed: 8d (vq.dim=8 must be 1, 2 or 4)"]
     assert cells[1].command == "python scripts/sweep.py --cells=1d_3b"
     assert cells[1].settings["vq.bits"] == 3.0 and len(cells[1].layers) == 6
     assert cells[4].error == "vq.dim=8 must be 1, 2 or 4" and cells[4].settings == {"vq.dim": 8}
@@ -56,7 +58,7 @@ def test_a_cell_that_was_run_again_has_the_last_word(tmp_path):
     (again, waiting), notes = read_results([sweep])
     assert (again.status, again.error, again.number("perplexity_quantized")) == ("done", "", 21.0)
     assert waiting.status == "not finished" and notes[0] == "b was refused: codes have 8 bits"
-    assert notes[1:] == ["c is not finished: what it lacks is left out"]
+    assert notes[1:] == ["1 of 2 cells is not finished: c"]
 
 
 def test_layers_of_a_sweep_over_layers(tmp_path):
@@ -66,9 +68,21 @@ def test_layers_of_a_sweep_over_layers(tmp_path):
     assert cell.layers == layers and cell.number("perplexity_quantized") is None
 
 
+def test_a_cell_without_a_config_has_the_settings_of_its_sweep(tmp_path):
+    sweep = write_sweep(tmp_path, {"a": {"vq.dim": 4}}, [{"cell": "a", **summary_row()}])
+    record = json.loads((sweep / "sweep.json").read_text())
+    record["base"] = {"method": "gptvq", "vq": {"dim": 2, "bits": 3.0}}
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    (cell,), _ = read_results([sweep])
+    assert cell.settings == {"method": "gptvq", "vq.dim": 4, "vq.bits": 3.0}
+    (sweep / "sweep.json").write_text(json.dumps({**record, "base": [1]}))
+    with pytest.raises(ValueError, match=r"base=\[1\] is no object; restore the file"):
+        read_results([sweep])
+
+
 def test_several_directories_have_names_of_their_own(tmp_path):
     runs = [write_run(tmp_path / f"{n}/w", [summary_row()]) for n in "ab"]
-    cells, _ = read_results([*runs, dimensions(tmp_path / "s"), runs[0]])
+    cells, _ = read_results([*runs, dimensions(tmp_path / "s")])
     names = [cell.name for cell in cells]
     assert names[:3] == [str(runs[0]), str(runs[1]), "s/1d_2b"] and len(names) == 7
 
@@ -101,6 +115,14 @@ def test_a_line_that_breaks_off_is_left_out(tmp_path):
         (
             {"metrics.jsonl": json.dumps(summary_row(comparison={"kl_mean": {}})) + "\n"},
             "line 1: value=None must be a number",
+        ),
+        (
+            {"metrics.jsonl": json.dumps(summary_row(protocol={"dataset": "a"})) + "\n"},
+            "line 1: split=None must be a text; restore the file",
+        ),
+        (
+            {"metrics.jsonl": json.dumps(summary_row(protocol={**PROTOCOL, "joiner": 3})) + "\n"},
+            "line 1: joiner=3 must be a text; restore the file",
         ),
         ({"metrics.jsonl": "", "config.json": "["}, "config.json is not valid JSON"),
         ({"sweep.json": "{}"}, "sweep.json lists no cells; restore the file"),

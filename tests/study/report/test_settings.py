@@ -1,12 +1,20 @@
 """Settings that differ, and the curves that cells belong to."""
 
+import dataclasses
 from pathlib import Path
 
 from result_files import config, layer_row
 
 from gptvq_jax.config import flat
 from gptvq_jax.study.report.results import Cell
-from gptvq_jax.study.report.settings import code_name, common, curve_names, differing
+from gptvq_jax.study.report.settings import (
+    code_name,
+    columns,
+    common,
+    curve_names,
+    differing,
+    settings_of,
+)
 
 
 def cell(name="a", layers=(), **fields):
@@ -26,6 +34,26 @@ def test_what_differs_and_what_is_shared():
 def test_a_cell_that_never_began_has_the_fields_of_its_axes_alone():
     waiting = Cell("c", Path("c"), "not finished", settings={"vq.dim": 8})
     assert differing([cell("a", **{"vq.dim": 1}), waiting]) == ["vq.dim"]
+
+
+def test_sections_that_a_method_does_not_take_are_no_settings():
+    aqlm = settings_of(cell(method="aqlm"))
+    assert "aqlm.dim" in aqlm and not any(n.startswith(("vq.", "uniform.")) for n in aqlm)
+    old = Cell("c", Path("c"), "done", settings={"vq.dim": 8, "aqlm.dim": 4})  # of no known method
+    assert settings_of(old) == {"vq.dim": "8", "aqlm.dim": "4"}
+
+
+def test_axes_and_fields_that_say_the_same_are_one_column():
+    points = {"a": ("2d", "2b", "x1"), "b": ("dim1", "bits3.0", "x3"), "c": ("aqlm", "2b", "x2")}
+    fields = [{"vq.dim": 2, "vq.bits": 2.0}, {"vq.dim": 1, "vq.bits": 3.0}, {"method": "aqlm"}]
+    axes = ("code", "bits", "recipe")
+    cells = [
+        dataclasses.replace(cell(n, **f), point=dict(zip(axes, p, strict=True)))
+        for (n, p), f in zip(points.items(), fields, strict=True)
+    ]
+    assert columns(cells) == (list(axes), ["method"])  # axes say more
+    assert columns(cells[:2]) == (["recipe"], ["vq.dim", "vq.bits"])
+    assert columns([cells[0], cell("run", **fields[1])])[1] == ["vq.dim", "vq.bits"]
 
 
 def test_names_of_codes():

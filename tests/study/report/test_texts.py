@@ -28,8 +28,10 @@ def run(model_dir, tmp_path):
     return path
 
 
-def test_each_model_is_asked_once(run, model_dir, tmp_path, monkeypatch):
+def test_each_model_is_asked_once(run, model_dir, tmp_path, monkeypatch, capsys):
     page = report([run], tmp_path / "out", PROMPTS)
+    said_first = "2 models to continue 2 prompts; --noprompts leaves that out"
+    assert capsys.readouterr().out.splitlines()[0] == said_first
     (cell,) = read_results([run]).cells
     notes = []
     said = texts.said([cell], PROMPTS, tmp_path / "out/texts.jsonl", notes)
