@@ -23,7 +23,9 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 from absl import flags
 
 _SHAPE = flags.DEFINE_string("shape", "11008x4096", "Outputs x inputs.")
-_SETTINGS = flags.DEFINE_list("settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq, aqlm, trellis.")
+_SETTINGS = flags.DEFINE_list(
+    "settings", ["2d_2.125", "4d_2.222"], "Settings of gptvq, aqlm, trellis."
+)
 _ALONE = flags.DEFINE_bool("alone", False, "Measure one setting in this process; print JSON.")
 
 

@@ -3,6 +3,7 @@
   python scripts/benchmark_layers.py                                  # makes its layers, see below
   python scripts/benchmark_layers.py --methods=gptvq,gptq --json=rows.json
   python scripts/benchmark_layers.py --methods=aqlm --settings=aqlm_2x8
+  python scripts/benchmark_layers.py --methods=trellis --settings=trellis_2.13,trellis_3.08
   python scripts/benchmark_layers.py --settings=2d_2.125 --compare=rows.json
   python scripts/benchmark_layers.py --layers=DIR
 
@@ -58,7 +59,7 @@ def main(_) -> None:
     if _LAYERS.value is None:
         smollm2_layers(directory)
 
-    header = "method  setting     rel. error  SQNR dB  bits/value   cold s   warm s"
+    header = "method  setting           rel. error  SQNR dB  bits/value   cold s   warm s"
     ratio_header = "" if earlier is None else "  x error   x cold   x warm"
     print(f"{'layer':20s} {header}{ratio_header}")
     rows, ratios = [], []
@@ -66,7 +67,7 @@ def main(_) -> None:
         rows.append(row)
         ratios.append(None if earlier is None else compare(row, earlier))
         print(
-            f"{row['layer']:20s} {row['method']:7s} {row['setting']:10s} "
+            f"{row['layer']:20s} {row['method']:7s} {row['setting']:16s} "
             f"{row['relative_error']:11.5f} {row['sqnr_db']:8.2f} {row['bits_per_value']:11.4f} "
             f"{row['seconds_cold']:8.2f} {row['seconds']:8.2f}"
             + ("" if earlier is None else ratio_columns(ratios[-1])),
@@ -80,14 +81,14 @@ def main(_) -> None:
     for row in summary:
         mean = {field: pair[0] for field, pair in row["ratios"].items()}
         print(
-            f"{'geometric mean':20s} {row['method']:7s} {row['setting']:10s} "
+            f"{'geometric mean':20s} {row['method']:7s} {row['setting']:16s} "
             f"{row['relative_error']:11.5f} {row['seconds_cold']:8.2f} {row['seconds']:8.2f}"
             + ("" if earlier is None else ratio_columns(mean))
         )
     for row in summary if earlier is not None else []:
         largest = {field: pair[1] for field, pair in row["ratios"].items()}
         note = f"of {row['compared']} layers, {row['layers'] - row['compared']} not in the file"
-        print(f"{'largest':20s} {row['method']:7s} {row['setting']:10s} {note:>29s}", end="")
+        print(f"{'largest':20s} {row['method']:7s} {row['setting']:16s} {note:>29s}", end="")
         print(ratio_columns(largest))
 
 

@@ -47,7 +47,8 @@ MODEL = ModelConfig(
 )
 TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
 WHOLE_VECTORS = dataclasses.replace(MODEL, hidden_size=32, intermediate_size=48)  # of 8
-LAYER_KINDS = dict(zip(LINEAR_LAYERS, [k for k in KINDS if k != "svd int8"], strict=True))
+_OF_LAYERS = ["trellis" if kind == "svd int8" else kind for kind in KINDS[:-1]]
+LAYER_KINDS = dict(zip(LINEAR_LAYERS, _OF_LAYERS, strict=True))
 
 
 def settings(kind: str) -> GPTVQSettings:

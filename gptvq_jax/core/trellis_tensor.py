@@ -141,6 +141,7 @@ def unpack_streams(stored: jax.Array, rates: jax.Array, cuts: int, stream_rows: 
     """
     bit = jnp.arange(stream_rows)[:, None] * rates
     first = stream_offsets(rates, cuts, stream_rows)[:, None] + bit // 8
+    stored = jnp.asarray(stored)
     low, high = (stored.at[first + i].get(mode="clip").astype(jnp.int32) for i in (0, 1))
     return ((low | high << 8) >> bit % 8) & ((1 << rates) - 1)
 

@@ -16,7 +16,7 @@ from jax import lax
 from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.ops.cpu import viterbi as cpu_viterbi
 
-TRACE_BACK = 6  # times the L / K rows of a window, after which all good streams have met
+TRACE_BACK = 8  # times the L / K rows of a window, after which all good streams have met
 
 
 def viterbi(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,8 +76,8 @@ def test_values_that_contradict_each_other(fields, message):
 
 def test_rates_that_point_outside_reach_no_kernel():
     """What a file says is checked when it is read; a kernel looks again at what it is given."""
-    x = np.ones((1, 21), np.float32)
-    short = sample(codes=sample().codes[:5])
+    x = jnp.ones((1, 21), jnp.float32)
+    short = sample(codes=sample().codes[:5])  # what no file may say (check_values)
     assert np.isfinite(vq_matmul(x, short, implementation="xla")).all()
     try:
         y = vq_matmul(x, short, implementation="cpu")

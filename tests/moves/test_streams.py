@@ -109,15 +109,15 @@ def test_recode_leaves_columns_without_inputs_and_without_bits():
 
 def test_outliers_are_those_beyond_the_limit_without_themselves():
     rng = np.random.default_rng(0)
-    weight = rng.normal(size=(200, 30)).astype(np.float32)
-    weight *= rng.uniform(0.01, 10, (200, 1)) * rng.uniform(0.1, 3, 30)
+    weight = rng.normal(size=(200, 120)).astype(np.float32)
+    weight *= rng.uniform(0.01, 10, (200, 1)) * rng.uniform(0.1, 3, 120)
     clean = set_aside(weight, 6.0)
     assert not np.any(clean.outliers)
     spiked = weight.copy()
     spiked[7, 3] *= 1e3 / abs(spiked[7, 3]) * abs(weight[7]).max()
     spiked[150, 20] = 200 * abs(weight[150]).max()
     aside = set_aside(spiked, 6.0)
-    assert sorted(zip(*np.nonzero(aside.outliers), strict=True)) == [(7, 3), (150, 20)]
+    assert np.argwhere(aside.outliers).tolist() == [[7, 3], [150, 20]]
     np.testing.assert_allclose(aside.row_scales, clean.row_scales, rtol=0.2)
     assert not np.any(set_aside(spiked, 0.0).outliers)
 

@@ -11,7 +11,15 @@ from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.rows import printable
 
 # What the bits of a weight come from, which a curve goes along; and what `code_name` says.
-_BITS = ("vq.dim", "vq.bits", "vq.group_size", "vq.max_group_cols", "method")
+_BITS = (
+    "vq.dim",
+    "vq.bits",
+    "vq.group_size",
+    "vq.max_group_cols",
+    "trellis.bits",
+    "trellis.window_bits",
+    "method",
+)
 _SECTIONS = ("aqlm.num_codebooks", "aqlm.code_bits", "aqlm.dim", "uniform.", "allocation.")
 _NOT_SETTINGS = ("weights",)  # config.json has the fingerprint of the source there
 
@@ -82,10 +90,13 @@ def _text(value: Any) -> str:
 
 
 def code_name(cell: Cell) -> str:
-    """Method and dimension of the vectors, such as "GPTVQ 2D"; "mixed" where layers differ."""
+    """Method and dimension, such as "GPTVQ 2D" or "TRELLIS L=12"; "mixed" where layers differ."""
     method = str(cell.settings.get("method", "gptvq")).upper()
     if method in ("GPTQ", "RTN"):
         return method
+    if method == "TRELLIS":
+        bits = cell.settings.get("trellis.window_bits")
+        return printable(method if bits is None else f"{method} L={bits}")
     dims = {row["dim"] for row in cell.layers if "dim" in row}
     if not dims:
         dims = {cell.settings.get("aqlm.dim" if method == "AQLM" else "vq.dim")} - {None}
