@@ -4,9 +4,9 @@
   python scripts/benchmark_big_layer.py --shape=4096x4096 --settings=aqlm_1x16    # half an hour
 
 The shapes are those of Llama-2-7B layers; 2d_2.125 has codebooks of 16 centroids, 4d_2.222 of 256,
-aqlm_1x16 one of 65,536. Columns: peak resident memory; how much of it was reached before
-quantization began (Python, JAX, the layer); seconds with compilation; error and size as in
-benchmark_layers.py.
+aqlm_1x16 one of 65,536; trellis_2.13 searches 4096 windows. Columns: peak resident memory; how much
+of it was reached before quantization began (Python, JAX, the layer); seconds with compilation;
+error and size as in benchmark_layers.py.
 """
 
 import json

@@ -29,6 +29,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.residual import Residual
+from gptvq_jax.moves.stream_column import Column, Layout
 from gptvq_jax.run import finetune, gradients, token_losses
 
 pytestmark = pytest.mark.usefixtures("short_programs")
@@ -88,6 +89,11 @@ GRID = GroupGrid(R, C, D, R, C)
 DATA = GroupData(jnp.ones((1, J, D, R)), jnp.ones((J, D, D)), jnp.ones((1, J, R)))
 BOOKS = jnp.ones((M, 1, 1, K, D))
 CODES = jnp.zeros((M, J, R), jnp.int32)
+# C columns of one stream of 8 rows, windows of 4 bits.
+STREAMS = jnp.ones((C, 1, 8))
+COLUMNS = Column(
+    jnp.zeros((C, 8), jnp.uint16), jnp.ones(C, jnp.float16), jnp.zeros((C, 8), jnp.float16)
+)
 # Arguments of the moves by name, and where the same name means something else, by move.
 ARGS = dict(
     weight=jnp.ones((C, R)),
@@ -120,6 +126,11 @@ ARGS = dict(
     beam=2,
     codebook_size=K,
     block_size=4,
+    rates=jnp.full(C, 2),
+    layout=Layout(jnp.ones(8), jnp.ones(8), jnp.ones(16)),
+    table=jnp.ones(16),
+    stream_rows=8,
+    native=False,
 )
 OF_MOVE = {
     "search": dict(
@@ -149,7 +160,27 @@ OF_MOVE = {
     "cdf": dict(data=DATA._replace(points=DATA.points[:, :, :1])),
     "sweep": dict(fit=lambda data, keys: moves.seed.kmeans_plus_plus(data, K, keys)),
     "normalize_strip": dict(weight=jnp.ones((C, 1, R))),
-}
+    "set_aside": dict(limit=4.0),
+    "column_values": dict(column=jax.tree.map(lambda x: x[0], COLUMNS), rate=jnp.int32(2)),
+    "with_outliers": dict(
+        column=jax.tree.map(lambda x: x[0], COLUMNS), rate=jnp.int32(2), target=STREAMS[0, 0],
+        outliers=STREAMS[0, 0] > 2,
+    ),
+    "first_scale": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
+    "best_scale": dict(coded=STREAMS[0, 0], target=STREAMS[0, 0], weight=STREAMS[0, 0]),
+    "search_column": dict(
+        target=STREAMS[0, 0], weight=STREAMS[0, 0], scale=jnp.float32(1), rate=jnp.int32(2)
+    ),
+    "viterbi": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
+    "tail_biting": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
+    "search_streams": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
+    "sweep_streams": dict(weight=STREAMS[:, 0], outliers=STREAMS[:, 0] > 2),
+    "recode_streams": dict(
+        residual=Residual(STREAMS[:, 0], STREAMS[:, 0]), columns=COLUMNS,
+        outliers=STREAMS[:, 0] > 2,
+    ),
+}  # fmt: skip
+ON_THE_HOST = ("distortion", "water_fill")
 
 
 def public_moves():
@@ -163,7 +194,11 @@ def public_moves():
 
 
 # A geometry is no array.
-MOVES = [move for move in public_moves() if move.__annotations__.get("return") is not GroupGrid]
+MOVES = [
+    move
+    for move in public_moves()
+    if move.__annotations__.get("return") is not GroupGrid and move.__name__ not in ON_THE_HOST
+]
 
 
 def call_of(move):
@@ -196,6 +231,8 @@ def test_products_of_a_move_are_of_float32(move):
 
 MULTIPLY = (
     "sweep",
+    "sweep_streams",
+    "recode_streams",
     "em",
     "update",
     "recode",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptvq_jax.moves.viterbi import search
+from gptvq_jax.moves.viterbi import search_streams
 
 # A column is searched for at this much of unit variance, by rate from 0 (measured on a Gaussian at
 # L = 12: few values want to be spread, many to stay within the table).
@@ -73,5 +73,5 @@ def search_column(
     """
     unit = jnp.where(weight > 0, target / jnp.where(scale > 0, scale, 1.0), 0.0)
     streams = (x.reshape(-1, stream_rows) for x in (unit, weight))
-    windows, _ = search(*streams, layout.table, rate, native=native)
+    windows, _ = search_streams(*streams, layout.table, rate, native=native)
     return windows.reshape(-1).astype(jnp.uint16)

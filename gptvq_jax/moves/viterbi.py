@@ -88,7 +88,7 @@ def tail_biting(
     return viterbi(target, weight, table, rate, states[:, before] % (len(table) >> rate))
 
 
-def search(
+def search_streams(
     target: jax.Array, weight: jax.Array, table: jax.Array, rate: jax.Array, native: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """`tail_biting` at a rate that a program finds out as it runs; windows of 0 at rate 0.

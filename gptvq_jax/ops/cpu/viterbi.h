@@ -14,7 +14,7 @@ namespace {
 // Of one search: the costs of all windows before and after a row, and the way back.
 struct Trellis {
   const float* table;
-  int64_t bits, rate, rows;
+  int64_t bits, rate;
   std::vector<float> cost, next;
   std::vector<uint8_t> origin;
 

@@ -21,7 +21,7 @@ def available() -> bool:
 def tail_biting(
     target: jax.Array, weight: jax.Array, table: jax.Array, rate: jax.Array, trace_back: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`moves.viterbi.search` by the kernel: windows (n, T) int32 and losses (n,).
+    """`moves.viterbi.search_streams` by the kernel: windows (n, T) int32 and losses (n,).
 
     Args:
       target, weight: (n, T), T at least L.
