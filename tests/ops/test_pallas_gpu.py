@@ -87,6 +87,7 @@ def random_x(batch, cols, dtype=jnp.float32):
 
 class TestPallasGPU(MatmulTests):
     implementation = "pallas_gpu"
+    supported = CASES
 
     def run(self, x, tensor):
         with pytest.MonkeyPatch.context() as patch:

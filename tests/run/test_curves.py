@@ -272,7 +272,7 @@ def test_the_command_line_sets_how_curves_are_measured(command, tmp_path):
     "words, message",
     [
         (["measured=1"], "error: allocation.measured=1 must be 0 (all), 2 or 3"),
-        (["sample=2"], "error: flag --config.allocation.sample=2: ("),
+        (["sample=2"], "error: --config.allocation.sample must be True or False"),
         (["bits_per_value=0", "measured=2"], "error: --config.allocation.measured has no effect"),
     ],
 )

@@ -138,7 +138,7 @@ def test_curves_take_what_was_said(source, tmp_path, peak, monkeypatch):
     count = len(settings.candidates)
     monkeypatch.setattr(curves, "measure", lambda *_: [row] * len(LINEAR_LAYERS) * count)
     find(source, settings, tmp_path / "run", TOKENS)
-    most = allocation.curve_bytes(source.config.num_hidden_layers, count)
+    most = allocation.curve_bytes(source.config, settings, source.config.num_hidden_layers)
     assert 0.7 * most < peak["curves"] <= most
 
 

@@ -131,6 +131,6 @@ def test_csv_has_a_column_for_each_number_of_any_row():
 
 def test_seconds_go_by_finished_cells_where_there_are_some():
     flop = {"a": 1e12, "b": 3e12}
-    assert seconds(flop, ["a", "b"], 2e12, {}, 1e12).value == 6.0
+    assert seconds(flop, ["a", "b"], 2e12, {}, lambda: 1e12).value == 6.0
     known = seconds(flop, ["b"], 0.0, {"a": {"seconds": 10.0}}, None)
     assert known.value == pytest.approx(30.0) and known.basis == "as 1 finished cells took"

@@ -116,6 +116,6 @@ def pass_bytes(of: Pass, config: ModelConfig) -> int:
     blocks = num_quantized(of.settings, config)
     if of.kind == MOMENTS:
         return blocks * moments_bytes(config, of.settings)
-    curves = blocks * (of.settings.allocation.bits_per_value > 0)
+    measured = blocks * (of.settings.allocation.bits_per_value > 0)
     size = depth * gradients.weight_bytes(shape, of.settings.weight_groups)
-    return size + allocation.curve_bytes(curves, len(of.settings.candidates))
+    return size + allocation.curve_bytes(config, of.settings, measured)
