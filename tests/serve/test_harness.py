@@ -111,7 +111,11 @@ def test_texts_differ_and_end_where_the_task_says(model, manager):
     longer = [ask(context=c, options={"until": ["~"], "max_gen_toks": 20}) for c in contexts]
     whole = model.generate_until(longer)
     assert all(map(str.startswith, whole, texts))
-    assert any(map(str.__lt__, texts, whole)) and {len(text) for text in whole} == {20}
+    assert {len(text) for text in whole} == {20}
+    stop = max(whole, key=lambda text: len(set(text)))[3:5]  # what one of them says
+    ended = [ask(context=c, options={"until": [stop], "max_gen_toks": 20}) for c in contexts]
+    assert model.generate_until(ended) == [text.split(stop)[0] for text in whole]
+    assert any(stop in text for text in whole)
     # Prompts of other lengths, in other batches, with other options: answers keep their order.
     mixed = [ask(context=c, options={"until": "~", "max_gen_toks": 3}) for c in contexts[::-1]]
     found = model.generate_until(longer[:5] + mixed)
