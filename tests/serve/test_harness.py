@@ -119,7 +119,8 @@ def test_texts_differ_and_end_where_the_task_says(model, manager):
     # Prompts of other lengths, in other batches, with other options: answers keep their order.
     mixed = [ask(context=c, options={"until": "~", "max_gen_toks": 3}) for c in contexts[::-1]]
     found = model.generate_until(longer[:5] + mixed)
-    assert found == whole[:5] + [text[:3] for text in whole[::-1]]
+    # More of a long context is left where less follows it, so that it may go on otherwise.
+    assert found == whole[:5] + [model.generate_until([request])[0] for request in mixed]
 
 
 def test_what_is_generated_is_greedy(model):
