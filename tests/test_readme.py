@@ -81,7 +81,7 @@ def is_llama_from_a_directory(call):
     settings = call.settings
     assert settings.model == "/models/Llama-2-7b-hf"
     assert (settings.vq.dim, settings.vq.bits, settings.vq.group_size) == (2, 2.0, 1024)
-    assert (settings.calibration.dataset, settings.evaluation.dataset) == ("wikitext2",) * 2
+    assert settings.calibration.datasets == ("wikitext2",) == (settings.evaluation.dataset,)
 
 
 def has(*args, **options):

@@ -57,7 +57,7 @@ def measure(
       index: of the block.
       block: parameters of the float model.
       moments: of what its layers read there.
-      token_weights: {layer: (n, T, g)}, squared gradients.
+      token_weights: {layer: (n, T, g)}, squared gradients, of the windows that are fitted.
     """
     settings = context.settings
     weighted = token_weights if settings.calibration.gradient_groups else None
@@ -128,7 +128,7 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
 
 
 def num_windows(settings: RunSettings, config: ModelConfig, shape: tuple[int, ...]) -> int:
-    """How many of the calibration windows, from the first, are seen by the Hessians of the curves.
+    """How many of the windows that are fitted, from the first, are seen by the Hessians of the curves.
 
     Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs.
 

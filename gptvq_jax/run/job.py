@@ -24,6 +24,8 @@ from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.text import (
+    calibration_protocol,
+    calibration_text,
     calibration_tokens,
     check_seqlen,
     describe,
@@ -114,6 +116,7 @@ def _quantize(
     blocks.finalize()
     if not of_float.finished:  # where a killed run has left it behind
         _evaluate(of_float, "float")
+    calibrated = calibration_protocol(settings.calibration)
     packed = PackedCheckpoint(workdir.checkpoint)
     files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
     quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
@@ -140,7 +143,8 @@ def _quantize(
         "comparison": compared,
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "protocol": protocol(source, settings.evaluation.dataset, held_out),
-        "calibration": describe(settings.calibration.dataset, tokens),
+        "calibration": calibration_text(calibrated),
+        "calibration_protocol": calibrated,
         # What follows is of this process alone, and so are the rows of blocks from here on.
         "resumed_at": blocks.finished if goes_on else None,
         **stopwatch.summary(),

@@ -24,7 +24,7 @@ def config(model_dir, text_files):
     """The defaults but for the model, the text, its length, and programs that compile soon."""
     config = default_config()
     config.model = str(model_dir)
-    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = WINDOWS, TIME
     config.evaluation.num_windows, config.evaluation.seqlen = HELD_OUT, TIME
     config.vq.bits = 1.0
@@ -41,7 +41,7 @@ def weighted(config):
 
 
 def tuned(config):
-    config.tune.block, config.tune.epochs, config.tune.held_out = True, 1, 2
+    config.tune.block, config.tune.epochs = True, 1
 
 
 # --- the float model

@@ -132,7 +132,7 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
     monkeypatch.setattr(quantize_pass, "tune_block", before_tuning)
     given = {"num_blocks": 2, "true_sequential": True}
     if tuned:
-        given |= {"tune.block": True, "tune.epochs": 1, "tune.held_out": 2}
+        given |= {"tune.block": True, "tune.epochs": 1}
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
     assert len(found) == 2 * len(LINEAR_GROUPS) and len(blocks) == 2 * tuned
@@ -307,7 +307,7 @@ def test_resumes_among_the_blocks_that_stay_dense(quantize):
     "field, value, message",
     [
         ("evaluation.seqlen", 4096, r"evaluation\.seqlen=4096 is beyond the 2048 positions"),
-        ("calibration.dataset", "nothing.txt", "nothing.txt"),
+        ("calibration.datasets", ("nothing.txt",), "nothing.txt"),
         ("model", "/no/such/model", "/no/such/model"),
     ],
 )
@@ -320,7 +320,7 @@ def test_short_text_is_named(quantize, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("only a few words")
     with pytest.raises(ValueError, match="16 tokens"):
-        quantize("run", **{"calibration.dataset": str(short)})
+        quantize("run", **{"calibration.datasets": (str(short),)})
 
 
 def test_damping_is_raised_where_the_hessian_is_singular(quantize, caplog):

@@ -22,6 +22,8 @@ from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.float_moments import moments_bytes
 from gptvq_jax.run.quantize import num_quantized, wants_float, wants_middle
 
+# Of a calibration, what its windows depend on, and which are in a batch.
+_TEXT = ("datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size")
 FLOAT, GRADIENTS, MOMENTS = "float", "gradients", "moments"
 
 
@@ -55,7 +57,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
     """The passes that a run needs, in their order, as it would make them alone."""
     c, e = settings.calibration, settings.evaluation
     blocks = num_quantized(settings, source.config)
-    text = {n: getattr(c, n) for n in ("dataset", "num_windows", "seqlen", "seed", "batch_size")}
+    text = {name: getattr(c, name) for name in _TEXT}
     key = {
         "pass": FLOAT,
         "model": settings.model,
@@ -109,7 +111,7 @@ def shared(runs: Sequence[Sequence[Pass]]) -> list[list[Pass]]:
 def pass_bytes(of: Pass, config: ModelConfig) -> int:
     """Most bytes that a pass leaves on the disk; the held-out text's losses are not counted."""
     c, depth = of.settings.calibration, config.num_hidden_layers
-    shape = c.num_windows, c.seqlen
+    shape = c.all_windows, c.seqlen
     if of.kind == FLOAT:
         count = of.points * (1 + of.middle) + (of.points > 0)
         return count * file_bytes((*shape, config.hidden_size))
