@@ -63,6 +63,12 @@ class CalibrationSettings:
         return dict(zip(self.datasets, zip(fitted, held_out, strict=True), strict=True))
 
 
+# Of a calibration: what its windows depend on, and how many are in a batch.
+CALIBRATION_TEXT = tuple(
+    ["datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size"]
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class AllocationSettings:
     """Index bits and dimension for each layer, under a budget for all of them together."""

@@ -1,8 +1,8 @@
 """Windows of tokens for calibration and evaluation, after the protocol of the GPTQ paper.
 
 The texts are joined by a blank line and tokenized once, with the tokenizer's default settings: a
-tokenizer that adds a BOS adds one, at the very start, and none to the windows. Windows that are held
-out of calibration lie in the last part of the text, which no other window reaches into.
+tokenizer that adds a BOS adds one, at the very start, and none to the windows. Windows that are
+held out of calibration lie in the last part of the text, which no other window reaches into.
 """
 
 from collections.abc import Iterable

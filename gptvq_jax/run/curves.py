@@ -128,7 +128,7 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
 
 
 def num_windows(settings: RunSettings, config: ModelConfig, shape: tuple[int, ...]) -> int:
-    """How many of the windows that are fitted, from the first, are seen by the Hessians of the curves.
+    """How many of the fitted windows, from the first, are seen by the Hessians of the curves.
 
     Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs.
 

@@ -1,10 +1,11 @@
 """The quantizing pass: one transformer block after another becomes packed.
 
 For each block: the Hessians of its layers on what the quantized model has made of the calibration
-text, the layers quantized and their errors measured, also on the windows that are held out, the block tuned where that is asked for, written packed, the activations
-taken through it, and the block dropped. With `true_sequential` the block is gone through once, in
-stages: what a stage's layers read comes from the quantized layers before them. Otherwise all layers
-see the float layers of their block, which is gone through a second time once they are quantized.
+text, the layers quantized and their errors measured, also on the windows that are held out, the
+block tuned where that is asked for, written packed, the activations taken through it, and the block
+dropped. With `true_sequential` the block is gone through once, in stages: what a stage's layers
+read comes from the quantized layers before them. Otherwise all layers see the float layers of their
+block, which is gone through a second time once they are quantized.
 
 Device memory holds one block, its Hessians and a batch; host memory a block, and activations are
 on disk. Memory grows neither with depth nor with the calibration tokens.
@@ -64,6 +65,7 @@ from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.run.float_moments import load_sums
+from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block, dequantize_tree
 
@@ -161,7 +163,9 @@ def wants_middle(settings: RunSettings) -> bool:
 
 def wants_float(settings: RunSettings) -> bool:
     """Whether the float model's activations are read."""
-    return wants_middle(settings) or settings.tune.block or settings.calibration.inputs == "float"
+    c = settings.calibration
+    of_text = c.inputs == "float" and not c.statistics
+    return wants_middle(settings) or settings.tune.block or of_text
 
 
 class _Block:
@@ -191,6 +195,10 @@ class _Block:
     def quantized(self, goes_on: bool) -> tuple[Params, list[dict[str, Any]]]:
         """The packed block and its metrics; what follows is calibrated if it `goes_on`."""
         settings = self._context.settings
+        if settings.calibration.statistics:
+            statistics = Statistics(settings.calibration.statistics)
+            self._quantize(LINEAR_LAYERS, statistics.sums(self._index, self._config))
+            return self._packed, self._rows
         goes_on = goes_on and settings.calibration.inputs == "quantized"
         at = Files(self._files.read(self._stream, self._index), reference=self._reference)
         if settings.true_sequential:

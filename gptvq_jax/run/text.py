@@ -14,9 +14,12 @@ from gptvq_jax.models.source import ModelSource
 def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
     """Random windows (n + h, T) of the calibration text, the last h = c.held_out_windows held out.
 
-    Each of several texts has its share of both, spread evenly.
+    Each of several texts has its share of both, spread evenly. With calibration.statistics there
+    are no windows.
     """
     c = settings.calibration
+    if c.statistics:
+        return np.empty((0, c.seqlen), np.int32)
     fitted, held_out = [], []
     for name, (count, kept) in c.mixture.items():
         windows = calibration_windows(

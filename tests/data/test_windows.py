@@ -130,7 +130,7 @@ def test_no_warning_about_length(tokenizer, caplog):
 
 def held_out_windows(tokenizer, texts, seed=0, count=40, **options):
     windows = calibration_windows(
-        tokenizer, texts, count, 4, seed, held_out=30, reserved=0.3, **options
+        tokenizer, texts, count, 4, seed, held_out=100, reserved=0.3, **options
     )
     return windows[:count], windows[count:]
 
@@ -139,7 +139,7 @@ def test_held_out_windows_are_from_the_end_of_the_text_alone(tokenizer):
     text = LETTERS[:26] + LETTERS[:13]  # with BOS 40 tokens, of which the last 12 are held out
     stream = [BOS, *ids(text)]
     fitted, held_out = held_out_windows(tokenizer, [text], count=300)
-    assert fitted.shape == (300, 4) and held_out.shape == (30, 4)
+    assert fitted.shape == (300, 4) and held_out.shape == (100, 4)
     places = {tuple(stream[i : i + 4]): i for i in reversed(range(37))}
     assert {places[tuple(w)] for w in fitted.tolist()} == set(range(28 - 4 + 1))
     ends = {tuple(stream[i : i + 4]) for i in range(28, 37)}

@@ -12,9 +12,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-
 from gptvq_jax.config import RunSettings
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core import metrics
@@ -26,6 +23,7 @@ from gptvq_jax.run import job
 from gptvq_jax.study.layer_benchmark import (
     geometric_mean,
     layer_files,
+    load_held_out,
     load_layer,
     quantize_with,
 )
@@ -146,8 +144,7 @@ def measure(path: Path, settings: RunSettings) -> dict[str, Any]:
       settings: method, its settings, damping and seed.
     """
     weight, hessian = load_layer(path)
-    with np.load(path) as arrays:
-        held_out = jnp.asarray(arrays["held_out"])
+    held_out = load_held_out(path)
     method, of_method = settings.method, settings.method_settings
     parts = method, of_method, path.stem, settings.damping, settings.seed
     tensor, seconds = quantize_with(weight, hessian, *parts)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gptvq_jax.config import RunSettings
+from gptvq_jax.config import CALIBRATION_TEXT, RunSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
@@ -22,8 +22,6 @@ from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.float_moments import moments_bytes
 from gptvq_jax.run.quantize import num_quantized, wants_float, wants_middle
 
-# Of a calibration, what its windows depend on, and which are in a batch.
-_TEXT = ("datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size")
 FLOAT, GRADIENTS, MOMENTS = "float", "gradients", "moments"
 
 
@@ -57,7 +55,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
     """The passes that a run needs, in their order, as it would make them alone."""
     c, e = settings.calibration, settings.evaluation
     blocks = num_quantized(settings, source.config)
-    text = {name: getattr(c, name) for name in _TEXT}
+    text = {name: getattr(c, name) for name in (*CALIBRATION_TEXT, "statistics")}
     key = {
         "pass": FLOAT,
         "model": settings.model,
@@ -72,7 +70,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
         key = {**key, "pass": GRADIENTS, "weight_groups": settings.weight_groups}
         key |= {"curves": _curves(settings)}
         found.append(Pass(GRADIENTS, key, settings, tuple(found)))
-    if c.inputs == "float" and not settings.true_sequential:
+    if c.inputs == "float" and not settings.true_sequential and not c.statistics:
         key = {**found[-1].key, "pass": MOMENTS, "blocks": blocks}
         key |= {"groups": c.gradient_groups, "power": c.gradient_power if c.gradient_groups else 0}
         found.append(Pass(MOMENTS, key, settings, tuple(found)))
