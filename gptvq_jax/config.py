@@ -64,8 +64,8 @@ class CalibrationSettings:
 
 
 # Of a calibration: what its windows depend on, and how many are in a batch.
-CALIBRATION_TEXT = tuple(
-    ["datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size"]
+CALIBRATION_TEXT = (
+    *("datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size"),
 )
 
 

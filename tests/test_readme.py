@@ -119,6 +119,11 @@ EFFECTS = {
     "python scripts/generate.py --checkpoint=DIR --prompt=One --dense": has(
         "DIR", None, ["One"], dense=True, implementation=None
     ),
+    "python scripts/calibrate.py --config=configs/smollm2_135m_2d.py --output=A": lambda call: (
+        has(job="calibrate")(call),
+        has("A", [])(SimpleNamespace(args=call.args[1:])),
+    ),
+    "python scripts/calibrate.py --add=A --add=B --output=C": has(["A", "B"], "C", job="add"),
     f"python scripts/evaluate.py --checkpoint={RUN}/checkpoint": has(
         f"{RUN}/checkpoint", None, dataset=None, num_windows=None
     ),
@@ -208,6 +213,8 @@ def call(monkeypatch, tmp_path):
     def run(command):
         with parsed(command, monkeypatch) as module:
             job("run.job", "quantize")
+            job("run.statistics", "calibrate")
+            job("run.statistics", "add")
             job("run.evaluate_job", "evaluate")
             job("run.evaluate_job", "compare")
             job("serve.generate_text", "generate_text")
