@@ -65,12 +65,13 @@ def calibrate(config: Any, output: str, given: Collection[str] = ()) -> dict[str
         "blocks": num_quantized(settings, source.config),
         "parts": [calibration_protocol(settings.calibration)],
     }
+    work = path.with_name(f"{path.name}.work")
     if path.exists():
         if Statistics(path).record != {"format": FORMAT, **record}:
             raise ValueError(f"{path} holds other statistics; name another file with --output")
+        shutil.rmtree(work, ignore_errors=True)  # where a kill came just before that
         print(f"{path} holds these statistics; nothing is left to do")
         return record
-    work = path.with_name(f"{path.name}.work")
     key = {name: value for name, value in record.items() if name != "parts"}
     key["calibration"] = {n: getattr(settings.calibration, n) for n in CALIBRATION_TEXT}
     with WorkDir(work, key) as workdir:
