@@ -43,7 +43,7 @@ def base(tiny_config):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Which takes as long as all else; and no measurement of this machine."""
-    monkeypatch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
+    monkeypatch.setattr("gptvq_jax.console.layer_plot.plot", lambda *_: None)
     monkeypatch.setattr(start, "matmul_rate", lambda: 1e11)
 
 
@@ -293,7 +293,7 @@ def in_process(config, path, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with pytest.MonkeyPatch.context() as patch, counted() as visits:
-        patch.setattr("gptvq_jax.console.report.plot", lambda *_: None)
+        patch.setattr("gptvq_jax.console.layer_plot.plot", lambda *_: None)
         try:
             run(config, path)
         finally:
