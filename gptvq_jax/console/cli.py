@@ -37,6 +37,7 @@ class _Interrupts:
         """While Python shuts down it would give Ctrl-C back to the system, which kills it."""
         if signal.getsignal(signal.SIGINT) == self.on_signal:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.unraisablehook = sys.__unraisablehook__  # ours has no modules left by then
 
     def on_signal(self, _, frame) -> None:
         if self.seen or self.at_exit or _imports(frame):

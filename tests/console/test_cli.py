@@ -58,8 +58,8 @@ def test_ctrl_c_is_one_line_and_status_130(body, tmp_path):
 
 
 def test_ctrl_c_after_everything_changes_nothing(tmp_path):
-    last = "class Last:\n    def __del__(self): kill(pid, 2)\n"
-    body = f"global last, kill, pid\nkill, pid = os.kill, os.getpid()\n{last}last = Last()"
+    last = "class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2)\n"
+    body = f"global last\n{last}last = Last()"
     done = script(body, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
