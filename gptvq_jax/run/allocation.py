@@ -7,6 +7,7 @@ known in closed form, are filled bit by bit instead (columns.py).
 
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from gptvq_jax.config import RunSettings
@@ -15,7 +16,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import columns, curves
-from gptvq_jax.run.calibrate import Moments
+from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.quantize import Plan
 from gptvq_jax.run.sizes import packed_bytes
@@ -33,10 +34,30 @@ def curve_bytes(config: ModelConfig, settings: RunSettings, num_blocks: int) -> 
     return num_blocks * len(LINEAR_LAYERS) * len(settings.candidates) * _ROW_BYTES
 
 
-def measure(context: Context, index: int, block: Params, moments: Moments, token_weights):
-    """What the plan needs to know of a block's layers, to be saved; arguments of curves.measure."""
-    of_method = columns if context.settings.method == "trellis" else curves
-    return of_method.measure(context, index, block, moments, token_weights)
+def measure(
+    context: Context,
+    index: int,
+    block: Params,
+    moments: Moments,
+    token_weights: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """What the plan needs to know of a block's layers, to be saved: one row or more for each.
+
+    Args:
+      context: of the run.
+      index: of the block.
+      block: parameters of the float model.
+      moments: of what its layers read there.
+      token_weights: {layer: (n, T, g)}, squared gradients.
+    """
+    settings = context.settings
+    weighted = token_weights if settings.calibration.gradient_groups else None
+    context.progress.note(f"block {index} Hessians")
+    found = objectives(moments, settings.damping, f"layers_{index}")
+    context.stopwatch.flops(factor_flops(moments))
+    of_layers = {name: [found[o] for o in owners(name, weighted)] for name in LINEAR_LAYERS}
+    of_method = columns if settings.method == "trellis" else curves
+    return of_method.measure(context, index, block, of_layers, token_weights)
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:

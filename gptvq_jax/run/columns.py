@@ -11,7 +11,7 @@ a layer gets for all its columns is then its own budget.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.hessian import unit
+from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.trellis import (
     OUTLIER_BYTES,
     TrellisSettings,
@@ -30,7 +31,6 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.rates import water_fill
-from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
 
 
@@ -38,27 +38,18 @@ def measure(
     context: Context,
     index: int,
     block: Params,
-    moments: Moments,
+    objectives: Mapping[str, Sequence[Objective]],
     token_weights: dict[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block: what each of its columns adds to the loss at 0 bits.
 
-    Args:
-      context: of the run.
-      index: of the block.
-      block: parameters of the float model.
-      moments: of what its layers read there.
-      token_weights: {layer: (n, T, 1)}, squared gradients.
+    Arguments are those of `curves.measure`; layers have one row group.
     """
     settings = context.settings
-    weighted = token_weights if settings.calibration.gradient_groups else None
     context.progress.note(f"block {index} columns")
-    found = objectives(moments, settings.damping, f"layers_{index}")
-    context.stopwatch.flops(factor_flops(moments))
     rows = []
     for name in LINEAR_LAYERS:
-        (owner,) = owners(name, weighted)
-        hessian, factor, _ = found[owner]
+        ((hessian, factor, _),) = objectives[name]
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         of_layer = demand(weight, factor.hinv_chol, settings.trellis)
         sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))

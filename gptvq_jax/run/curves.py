@@ -13,7 +13,7 @@ It takes a sample of a layer's rows, and a Hessian of a sample of the windows.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,6 @@ from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.sizes import packed_bytes
 
@@ -47,7 +46,7 @@ def measure(
     context: Context,
     index: int,
     block: Params,
-    moments: Moments,
+    objectives: Mapping[str, Sequence[Objective]],
     token_weights: dict[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block and every candidate.
@@ -56,20 +55,17 @@ def measure(
       context: of the run.
       index: of the block.
       block: parameters of the float model.
-      moments: of what its layers read there.
+      objectives: of each layer's row groups there.
       token_weights: {layer: (n, T, g)}, squared gradients.
     """
     settings = context.settings
-    weighted = token_weights if settings.calibration.gradient_groups else None
-    context.progress.note(f"block {index} Hessians")
-    found = objectives(moments, settings.damping, f"layers_{index}")
     sensitivities = {n: w.mean(axis=(0, 1), dtype=np.float64) for n, w in token_weights.items()}
 
     problems: list[Problem] = []
     scales: list[np.ndarray] = []  # of the losses, from the rows that were taken to all of them
     for name in LINEAR_LAYERS:
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-        of_layer = [found[owner] for owner in owners(name, weighted)]
+        of_layer = objectives[name]
         whole = _sizes(weight, of_layer)
         for candidate in to_measure(settings.candidates, settings.allocation.measured):
             quick = dataclasses.replace(
@@ -95,7 +91,7 @@ def measure(
         return float(np.dot(np.broadcast_to(sensitivities[problem.name], parts.shape), parts))
 
     sizes = (most_flops(p) + flops.unit(*p.weight.shape) for p in problems)
-    context.stopwatch.flops(factor_flops(moments) + sum(sizes))
+    context.stopwatch.flops(sum(sizes))
     measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
     for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
         measured.setdefault(problem.name, []).append((problem.settings, loss))

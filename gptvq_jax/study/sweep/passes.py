@@ -107,7 +107,7 @@ def shared(runs: Sequence[Sequence[Pass]]) -> list[list[Pass]]:
 
 
 def pass_bytes(of: Pass, config: ModelConfig) -> int:
-    """Most bytes that a pass leaves on the disk; the held-out text's losses are not counted."""
+    """Most bytes that a pass leaves on the disk; what the held-out text leaves is not counted."""
     c, depth = of.settings.calibration, config.num_hidden_layers
     shape = c.num_windows, c.seqlen
     if of.kind == FLOAT:
