@@ -27,6 +27,7 @@ from gptvq_jax.core.trellis_table import TABLE_VERSION, gaussian_values, ranks
 
 MAX_RATE = 6  # bits per weight of a column
 LONGEST_GAP = 2**16 - 1
+_VALUES_PER_OUTLIER = 128  # in a program; more outliers have one of their own
 _static = partial(dataclasses.field, metadata={"static": True})
 
 
@@ -96,14 +97,24 @@ class TrellisTensor(QuantizedTensor):
         return self, None  # outliers are outside of them
 
     def for_compilation(self) -> "TrellisTensor":
-        """With bytes that nothing reads, up to a whole bit per weight, and outliers of 0."""
-        bit = self.cuts * self.cols * packing.packed_length(self.stream_rows, 1)
+        """With bytes that nothing reads and outliers of 0, so that a shape has one size nearly always.
+
+        On the host, where a copy compiles nothing.
+        """
+        most = stream_bytes(MAX_RATE, self.stream_rows) * self.cuts * self.cols
         gaps, added = self.outlier_gaps, self.outlier_values
-        if gaps is not None:
-            more = 2 ** (len(gaps) - 1).bit_length() - len(gaps)
-            gaps, added = jnp.pad(gaps, (0, more)), jnp.pad(added, (0, more))
-        codes = jnp.pad(self.codes, (0, -len(self.codes) % bit))
-        return dataclasses.replace(self, codes=codes, outlier_gaps=gaps, outlier_values=added)
+        count = 0 if gaps is None else len(gaps)
+        least = max(count, self.num_values // _VALUES_PER_OUTLIER, 1)
+        more = 2 ** (least - 1).bit_length() - count
+        if gaps is None:
+            gaps, added = np.zeros(0, np.uint16), np.zeros(0, np.float16)
+        padded = lambda x, count: jnp.asarray(np.pad(np.asarray(x), (0, count)))  # noqa: E731
+        return dataclasses.replace(
+            self,
+            codes=padded(self.codes, int(most) - len(self.codes)),
+            outlier_gaps=padded(gaps, more),
+            outlier_values=padded(added, more),
+        )
 
 
 def table_values(bits: int, levels: jax.Array | None) -> jax.Array:
