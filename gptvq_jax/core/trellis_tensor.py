@@ -97,7 +97,7 @@ class TrellisTensor(QuantizedTensor):
         return self, None  # outliers are outside of them
 
     def for_compilation(self) -> "TrellisTensor":
-        """With bytes that nothing reads and outliers of 0, so that a shape has one size nearly always.
+        """With bytes that nothing reads and outliers of 0: nearly always one size for a shape.
 
         On the host, where a copy compiles nothing.
         """

@@ -59,6 +59,12 @@ def test_dequantize_is_the_definition_and_padding_changes_nothing(outliers, leve
     np.testing.assert_allclose(dequantize_compiled(tensor), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_tensors_of_one_shape_share_their_programs():
+    few, many = (random_trellis(64, 40, 7, 16, n, seed=n).for_compilation() for n in (0, 4))
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tensor) for tensor in (few, many)]
+    assert shapes[0] == shapes[1]
+
+
 def test_bits_are_those_of_every_array():
     tensor = random_trellis(32, 20, 8, 16, outliers=4)
     rates = np.asarray(tensor.column_rates())
