@@ -62,7 +62,7 @@ class _Trellis:
     @property
     def vmem_bytes(self) -> int:
         registers = 2 * self.registers + self.rows * self.words
-        blocks = 6 * SUBLANES * -(-self.rows // LANES) * LANES + 16 * max(LANES, 2**self.bits)
+        blocks = 6 * SUBLANES * -(-self.rows // LANES) * LANES + 2 * self.registers * LANES
         return 4 * (registers * SUBLANES * LANES + blocks)
 
 
