@@ -20,12 +20,17 @@ _MAX_BITS = 14  # costs and the table take 2^L registers each, of the 2^16 of a 
 _WARP_WINDOWS = 512  # 16 costs for each thread
 
 
-def check(bits: int) -> None:
-    """Raises NotImplementedError for windows whose costs do not fit on the chip."""
+def check(bits: int, rows: int, streams: int) -> None:
+    """Raises NotImplementedError for what does not fit on the chip, or needs longer indices."""
     if bits > _MAX_BITS:
         raise NotImplementedError(
             f"2^{bits} costs do not fit in the registers of a program; set window_bits to at most "
             f"{_MAX_BITS}"
+        )
+    if streams * rows << (bits - 1) >= 2**31:
+        raise NotImplementedError(
+            f"the way back of {streams} streams of {rows} rows needs 64-bit indices; search fewer "
+            "streams at once"
         )
 
 
@@ -49,9 +54,7 @@ def tail_biting(
     """
     streams, rows = target.shape
     size = len(table)
-    check(size.bit_length() - 1)
-    if streams * rows * (size >> rate) >= 2**31:
-        raise NotImplementedError(f"{streams} streams of {rows} rows need 64-bit indices")
+    check(size.bit_length() - 1, rows, streams)
     windows, loss, _ = pl.pallas_call(
         partial(_kernel, rate=rate, rows=rows, around=around, barrier=not interpret),
         grid=(streams,),
@@ -96,9 +99,9 @@ def _kernel(
 
     def search(turn, overlap):
         """Once around the cut with no overlap given (-1), then all rows with the one found."""
-        start = jnp.where(turn == 0, rows - before, 0)
-        count = jnp.where(turn == 0, before + after, rows)
-        follows = jnp.where(turn == 0, before, rows - 1)
+        start = (1 - turn) * (rows - before)
+        count = before + after + turn * (rows - before - after)
+        follows = before + turn * (rows - 1 - before)
 
         def distance(i):
             row = start + i
