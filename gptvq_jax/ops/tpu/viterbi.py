@@ -3,10 +3,10 @@
 A program searches 8 streams, one in each sublane, and goes through all rows of both searches of
 `moves.viterbi.tail_biting`. Window s of a stream lies in register s / 128, lane s % 128. The 2^K
 windows that one may come from differ in their highest K bits: they lie in different registers, and
-the least of them takes compares and selects. The 2^K that follow differ in their lowest K bits: each
-minimum goes to 2^K neighbouring lanes, which is one lookup along lanes for each register written.
-Below 2^7 groups the highest bits are in lanes too; then minima go round by rotations. A table
-shorter than 128 is repeated.
+the least of them takes compares and selects. The 2^K that follow differ in their lowest K bits:
+each minimum goes to 2^K neighbouring lanes, which is one lookup along lanes for each register
+written. Below 2^7 groups the highest bits are in lanes too; then minima go round by rotations. A
+table shorter than 128 is repeated.
 
 Where a minimum came from takes K bits, and bits of several registers share one of int32: 4 KiB a
 row up to L = 13. The trace back looks them up along lanes, for 8 streams at once.
@@ -253,8 +253,9 @@ def _after(origin_ref, i, window, sizes: _Trellis):
     group = window >> sizes.rate
     register, lane = group >> LANE_BITS, group & (LANES - 1)
     packed = _take(origin_ref[i, 0], lane)
+    word = register >> (per_word.bit_length() - 1)
     for j in range(1, sizes.words):
-        packed = jnp.where(register >> (per_word.bit_length() - 1) == j, _take(origin_ref[i, j], lane), packed)
+        packed = jnp.where(word == j, _take(origin_ref[i, j], lane), packed)
     high = (packed >> ((register & (per_word - 1)) * sizes.rate)) & (2**sizes.rate - 1)
     return high * sizes.rest + group
 
