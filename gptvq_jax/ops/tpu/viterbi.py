@@ -212,14 +212,16 @@ def _step(cost_ref, now, origin_ref, i, distance, sizes: _Trellis):
     per_word = sizes.groups // sizes.words
 
     def word(j, _):
+        # All loads come first: the compiler takes every store to be one to what they read. Of the
+        # lookups, those that go by the same lanes come together.
+        minima = [_least(cost_ref, now, j * per_word + m, sizes) for m in range(per_word)]
         packed = jnp.zeros(_TILE, jnp.int32)
-        for m in range(per_word):
-            group = j * per_word + m
-            least, which = _least(cost_ref, now, group, sizes)
+        for m, (_, which) in enumerate(minima):
             packed |= which << (m * sizes.rate)
-            for q in range(fan):
-                source = ((q * LANES + lane) & (2**sizes.bits - 1)) >> sizes.rate
-                register = group * fan + q
+        for q in range(fan):
+            source = ((q * LANES + lane) & (2**sizes.bits - 1)) >> sizes.rate
+            for m, (least, _) in enumerate(minima):
+                register = (j * per_word + m) * fan + q
                 cost_ref[1 - now, register] = _take(least, source) + distance(register)
         origin_ref[i, j] = packed
 
