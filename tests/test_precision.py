@@ -130,7 +130,7 @@ ARGS = dict(
     layout=Layout(jnp.ones(8), jnp.ones(8), jnp.ones(16)),
     table=jnp.ones(16),
     stream_rows=8,
-    native=False,
+    native="jax",
 )
 OF_MOVE = {
     "search": dict(

@@ -29,7 +29,7 @@ from gptvq_jax.moves.recode_streams import recode_streams
 from gptvq_jax.moves.residual import residual_of
 from gptvq_jax.moves.stream_column import Layout
 from gptvq_jax.moves.sweep_streams import sweep_streams
-from gptvq_jax.ops.cpu import viterbi as cpu_viterbi
+from gptvq_jax.ops.viterbi import choose_search
 
 OUTLIER_BYTES = 4  # a gap and a value
 
@@ -161,6 +161,7 @@ def quantize(
     places = np.flatnonzero(outliers.T)
     gaps, _ = pack_outliers(places, np.zeros(len(places)))
     rates = choose_rates(np.asarray(of_layer.values), len(gaps), weight.shape, settings)
+    stream_rows = settings.rows_of_stream(rows)
     codes, scales, values = _code(
         weight,
         hessian,
@@ -169,9 +170,8 @@ def quantize(
         jnp.asarray(rates, jnp.int32),
         settings.recode_passes,
         _shape_of(settings),
-        cpu_viterbi.available(),
+        choose_search(settings.window_bits, stream_rows, -(-rows // stream_rows)),
     )
-    stream_rows = settings.rows_of_stream(rows)
     codes = np.asarray(codes).T.reshape(-1, stream_rows, cols)
     gaps, added = pack_outliers(places, np.asarray(values).reshape(-1)[places])
     return TrellisTensor(

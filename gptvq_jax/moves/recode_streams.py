@@ -31,7 +31,7 @@ def recode_streams(
     *,
     stream_rows: int,
     block_size: int = 128,
-    native: bool = False,
+    native: str = "jax",
 ) -> tuple[Column, Residual]:
     """Columns whose loss is at most that of those given, and their residual; one pass over them.
 

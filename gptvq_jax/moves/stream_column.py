@@ -62,7 +62,7 @@ def search_column(
     rate: jax.Array,
     layout: Layout,
     stream_rows: int,
-    native: bool,
+    native: str,
 ) -> jax.Array:
     """Windows (R',) uint16 of the streams that come closest at a given scale.
 

@@ -29,7 +29,7 @@ def sweep_streams(
     *,
     stream_rows: int,
     block_size: int = 128,
-    native: bool = False,
+    native: str = "jax",
 ) -> tuple[Column, jax.Array]:
     """Codes a weight column by column with error feedback.
 
@@ -41,7 +41,7 @@ def sweep_streams(
       layout: what columns share.
       stream_rows: T.
       block_size: columns per lazy update.
-      native: search with the C++ kernel.
+      native: as in `search_streams`.
 
     Returns:
       All columns, and what they stand for (C', R').

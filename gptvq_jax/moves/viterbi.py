@@ -15,6 +15,8 @@ from jax import lax
 
 from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.ops.cpu import viterbi as cpu_viterbi
+from gptvq_jax.ops.gpu import viterbi as gpu_viterbi
+from gptvq_jax.ops.tpu import viterbi as tpu_viterbi
 
 TRACE_BACK = 8  # times the L / K rows of a window, after which all good streams have met
 
@@ -77,9 +79,8 @@ def tail_biting(
     To try every overlap would cost 2^(L - K) searches. A free one over some rows on both sides of
     the cut finds nearly always the same one; given it, the rest is exact.
     """
-    rows, bits = target.shape[1], len(table).bit_length() - 1
-    reach = TRACE_BACK * -(-bits // rate)
-    after, before = min(reach, rows - rows // 2), min(reach, rows // 2)
+    rows = target.shape[1]
+    before, after = _around(rows, len(table).bit_length() - 1, rate)
 
     def around(x):
         return jnp.concatenate([x[:, rows - before :], x[:, :after]], axis=1)
@@ -89,7 +90,7 @@ def tail_biting(
 
 
 def search_streams(
-    target: jax.Array, weight: jax.Array, table: jax.Array, rate: jax.Array, native: bool = False
+    target: jax.Array, weight: jax.Array, table: jax.Array, rate: jax.Array, native: str = "jax"
 ) -> tuple[jax.Array, jax.Array]:
     """`tail_biting` at a rate that a program finds out as it runs; windows of 0 at rate 0.
 
@@ -97,14 +98,37 @@ def search_streams(
       target, weight: (n, T), T at least L.
       table: (2^L,).
       rate: () int32, 0 to the smaller of MAX_RATE and L.
-      native: by the C++ kernel, which the caller has found to be there (`cpu.viterbi.available`).
+      native: "jax", or a kernel that the caller knows to run here (`ops.viterbi.choose_search`):
+        "cpu" (C++), "pallas_tpu", "pallas_gpu".
     """
-    if native:
+    if native == "cpu":
         return cpu_viterbi.tail_biting(target, weight, table, rate, TRACE_BACK)
+    if native not in _SEARCHES:
+        raise ValueError(f"native={native!r} must be one of {', '.join(['cpu', *_SEARCHES])}")
 
     def nothing(target, weight):
         return jnp.zeros(target.shape, jnp.int32), jnp.zeros(len(target))
 
+    def at_rate(rate):
+        return lambda target, weight: _SEARCHES[native](target, weight, table, rate)
+
     most = min(MAX_RATE, len(table).bit_length() - 1)
-    at_rate = [partial(tail_biting, table=table, rate=k) for k in range(1, most + 1)]
-    return lax.switch(rate, [nothing, *at_rate], target, weight)
+    return lax.switch(rate, [nothing, *map(at_rate, range(1, most + 1))], target, weight)
+
+
+def _around(rows: int, bits: int, rate: int) -> tuple[int, int]:
+    """Rows before and after the cut of T whose free search finds the overlap."""
+    reach = TRACE_BACK * -(-bits // rate)
+    return min(reach, rows // 2), min(reach, rows - rows // 2)
+
+
+def _by_kernel(module, target, weight, table, rate):
+    around = _around(target.shape[1], len(table).bit_length() - 1, rate)
+    return module.tail_biting(target, weight, table, rate, around)
+
+
+_SEARCHES = {
+    "jax": tail_biting,
+    "pallas_tpu": partial(_by_kernel, tpu_viterbi),
+    "pallas_gpu": partial(_by_kernel, gpu_viterbi),
+}

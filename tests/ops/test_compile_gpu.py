@@ -19,6 +19,7 @@ from jax.sharding import (
 from real_shapes import FORMATS, abstract_tensor, first_device, placed
 
 from gptvq_jax.core.vq_tensor import BlockScales
+from gptvq_jax.moves.viterbi import search_streams
 from gptvq_jax.ops import pallas_gpu, xla
 from gptvq_jax.study.sample_tensors import TensorFormat
 
@@ -123,3 +124,18 @@ def test_xla_stores_no_decoded_weight(name):
     program = compiled(xla.matmul, x, tensor_of(name, rows, cols))
     # An eighth of what it would take in bfloat16: centroids in float32 may be there.
     assert program.memory_analysis().temp_size_in_bytes < rows * cols / 4
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "streams"),
+    [(12, 256, 16), (4, 8, 1), (8, 256, 112), (10, 1024, 11), (14, 256, 4)],
+)
+def test_viterbi_compiles_at_every_rate(bits, rows, streams):
+    shapes = [(streams, rows)] * 2 + [(2**bits,)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    search = functools.partial(search_streams, native="pallas_gpu")
+    program = compiled(search, *arrays, jax.ShapeDtypeStruct((), jnp.int32))
+    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == min(6, bits)
+    # Costs stay on the chip; the way back takes a byte for each minimum, of the lowest rate most.
+    way_back = streams * rows * 2 ** (bits - 1)
+    assert program.memory_analysis().temp_size_in_bytes <= way_back + 16 * streams * rows + 4096

@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import topologies
 from real_shapes import FORMATS, abstract_tensor, first_device, placed
 
+from gptvq_jax.moves.viterbi import search_streams
 from gptvq_jax.ops import pallas_tpu
 
 pytest.importorskip("libtpu")
@@ -61,3 +62,21 @@ def test_compiles(fmt, rows, cols, batch, dtype, name):
 def test_pack_compiles(name):
     tensor = abstract_tensor(FORMATS["2d 3 bit"], 4096, 4096)
     pallas_tpu.pack.trace(placed(tensor, chip(name))).lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize(
+    ("bits", "rows", "streams"),
+    [(12, 256, 16), (4, 8, 1), (8, 256, 112), (10, 1024, 11), (12, 3200, 2), (16, 256, 43)],
+)
+def test_viterbi_compiles_at_every_rate(bits, rows, streams, name):
+    shapes = [(streams, rows)] * 2 + [(2**bits,)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    args = placed((*arrays, jax.ShapeDtypeStruct((), jnp.int32)), chip(name))
+    search = jax.jit(functools.partial(search_streams, native="pallas_tpu"))
+    program = search.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    kernels = min(6, bits)
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == kernels
+    # Neither costs nor the way back are outside of the chip's own memory: padded streams at most.
+    padded = 4 * (streams + 7) * (rows + 127)
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * padded + 8 * 2**bits
