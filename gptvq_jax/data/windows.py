@@ -1,7 +1,8 @@
 """Windows of tokens for calibration and evaluation, after the protocol of the GPTQ paper.
 
 The texts are joined by a blank line and tokenized once, with the tokenizer's default settings: a
-tokenizer that adds a BOS adds one, at the very start, and none to the windows.
+tokenizer that adds a BOS adds one, at the very start, and none to the windows. Windows that are
+held out of calibration lie in the last part of the text, which no other window reaches into.
 """
 
 from collections.abc import Iterable
@@ -21,35 +22,61 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     *,
+    held_out: int = 0,
+    reserved: float = 0.0,
     per_document: bool = False,
     vocab_size: int | None = None,
 ) -> np.ndarray:
-    """Draws random windows, which may overlap.
+    """Draws random windows, which may overlap, and others from a part of the text kept for them.
 
     Args:
       tokenizer: a transformers tokenizer.
       documents: the texts.
-      num_windows, seqlen: shape of the result.
-      seed: of the numpy Generator that draws; equal arguments give equal windows.
+      num_windows, seqlen: shape of the result, the windows held out apart.
+      seed: of the numpy Generators that draw; equal arguments give equal windows.
+      held_out: windows that follow the others, from the end of the text.
+      reserved: the part of the text that is kept for these, 0 to below 1: its last tokens, at least
+        a window of them; the same ones whatever `seed`, `num_windows` and `held_out`.
       per_document: draw each window inside one random document that is long enough, as GPTQ does
-        with C4, instead of anywhere in the joined text.
+        with C4, instead of anywhere in the joined text; `reserved` is then of the documents.
       vocab_size: rows of the model's embedding; ids at or above it are an error.
 
     Returns:
-      int32 (num_windows, seqlen).
+      int32 (num_windows + held_out, seqlen).
 
     Raises:
-      ValueError: the text (with `per_document`, every document) is shorter than one window, or
-        the tokenizer does not belong to the model.
+      ValueError: the text (with `per_document`, every document) is shorter than one window, or one
+        of its two parts is, or the tokenizer does not belong to the model.
     """
     _check_positive(num_windows=num_windows, seqlen=seqlen)
-    rng = np.random.default_rng(seed)
+    if held_out and not reserved:
+        raise ValueError(f"{held_out=} windows need a part of the text; set reserved above 0")
+    drawn = zip((num_windows, held_out), (seed, (seed, 1)), strict=True)
     if per_document:
-        return _document_windows(tokenizer, list(documents), num_windows, seqlen, rng, vocab_size)
+        documents = list(documents)
+        kept = max(1, int(reserved * len(documents))) if reserved else 0
+        if kept and len(documents) < 2:
+            raise ValueError(
+                f"{len(documents)} documents are too few for some of them to be held out "
+                "(calibration.held_out above 0); pass more text or set it to 0"
+            )
+        parts = documents[: len(documents) - kept], documents[len(documents) - kept :]
+        windows = [
+            _document_windows(tokenizer, part, count, seqlen, np.random.default_rng(s), vocab_size)
+            for part, (count, s) in zip(parts, drawn, strict=True)
+        ]
+        return np.concatenate(windows)
     tokens = _tokenize(tokenizer, SEPARATOR.join(documents), vocab_size)
-    _check_length(tokens.size, seqlen, "the text has")
-    starts = rng.integers(tokens.size - seqlen + 1, size=num_windows)
-    return np.stack([tokens[start : start + seqlen] for start in starts])
+    kept = max(seqlen, int(reserved * tokens.size)) if reserved else 0
+    subject = f"beside {kept} held out (calibration.held_out; 0 holds out none) the text has"
+    _check_length(tokens.size - kept, seqlen, subject if kept else "the text has")
+    parts = tokens[: tokens.size - kept], tokens[tokens.size - kept :]
+    windows = []
+    for part, (count, s) in zip(parts, drawn, strict=True):
+        places = max(1, part.size - seqlen + 1)
+        starts = np.random.default_rng(s).integers(places, size=count)
+        windows += [part[start : start + seqlen] for start in starts]
+    return np.stack(windows)
 
 
 def evaluation_windows(
@@ -110,7 +137,7 @@ def _document_windows(tokenizer, documents, num_windows, seqlen, rng, vocab_size
                 windows.append(tokens[start : start + seqlen])
         if len(windows) == before:
             _check_length(longest, seqlen, f"the longest of {len(documents)} documents has")
-    return np.stack(windows)
+    return np.stack(windows) if windows else np.empty((0, seqlen), np.int32)
 
 
 def _tokenize(tokenizer: Any, text: str, vocab_size: int | None) -> np.ndarray:

@@ -6,7 +6,7 @@ block's as far as it has come, and what a stage opens before the next one closes
 entrance of the block, in its middle and at its exit: what a layer that closes a half of the block
 outputs in the float model is their difference. With token weights (gradients.py) every layer has
 moments of its own, one for each group of its rows; without, layers that read the same array share
-one.
+one. Windows that are held out (calibration.held_out) are the last ones, and have sums of their own.
 """
 
 import itertools
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.core import flops
 from gptvq_jax.core.hessian import (
     Moment,
@@ -48,6 +49,16 @@ class Moments(NamedTuple):
     inputs: dict[Owner, Moment]  # (C, C) w y y^T of the inputs y that a layer will get
     crosses: dict[Owner, Moment]  # w z y^T: (R, C) of its outputs in the float model, or of its
     # inputs there (C, C) where it does not close a half of the block; or empty
+
+
+class Sums(NamedTuple):
+    """Moments of the windows that are fitted, and likewise of those that are held out."""
+
+    fitted: Moments
+    held_out: Moments
+
+
+NO_SUMS = Sums(Moments({}, {}), Moments({}, {}))
 
 
 class FloatStates(NamedTuple):
@@ -94,6 +105,22 @@ def init_moments(
                     left = rows // len(of_layer) if closes else cols
                     crosses[owner] = init_moment(left, cols)
     return Moments(inputs, crosses)
+
+
+def init_sums(
+    block: Params,
+    stages: Sequence[int],
+    weights: Mapping[str, np.ndarray] | None = None,
+    want_crosses: bool = False,
+    held_out: bool = True,
+) -> Sums:
+    """`init_moments` twice; empty ones where no windows are `held_out`.
+
+    The sums of both are alike, so that one compiled step adds to either.
+    """
+    arguments = block, stages, weights, want_crosses
+    kept = init_moments(*arguments) if held_out else Moments({}, {})
+    return Sums(init_moments(*arguments), kept)
 
 
 @partial(jax.jit, static_argnames=("config", "start", "stop"), donate_argnames="moments")
@@ -169,43 +196,47 @@ def run_windows(
     files: Files,
     start: int,
     stop: int,
-    moments: Moments,
-    batch_size: int,
+    sums: Sums,
+    calibration: CalibrationSettings,
     weights: Mapping[str, np.ndarray] | None = None,
     out: Writer | None = None,
-) -> Moments:
+) -> Sums:
     """Runs all calibration windows through `step`.
 
     Args:
-      config, block, start, stop, moments: of `step`.
+      config, block, start, stop: of `step`.
       files: at the entrance of stage `start`.
-      batch_size: most windows at a time.
+      sums: the moments wanted.
+      calibration: says which windows are held out, and how many there are at a time.
       weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
       out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
     """
-    wanted = dict.fromkeys(name for name, _ in moments.inputs)
-    states = {number for name, _ in moments.crosses for number in _STATES[_STAGE[name]]}
-    for part in batches(len(files.x), batch_size):
+    wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
+    states = {number for name, _ in sums.fitted.crosses for number in _STATES[_STAGE[name]]}
+    both = list(sums)
+    for part in batches(len(files.x), calibration.batch):
+        which = int(part.start >= calibration.num_windows)
         inner = None if files.inner is None else on_device(files.inner[part])
         reference = None
         if states:
             read = (on_device(files.reference[i][part]) if i in states else None for i in range(3))
             reference = FloatStates(*read)
         of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
-        x, inner, moments = step(
+        x, inner, both[which] = step(
             config,
             block,
             on_device(files.x[part]),
             inner,
             start,
             stop,
-            moments,
+            both[which],
             of_part,
             reference,
         )
         if out is not None:
             out[part] = x if inner is None else inner
-    return moments
+    fitted, held_out = both
+    return Sums(fitted, held_out._replace(crosses={}))  # which nobody reads
 
 
 def moment_flops(moments: Moments, tokens: int) -> int:
@@ -252,7 +283,9 @@ def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array)
     return jnp.matmul(weight, cross - hessian, precision="highest")
 
 
-def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
+def relative_weights(
+    weights: np.ndarray, power: float = 1.0, num_fitted: int | None = None
+) -> np.ndarray:
     """weights^power over their mean in each row group; 1 where all are 0.
 
     Squared gradients have long tails: in SmolLM2 half of their sum is often on 1 % of the tokens,
@@ -261,9 +294,10 @@ def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
     Args:
       weights: of the tokens (n, T, g).
       power: above 0.
+      num_fitted: the mean is of so many windows, from the first; None: of all.
     """
     weights = np.power(weights, power, dtype=np.float64)
-    means = weights.mean(axis=(0, 1))
+    means = weights[:num_fitted].mean(axis=(0, 1))
     return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 

@@ -73,7 +73,7 @@ class Forward:
             x = files.read(STREAM, index)
             middle = files.write(MIDDLE, index, x.shape) if self._want_middle else nullcontext()
             with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
-                for part in batches(len(x), settings.calibration.batch_size):
+                for part in batches(len(x), settings.calibration.batch):
                     between, y = block_halves(config, block, on_device(x[part]))
                     stopwatch.flops(flops.block_forward(config, *y.shape[:2]))
                     out[part] = finite(y, what)

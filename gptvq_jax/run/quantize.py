@@ -1,10 +1,11 @@
 """The quantizing pass: one transformer block after another becomes packed.
 
 For each block: the Hessians of its layers on what the quantized model has made of the calibration
-text, the layers quantized, the block tuned where that is asked for, written packed, the activations
-taken through it, and the block dropped. With `true_sequential` the block is gone through once, in
-stages: what a stage's layers read comes from the quantized layers before them. Otherwise all layers
-see the float layers of their block, which is gone through a second time once they are quantized.
+text, the layers quantized and their errors measured, also on the windows that are held out, the
+block tuned where that is asked for, written packed, the activations taken through it, and the block
+dropped. With `true_sequential` the block is gone through once, in stages: what a stage's layers
+read comes from the quantized layers before them. Otherwise all layers see the float layers of their
+block, which is gone through a second time once they are quantized.
 
 Device memory holds one block, its Hessians and a batch; host memory a block, and activations are
 on disk. Memory grows neither with depth nor with the calibration tokens.
@@ -24,6 +25,7 @@ from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.code_usage import code_metrics
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.layer import (
+    Objective,
     Problem,
     most_flops,
     quantize_layers,
@@ -45,10 +47,13 @@ from gptvq_jax.models.llama import (
 from gptvq_jax.run import forward
 from gptvq_jax.run.calibrate import (
     LAST,
+    NO_SUMS,
     Files,
     Moments,
+    Sums,
     factor_flops,
-    init_moments,
+    hessians,
+    init_sums,
     moment_flops,
     objectives,
     owners,
@@ -59,7 +64,8 @@ from gptvq_jax.run.calibrate import (
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.finetune import Pairs, tune_block
-from gptvq_jax.run.float_moments import load_moments
+from gptvq_jax.run.float_moments import load_sums
+from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_block, dequantize_tree
 
@@ -157,7 +163,9 @@ def wants_middle(settings: RunSettings) -> bool:
 
 def wants_float(settings: RunSettings) -> bool:
     """Whether the float model's activations are read."""
-    return wants_middle(settings) or settings.tune.block or settings.calibration.inputs == "float"
+    c = settings.calibration
+    of_text = c.inputs == "float" and not c.statistics
+    return wants_middle(settings) or settings.tune.block or of_text
 
 
 class _Block:
@@ -174,8 +182,8 @@ class _Block:
         self._weights = None
         if c.gradient_groups:
             loaded = context.workdir.load_token_weights(index)
-            powers = c.gradient_power
-            self._weights = {n: relative_weights(w, powers) for n, w in loaded.items()}
+            how = c.gradient_power, c.num_windows
+            self._weights = {n: relative_weights(w, *how) for n, w in loaded.items()}
         self._reference = None
         if wants_middle(settings):
             self._reference = (
@@ -187,25 +195,29 @@ class _Block:
     def quantized(self, goes_on: bool) -> tuple[Params, list[dict[str, Any]]]:
         """The packed block and its metrics; what follows is calibrated if it `goes_on`."""
         settings = self._context.settings
+        if settings.calibration.statistics:
+            statistics = Statistics(settings.calibration.statistics)
+            self._quantize(LINEAR_LAYERS, statistics.sums(self._index, self._config))
+            return self._packed, self._rows
         goes_on = goes_on and settings.calibration.inputs == "quantized"
         at = Files(self._files.read(self._stream, self._index), reference=self._reference)
         if settings.true_sequential:
             start, at = self._stage_by_stage(at)
         else:
             start = 0
-            moments = None
+            sums = None
             if self._stream == forward.STREAM:
-                moments = load_moments(self._context.workdir, self._index)
-            if moments is None:
-                moments = self._run(at, 0, LAST - 1, self._moments(range(LAST)))
-            self._quantize(LINEAR_LAYERS, moments)
+                sums = load_sums(self._context.workdir, self._index)
+            if sums is None:
+                sums = self._run(at, 0, LAST - 1, self._sums(range(LAST)))
+            self._quantize(LINEAR_LAYERS, sums)
         if settings.tune.block:
             _drop_inside(self._files)
             start, at = 0, Files(self._files.read(self._stream, self._index))
             self._tune()
         if goes_on:
             with self._files.write(STREAM, self._index + 1, at.x.shape) as out:
-                self._run(at, start, LAST, Moments({}, {}), out)
+                self._run(at, start, LAST, NO_SUMS, out)
         _drop_inside(self._files)
         return self._packed, self._rows
 
@@ -221,49 +233,53 @@ class _Block:
                 out = self._files.pass_on(name, self._index, shape)
             with out as writer:
                 start = max(0, stage - 1)
-                moments = self._run(at, start, stage, self._moments([stage]), writer)
+                sums = self._run(at, start, stage, self._sums([stage]), writer)
             if opened:
                 at = at._replace(inner=self._files.read(_INNER, self._index))
             elif stage:
                 at = at._replace(x=self._files.read(_HALF, self._index), inner=None)
-            self._quantize(group, moments)
+            self._quantize(group, sums)
         return LAST - 1, at
 
-    def _moments(self, stages: Sequence[int]) -> Moments:
-        return init_moments(self._float, stages, self._weights, self._reference is not None)
+    def _sums(self, stages: Sequence[int]) -> Sums:
+        kept = self._context.settings.calibration.held_out_windows > 0
+        crosses = self._reference is not None
+        return init_sums(self._float, stages, self._weights, crosses, kept)
 
-    def _run(self, at: Files, start: int, stop: int, moments: Moments, out=None) -> Moments:
-        with self._context.stopwatch.stage("hessians" if moments.inputs else "advance"):
+    def _run(self, at: Files, start: int, stop: int, sums: Sums, out=None) -> Sums:
+        with self._context.stopwatch.stage("hessians" if sums.fitted.inputs else "advance"):
             self._context.progress.note(f"block {self._index} {STAGES[min(stop, LAST - 1)]}")
             shape = at.x.shape
             stages = range(start, stop)
             self._context.stopwatch.flops(
                 stage_flops(self._config, stages, *shape[:2])
-                + moment_flops(moments, shape[0] * shape[1])
+                + moment_flops(sums.fitted, shape[0] * shape[1])
             )
-            moments = run_windows(
+            sums = run_windows(
                 self._config,
                 self._dense,
                 at,
                 start,
                 stop,
-                moments,
-                self._context.settings.calibration.batch_size,
+                sums,
+                self._context.settings.calibration,
                 self._weights,
                 out,
             )
-            return jax.block_until_ready(moments)
+            return jax.block_until_ready(sums)
 
-    def _quantize(self, names: Sequence[str], moments: Moments) -> None:
+    def _quantize(self, names: Sequence[str], sums: Sums) -> None:
         """Puts packed layers, and dense ones as they will be, in place of the float ones."""
         progress = self._context.progress
         with self._context.stopwatch.stage("quantize"):
             start = time.perf_counter()
-            problems = self._problems(names, moments)
+            problems = self._problems(names, sums.fitted)
             tensors = quantize_layers(problems)
             kernels = parallel(dequantize_compiled, tensors)
-            rows = parallel(_row, list(zip(problems, tensors, kernels, strict=True)))
-            self._context.stopwatch.flops(_flops(problems, moments))
+            judges = self._judges(problems, names, sums.held_out)
+            rows = parallel(_row, list(zip(problems, tensors, kernels, judges, strict=True)))
+            measured = 1 + bool(sums.held_out.inputs)
+            self._context.stopwatch.flops(_flops(problems, sums.fitted, measured))
             seconds = time.perf_counter() - start
         total = sum(problem.weight.size for problem in problems)
         for name, problem, tensor, kernel, row in zip(
@@ -302,6 +318,23 @@ class _Block:
 
         return [problem(name) for name in names]
 
+    def _judges(
+        self, problems: Sequence[Problem], names: Sequence[str], held_out: Moments
+    ) -> list[list[Objective]]:
+        """By layer, its objectives with the Hessians of the windows that are held out; or none."""
+        found = hessians(held_out)
+        return [
+            [
+                objective._replace(hessian=found[owner])
+                for owner, objective in zip(
+                    owners(name, self._weights), problem.objectives, strict=True
+                )
+            ]
+            if found
+            else []
+            for name, problem in zip(names, problems, strict=True)
+        ]
+
     def _tune(self) -> None:
         """Tunes what is continuous in the block."""
         settings, progress = self._context.settings, self._context.progress
@@ -314,6 +347,7 @@ class _Block:
                 self._packed,
                 Pairs(self._files.read(STREAM, self._index), targets),
                 settings.tune,
+                held_out=settings.calibration.held_out_windows,
                 dense_dtype=settings.dense_dtype,
                 order=np.random.default_rng([settings.seed, self._index]),
                 name=f"layers_{self._index}",
@@ -332,24 +366,39 @@ def _drop_inside(files: StreamStore) -> None:
         files.drop(stream)
 
 
-def _flops(problems: Sequence[Problem], moments: Moments) -> float:
-    """Of quantizing layers and measuring their errors."""
+def _flops(problems: Sequence[Problem], moments: Moments, measured: int) -> float:
+    """Of quantizing layers and measuring their errors so many times."""
     return factor_flops(moments) + sum(
-        most_flops(p) + 2 * flops.unit(*p.weight.shape) for p in problems
+        most_flops(p) + 2 * measured * flops.unit(*p.weight.shape) for p in problems
     )
 
 
-def _row(of_layer: tuple[Problem, QuantizedTensor, jax.Array]) -> dict[str, Any]:
+def _row(
+    of_layer: tuple[Problem, QuantizedTensor, jax.Array, Sequence[Objective]],
+) -> dict[str, Any]:
     """Metrics of a quantized layer."""
-    problem, tensor, kernel = of_layer
+    problem, tensor, kernel, judges = of_layer
     error = relative_error(problem.weight, kernel, problem.objectives)
     return {
         **code_metrics(tensor),
         "relative_error": error,
-        "sqnr_db": float(metrics.sqnr_db(error)) if error > 0 else None,
+        "sqnr_db": _sqnr_db(error),
+        **_held_out(problem, kernel, judges),
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
         "num_values": problem.weight.size,
         "dead_inputs": int(jnp.sum(jnp.diagonal(problem.objectives[0].hessian) <= 0)),
         "damping": max(objective.factor.damping for objective in problem.objectives),
     }
+
+
+def _held_out(problem: Problem, kernel: jax.Array, judges: Sequence[Objective]) -> dict[str, Any]:
+    """What a layer's row says of the windows that nothing is fitted to; nothing without any."""
+    if not judges:
+        return {}
+    error = relative_error(problem.weight, kernel, judges)
+    return {"held_out_error": error, "held_out_sqnr_db": _sqnr_db(error)}
+
+
+def _sqnr_db(error: float) -> float | None:
+    return float(metrics.sqnr_db(error)) if error > 0 else None

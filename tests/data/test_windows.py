@@ -129,3 +129,41 @@ def test_no_warning_about_length(tokenizer, caplog):
             assert "longer than the specified maximum" in caplog.text
     finally:
         logging.getLogger("transformers").propagate = False
+
+
+def held_out_windows(tokenizer, texts, seed=0, count=40, **options):
+    windows = calibration_windows(
+        tokenizer, texts, count, 4, seed, held_out=100, reserved=0.3, **options
+    )
+    return windows[:count], windows[count:]
+
+
+def test_held_out_windows_are_from_the_end_of_the_text_alone(tokenizer):
+    text = LETTERS[:26] + LETTERS[:13]  # with BOS 40 tokens, of which the last 12 are held out
+    stream = [BOS, *ids(text)]
+    fitted, held_out = held_out_windows(tokenizer, [text], count=300)
+    assert fitted.shape == (300, 4) and held_out.shape == (100, 4)
+    places = {tuple(stream[i : i + 4]): i for i in reversed(range(37))}
+    assert {places[tuple(w)] for w in fitted.tolist()} == set(range(28 - 4 + 1))
+    ends = {tuple(stream[i : i + 4]) for i in range(28, 37)}
+    assert {tuple(w) for w in held_out.tolist()} == ends
+
+
+def test_no_seed_and_no_count_fits_what_another_holds_out(tokenizer):
+    text = "".join(np.random.default_rng(0).choice(list(LETTERS[:26]), 400))
+    _, held_out = held_out_windows(tokenizer, [text])
+    for seed, count in ((1, 40), (0, 300)):
+        fitted, _ = held_out_windows(tokenizer, [text], seed, count)
+        assert not {tuple(w) for w in fitted.tolist()} & {tuple(w) for w in held_out.tolist()}
+
+
+def test_held_out_windows_of_documents_are_of_the_last_ones(tokenizer):
+    texts = ["abcd"] * 7 + ["wxyz"] * 3
+    fitted, held_out = held_out_windows(tokenizer, texts, per_document=True)
+    assert not np.isin(fitted, ids("wxyz")).any() and not np.isin(held_out, ids("abcd")).any()
+
+
+@pytest.mark.parametrize("per_document", [False, True])
+def test_a_text_too_short_to_hold_out_anything_is_refused(tokenizer, per_document):
+    with pytest.raises(ValueError, match=r"held out \(calibration.held_out.*; pass more text or"):
+        held_out_windows(tokenizer, ["abcdef"], per_document=per_document)
