@@ -30,11 +30,11 @@ class CalibrationSettings:
     datasets: tuple[str, ...] = ("wikipedia",)  # 'wikipedia', 'wikitext2', 'c4', 'ptb', or files
     dataset_weights: tuple[float, ...] = ()  # their shares of the windows; none: equal ones
     num_windows: int = 32  # that Hessians are fitted to
-    held_out: float = 0.1  # windows beside them, from as large a part of each text at its end, that
-    # nothing is fitted to: errors are reported on them too. Rounded up to whole batches; 0: none
+    held_out: int = 2  # windows beside them, at fixed places of the text that no other window
+    # reaches into: nothing is fitted to them, and errors are reported on them too; 0: none
     seqlen: int = 512  # tokens per window
     seed: int = 0  # of the random windows
-    batch_size: int = 4  # windows per forward pass
+    batch_size: int = 2  # windows per forward pass, at most; held_out has batches of its own
     inputs: str = "quantized"  # of a block: outputs of the 'quantized' or 'float' blocks before it
     asymmetry: float = 0.25  # 0 to 1: how far to aim at what the float model outputs
     gradient_groups: int = 0  # row groups of a layer, each with its own token weights; 0: none
@@ -42,26 +42,15 @@ class CalibrationSettings:
     statistics: str = ""  # a file of scripts/calibrate.py with the Hessians, in place of a text
 
     @property
-    def batch(self) -> int:
-        """Windows per forward pass, `batch_size` at most: a divisor of `num_windows`."""
-        return next(s for s in range(self.batch_size, 0, -1) if self.num_windows % s == 0)
-
-    @property
-    def held_out_windows(self) -> int:
-        """Whole batches, so that one compiled program serves all windows."""
-        share = round(self.held_out * self.num_windows, 6)  # 0.1 * 30 is not to be 3.0000001
-        return self.batch * math.ceil(share / self.batch)
-
-    @property
     def all_windows(self) -> int:
         """Those that are fitted, and after them those that are held out."""
-        return self.num_windows + self.held_out_windows
+        return self.num_windows + self.held_out
 
     @property
     def mixture(self) -> dict[str, tuple[int, int]]:
         """{dataset: windows of it that are fitted, and held out}."""
         weights = self.dataset_weights or (1.0,) * len(self.datasets)
-        fitted, held_out = (shares(n, weights) for n in (self.num_windows, self.held_out_windows))
+        fitted, held_out = (shares(n, weights) for n in (self.num_windows, self.held_out))
         return dict(zip(self.datasets, zip(fitted, held_out, strict=True), strict=True))
 
 
@@ -199,7 +188,7 @@ class RunSettings:
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
         check(c.seed >= 0, "calibration.seed", "at least 0")
         check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
-        check(0 <= c.held_out <= 0.5, "calibration.held_out", "from 0 (none) to 0.5")
+        check(c.held_out >= 0, "calibration.held_out", "0 (none) or a number of windows")
         _check_mixture(c, check)
         check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
         check(0 <= c.asymmetry <= 1, "calibration.asymmetry", "from 0 to 1")

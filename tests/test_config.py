@@ -108,8 +108,8 @@ BUDGET = {"allocation.bits_per_value": 2.5}
             "calibration.inputs='float'",
         ),
         ({"tune.block": True, "calibration.num_windows": 3}, "tune.batch_size=4"),
-        ({"tune.block": True, "calibration.held_out": 0.0}, "calibration.held_out=0.0"),
-        ({"calibration.held_out": 0.6}, "calibration.held_out=0.6"),
+        ({"tune.block": True, "calibration.held_out": 0}, "calibration.held_out=0"),
+        ({"calibration.held_out": -1}, "calibration.held_out=-1"),
     ],
 )
 def test_options_that_exclude_each_other_are_named(given, field):
@@ -358,26 +358,9 @@ def test_calibration_texts_that_cannot_be_are_refused(given, message):
         from_config(config)
 
 
-@pytest.mark.parametrize(
-    "given, held_out",
-    [
-        ({}, 4),  # of 32 a tenth is 3.2
-        ({"num_windows": 30, "batch_size": 1}, 3),  # exactly
-        ({"num_windows": 6}, 3),  # in batches of 3
-        ({"num_windows": 128, "batch_size": 1}, 13),
-        ({"held_out": 0.0}, 0),
-        ({"held_out": 0.5}, 16),
-    ],
-)
-def test_held_out_windows_are_whole_batches_beside_the_others(given, held_out):
-    settings = CalibrationSettings(**given)
-    assert settings.held_out_windows == held_out
-    assert settings.all_windows == settings.num_windows + held_out
-
-
 def test_texts_share_the_windows_by_their_weights():
     weights = {"datasets": ("c4", "ptb", "wikitext2"), "dataset_weights": (2.0, 1.0, 1.0)}
-    assert CalibrationSettings(**weights).mixture == {
+    assert CalibrationSettings(**weights, held_out=4).mixture == {
         "c4": (16, 2),
         "ptb": (8, 1),
         "wikitext2": (8, 1),

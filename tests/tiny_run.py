@@ -69,6 +69,6 @@ def tiny_config(model_dir, text_files):
     config.vq.codebook_update, config.vq.polish_rounds = "none", 0
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
-    config.calibration.batch_size, config.calibration.asymmetry = 4, 0.0
+    config.calibration.batch_size, config.calibration.asymmetry = 2, 0.0
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     return config

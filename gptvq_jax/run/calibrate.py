@@ -6,7 +6,7 @@ block's as far as it has come, and what a stage opens before the next one closes
 entrance of the block, in its middle and at its exit: what a layer that closes a half of the block
 outputs in the float model is their difference. With token weights (gradients.py) every layer has
 moments of its own, one for each group of its rows; without, layers that read the same array share
-one. Windows that are held out (calibration.held_out) are the last ones, and have sums of their own.
+one.
 """
 
 import itertools
@@ -34,11 +34,10 @@ from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
-from gptvq_jax.run.activations import Activations, Writer
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
-_STAGE = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
+STAGE_OF = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
 _CLOSING = ("attend", "feed")  # stages whose layer adds its outputs to x
 LAST = len(STAGES)
 
@@ -51,16 +50,6 @@ class Moments(NamedTuple):
     # inputs there (C, C) where it does not close a half of the block; or empty
 
 
-class Sums(NamedTuple):
-    """Moments of the windows that are fitted, and likewise of those that are held out."""
-
-    fitted: Moments
-    held_out: Moments
-
-
-NO_SUMS = Sums(Moments({}, {}), Moments({}, {}))
-
-
 class FloatStates(NamedTuple):
     """The float model's x on the same tokens (batch, T, hidden); None where no stage wants it."""
 
@@ -69,13 +58,13 @@ class FloatStates(NamedTuple):
     exit: jax.Array | None
 
 
-_STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
+STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
 
 
 def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
     """Whose moments the row groups of a layer use, in their order."""
     if weights is None:
-        return [(LINEAR_GROUPS[_STAGE[name]][0], 0)]
+        return [(LINEAR_GROUPS[STAGE_OF[name]][0], 0)]
     return [(name, k) for k in range(weights[name].shape[-1])]
 
 
@@ -105,22 +94,6 @@ def init_moments(
                     left = rows // len(of_layer) if closes else cols
                     crosses[owner] = init_moment(left, cols)
     return Moments(inputs, crosses)
-
-
-def init_sums(
-    block: Params,
-    stages: Sequence[int],
-    weights: Mapping[str, np.ndarray] | None = None,
-    want_crosses: bool = False,
-    held_out: bool = True,
-) -> Sums:
-    """`init_moments` twice; empty ones where no windows are `held_out`.
-
-    The sums of both are alike, so that one compiled step adds to either.
-    """
-    arguments = block, stages, weights, want_crosses
-    kept = init_moments(*arguments) if held_out else Moments({}, {})
-    return Sums(init_moments(*arguments), kept)
 
 
 @partial(jax.jit, static_argnames=("config", "start", "stop"), donate_argnames="moments")
@@ -163,13 +136,13 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
     float_read = None
     for owner in inputs:
         name, group = owner
-        if _STAGE[name] != stage:
+        if STAGE_OF[name] != stage:
             continue
         weight = None if weights is None else weights[name][..., group]
         inputs[owner] = add_inputs(inputs[owner], read, weight)
         if owner not in crosses:
             continue
-        states = [reference[number] for number in _STATES[stage]]
+        states = [reference[number] for number in STATES[stage]]
         if STAGES[stage] in _CLOSING:
             before, after = states
             rows = crosses[owner].total.shape[0]
@@ -180,63 +153,6 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
             other = float_read
         crosses[owner] = add_products(crosses[owner], other, read, weight)
     return Moments(inputs, crosses)
-
-
-class Files(NamedTuple):
-    """Where batches come from and go to."""
-
-    x: Activations
-    inner: Activations | None = None
-    reference: tuple[Activations, Activations, Activations] | None = None  # as FloatStates
-
-
-def run_windows(
-    config: ModelConfig,
-    block: Params,
-    files: Files,
-    start: int,
-    stop: int,
-    sums: Sums,
-    calibration: CalibrationSettings,
-    weights: Mapping[str, np.ndarray] | None = None,
-    out: Writer | None = None,
-) -> Sums:
-    """Runs all calibration windows through `step`.
-
-    Args:
-      config, block, start, stop: of `step`.
-      files: at the entrance of stage `start`.
-      sums: the moments wanted.
-      calibration: says which windows are held out, and how many there are at a time.
-      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
-      out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
-    """
-    wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
-    states = {number for name, _ in sums.fitted.crosses for number in _STATES[_STAGE[name]]}
-    both = list(sums)
-    for part in batches(len(files.x), calibration.batch):
-        which = int(part.start >= calibration.num_windows)
-        inner = None if files.inner is None else on_device(files.inner[part])
-        reference = None
-        if states:
-            read = (on_device(files.reference[i][part]) if i in states else None for i in range(3))
-            reference = FloatStates(*read)
-        of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
-        x, inner, both[which] = step(
-            config,
-            block,
-            on_device(files.x[part]),
-            inner,
-            start,
-            stop,
-            both[which],
-            of_part,
-            reference,
-        )
-        if out is not None:
-            out[part] = x if inner is None else inner
-    fitted, held_out = both
-    return Sums(fitted, held_out._replace(crosses={}))  # which nobody reads
 
 
 def moment_flops(moments: Moments, tokens: int) -> int:
@@ -278,7 +194,7 @@ def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array)
     """S of `hessian.asymmetric_target` for the rows (R, C) of an owner."""
     name, _ = owner
     cross = mean_product(moments.crosses[owner])
-    if STAGES[_STAGE[name]] in _CLOSING:
+    if STAGES[STAGE_OF[name]] in _CLOSING:
         return cross - jnp.matmul(weight, hessian, precision="highest")
     return jnp.matmul(weight, cross - hessian, precision="highest")
 
@@ -318,8 +234,19 @@ def finite(array: jax.Array, what: str) -> np.ndarray:
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
     """Slices of equal size, so that one compiled step serves them all."""
-    size = next(s for s in range(min(batch_size, count), 0, -1) if count % s == 0)
+    size = next((s for s in range(min(batch_size, count), 0, -1) if count % s == 0), 1)
     return (slice(start, start + size) for start in range(0, count, size))
+
+
+def window_batches(calibration: CalibrationSettings) -> Iterator[slice]:
+    """Of the windows that are fitted, then of those that are held out.
+
+    Those of each kind are of equal size, as large as `calibration.batch_size` allows.
+    """
+    fitted, size = calibration.num_windows, calibration.batch_size
+    yield from batches(fitted, size)
+    for part in batches(calibration.held_out, size):
+        yield slice(fitted + part.start, fitted + part.stop)
 
 
 def on_device(activations: np.ndarray) -> jax.Array:

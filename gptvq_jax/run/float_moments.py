@@ -24,16 +24,13 @@ from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import forward
 from gptvq_jax.run.calibrate import (
     LAST,
-    Files,
     Moments,
     Owner,
-    Sums,
-    init_sums,
     moment_flops,
     relative_weights,
-    run_windows,
 )
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.held_out import Files, Sums, init_sums, run_windows
 from gptvq_jax.run.workdir import WorkDir
 
 _FOLDER = "moments"
@@ -75,7 +72,7 @@ class FloatMoments:
                 loaded, how = workdir.load_token_weights(index), (c.gradient_power, c.num_windows)
                 weights = {name: relative_weights(w, *how) for name, w in loaded.items()}
             x = self.files.read(forward.STREAM, index)
-            sums = init_sums(block, range(LAST), weights, held_out=c.held_out_windows > 0)
+            sums = init_sums(block, range(LAST), weights, held_out=c.held_out > 0)
             stopwatch.flops(
                 stage_flops(source.config, range(LAST - 1), *x.shape[:2])
                 + moment_flops(sums.fitted, x.shape[0] * x.shape[1])
@@ -139,7 +136,7 @@ def load_sums(workdir: WorkDir, index: int) -> Sums | None:
 def moments_bytes(config: ModelConfig, settings: RunSettings) -> int:
     """Of the file of one block, without its headers."""
     shapes, c = layer_shapes(config), settings.calibration
-    groups, kinds = c.gradient_groups, 1 + (c.held_out_windows > 0)
+    groups, kinds = c.gradient_groups, 1 + (c.held_out > 0)
     firsts = LINEAR_LAYERS if groups else [group[0] for group in LINEAR_GROUPS]
     return kinds * sum(4 * shapes[name][1] ** 2 * (groups or 1) for name in firsts)
 

@@ -41,11 +41,11 @@ from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
-    batches,
     finite,
     init_moments,
     moment_flops,
     on_device,
+    window_batches,
 )
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import head_on_device
@@ -124,7 +124,7 @@ class Backward:
             outer = head_on_device(source.config, source.outer())
             x = workdir.streams.read(forward.STREAM, depth)
             with workdir.streams.write(STREAM, depth, x.shape) as out:
-                for part in batches(len(x), settings.calibration.batch):
+                for part in window_batches(settings.calibration):
                     tokens = self._tokens[part]
                     stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
                     dx = head_backward(source.config, outer, on_device(x[part]), tokens)
@@ -158,7 +158,7 @@ class Backward:
         fitted = c.num_windows, x.shape[1]
         sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:
-            for part in batches(len(x), c.batch):
+            for part in window_batches(c):
                 counts = part.start < sampled
                 dx, of_batch, moments = block_backward(
                     config,

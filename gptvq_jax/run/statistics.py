@@ -168,21 +168,23 @@ def _added(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _check_parts(found: Sequence[Statistics]) -> None:
     """Refuses files of which one was fitted to what another holds out, or the same text twice."""
     read = [
-        (of.path, part, text["dataset"])
+        (of.path, part, text["dataset"], text["held_out_windows"])
         for of in found
         for part in of.record["parts"]
         for text in part["texts"]
     ]
-    for (where, one, dataset), (there, other, same) in itertools.combinations(read, 2):
+    for first, second in itertools.combinations(read, 2):
+        (where, one, dataset, here), (there, other, same, kept_there) = first, second
         if dataset != same or one is other:
             continue
-        for name, field in (("held_out", "held_out"), ("context", "seqlen")):
-            if one[name] != other[name]:
-                raise ValueError(
-                    f"{where} and {there} read {dataset} with calibration.{field}={one[name]} and "
-                    f"{other[name]}: one may be fitted to what the other holds out; make both "
-                    f"with the same calibration.{field}"
-                )
+        places = [(part["context"], kept) for part, kept in ((one, here), (other, kept_there))]
+        if places[0] != places[1]:
+            (length, count), (other_length, other_count) = places
+            raise ValueError(
+                f"{where} holds out {count} x {length} tokens of {dataset} and {there} "
+                f"{other_count} x {other_length}: one may be fitted to what the other holds out; "
+                "make both with the same calibration.held_out and seqlen"
+            )
         if one["seed"] == other["seed"]:
             raise ValueError(
                 f"{where} and {there} have the same windows of {dataset}: both are of "

@@ -10,8 +10,8 @@ A file is a .npz, which numpy.load reads:
     00007 KIND LAYER 0 count               () float32, the tokens
 
 KIND is "fitted" or "held_out", LAYER the first of the layers that read the same x. Sums of
-different texts add up, and so do those of what is held out: each text keeps the same end of it for
-that.
+different texts add up, and so do those of what is held out, which stands at the same places of a
+text whatever the seed.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from gptvq_jax.files import durable
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.run.calibrate import Sums
 from gptvq_jax.run.float_moments import from_arrays
+from gptvq_jax.run.held_out import Sums
 from gptvq_jax.run.text import calibration_text
 
 FORMAT = 1
@@ -75,7 +75,7 @@ class Statistics:
     def _check_parts(self) -> None:
         """Raises KeyError or TypeError where a part is none."""
         for part in self.record["parts"]:
-            _ = part["context"] + part["held_out"]
+            _ = part["context"] + part["seed"]
             for text in part["texts"]:
                 _ = text["windows"] + text["held_out_windows"], text["dataset"] + ""
 

@@ -12,7 +12,7 @@ from gptvq_jax.models.source import ModelSource
 
 
 def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
-    """Random windows (n + h, T) of the calibration text, the last h = c.held_out_windows held out.
+    """Random windows (n + h, T) of the calibration text, the last h = c.held_out held out.
 
     Each of several texts has its share of both, spread evenly. With calibration.statistics there
     are no windows.
@@ -29,7 +29,6 @@ def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray
             seqlen=c.seqlen,
             seed=c.seed,
             held_out=kept,
-            reserved=c.held_out,
             per_document=name == "c4",
             vocab_size=source.config.vocab_size,
         )
@@ -87,15 +86,14 @@ def calibration_protocol(c: CalibrationSettings) -> dict[str, Any]:
     """What a calibration has read.
 
     Returns:
-      "context", tokens of a window; "seed"; "held_out", the part of each text, at its end, that the
-      windows held out are from; "texts", of each its "dataset", and its "windows" that are fitted
-      and "held_out_windows".
+      "context", tokens of a window; "seed"; "texts", of each its "dataset", and its "windows" that
+      are fitted and "held_out_windows".
     """
     texts = [
         {"dataset": name, "windows": fitted, "held_out_windows": held_out}
         for name, (fitted, held_out) in c.mixture.items()
     ]
-    return {"context": c.seqlen, "seed": c.seed, "held_out": c.held_out, "texts": texts}
+    return {"context": c.seqlen, "seed": c.seed, "texts": texts}
 
 
 def calibration_text(protocol: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def finished(model_dir, text_files, tmp_path_factory):
     config.trellis.window_bits, config.trellis.stream_rows = 6, 16
     config.trellis.recode_passes, config.trellis.block_size = 1, 16
     config.allocation.bits_per_value = BUDGET
-    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
     config.calibration.gradient_groups = 1
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32

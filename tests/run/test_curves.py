@@ -147,7 +147,7 @@ def measured(source, tmp_path_factory):
                 vq=GPTVQSettings(codebook_overhead=0.5, max_group_cols=16, codebook_update="none"),
                 allocation=dataclasses.replace(allocated, **changes),
                 calibration=CalibrationSettings(
-                    num_windows=18, held_out=0.0, batch_size=6, asymmetry=0.0
+                    num_windows=18, held_out=0, batch_size=6, asymmetry=0.0
                 ),
             )
             path = tmp_path_factory.mktemp("curves")
@@ -215,7 +215,7 @@ def test_curves_see_the_windows_of_the_sample(source, tmp_path, monkeypatch):
             num_blocks=1,
             allocation=AllocationSettings(bits_per_value=2.0, sample=sample),
             calibration=CalibrationSettings(
-                num_windows=18, held_out=0.0, batch_size=6, asymmetry=0.0
+                num_windows=18, held_out=0, batch_size=6, asymmetry=0.0
             ),
         )
         find(source, settings, tmp_path / str(sample), tokens)

@@ -17,8 +17,7 @@ from gptvq_jax.models.llama import (
     with_layer,
 )
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import calibrate, evaluate_job, job
-from gptvq_jax.run import quantize as quantize_pass
+from gptvq_jax.run import calibrate, evaluate_job, job, packed_block
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
 
 
@@ -133,13 +132,13 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
         return found[-1]
 
     monkeypatch.setattr(calibrate, "hessians", keeping)
-    blocks, tune_block = [], quantize_pass.tune_block
+    blocks, tune_block = [], packed_block.tune_block
 
     def before_tuning(config, block, *arguments, **options):
         blocks.append(dequantize_block(block))
         return tune_block(config, block, *arguments, **options)
 
-    monkeypatch.setattr(quantize_pass, "tune_block", before_tuning)
+    monkeypatch.setattr(packed_block, "tune_block", before_tuning)
     given = {"num_blocks": 2, "true_sequential": True}
     if tuned:
         given |= {"tune.block": True, "tune.epochs": 1}
@@ -173,13 +172,13 @@ def test_stage_by_stage_every_layer_aims_at_the_outputs_of_the_float_model(
 
     What passes from stage to stage is bfloat16; here it is not.
     """
-    seen, quantize_layers = {}, quantize_pass.quantize_layers
+    seen, quantize_layers = {}, packed_block.quantize_layers
 
     def keeping(problems):
         seen.update({problem.name: problem.objectives for problem in problems})
         return quantize_layers(problems)
 
-    monkeypatch.setattr(quantize_pass, "quantize_layers", keeping)
+    monkeypatch.setattr(packed_block, "quantize_layers", keeping)
     given = {"num_blocks": 2, "true_sequential": True, "calibration.asymmetry": 0.5}
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
@@ -212,11 +211,11 @@ def test_what_is_held_out_is_told_and_fitted_to_nothing(quantize, capsys):
     summary, layers, path = quantize("run", **few)
     assert "6 x 32 tokens of" in summary["calibration"] and "held out" in capsys.readouterr().out
     (text,) = summary["calibration_protocol"]["texts"]
-    assert (text["windows"], text["held_out_windows"]) == (6, 3)
+    assert (text["windows"], text["held_out_windows"]) == (6, 2)
     other = path.with_name("other")  # without any, but on the same windows
     other.mkdir()
     np.save(other / "tokens.npy", fitted_tokens(path))
-    _, others, _ = quantize("other", **few, **{"calibration.held_out": 0.0})
+    _, others, _ = quantize("other", **few, **{"calibration.held_out": 0})
     assert "held_out_error" in layers[0, "mlp/up_proj"]
     assert "held_out" not in " ".join(others[0, "mlp/up_proj"])
     blocks = [PackedCheckpoint(of / "checkpoint").packed_block(0) for of in (path, other)]

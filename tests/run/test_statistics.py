@@ -118,7 +118,10 @@ def test_what_does_not_add_up_is_refused(config, text_files, model_dir, tmp_path
 
     first = made("a.npz")
     for fields, message in (
-        ({"calibration__held_out": 0.2}, "one may be fitted to what the other holds out; make bo"),
+        (
+            {"calibration__held_out": 3},
+            "holds out 2 x 32 tokens of .* 3 x 32: one may be fitted to",
+        ),
         ({"calibration__num_windows": 3}, "have the same windows of .* calibration.seed=0; make"),
     ):
         with pytest.raises(ValueError, match=message):

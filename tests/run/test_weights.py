@@ -19,20 +19,17 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,
-    NO_SUMS,
-    Files,
     hessians,
-    init_sums,
     relative_weights,
-    run_windows,
     shift,
 )
 from gptvq_jax.run.forward import block_halves
+from gptvq_jax.run.held_out import NO_SUMS, Files, init_sums, run_windows
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
-ALL_FITTED = CalibrationSettings(num_windows=6, held_out=0.0)
+ALL_FITTED = CalibrationSettings(num_windows=6, held_out=0)
 CLOSING = (*LINEAR_GROUPS[1], *LINEAR_GROUPS[3])  # whose outputs are added to x
 
 

@@ -73,7 +73,7 @@ class Layers:
         """Makes the layers that a cell is measured on."""
         source = self._sources.of(cell)
         # What is held out here is the text of the evaluation.
-        c = dataclasses.replace(cell.settings.calibration, held_out=0.0)
+        c = dataclasses.replace(cell.settings.calibration, held_out=0)
         settings = dataclasses.replace(cell.settings, calibration=c)
         texts = job.calibration_tokens(source, settings), job.evaluation_tokens(source, settings)
         wanted = wanted_layers(source.config)
