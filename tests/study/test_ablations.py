@@ -84,7 +84,7 @@ def test_model_rows_are_runs_and_are_read_again(tiny_config, tmp_path, monkeypat
     assert [type(visitor.source).__name__ for visitor in visits] == [
         *("HFSource", "PackedCheckpoint", "PackedCheckpoint")
     ]
-    assert np.load(tmp_path / "twice_the_calibration_windows/tokens.npy").shape[0] == 12 + 4
+    assert np.load(tmp_path / "twice_the_calibration_windows/tokens.npy").shape[0] == 12 + 2
     assert first["rise"] == pytest.approx(np.log(first["perplexity"] / first["perplexity_float"]))
     assert "bits per value" in (tmp_path / "default/report.txt").read_text()
     assert 0 < first["relative_error"] < 1 and 0 < first["held_out_error"] < 2
