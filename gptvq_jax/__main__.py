@@ -25,6 +25,7 @@ PROGRAM = "gptvq_jax"
 GROUPS = {
     "To quantize a model and use it": (
         "quantize",
+        "calibrate",
         "evaluate",
         "evaluate-tasks",
         "generate",

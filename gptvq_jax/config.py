@@ -7,12 +7,14 @@ they are the frozen dataclasses of this file.
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import config_dict
 
 from gptvq_jax.console.config_file import is_sweep
 from gptvq_jax.core.seeds import LARGEST_SEED
+from gptvq_jax.data.mixture import shares
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
@@ -25,15 +27,37 @@ from gptvq_jax.storage.checkpoint import EMBEDDINGS
 class CalibrationSettings:
     """The text whose activations weigh the errors."""
 
-    dataset: str = "wikipedia"  # 'wikipedia', 'wikitext2', 'c4', 'ptb', or a .txt/.jsonl/.parquet
-    num_windows: int = 32
+    datasets: tuple[str, ...] = ("wikipedia",)  # 'wikipedia', 'wikitext2', 'c4', 'ptb', or files
+    dataset_weights: tuple[float, ...] = ()  # their shares of the windows; none: equal ones
+    num_windows: int = 32  # that Hessians are fitted to
+    held_out: int = 2  # windows beside them, at fixed places of the text that no other window
+    # reaches into: nothing is fitted to them, and errors are reported on them too; 0: none
     seqlen: int = 512  # tokens per window
     seed: int = 0  # of the random windows
-    batch_size: int = 4  # windows per forward pass
+    batch_size: int = 2  # windows per forward pass, at most; held_out has batches of its own
     inputs: str = "quantized"  # of a block: outputs of the 'quantized' or 'float' blocks before it
     asymmetry: float = 0.25  # 0 to 1: how far to aim at what the float model outputs
     gradient_groups: int = 0  # row groups of a layer, each with its own token weights; 0: none
     gradient_power: float = 0.5  # token weight = squared gradient to this power (GuidedQuant: 1)
+    statistics: str = ""  # a file of scripts/calibrate.py with the Hessians, in place of a text
+
+    @property
+    def all_windows(self) -> int:
+        """Those that are fitted, and after them those that are held out."""
+        return self.num_windows + self.held_out
+
+    @property
+    def mixture(self) -> dict[str, tuple[int, int]]:
+        """{dataset: windows of it that are fitted, and held out}."""
+        weights = self.dataset_weights or (1.0,) * len(self.datasets)
+        fitted, held_out = (shares(n, weights) for n in (self.num_windows, self.held_out))
+        return dict(zip(self.datasets, zip(fitted, held_out, strict=True), strict=True))
+
+
+# Of a calibration: what its windows depend on, and how many are in a batch.
+CALIBRATION_TEXT = (
+    *("datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +83,9 @@ class TuneSettings:
     learning_rate: float = 3e-3  # relative to the root mean square of each array
     b1: float = 0.9  # of Adam
     b2: float = 0.95
-    held_out: int = 4  # last calibration windows, which say when to stop and what to keep
     patience: int = 2  # stop after so many epochs in a row that gain too little
-    tolerance: float = 0.002  # the gain that is enough, as a fraction of the held-out error
+    tolerance: float = 0.002  # the gain that is enough, as a fraction of the error on the
+    # windows that calibration.held_out keeps, which say when to stop and which epoch to keep
 
     def __post_init__(self):
         def check(ok: bool, field: str, allowed: str):
@@ -73,7 +97,6 @@ class TuneSettings:
         check(self.learning_rate > 0, "learning_rate", "above 0")
         check(0 <= self.b1 < 1, "b1", "from 0 to below 1")
         check(0 <= self.b2 < 1, "b2", "from 0 to below 1")
-        check(self.held_out >= 1, "held_out", "at least 1")
         check(self.patience >= 1, "patience", "at least 1")
         check(0 <= self.tolerance < 1, "tolerance", "from 0 to below 1")
 
@@ -165,6 +188,8 @@ class RunSettings:
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
         check(c.seed >= 0, "calibration.seed", "at least 0")
         check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
+        check(c.held_out >= 0, "calibration.held_out", "0 (none) or a number of windows")
+        _check_mixture(c, check)
         check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
         check(0 <= c.asymmetry <= 1, "calibration.asymmetry", "from 0 to 1")
         check(
@@ -175,11 +200,22 @@ class RunSettings:
         if t.block:
             check(c.inputs == "quantized", "calibration.inputs", "'quantized' if tune.block")
             check(
-                t.held_out + t.batch_size <= c.num_windows,
-                "tune.held_out",
-                f"such that with tune.batch_size={t.batch_size} it is at most "
-                f"calibration.num_windows={c.num_windows}",
+                c.held_out > 0,
+                "calibration.held_out",
+                "above 0 if tune.block: it says when to stop",
             )
+            check(
+                t.batch_size <= c.num_windows,
+                "tune.batch_size",
+                f"at most calibration.num_windows={c.num_windows}",
+            )
+        if c.statistics:
+            float_only = "with calibration.statistics, Hessians of the float model"
+            check(c.inputs == "float", "calibration.inputs", f"'float' {float_only}")
+            check(not self.true_sequential, "true_sequential", f"False {float_only}")
+            unweighted = f"0 {float_only} without token weights"
+            check(c.gradient_groups == 0, "calibration.gradient_groups", unweighted)
+            check(a.bits_per_value == 0, "allocation.bits_per_value", unweighted)
         check(e.num_windows >= 0, "evaluation.num_windows", "at least 0")
         check(e.seqlen >= 2, "evaluation.seqlen", "at least 2")
         check(e.batch_size >= 1, "evaluation.batch_size", "at least 1")
@@ -205,6 +241,26 @@ class RunSettings:
             for bits in self.allocation.bits
             if makes_codes(dim, bits)
         ]
+
+
+def _check_mixture(c: CalibrationSettings, check: Callable[[bool, str, str], None]) -> None:
+    """Each text of a calibration is named once, with a weight that gives it a window."""
+    check(bool(c.datasets) and all(c.datasets), "calibration.datasets", "names, one at least")
+    once = len(set(c.datasets)) == len(c.datasets)
+    check(once, "calibration.datasets", "different texts; give one that counts more a weight")
+    weights = c.dataset_weights
+    check(
+        len(weights) in (0, len(c.datasets)),
+        "calibration.dataset_weights",
+        f"empty, or a number for each of the {len(c.datasets)} calibration.datasets",
+    )
+    check(all(w > 0 for w in weights), "calibration.dataset_weights", "above 0, all of them")
+    for name, (fitted, _) in c.mixture.items():
+        check(
+            fitted > 0,
+            "calibration.num_windows",
+            f"so many that {name} gets one of them; raise it, or its calibration.dataset_weights",
+        )
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -324,7 +380,8 @@ def _checked(expected: Any, value: Any, name: str) -> Any:
 
 
 def _build_tuple(kind: type, values: typing.Any, name: str) -> tuple:
-    if not isinstance(values, tuple | list) or not all(type(v) in (int, kind) for v in values):
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(values, tuple | list) or not all(type(v) in allowed for v in values):
         raise ValueError(f"config.{name}={values!r} must be a tuple of {kind.__name__}")
     return tuple(_finite(kind(value), name) for value in values)
 

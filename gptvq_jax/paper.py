@@ -65,7 +65,7 @@ def aqlm_config(model: str, code: str) -> config_dict.ConfigDict:
         config.aqlm.start = "residual"
     if bits > 12:
         config.aqlm.seed = "random"
-    config.tune.block = True
+    config.tune.block, config.calibration.held_out = True, 4
     if books and dim:
         set_index_bits(config, books * bits / dim)
     return config
@@ -76,7 +76,7 @@ def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
     config = aqlm_config(model, code)
     _set_text(config, "c4", num_windows=1024, seqlen=4096)
     config.tune.batch_size = 8
-    config.tune.held_out = 64
+    config.calibration.held_out = 64
     return config
 
 
@@ -129,5 +129,5 @@ def _set_text(config: config_dict.ConfigDict, dataset: str, num_windows: int, se
     """Calibration text, and as held-out text all of WikiText-2's test split."""
     for section in (config.calibration, config.evaluation):
         section.seqlen, section.batch_size = seqlen, 1
-    config.calibration.dataset, config.calibration.num_windows = dataset, num_windows
+    config.calibration.datasets, config.calibration.num_windows = (dataset,), num_windows
     config.evaluation.dataset, config.evaluation.num_windows = "wikitext2", 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptvq_jax.config import (
+    CalibrationSettings,
     RunSettings,
     default_config,
     difference,
@@ -100,15 +101,15 @@ BUDGET = {"allocation.bits_per_value": 2.5}
         ({"tune.learning_rate": 0.0}, "tune.learning_rate=0.0"),
         ({"tune.b1": 1.0}, "tune.b1=1.0"),
         ({"tune.b2": -0.1}, "tune.b2=-0.1"),
-        ({"tune.held_out": 0}, "tune.held_out=0"),
         ({"tune.patience": 0}, "tune.patience=0"),
         ({"tune.tolerance": 1.0}, "tune.tolerance=1.0"),
         (
             {"tune.block": True, "calibration.inputs": "float", "calibration.asymmetry": 0.0},
             "calibration.inputs='float'",
         ),
-        ({"tune.block": True, "calibration.num_windows": 4}, "tune.held_out=4"),
-        ({"tune.block": True, "calibration.num_windows": 7}, "tune.held_out=4"),
+        ({"tune.block": True, "calibration.num_windows": 3}, "tune.batch_size=4"),
+        ({"tune.block": True, "calibration.held_out": 0}, "calibration.held_out=0"),
+        ({"calibration.held_out": -1}, "calibration.held_out=-1"),
     ],
 )
 def test_options_that_exclude_each_other_are_named(given, field):
@@ -326,3 +327,43 @@ def test_another_method_keeps_the_bits_of_the_config_argument(name, arg, group_s
 @pytest.mark.parametrize("code, bits", [("2x8", 2), ("3x8", 3), ("1x12", 2), ("16x16", 8)])
 def test_uniform_grids_beside_aqlm_configs(code, bits):
     assert from_config(get_config("smollm2_135m_aqlm", code)).uniform.bits == bits
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"datasets": ()}, r"calibration.datasets=\(\) must be names, one at least"),
+        ({"datasets": ("c4", "c4")}, "must be different texts; give one that counts more a weight"),
+        ({"datasets": (1,)}, "must be a tuple of str"),
+        ({"dataset_weights": (1.0, 2.0)}, "a number for each of the 1 calibration.datasets"),
+        (
+            {"datasets": ("c4", "ptb"), "dataset_weights": (1.0, 0.0)},
+            r"\(1.0, 0.0\) must be above 0",
+        ),
+        (
+            {"datasets": ("c4", "ptb"), "dataset_weights": (1.0, 0.01)},
+            "num_windows=32 must be so many that ptb gets one of them; raise it, or its",
+        ),
+        ({"statistics": "a.npz"}, "calibration.inputs='quantized' must be 'float' with cal"),
+        (
+            {"statistics": "a.npz", "inputs": "float", "asymmetry": 0.0},
+            "true_sequential=True must be False with calibration.statistics",
+        ),
+    ],
+)
+def test_calibration_texts_that_cannot_be_are_refused(given, message):
+    config = default_config()
+    config.update_from_flattened_dict({f"calibration.{name}": v for name, v in given.items()})
+    with pytest.raises(ValueError, match=message):
+        from_config(config)
+
+
+def test_texts_share_the_windows_by_their_weights():
+    weights = {"datasets": ("c4", "ptb", "wikitext2"), "dataset_weights": (2.0, 1.0, 1.0)}
+    assert CalibrationSettings(**weights, held_out=4).mixture == {
+        "c4": (16, 2),
+        "ptb": (8, 1),
+        "wikitext2": (8, 1),
+    }
+    equal = CalibrationSettings(datasets=("c4", "ptb", "wikitext2"))
+    assert [fitted for fitted, _ in equal.mixture.values()] == [11, 11, 10]

@@ -85,7 +85,7 @@ def is_llama_from_a_directory(call):
     settings = call.settings
     assert settings.model == "/models/Llama-2-7b-hf"
     assert (settings.vq.dim, settings.vq.bits, settings.vq.group_size) == (2, 2.0, 1024)
-    assert (settings.calibration.dataset, settings.evaluation.dataset) == ("wikitext2",) * 2
+    assert settings.calibration.datasets == ("wikitext2",) == (settings.evaluation.dataset,)
 
 
 def has(*args, **options):
@@ -124,6 +124,11 @@ EFFECTS = {
     "python scripts/generate.py --checkpoint=DIR --prompt=One --dense": has(
         "DIR", None, ["One"], dense=True, implementation=None
     ),
+    "python scripts/calibrate.py --config=configs/smollm2_135m_2d.py --output=A": lambda call: (
+        has(job="calibrate")(call),
+        has("A", [])(SimpleNamespace(args=call.args[1:])),
+    ),
+    "python scripts/calibrate.py --add=A --add=B --output=C": has(["A", "B"], "C", job="add"),
     f"python scripts/evaluate.py --checkpoint={RUN}/checkpoint": has(
         f"{RUN}/checkpoint", None, dataset=None, num_windows=None
     ),
@@ -213,6 +218,8 @@ def call(monkeypatch, tmp_path):
     def run(command):
         with parsed(command, monkeypatch) as module:
             job("run.job", "quantize")
+            job("run.statistics", "calibrate")
+            job("run.statistics", "add")
             job("run.evaluate_job", "evaluate")
             job("run.evaluate_job", "compare")
             job("serve.generate_text", "generate_text")

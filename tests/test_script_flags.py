@@ -22,6 +22,26 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{GENERATE} --model=M", "either --checkpoint=DIR or --model=NAME"),
         (f"{TASKS} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{TASKS} --num_fewshot=-1", "lm-eval is not installed|num_fewshot=-1 must be 0"),
+        ("python scripts/calibrate.py --output=A", "either --config=FILE, .* or --add=FILE twice"),
+        (
+            "python scripts/calibrate.py --config=configs/smollm2_135m_2d.py --output=A "
+            "--config.vq.dim=1",
+            r"--config\.vq\.dim has no effect on statistics, which depend on model, num_blocks",
+        ),
+        ("python scripts/calibrate.py --add=A --output=B", "--add=A alone is no sum; give --add"),
+        (
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py "
+            "--config.calibration.statistics=A --config.calibration.inputs=float "
+            "--config.calibration.asymmetry=0 --config.true_sequential=False "
+            "--config.calibration.gradient_groups=0 --config.vq.dim=2 --config.vq.bits=2 "
+            "--config.calibration.num_windows=4",
+            r"--config\.calibration\.num_windows has no effect with calibration\.statistics, whose",
+        ),
+        (
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py "
+            "--config.calibration.dataset_weights=(1.,)",
+            r"dataset_weights has no effect on a single text; set --config\.calibration\.datasets",
+        ),
         ("python scripts/evaluate.py --checkpoint=DIR --model=M", "either --checkpoint=DIR or"),
         ("python scripts/evaluate.py --against=B", "either --checkpoint=DIR or"),
         (

@@ -17,7 +17,7 @@ def get_config():
     config = default_config()
     config.model = {model!r}
     config.vq.codebook_update, config.vq.polish_rounds = "none", 0
-    config.calibration.dataset, config.evaluation.dataset = {texts!r}
+    config.calibration.datasets, config.evaluation.dataset = {texts!r}[:1], {texts!r}[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     {more}
@@ -67,8 +67,8 @@ def tiny_config(model_dir, text_files):
     config.model = str(model_dir)
     config.vq.bits, config.vq.group_size, config.vq.em_iterations = 1.0, 2048, 1
     config.vq.codebook_update, config.vq.polish_rounds = "none", 0
-    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
-    config.calibration.batch_size, config.calibration.asymmetry = 4, 0.0
+    config.calibration.batch_size, config.calibration.asymmetry = 2, 0.0
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     return config

@@ -1,7 +1,8 @@
 """Windows of tokens for calibration and evaluation, after the protocol of the GPTQ paper.
 
 The texts are joined by a blank line and tokenized once, with the tokenizer's default settings: a
-tokenizer that adds a BOS adds one, at the very start, and none to the windows.
+tokenizer that adds a BOS adds one, at the very start, and none to the windows. Windows that are
+held out of calibration stand at fixed places, evenly spread, and no other window reaches into them.
 """
 
 from collections.abc import Iterable
@@ -21,35 +22,51 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     *,
+    held_out: int = 0,
     per_document: bool = False,
     vocab_size: int | None = None,
 ) -> np.ndarray:
-    """Draws random windows, which may overlap.
+    """Draws random windows, which may overlap, and places others where none of these reach.
+
+    A random window that would is drawn again; the rest of them are what they are without any held
+    out.
 
     Args:
       tokenizer: a transformers tokenizer.
       documents: the texts.
-      num_windows, seqlen: shape of the result.
+      num_windows, seqlen: shape of the result, the windows held out apart.
       seed: of the numpy Generator that draws; equal arguments give equal windows.
+      held_out: windows that follow the others, in the middle of so many equal parts of the text:
+        the same ones whatever `seed` and `num_windows`.
       per_document: draw each window inside one random document that is long enough, as GPTQ does
-        with C4, instead of anywhere in the joined text.
+        with C4, instead of anywhere in the joined text; whole documents are held out then.
       vocab_size: rows of the model's embedding; ids at or above it are an error.
 
     Returns:
-      int32 (num_windows, seqlen).
+      int32 (num_windows + held_out, seqlen).
 
     Raises:
-      ValueError: the text (with `per_document`, every document) is shorter than one window, or
-        the tokenizer does not belong to the model.
+      ValueError: the text (with `per_document`, every document) is shorter than one window, or all
+        of it is held out, or the tokenizer does not belong to the model.
     """
     _check_positive(num_windows=num_windows, seqlen=seqlen)
     rng = np.random.default_rng(seed)
     if per_document:
-        return _document_windows(tokenizer, list(documents), num_windows, seqlen, rng, vocab_size)
+        counts = num_windows, held_out
+        return _document_windows(tokenizer, list(documents), counts, seqlen, rng, vocab_size)
     tokens = _tokenize(tokenizer, SEPARATOR.join(documents), vocab_size)
     _check_length(tokens.size, seqlen, "the text has")
-    starts = rng.integers(tokens.size - seqlen + 1, size=num_windows)
-    return np.stack([tokens[start : start + seqlen] for start in starts])
+    places = tokens.size - seqlen + 1
+    kept = [min(places - 1, middle - seqlen // 2) for middle in _middles(tokens.size, held_out)]
+    free = np.ones(places, bool)
+    for start in kept:
+        free[max(0, start - seqlen + 1) : start + seqlen] = False
+    if not free.any():
+        raise _all_held_out(f"{tokens.size} tokens", held_out, seqlen)
+    starts = rng.integers(places, size=num_windows)
+    taken = ~free[starts]
+    starts[taken] = rng.choice(np.flatnonzero(free), size=taken.sum())
+    return np.stack([tokens[start : start + seqlen] for start in [*starts, *kept]])
 
 
 def evaluation_windows(
@@ -95,22 +112,48 @@ def bos_of(tokenizer: Any, windows: np.ndarray) -> str:
     return "first token of the text" if bos is not None and windows[0, 0] == bos else "none"
 
 
-def _document_windows(tokenizer, documents, num_windows, seqlen, rng, vocab_size) -> np.ndarray:
-    windows: list[np.ndarray] = []
+def _document_windows(tokenizer, documents, counts, seqlen, rng, vocab_size) -> np.ndarray:
+    num_windows, held_out = counts
     longest = 0
+
+    def read(index: int) -> np.ndarray | None:
+        nonlocal longest
+        tokens = _tokenize(tokenizer, documents[index], vocab_size)
+        longest = max(longest, tokens.size)
+        return tokens if tokens.size >= seqlen else None
+
+    kept: dict[int, np.ndarray] = {}
+    for middle in _middles(len(documents), held_out):
+        for index in np.roll(np.arange(len(documents)), -middle):  # the next one long enough
+            if index not in kept and (tokens := read(index)) is not None:
+                start = (tokens.size - seqlen) // 2
+                kept[index] = tokens[start : start + seqlen]
+                break
+    windows: list[np.ndarray] = []
     while len(windows) < num_windows:
         before = len(windows)
         for index in rng.permutation(len(documents)):
             if len(windows) == num_windows:
                 break
-            tokens = _tokenize(tokenizer, documents[index], vocab_size)
-            longest = max(longest, tokens.size)
-            if tokens.size >= seqlen:
+            if index not in kept and (tokens := read(index)) is not None:
                 start = rng.integers(tokens.size - seqlen + 1)
                 windows.append(tokens[start : start + seqlen])
         if len(windows) == before:
             _check_length(longest, seqlen, f"the longest of {len(documents)} documents has")
-    return np.stack(windows)
+            raise _all_held_out(f"{len(kept)} documents long enough", held_out, seqlen)
+    return np.stack([*windows, *kept.values()])
+
+
+def _middles(size: int, count: int) -> list[int]:
+    """Of so many equal parts."""
+    return [(2 * i + 1) * size // (2 * count) for i in range(count)]
+
+
+def _all_held_out(what: str, held_out: int, seqlen: int) -> ValueError:
+    return ValueError(
+        f"the text has {what}, too few for a window of {seqlen} beside {held_out} that are held "
+        "out; pass more text, or lower calibration.held_out (0 holds out none)"
+    )
 
 
 def _tokenize(tokenizer: Any, text: str, vocab_size: int | None) -> np.ndarray:

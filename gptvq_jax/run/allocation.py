@@ -18,7 +18,7 @@ from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import columns, curves
 from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
-from gptvq_jax.run.quantize import Plan
+from gptvq_jax.run.packed_block import Plan
 from gptvq_jax.run.sizes import packed_bytes
 from gptvq_jax.run.workdir import WorkDir
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.core import flops
 from gptvq_jax.core.hessian import (
     Moment,
@@ -33,11 +34,10 @@ from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
-from gptvq_jax.run.activations import Activations, Writer
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
-_STAGE = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
+STAGE_OF = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
 _CLOSING = ("attend", "feed")  # stages whose layer adds its outputs to x
 LAST = len(STAGES)
 
@@ -58,13 +58,13 @@ class FloatStates(NamedTuple):
     exit: jax.Array | None
 
 
-_STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
+STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
 
 
 def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
     """Whose moments the row groups of a layer use, in their order."""
     if weights is None:
-        return [(LINEAR_GROUPS[_STAGE[name]][0], 0)]
+        return [(LINEAR_GROUPS[STAGE_OF[name]][0], 0)]
     return [(name, k) for k in range(weights[name].shape[-1])]
 
 
@@ -136,13 +136,13 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
     float_read = None
     for owner in inputs:
         name, group = owner
-        if _STAGE[name] != stage:
+        if STAGE_OF[name] != stage:
             continue
         weight = None if weights is None else weights[name][..., group]
         inputs[owner] = add_inputs(inputs[owner], read, weight)
         if owner not in crosses:
             continue
-        states = [reference[number] for number in _STATES[stage]]
+        states = [reference[number] for number in STATES[stage]]
         if STAGES[stage] in _CLOSING:
             before, after = states
             rows = crosses[owner].total.shape[0]
@@ -153,59 +153,6 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
             other = float_read
         crosses[owner] = add_products(crosses[owner], other, read, weight)
     return Moments(inputs, crosses)
-
-
-class Files(NamedTuple):
-    """Where batches come from and go to."""
-
-    x: Activations
-    inner: Activations | None = None
-    reference: tuple[Activations, Activations, Activations] | None = None  # as FloatStates
-
-
-def run_windows(
-    config: ModelConfig,
-    block: Params,
-    files: Files,
-    start: int,
-    stop: int,
-    moments: Moments,
-    batch_size: int,
-    weights: Mapping[str, np.ndarray] | None = None,
-    out: Writer | None = None,
-) -> Moments:
-    """Runs all calibration windows through `step`.
-
-    Args:
-      config, block, start, stop, moments: of `step`.
-      files: at the entrance of stage `start`.
-      batch_size: most windows at a time.
-      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
-      out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
-    """
-    wanted = dict.fromkeys(name for name, _ in moments.inputs)
-    states = {number for name, _ in moments.crosses for number in _STATES[_STAGE[name]]}
-    for part in batches(len(files.x), batch_size):
-        inner = None if files.inner is None else on_device(files.inner[part])
-        reference = None
-        if states:
-            read = (on_device(files.reference[i][part]) if i in states else None for i in range(3))
-            reference = FloatStates(*read)
-        of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
-        x, inner, moments = step(
-            config,
-            block,
-            on_device(files.x[part]),
-            inner,
-            start,
-            stop,
-            moments,
-            of_part,
-            reference,
-        )
-        if out is not None:
-            out[part] = x if inner is None else inner
-    return moments
 
 
 def moment_flops(moments: Moments, tokens: int) -> int:
@@ -247,12 +194,14 @@ def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array)
     """S of `hessian.asymmetric_target` for the rows (R, C) of an owner."""
     name, _ = owner
     cross = mean_product(moments.crosses[owner])
-    if STAGES[_STAGE[name]] in _CLOSING:
+    if STAGES[STAGE_OF[name]] in _CLOSING:
         return cross - jnp.matmul(weight, hessian, precision="highest")
     return jnp.matmul(weight, cross - hessian, precision="highest")
 
 
-def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
+def relative_weights(
+    weights: np.ndarray, power: float = 1.0, num_fitted: int | None = None
+) -> np.ndarray:
     """weights^power over their mean in each row group; 1 where all are 0.
 
     Squared gradients have long tails: in SmolLM2 half of their sum is often on 1 % of the tokens,
@@ -261,9 +210,10 @@ def relative_weights(weights: np.ndarray, power: float = 1.0) -> np.ndarray:
     Args:
       weights: of the tokens (n, T, g).
       power: above 0.
+      num_fitted: the mean is of so many windows, from the first; None: of all.
     """
     weights = np.power(weights, power, dtype=np.float64)
-    means = weights.mean(axis=(0, 1))
+    means = weights[:num_fitted].mean(axis=(0, 1))
     return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 
@@ -284,8 +234,19 @@ def finite(array: jax.Array, what: str) -> np.ndarray:
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
     """Slices of equal size, so that one compiled step serves them all."""
-    size = next(s for s in range(min(batch_size, count), 0, -1) if count % s == 0)
+    size = next((s for s in range(min(batch_size, count), 0, -1) if count % s == 0), 1)
     return (slice(start, start + size) for start in range(0, count, size))
+
+
+def window_batches(calibration: CalibrationSettings) -> Iterator[slice]:
+    """Of the windows that are fitted, then of those that are held out.
+
+    Those of each kind are of equal size, as large as `calibration.batch_size` allows.
+    """
+    fitted, size = calibration.num_windows, calibration.batch_size
+    yield from batches(fitted, size)
+    for part in batches(calibration.held_out, size):
+        yield slice(fitted + part.start, fitted + part.stop)
 
 
 def on_device(activations: np.ndarray) -> jax.Array:

@@ -56,7 +56,7 @@ def measure(
       index: of the block.
       block: parameters of the float model.
       objectives: of each layer's row groups there.
-      token_weights: {layer: (n, T, g)}, squared gradients.
+      token_weights: {layer: (n, T, g)}, squared gradients, of the windows that are fitted.
     """
     settings = context.settings
     sensitivities = {n: w.mean(axis=(0, 1), dtype=np.float64) for n, w in token_weights.items()}
@@ -124,7 +124,7 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
 
 
 def num_windows(settings: RunSettings, config: ModelConfig, shape: tuple[int, ...]) -> int:
-    """How many of the calibration windows, from the first, are seen by the Hessians of the curves.
+    """How many of the fitted windows, from the first, are seen by the Hessians of the curves.
 
     Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs.
 

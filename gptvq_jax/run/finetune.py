@@ -4,7 +4,8 @@ Layers are quantized one by one, each for itself. What they have in common is th
 block: once the codes are chosen, the codebooks, scales and norms of the whole block are tuned by
 Adam, so that the block gives on the inputs of the quantized model what the float block gives on
 those of the float model. The last windows of the calibration text are held out: they say when to
-stop, and which epoch to keep.
+stop, and which epoch to keep. They are those that calibration.held_out keeps, which the codes were
+not fitted to either.
 
 A step has three parts, compiled apart: weights from parameters, one program for each kind of
 tensor; loss and gradients with respect to the weights, one program for all blocks of a model; and
@@ -67,6 +68,7 @@ def tune_block(
     pairs: Pairs,
     settings: TuneSettings,
     *,
+    held_out: int,
     dense_dtype: str,
     order: np.random.Generator,
     name: str = "block",
@@ -81,8 +83,9 @@ def tune_block(
     Args:
       config: of the model.
       block: nested dict; each kernel is a QuantizedTensor or a dense (in, out) array.
-      pairs: n windows, of which the last `settings.held_out` are not tuned on.
+      pairs: n windows, of which the last `held_out` are not tuned on.
       settings: of the tuning.
+      held_out: at least 1.
       dense_dtype: in which the norms will be stored.
       order: draws the order of the windows.
       name: of the block, for messages.
@@ -97,16 +100,16 @@ def tune_block(
     stopwatch = stopwatch or Stopwatch()
     trained, fixed = _split(block, dense_dtype)
     time = pairs.inputs.shape[1]
-    count = len(pairs.inputs) - settings.held_out
-    held_out = [
+    count = len(pairs.inputs) - held_out
+    kept_out = [
         slice(count + part.start, count + part.stop)
-        for part in batches(settings.held_out, settings.batch_size)
+        for part in batches(held_out, settings.batch_size)
     ]
-    power = _power(pairs, held_out)
+    power = _power(pairs, kept_out)
 
     def error_of(states):
-        stopwatch.flops(flops.block_forward(config, settings.held_out, time))
-        return _squared_error(config, trained, fixed, states, pairs, held_out) / power
+        stopwatch.flops(flops.block_forward(config, held_out, time))
+        return _squared_error(config, trained, fixed, states, pairs, kept_out) / power
 
     states = {name: _start(leaf) for name, leaf in trained.items()}
     before = lowest = error_of(states)

@@ -6,6 +6,7 @@ not add them up again.
 """
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -23,14 +24,13 @@ from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import forward
 from gptvq_jax.run.calibrate import (
     LAST,
-    Files,
     Moments,
-    init_moments,
+    Owner,
     moment_flops,
     relative_weights,
-    run_windows,
 )
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.held_out import Files, Sums, init_sums, run_windows
 from gptvq_jax.run.workdir import WorkDir
 
 _FOLDER = "moments"
@@ -45,13 +45,13 @@ class FloatMoments:
     Args:
       context: of the run.
       blocks: how many are wanted, from the first.
+      keep_float: whether another pass reads the float model's stream later.
     """
 
-    releases = ()
-
-    def __init__(self, context: Context, blocks: int):
+    def __init__(self, context: Context, blocks: int, keep_float: bool = True):
         self._context, self._blocks = context, blocks
         self.files = context.files
+        self.releases = () if keep_float else (forward.STREAM,)
 
     def position(self, order: range) -> int:
         """Up to the first block without moments."""
@@ -69,31 +69,52 @@ class FloatMoments:
         c, weights = settings.calibration, None
         with stopwatch.stage("hessians"):
             if c.gradient_groups:
-                loaded = workdir.load_token_weights(index).items()
-                weights = {name: relative_weights(w, c.gradient_power) for name, w in loaded}
+                loaded, how = workdir.load_token_weights(index), (c.gradient_power, c.num_windows)
+                weights = {name: relative_weights(w, *how) for name, w in loaded.items()}
             x = self.files.read(forward.STREAM, index)
-            moments = init_moments(block, range(LAST), weights)
+            sums = init_sums(block, range(LAST), weights, held_out=c.held_out > 0)
             stopwatch.flops(
                 stage_flops(source.config, range(LAST - 1), *x.shape[:2])
-                + moment_flops(moments, x.shape[0] * x.shape[1])
+                + moment_flops(sums.fitted, x.shape[0] * x.shape[1])
             )
-            parts = source.config, block, Files(x), 0, LAST - 1, moments, c.batch_size, weights
-            save_moments(workdir, index, jax.block_until_ready(run_windows(*parts)))
+            parts = source.config, block, Files(x), 0, LAST - 1, sums, c, weights
+            save_sums(workdir, index, jax.block_until_ready(run_windows(*parts)))
 
 
-def save_moments(workdir: WorkDir, index: int, moments: Moments) -> None:
-    """Writes the sums of inputs; float moments have no others."""
+def to_arrays(sums: Sums) -> dict[str, np.ndarray]:
+    """Sums of inputs by name; float moments have no others. See `from_arrays`."""
     arrays = {}
-    for (name, group), moment in moments.inputs.items():
-        arrays[f"{name} {group} total"] = np.asarray(moment.total)
-        arrays[f"{name} {group} count"] = np.asarray(moment.count)
+    for kind, moments in sums._asdict().items():
+        for (name, group), moment in moments.inputs.items():
+            arrays[f"{kind} {name} {group} total"] = np.asarray(moment.total)
+            arrays[f"{kind} {name} {group} count"] = np.asarray(moment.count)
+    return arrays
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Sums:
+    """What `to_arrays` was given.
+
+    Raises:
+      ValueError, KeyError: they are others.
+    """
+    inputs: dict[str, dict[Owner, Moment]] = {kind: {} for kind in Sums._fields}
+    for key in [key for key in arrays if key.endswith(" total")]:
+        kind, name, group, _ = key.split(" ")
+        parts = arrays[key], arrays[f"{kind} {name} {group} count"]
+        inputs[kind][name, int(group)] = Moment(*map(jnp.asarray, parts))
+    return Sums(*(Moments(of_kind, {}) for of_kind in inputs.values()))
+
+
+def save_sums(workdir: WorkDir, index: int, sums: Sums) -> None:
+    """Writes those of a block."""
+    arrays = to_arrays(sums)
     size = sum(array.nbytes for array in arrays.values())
     writing = durable.replacing(_path(workdir, index), size)
     with writing as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
 
 
-def load_moments(workdir: WorkDir, index: int) -> Moments | None:
+def load_sums(workdir: WorkDir, index: int) -> Sums | None:
     """Those of a block, or None where nobody has made them.
 
     Raises:
@@ -102,26 +123,22 @@ def load_moments(workdir: WorkDir, index: int) -> Moments | None:
     path = _path(workdir, index)
     if not path.exists():
         return None
-    inputs = {}
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
-            for key in [key for key in arrays if key.endswith(" total")]:
-                name, group, _ = key.split(" ")
-                parts = arrays[key], arrays[f"{name} {group} count"]
-                inputs[name, int(group)] = Moment(*map(jnp.asarray, parts))
+            return from_arrays(arrays)
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is damaged ({first_line(error)}); remove {path.parent} and give the same "
             "command again"
         ) from error
-    return Moments(inputs, {})
 
 
 def moments_bytes(config: ModelConfig, settings: RunSettings) -> int:
     """Of the file of one block, without its headers."""
-    shapes, groups = layer_shapes(config), settings.calibration.gradient_groups
+    shapes, c = layer_shapes(config), settings.calibration
+    groups, kinds = c.gradient_groups, 1 + (c.held_out > 0)
     firsts = LINEAR_LAYERS if groups else [group[0] for group in LINEAR_GROUPS]
-    return sum(4 * shapes[name][1] ** 2 * (groups or 1) for name in firsts)
+    return kinds * sum(4 * shapes[name][1] ** 2 * (groups or 1) for name in firsts)
 
 
 def _path(workdir: WorkDir, index: int) -> Path:

@@ -11,10 +11,11 @@ from functools import partial
 import jax
 import numpy as np
 
+from gptvq_jax.config import RunSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, run_stage
-from gptvq_jax.run.calibrate import batches, finite, on_device
+from gptvq_jax.run.calibrate import finite, on_device, window_batches
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
 
@@ -73,12 +74,24 @@ class Forward:
             x = files.read(STREAM, index)
             middle = files.write(MIDDLE, index, x.shape) if self._want_middle else nullcontext()
             with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
-                for part in batches(len(x), settings.calibration.batch_size):
+                for part in window_batches(settings.calibration):
                     between, y = block_halves(config, block, on_device(x[part]))
                     stopwatch.flops(flops.block_forward(config, *y.shape[:2]))
                     out[part] = finite(y, what)
                     if halfway is not None:
                         halfway[part] = between
+
+
+def wants_middle(settings: RunSettings) -> bool:
+    """Whether the float model's states inside the blocks are compared with."""
+    return settings.calibration.asymmetry > 0
+
+
+def wants_float(settings: RunSettings) -> bool:
+    """Whether the float model's activations are read."""
+    c = settings.calibration
+    of_text = c.inputs == "float" and not c.statistics
+    return wants_middle(settings) or settings.tune.block or of_text
 
 
 @partial(jax.jit, static_argnames="config")

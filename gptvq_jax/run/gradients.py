@@ -41,11 +41,11 @@ from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
-    batches,
     finite,
     init_moments,
     moment_flops,
     on_device,
+    window_batches,
 )
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import head_on_device
@@ -124,7 +124,7 @@ class Backward:
             outer = head_on_device(source.config, source.outer())
             x = workdir.streams.read(forward.STREAM, depth)
             with workdir.streams.write(STREAM, depth, x.shape) as out:
-                for part in batches(len(x), settings.calibration.batch_size):
+                for part in window_batches(settings.calibration):
                     tokens = self._tokens[part]
                     stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
                     dx = head_backward(source.config, outer, on_device(x[part]), tokens)
@@ -138,7 +138,9 @@ class Backward:
             weights, moments = self._backward(index, block, measures)
         if measures:
             with stopwatch.stage("allocation"):
-                rows = allocation.measure(self._context, index, block, moments, weights)
+                fitted = self._context.settings.calibration.num_windows
+                of_fitted = {name: weight[:fitted] for name, weight in weights.items()}
+                rows = allocation.measure(self._context, index, block, moments, of_fitted)
                 workdir.save_curves(index, rows)
         # Last: the block is finished once its weights are there.
         workdir.save_token_weights(index, weights)
@@ -153,9 +155,10 @@ class Backward:
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
         moments = init_moments(block, stages, of_tokens)
-        sampled = curves.num_windows(self._context.settings, config, x.shape)
+        fitted = c.num_windows, x.shape[1]
+        sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:
-            for part in batches(len(x), c.batch_size):
+            for part in window_batches(c):
                 counts = part.start < sampled
                 dx, of_batch, moments = block_backward(
                     config,

@@ -22,8 +22,12 @@ from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
+from gptvq_jax.run.quantize import num_quantized
+from gptvq_jax.run.statistics_file import Statistics, statistics_text
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.text import (
+    calibration_protocol,
+    calibration_text,
     calibration_tokens,
     check_seqlen,
     describe,
@@ -69,7 +73,10 @@ def quantize(
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
     check_plan(source, settings)
-    with WorkDir(workdir_path, {**to_dict(settings), "weights": source.fingerprint}) as workdir:
+    key = {**to_dict(settings), "weights": source.fingerprint}
+    if settings.calibration.statistics:
+        key["statistics"] = Statistics(settings.calibration.statistics).digest
+    with WorkDir(workdir_path, key) as workdir:
         summary = workdir.summary()
         if summary is None:
             if command:
@@ -140,7 +147,7 @@ def _quantize(
         "comparison": compared,
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "protocol": protocol(source, settings.evaluation.dataset, held_out),
-        "calibration": describe(settings.calibration.dataset, tokens),
+        **_calibrated(settings),
         # What follows is of this process alone, and so are the rows of blocks from here on.
         "resumed_at": blocks.finished if goes_on else None,
         **stopwatch.summary(),
@@ -151,11 +158,15 @@ def _quantize(
 def texts(
     source: ModelSource, settings: RunSettings, workdir: WorkDir
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of the held-out text and of the calibration text, kept in the work directory."""
+    """Windows of the held-out text and of the calibration text, kept in the work directory.
+
+    A run that starts from statistics has none of the latter.
+    """
     held_out, tokens = workdir.load_tokens("held_out"), workdir.load_tokens()
     known = held_out is not None, tokens is not None
     held_out = held_out if known[0] else evaluation_tokens(source, settings)
-    tokens = tokens if known[1] else calibration_tokens(source, settings)
+    if not known[1]:
+        tokens = calibration_tokens(source, settings)
     # Both are there: what is kept from here on was made with a config that is not refused. The
     # tokens come first, because the work directory counts as begun with them.
     if not known[1]:
@@ -163,6 +174,17 @@ def texts(
     if not known[0]:
         workdir.save_tokens(held_out, "held_out")
     return held_out, tokens
+
+
+def _calibrated(settings: RunSettings) -> dict[str, Any]:
+    """What a summary says of the calibration."""
+    file = settings.calibration.statistics
+    if file:
+        record = Statistics(file).record
+        text = f"{file}, of {statistics_text(record)}"
+        return {"calibration": text, "calibration_protocol": record}
+    read = calibration_protocol(settings.calibration)
+    return {"calibration": calibration_text(read), "calibration_protocol": read}
 
 
 def float_evaluation(
@@ -201,9 +223,15 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
     """Refuses, before anything is made, what the model does not allow.
 
     Raises:
-      ValueError: windows beyond its positions, or token weights or a budget that cannot be.
+      ValueError: windows beyond its positions, statistics of another model, or token weights or a
+        budget that cannot be.
     """
-    check_seqlen(source, "calibration", settings.calibration.seqlen)
+    if settings.calibration.statistics:
+        blocks = num_quantized(settings, source.config)
+        statistics = Statistics(settings.calibration.statistics)
+        statistics.check(source.name, source.fingerprint, blocks)
+    else:
+        check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
     groups = settings.weight_groups
     if not groups:

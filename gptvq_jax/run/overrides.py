@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from gptvq_jax.config import RunSettings, from_config
+from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
 from gptvq_jax.methods.gptvq import makes_codes
 from gptvq_jax.methods.registry import METHODS
 
@@ -105,6 +105,7 @@ def ignored(settings: RunSettings) -> dict[str, str]:
     _allocation(settings, when)
     _tune(settings, when)
     _method(settings, when)
+    _calibration(settings.calibration, when)
     when(
         settings.calibration.gradient_groups == 0,
         "calibration.gradient_power",
@@ -228,6 +229,20 @@ def _tune(settings: RunSettings, when) -> None:
         "tune.tolerance",
         f"with tune.patience={t.patience}, which {t.epochs} epochs do not exhaust; set "
         "--config.tune.epochs above it",
+    )
+
+
+def _calibration(c: CalibrationSettings, when) -> None:
+    when(
+        bool(c.statistics),
+        " ".join(f"calibration.{field}" for field in CALIBRATION_TEXT),
+        "with calibration.statistics, whose text is that of the file; set it in "
+        "scripts/calibrate.py",
+    )
+    when(
+        len(c.datasets) == 1,
+        "calibration.dataset_weights",
+        "on a single text; set --config.calibration.datasets to several",
     )
 
 

@@ -21,16 +21,10 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
-from gptvq_jax.run.forward import Forward
+from gptvq_jax.run.forward import Forward, wants_float, wants_middle
 from gptvq_jax.run.gradients import Backward
-from gptvq_jax.run.quantize import (
-    STREAM,
-    Plan,
-    Quantize,
-    num_quantized,
-    wants_float,
-    wants_middle,
-)
+from gptvq_jax.run.packed_block import STREAM, Plan
+from gptvq_jax.run.quantize import Quantize, num_quantized
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.walk import Visitor, walk
 from gptvq_jax.run.workdir import WorkDir

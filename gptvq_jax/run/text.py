@@ -4,24 +4,37 @@ from typing import Any
 
 import numpy as np
 
-from gptvq_jax.config import RunSettings
+from gptvq_jax.config import CalibrationSettings, RunSettings
 from gptvq_jax.data.corpora import documents, held_out
+from gptvq_jax.data.mixture import interleaved
 from gptvq_jax.data.windows import bos_of, calibration_windows, evaluation_windows
 from gptvq_jax.models.source import ModelSource
 
 
 def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
-    """Random windows (n, T) of the calibration text."""
+    """Random windows (n + h, T) of the calibration text, the last h = c.held_out held out.
+
+    Each of several texts has its share of both, spread evenly. With calibration.statistics there
+    are no windows.
+    """
     c = settings.calibration
-    return calibration_windows(
-        source.tokenizer,
-        documents(c.dataset, "train"),
-        num_windows=c.num_windows,
-        seqlen=c.seqlen,
-        seed=c.seed,
-        per_document=c.dataset == "c4",
-        vocab_size=source.config.vocab_size,
-    )
+    if c.statistics:
+        return np.empty((0, c.seqlen), np.int32)
+    fitted, held_out = [], []
+    for name, (count, kept) in c.mixture.items():
+        windows = calibration_windows(
+            source.tokenizer,
+            documents(name, "train"),
+            num_windows=count,
+            seqlen=c.seqlen,
+            seed=c.seed,
+            held_out=kept,
+            per_document=name == "c4",
+            vocab_size=source.config.vocab_size,
+        )
+        fitted.append(windows[:count])
+        held_out.append(windows[count:])
+    return np.concatenate([interleaved(fitted), interleaved(held_out)])
 
 
 def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
@@ -67,6 +80,29 @@ def check_seqlen(source: ModelSource, section: str, seqlen: int, flag: str = "")
             f"{section}.seqlen={seqlen} is beyond the {limit} positions of {source.name}; "
             f"set {flag or f'--config.{section}.seqlen'}={limit} or less"
         )
+
+
+def calibration_protocol(c: CalibrationSettings) -> dict[str, Any]:
+    """What a calibration has read.
+
+    Returns:
+      "context", tokens of a window; "seed"; "texts", of each its "dataset", and its "windows" that
+      are fitted and "held_out_windows".
+    """
+    texts = [
+        {"dataset": name, "windows": fitted, "held_out_windows": held_out}
+        for name, (fitted, held_out) in c.mixture.items()
+    ]
+    return {"context": c.seqlen, "seed": c.seed, "texts": texts}
+
+
+def calibration_text(protocol: dict[str, Any]) -> str:
+    """A `calibration_protocol` in words."""
+    size, parts = f"x {protocol['context']} tokens", []
+    for text in protocol["texts"]:
+        parts.append(f"{text['windows']} {size} of {text['dataset']}")
+    kept = sum(text["held_out_windows"] for text in protocol["texts"])
+    return " and ".join(parts) + (f"; {kept} {size} held out" if kept else "")
 
 
 def describe(dataset: str, windows: np.ndarray) -> str:

@@ -2,8 +2,8 @@
 
     config.json             the run's settings; a run with others is refused
     command.txt             the command line that began it or last went on with it, if there was one
-    tokens.npy              calibration windows (n, T) int32
-    held_out.npy            windows of the held-out text (n, T) int32
+    tokens.npy              calibration windows (n, T) int32, at the end those that are held out
+    held_out.npy            windows of the text of the evaluation (n, T) int32
     activations/            streams (stream_files.py) (n, T, hidden), bfloat16 bits, at point 7,
                             the entrance of block 7: 00007.quantized.npy of the quantized model,
                             00007.float.npy of the float one, 00007.gradient.npy of the loss with
@@ -14,7 +14,7 @@
     curves/                 00007.json: measured errors of the candidates for each layer of block 7,
                             where allocation.bits_per_value asks for them
     moments/                00007.npz: of block 7 in the float model, where another run has made
-                            them (float_moments.py)
+                            them (float_moments.py); none where calibration.statistics is set
     evaluation/             the held-out text: float/ and quantized/ have its streams by model
                             (float32), the last one 00030.outputs-DIGEST.npy, until the summary is
                             written; figures.npy, which stays, has of each predicted token what

@@ -1,8 +1,10 @@
 """What each choice is worth: one field of the config at a time, on layers and on the whole model.
 
-Layer rows give the relative output error, geometric mean over the layers. Model rows give the rise
-of log-perplexity over the float model; they are for the choices that change the objective itself,
-whose relative errors do not compare.
+Layer rows give the relative output error, geometric mean over the layers, on the Hessian that they
+are fitted to and on that of other text. Model rows give the rise of log-perplexity over the float
+model; they are for the choices that change the objective itself, whose relative errors do not
+compare. The errors of their layers stand beside it, fitted and held out: how far these are apart
+says whether there is text enough for what is fitted.
 """
 
 import contextlib
@@ -15,8 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptvq_jax.console.json_file import read_json_lines
 from gptvq_jax.console.report import log_ratio
 from gptvq_jax.console.stopwatch import stages_of
+from gptvq_jax.core import metrics
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.files.durable import replacing, write_text
@@ -24,7 +28,13 @@ from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.layer import Objective, quantize_layer, relative_error
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.run import job
-from gptvq_jax.study.layer_benchmark import DAMPING, VQ_SETTINGS, geometric_mean, load_layer
+from gptvq_jax.study.layer_benchmark import (
+    DAMPING,
+    VQ_SETTINGS,
+    geometric_mean,
+    load_held_out,
+    load_layer,
+)
 
 PAPER = {
     "seed": "mahalanobis",
@@ -126,9 +136,12 @@ def choose(tables: Sequence[str], rows: Sequence[str] | None) -> dict[str, list[
 
 
 def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
-    """One row of the layer table: mean relative error, true bits, warm seconds over layer files."""
+    """One row of the layer table: mean errors, true bits and warm seconds over layer files.
+
+    "held_out_error" is among them where all of the files have a Hessian for it.
+    """
     settings = GPTVQSettings(**{**VQ_SETTINGS[setting], **LAYER_ROWS[name]})
-    errors, num_bytes, values, seconds = [], 0, 0, 0.0
+    errors, others, num_bytes, values, seconds = [], [], 0, 0, 0.0
     for path in files:
         weight, hessian = load_layer(path)
         objectives = [Objective(hessian, factorize(hessian, DAMPING, path.stem))]
@@ -140,13 +153,17 @@ def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
             jax.block_until_ready(tensor)
             warm = time.perf_counter() - start
         seconds += warm
-        errors.append(relative_error(weight, dequantize_compiled(tensor), objectives))
+        quantized, held_out = dequantize_compiled(tensor), load_held_out(path)
+        errors.append(relative_error(weight, quantized, objectives))
+        if held_out is not None:
+            others.append(float(metrics.relative_error(weight, quantized, held_out)))
         num_bytes += tensor.num_bytes
         values += weight.size
     return {
         "row": name,
         "setting": setting,
         "relative_error": geometric_mean(errors),
+        **({"held_out_error": geometric_mean(others)} if len(others) == len(errors) else {}),
         "bits_per_value": 8 * num_bytes / values,
         "seconds": seconds,
     }
@@ -177,8 +194,20 @@ def model_row(name: str, base: Any, directory: Path) -> dict[str, Any]:
         "perplexity_float": of_float,
         "perplexity": quantized,
         "rise": log_ratio(quantized, of_float),
+        **_errors(path),
         "seconds": summary["seconds"] - evaluating,
     }
+
+
+def _errors(path: Path) -> dict[str, float]:
+    """Of the layers of a run, geometric means."""
+    lines = read_json_lines(path / "metrics.jsonl")
+    layers = [row for row in lines if row["kind"] == "layer"]
+    found = {}
+    for field in ("relative_error", "held_out_error"):
+        if all(field in row for row in layers):
+            found[field] = geometric_mean([row[field] for row in layers])
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]], value: str) -> str:
@@ -189,12 +218,19 @@ def table(rows: Sequence[dict[str, Any]], value: str) -> str:
       value: 'relative_error' or 'rise'.
     """
     whole = value == "rise"
+    fields = ["relative_error", "held_out_error"] if whole else ["held_out_error"]
+    errors = [field for field in fields if all(field in row for row in rows)]
     columns = ["row", value.replace("_", " "), "against the first"]
-    columns += ["perplexity"] * whole + ["bits per value", "seconds"]
+    columns += ["perplexity"] * whole
+    for field in errors:
+        columns += [field.replace("_", " "), "against the first"]
+    columns += ["bits per value", "seconds"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         cells = [row["row"], f"{row[value]:.5f}", f"{_against(row, rows[0], value):.3f}"]
         cells += [f"{row['perplexity']:.2f}"] if whole else []
+        for field in errors:
+            cells += [f"{row[field]:.5f}", f"{_against(row, rows[0], field):.3f}"]
         lines.append([*cells, f"{row['bits_per_value']:.3f}", f"{row['seconds']:.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -95,6 +95,12 @@ def load_layer(path: Path) -> tuple[jax.Array, jax.Array]:
         return jnp.asarray(arrays["weight"]), jnp.asarray(arrays["hessian"])
 
 
+def load_held_out(path: Path) -> jax.Array | None:
+    """Hessian (C, C) of a .npz on text that nothing is fitted to; None where it has none."""
+    with np.load(path) as arrays:
+        return jnp.asarray(arrays["held_out"]) if "held_out" in arrays else None
+
+
 def quantize_once(
     weight: jax.Array, hessian: jax.Array, method: str, setting: str, name: str
 ) -> tuple[QuantizedTensor, float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.hessian import Moment, add_inputs, init_moment, mean
-from gptvq_jax.data import calibration_windows, documents
+from gptvq_jax.data import calibration_windows, documents, evaluation_windows
 from gptvq_jax.files.new_directory import new_directory
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import (
@@ -35,7 +35,8 @@ _BATCH_SIZE = 4  # windows per forward pass
 def smollm2_layers(directory: Path, *, num_windows: int = 8, seqlen: int = 1024) -> None:
     """Writes SAMPLED_LAYERS of SmolLM2-135M to a directory, unless it is already there.
 
-    The Hessians are those of the float model on random windows of the Wikipedia articles.
+    The Hessians are those of the float model on random windows of the Wikipedia articles, and, to
+    be held out, on as many windows of other articles.
 
     Args:
       directory: to be made; see `make_layers`.
@@ -55,8 +56,15 @@ def smollm2_layers(directory: Path, *, num_windows: int = 8, seqlen: int = 1024)
         seed=0,
         vocab_size=source.config.vocab_size,
     )
+    others = evaluation_windows(
+        source.tokenizer,
+        documents("wikipedia", "test"),
+        seqlen,
+        num_windows,
+        vocab_size=source.config.vocab_size,
+    )
     with Progress(max(SAMPLED_LAYERS) + 1, "sample layers", "block") as progress:
-        make_layers(source, tokens, SAMPLED_LAYERS, directory, progress)
+        make_layers(source, tokens, SAMPLED_LAYERS, directory, progress, held_out=others)
 
 
 def make_layers(

@@ -100,16 +100,21 @@ def write_inputs(root: Path) -> dict[str, Any]:
     write_random_llama(root / "model", tokenizer, num_blocks=2, hidden=48, head_dim=16)
     text = root / "text.txt"
     text.write_text(" ".join(random.Random(0).choices(["etao", "inshr", "dlu", "fig"], k=2000)))
-    small = {"dataset": str(text), "num_windows": 6, "seqlen": 32}
+    small = {"num_windows": 6, "seqlen": 32}
     # What compiles least: nearly all of the time of such a run is the compiler's.
     vq = {"seed": "mahalanobis", "em_iterations": 1, "codebook_update": "none", "polish_rounds": 0}
     return {
         "model": str(root / "model"),
         "vq": {**vq, "codebook_overhead": 0.5},
         "allocation": {"bits_per_value": 1.4, "bits": (0.5, 1.0), "em_iterations": 1},
-        "calibration": {**small, "gradient_groups": 1, "asymmetry": 0.25},
-        "tune": {"block": True, "epochs": 2, "held_out": 2},
-        "evaluation": small,
+        "calibration": {
+            **small,
+            "datasets": (str(text),),
+            "gradient_groups": 1,
+            "asymmetry": 0.25,
+        },
+        "tune": {"block": True, "epochs": 2},
+        "evaluation": {**small, "dataset": str(text)},
     }
 
 

@@ -85,6 +85,17 @@ def test_runs_of_earlier_versions_are_shown_as_before():
     assert lines[3].startswith("    calibration  ")
 
 
+def test_a_layer_has_its_error_on_held_out_windows_beside_that_on_fitted_ones():
+    row = {"block": 3, "layer": "mlp/up_proj", "relative_error": 0.05, "sqnr_db": 13.01}
+    row |= {"num_codebooks": 1, "index_bits": 4, "dim": 2, "seconds": 1.0, "bits_per_value": 2.0}
+    judged = {"held_out_error": 0.0625, "held_out_sqnr_db": 12.04}
+    head, new, old = report.layer_table([row | judged, row]).splitlines()
+    assert head.split()[2:8] == ["rel.", "error", "held", "out", "SQNR", "dB"]
+    assert new.split()[2:5] == ["0.05000", "0.06250", "13.01"]
+    assert old.split()[2:5] == ["0.05000", "none", "13.01"]
+    assert new.index("0.06250") + 7 == head.index("held out") + 8
+
+
 @pytest.mark.parametrize("values", [(0.5, INF, NAN), (INF, 0.5), (0.0, NAN)])
 def test_ablations_with_runs_that_diverged(values, tmp_path):
     rows = [

@@ -129,3 +129,69 @@ def test_no_warning_about_length(tokenizer, caplog):
             assert "longer than the specified maximum" in caplog.text
     finally:
         logging.getLogger("transformers").propagate = False
+
+
+def held_out_windows(tokenizer, texts, seed=0, count=40, held_out=2, **options):
+    windows = calibration_windows(
+        tokenizer, texts, count, 4, seed, held_out=held_out, **options
+    ).tolist()
+    return windows[:count], windows[count:]
+
+
+def letters(count, seed=0):
+    return "".join(np.random.default_rng(seed).choice(list(LETTERS[:26]), count))
+
+
+def test_held_out_windows_stand_in_the_middle_of_equal_parts(tokenizer):
+    text = LETTERS[:26] + "a"
+    stream = [BOS, *ids(text)]  # 28 tokens, halves of 14
+    fitted, held_out = held_out_windows(tokenizer, [text], count=400)
+    assert held_out == [stream[5:9], stream[19:23]]
+    # Every place is possible that reaches into none of them.
+    possible = [*range(2), *range(9, 16), *range(23, 25)]
+    assert {tuple(w) for w in fitted} == {tuple(stream[i : i + 4]) for i in possible}
+
+
+def test_windows_that_reach_into_none_of_those_held_out_are_as_without_them(tokenizer):
+    text = letters(4000)
+    plain, nothing = held_out_windows(tokenizer, [text], held_out=0)
+    fitted, held_out = held_out_windows(tokenizer, [text], held_out=20)
+    assert nothing == [] and len(held_out) == 20
+    stream = np.array([BOS, *ids(text)])
+
+    def places(windows):
+        views = np.lib.stride_tricks.sliding_window_view(stream, 4).tolist()
+        return np.array([views.index(window) for window in windows])
+
+    gaps = np.abs(places(plain)[:, None] - places(held_out)).min(axis=1)
+    assert 0 < np.sum(gaps < 4) < 10
+    same = [a == b for a, b in zip(plain, fitted, strict=True)]
+    assert same == (gaps >= 4).tolist()
+    assert np.abs(places(fitted)[:, None] - places(held_out)).min() >= 4
+
+
+@pytest.mark.parametrize("per_document", [False, True])
+def test_no_seed_and_no_count_fits_what_another_holds_out(tokenizer, per_document):
+    texts = [letters(20, seed) for seed in range(20)]
+    _, held_out = held_out_windows(tokenizer, texts, per_document=per_document)
+    for seed, count in ((1, 40), (0, 300)):
+        fitted, same = held_out_windows(tokenizer, texts, seed, count, per_document=per_document)
+        assert same == held_out and len(fitted) == count
+        assert not {tuple(w) for w in fitted} & {tuple(w) for w in held_out}
+
+
+def test_whole_documents_are_held_out_the_next_ones_long_enough(tokenizer):
+    texts = ["aaaaaa", "b", "bcdef", "aaaaaa", "aaaaaa", "wxyz", "aaaaaa", "aaaaaa"]
+    fitted, held_out = held_out_windows(tokenizer, texts, per_document=True)
+    # In the middle of the halves stand the documents 2 and 6; 5 is left.
+    assert held_out == [[*ids("bcde")], ids("aaaa")]
+    assert not np.isin(fitted, ids("bcdef")).any() and np.isin(fitted, ids("wxyz")).any()
+    texts[2], texts[3] = texts[1], "abcdef"
+    _, held_out = held_out_windows(tokenizer, texts, per_document=True)
+    assert held_out[0] == ids("abcd")
+
+
+@pytest.mark.parametrize("per_document", [False, True])
+def test_a_text_too_short_to_hold_out_anything_is_refused(tokenizer, per_document):
+    with pytest.raises(ValueError, match=r"too few for a window of 4 beside 2 .*; pass more text"):
+        held_out_windows(tokenizer, ["abcdef"], per_document=per_document)

@@ -37,7 +37,7 @@ def allocating_config(model_dir, text_files, gradient_groups):
     config.vq.codebook_update, config.vq.polish_rounds = "none", 0
     config.allocation.bits_per_value, config.allocation.em_iterations = BUDGET, 1
     config.allocation.dims, config.allocation.bits = (1, 2), (1.0, 1.5)
-    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
     config.calibration.inputs, config.calibration.asymmetry = "float", 0.0
     config.true_sequential = False

@@ -10,10 +10,17 @@ import pytest
 from gptvq_jax.config import RunSettings, default_config, from_config
 from gptvq_jax.core.hessian import factorize, unit
 from gptvq_jax.methods.trellis import TrellisSettings, bytes_per_bit, demand, fixed_bytes
-from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    LINEAR_LAYERS,
+    block_forward_with_inputs,
+    embed,
+    get_layer,
+)
 from gptvq_jax.models.open import open_source
 from gptvq_jax.moves.rates import distortion
 from gptvq_jax.run import columns, job
+from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import dense_params, packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -83,7 +90,7 @@ def finished(model_dir, text_files, tmp_path_factory):
     config.trellis.window_bits, config.trellis.stream_rows = 6, 16
     config.trellis.recode_passes, config.trellis.block_size = 1, 16
     config.allocation.bits_per_value = BUDGET
-    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
     config.calibration.gradient_groups = 1
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
@@ -112,6 +119,35 @@ def test_a_run_meets_its_budget_from_below(finished):
         assert row["columns_by_rate"] == counts.tolist()
         assert row["index_bits"] == 6 and 0 < row["code_entropy"] <= 6
         assert 0 < row["relative_error"] < 0.3
+
+
+def test_errors_are_those_of_the_fitted_and_of_the_held_out_windows(finished):
+    """Of the layers that the first block begins with, token weights included, in float64."""
+    config, _, path, rows = finished
+    source, packed = open_source(config.model), PackedCheckpoint(path / "checkpoint")
+    with WorkDir(path, json.loads((path / "config.json").read_text())) as workdir:
+        weights = workdir.load_token_weights(0)
+    tokens, fitted = np.load(path / "tokens.npy"), config.calibration.num_windows
+    assert len(tokens) == fitted + config.calibration.held_out
+    x = jnp.asarray(embed(packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
+    _, read = block_forward_with_inputs(source.config, source.block(0), x)
+    own = {row["layer"]: row for row in rows if row["block"] == 0}
+    for name in LINEAR_GROUPS[0]:
+        y = np.asarray(read[LINEAR_GROUPS[0][0]], np.float64)
+        w, q = (
+            np.asarray(get_layer(block, name)["kernel"], np.float64).T
+            for block in (source.block(0), packed.block(0))
+        )
+        assert weights[name].shape == (*tokens.shape, 1)
+        counts = np.asarray(weights[name], np.float64) ** config.calibration.gradient_power
+        for field, part in (
+            ("relative_error", slice(fitted)),
+            ("held_out_error", slice(fitted, None)),
+        ):
+            error, signal = (np.square(y[part] @ m.T) * counts[part] for m in (w - q, w))
+            assert own[name][field] == pytest.approx(error.sum() / signal.sum(), rel=1e-3)
+    errors = np.array([[row["relative_error"], row["held_out_error"]] for row in rows])
+    assert np.all(errors > 0) and errors[:, 1].mean() > errors[:, 0].mean()  # little text is fitted
 
 
 def test_the_worth_of_columns_is_the_rise_of_the_loss(finished):

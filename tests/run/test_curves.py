@@ -146,7 +146,9 @@ def measured(source, tmp_path_factory):
                 num_blocks=BLOCKS,
                 vq=GPTVQSettings(codebook_overhead=0.5, max_group_cols=16, codebook_update="none"),
                 allocation=dataclasses.replace(allocated, **changes),
-                calibration=CalibrationSettings(batch_size=6, asymmetry=0.0),
+                calibration=CalibrationSettings(
+                    num_windows=18, held_out=0, batch_size=6, asymmetry=0.0
+                ),
             )
             path = tmp_path_factory.mktemp("curves")
             find(source, settings, path, TOKENS)
@@ -212,7 +214,9 @@ def test_curves_see_the_windows_of_the_sample(source, tmp_path, monkeypatch):
         settings = RunSettings(
             num_blocks=1,
             allocation=AllocationSettings(bits_per_value=2.0, sample=sample),
-            calibration=CalibrationSettings(batch_size=6, asymmetry=0.0),
+            calibration=CalibrationSettings(
+                num_windows=18, held_out=0, batch_size=6, asymmetry=0.0
+            ),
         )
         find(source, settings, tmp_path / str(sample), tokens)
         windows = np.divide(seen[-3:], seen[-3] / 6)  # of block 0, the last that the walk visits

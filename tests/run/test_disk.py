@@ -153,7 +153,7 @@ def test_a_run_takes_what_was_said(source, cheap, tmp_path, peak, said, groups, 
     assert "0.000100 GB are free" in str(caught.value)
     assert not (path / "checkpoint/outer").exists()
     quantize(cheap, path)  # the same again, with room
-    shape = (cheap.calibration.num_windows, cheap.calibration.seqlen)
+    shape = (settings.calibration.all_windows, settings.calibration.seqlen)
     needs = [passes.peak_bytes(source.config, settings, shape, done) for done in range(4)]
     # A resumed run is not refused for what is over.
     assert needs == sorted(needs, reverse=True) and needs[0] > needs[2] > needs[3] == 0

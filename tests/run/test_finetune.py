@@ -28,9 +28,7 @@ NUM_BLOCKS = 3  # of `model_dir`
 # --- one block
 
 WINDOWS, HELD_OUT = 9, 3
-SETTINGS = TuneSettings(
-    epochs=3, batch_size=2, learning_rate=3e-3, held_out=HELD_OUT, patience=3, tolerance=0.0
-)
+SETTINGS = TuneSettings(epochs=3, batch_size=2, learning_rate=3e-3, patience=3, tolerance=0.0)
 
 
 QUANTIZED = {"self_attn": ("q_proj", "o_proj"), "mlp": ("down_proj",)}
@@ -59,12 +57,13 @@ def pairs(block):
     return Pairs(inputs, np.asarray(block_forward(MODEL, other, inputs)))
 
 
-def tune(block, pairs, seed=0, on_epoch=lambda text: None, **changes):
+def tune(block, pairs, seed=0, on_epoch=lambda text: None, held_out=HELD_OUT, **changes):
     return tune_block(
         MODEL,
         block,
         pairs,
         dataclasses.replace(SETTINGS, **changes),
+        held_out=held_out,
         dense_dtype="float16",
         order=np.random.default_rng(seed),
         name="layers_7",
@@ -241,7 +240,7 @@ def runs(model_dir, text_files, tmp_path_factory):
         config.uniform.bits, config.uniform.group_size = 2, 24
         # Stage by stage, the little that scales and norms can do is done already.
         config.true_sequential = method != "gptq"
-        config.calibration.dataset, config.evaluation.dataset = text_files
+        config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
         config.calibration.num_windows, config.calibration.seqlen = 16, 32
         config.calibration.asymmetry = 0.5 if method == "gptq" else 0.0
         config.evaluation.num_windows, config.evaluation.seqlen = 4, 32

@@ -33,7 +33,7 @@ def in_step(config):
     """Float streams go with the quantization, block by block."""
     config.num_blocks, config.vq.seed = NUM_BLOCKS - 1, "mahalanobis"
     config.calibration.asymmetry, config.true_sequential = 0.25, True
-    config.tune.block, config.tune.epochs, config.tune.held_out = True, 1, 2
+    config.tune.block, config.tune.epochs = True, 1
 
 
 class Whole:

@@ -12,11 +12,12 @@ from documented import parsed
 from gptvq_jax.config import default_config
 from gptvq_jax.models.hf_source import HFSource
 from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, get_layer
-from gptvq_jax.run import calibrate, evaluate, evaluate_job, finetune, forward, gradients, job
+from gptvq_jax.run import evaluate, evaluate_job, finetune, forward, gradients, held_out, job
 from gptvq_jax.run.calibrate import LAST
 
 BLOCKS = 3
 WINDOWS, HELD_OUT, TIME = 6, 4, 32  # of the two texts
+ALL_WINDOWS = WINDOWS + 2  # with those that are held out
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def config(model_dir, text_files):
     """The defaults but for the model, the text, its length, and programs that compile soon."""
     config = default_config()
     config.model = str(model_dir)
-    config.calibration.dataset, config.evaluation.dataset = text_files
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = WINDOWS, TIME
     config.evaluation.num_windows, config.evaluation.seqlen = HELD_OUT, TIME
     config.vq.bits = 1.0
@@ -41,7 +42,7 @@ def weighted(config):
 
 
 def tuned(config):
-    config.tune.block, config.tune.epochs, config.tune.held_out = True, 1, 2
+    config.tune.block, config.tune.epochs = True, 1
 
 
 # --- the float model
@@ -49,7 +50,7 @@ def tuned(config):
 PROGRAMS = [
     (forward, "block_halves"),
     (gradients, "block_backward"),
-    (calibrate, "step"),
+    (held_out, "step"),
     (finetune, "block_forward"),
     (evaluate, "block_forward"),
 ]
@@ -92,9 +93,9 @@ def test_the_float_model_runs_once_over_a_text(config, tmp_path, change, walks):
     config.vq.em_iterations, config.vq.polish_rounds = 1, 0
     with counted_blocks() as (tokens, reads):
         summary = job.quantize(config, str(tmp_path / "run"))
-    expected = {"block_halves": WINDOWS, "block_forward": HELD_OUT}
+    expected = {"block_halves": ALL_WINDOWS, "block_forward": HELD_OUT}
     if walks == 3:  # gradients start from what the pass upwards has left
-        expected["block_backward"] = WINDOWS
+        expected["block_backward"] = ALL_WINDOWS
     assert tokens == {name: BLOCKS * count * TIME for name, count in expected.items()}
     assert reads == dict.fromkeys(range(BLOCKS), walks)
     alone = evaluate_job.evaluate(

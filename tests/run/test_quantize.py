@@ -17,8 +17,7 @@ from gptvq_jax.models.llama import (
     with_layer,
 )
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import calibrate, evaluate_job, job
-from gptvq_jax.run import quantize as quantize_pass
+from gptvq_jax.run import calibrate, evaluate_job, job, packed_block
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
 
 
@@ -38,6 +37,12 @@ def quantize(tiny_config, tmp_path, capsys):
     return run_with
 
 
+def fitted_tokens(path):
+    """Calibration windows but for those that are held out."""
+    config = json.loads((path / "config.json").read_text())
+    return np.load(path / "tokens.npy")[: config["calibration"]["num_windows"]]
+
+
 def relative_error(weight, quantized, hessian):
     error = weight - quantized
     return np.sum(error @ hessian * error) / np.sum(weight @ hessian * weight)
@@ -50,21 +55,25 @@ def test_hessians_and_errors_equal_a_plain_computation(quantize, tiny_config, in
     _, layers, path = quantize("run", **given)
     source = open_source(tiny_config.model)
     packed = PackedCheckpoint(path / "checkpoint")
-    tokens = np.load(path / "tokens.npy")
-    x = embed(source.outer(), tokens)
+    fitted, x = len(fitted_tokens(path)), embed(source.outer(), np.load(path / "tokens.npy"))
+    assert len(x) > fitted
     for index in range(source.config.num_hidden_layers):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         dense, quantized = source.block(index), packed.block(index)
         y, read = block_forward_with_inputs(source.config, dense, x)
         for group in LINEAR_GROUPS:
-            flat = np.asarray(read[group[0]], np.float64)
-            flat = flat.reshape(-1, flat.shape[-1])
-            hessian = flat.T @ flat / len(flat)
+            both = np.asarray(read[group[0]], np.float64)
+            windows = {"relative_error": both[:fitted], "held_out_error": both[fitted:]}
+            flats = {field: of.reshape(-1, both.shape[-1]) for field, of in windows.items()}
+            hessians = {field: flat.T @ flat / len(flat) for field, flat in flats.items()}
             for name in group:
                 weight = np.asarray(get_layer(dense, name)["kernel"], np.float64).T
                 approximation = np.asarray(get_layer(quantized, name)["kernel"], np.float64).T
-                expected = relative_error(weight, approximation, hessian)
-                assert layers[index, name]["relative_error"] == pytest.approx(expected, rel=1e-3)
+                for field, hessian in hessians.items():
+                    expected = relative_error(weight, approximation, hessian)
+                    assert layers[index, name][field] == pytest.approx(expected, rel=1e-3)
+                ratio = -10 * np.log10(layers[index, name]["held_out_error"])
+                assert layers[index, name]["held_out_sqnr_db"] == pytest.approx(ratio, rel=1e-5)
         x = y if inputs == "float" else block_forward(source.config, quantized, x)
 
 
@@ -80,7 +89,7 @@ def test_asymmetric_target_lowers_the_error_that_it_aims_at(quantize, tiny_confi
         _, _, path = quantize(f"run{strength}", **given)
         source = open_source(tiny_config.model)
         packed = PackedCheckpoint(path / "checkpoint")
-        x = embed(source.outer(), np.load(path / "tokens.npy"))
+        x = embed(source.outer(), fitted_tokens(path))
         float_x = block_forward(source.config, source.block(0), x)
         own_x = block_forward(source.config, packed.block(0), x)
         dense, quantized = source.block(1), packed.block(1)
@@ -123,20 +132,20 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
         return found[-1]
 
     monkeypatch.setattr(calibrate, "hessians", keeping)
-    blocks, tune_block = [], quantize_pass.tune_block
+    blocks, tune_block = [], packed_block.tune_block
 
     def before_tuning(config, block, *arguments, **options):
         blocks.append(dequantize_block(block))
         return tune_block(config, block, *arguments, **options)
 
-    monkeypatch.setattr(quantize_pass, "tune_block", before_tuning)
+    monkeypatch.setattr(packed_block, "tune_block", before_tuning)
     given = {"num_blocks": 2, "true_sequential": True}
     if tuned:
-        given |= {"tune.block": True, "tune.epochs": 1, "tune.held_out": 2}
+        given |= {"tune.block": True, "tune.epochs": 1}
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
     assert len(found) == 2 * len(LINEAR_GROUPS) and len(blocks) == 2 * tuned
-    left, x = iter(found), embed(source.outer(), np.load(path / "tokens.npy"))
+    left, x = iter(found), embed(source.outer(), fitted_tokens(path))
     for index in range(2):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         seen = dense = source.block(index)
@@ -163,17 +172,17 @@ def test_stage_by_stage_every_layer_aims_at_the_outputs_of_the_float_model(
 
     What passes from stage to stage is bfloat16; here it is not.
     """
-    seen, quantize_layers = {}, quantize_pass.quantize_layers
+    seen, quantize_layers = {}, packed_block.quantize_layers
 
     def keeping(problems):
         seen.update({problem.name: problem.objectives for problem in problems})
         return quantize_layers(problems)
 
-    monkeypatch.setattr(quantize_pass, "quantize_layers", keeping)
+    monkeypatch.setattr(packed_block, "quantize_layers", keeping)
     given = {"num_blocks": 2, "true_sequential": True, "calibration.asymmetry": 0.5}
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
-    config, float_x = source.config, embed(source.outer(), np.load(path / "tokens.npy"))
+    config, float_x = source.config, embed(source.outer(), fitted_tokens(path))
     own_x = float_x
     for index in range(2):
         own_x, float_x = (
@@ -194,6 +203,27 @@ def test_stage_by_stage_every_layer_aims_at_the_outputs_of_the_float_model(
                 assert distance > 0.3 * size or index == 0 and group == LINEAR_GROUPS[0]
                 mixed = with_layer(mixed, name, get_layer(packed.block(index), name)["kernel"])
         own_x = block_forward(config, mixed, own_x)
+
+
+def test_what_is_held_out_is_told_and_fitted_to_nothing(quantize, capsys):
+    """The layers are those of a run on the same windows without any beside them."""
+    few = {"num_blocks": 1, "vq.em_iterations": 0}
+    summary, layers, path = quantize("run", **few)
+    assert "6 x 32 tokens of" in summary["calibration"] and "held out" in capsys.readouterr().out
+    (text,) = summary["calibration_protocol"]["texts"]
+    assert (text["windows"], text["held_out_windows"]) == (6, 2)
+    other = path.with_name("other")  # without any, but on the same windows
+    other.mkdir()
+    np.save(other / "tokens.npy", fitted_tokens(path))
+    _, others, _ = quantize("other", **few, **{"calibration.held_out": 0})
+    assert "held_out_error" in layers[0, "mlp/up_proj"]
+    assert "held_out" not in " ".join(others[0, "mlp/up_proj"])
+    blocks = [PackedCheckpoint(of / "checkpoint").packed_block(0) for of in (path, other)]
+    for name in LINEAR_LAYERS:
+        codes = [np.asarray(get_layer(block, name)["kernel"].codes) for block in blocks]
+        np.testing.assert_array_equal(*codes)
+        same = others[0, name]["relative_error"]
+        assert layers[0, name]["relative_error"] == same
 
 
 def test_num_blocks_leaves_the_rest_dense(quantize, tiny_config):
@@ -260,7 +290,7 @@ def test_int8_embeddings_are_what_the_blocks_are_calibrated_on(quantize, tiny_co
     assert summary["perplexity_quantized"] == pytest.approx(alone, rel=1e-6)
     assert summary["perplexity_quantized"] != dense_summary["perplexity_quantized"]
 
-    block, tokens = source.block(0), np.load(path / "tokens.npy")
+    block, tokens = source.block(0), fitted_tokens(path)
     x = jnp.asarray(embed(packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
     _, read = block_forward_with_inputs(source.config, block, x)
     name = "self_attn/q_proj"
@@ -307,7 +337,7 @@ def test_resumes_among_the_blocks_that_stay_dense(quantize):
     "field, value, message",
     [
         ("evaluation.seqlen", 4096, r"evaluation\.seqlen=4096 is beyond the 2048 positions"),
-        ("calibration.dataset", "nothing.txt", "nothing.txt"),
+        ("calibration.datasets", ("nothing.txt",), "nothing.txt"),
         ("model", "/no/such/model", "/no/such/model"),
     ],
 )
@@ -320,7 +350,7 @@ def test_short_text_is_named(quantize, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("only a few words")
     with pytest.raises(ValueError, match="16 tokens"):
-        quantize("run", **{"calibration.dataset": str(short)})
+        quantize("run", **{"calibration.datasets": (str(short),)})
 
 
 def test_damping_is_raised_where_the_hessian_is_singular(quantize, caplog):

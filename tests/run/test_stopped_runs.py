@@ -22,7 +22,7 @@ def config(tiny_config):
     config.vq.group_size, config.vq.codebook_overhead = 0, 0.5
     config.allocation.bits_per_value, config.allocation.bits = 1.2, (0.5, 1.0)
     config.calibration.asymmetry = 0.25
-    config.tune.block, config.tune.epochs, config.tune.held_out = True, 1, 2
+    config.tune.block, config.tune.epochs = True, 1
     return config
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -18,19 +19,17 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,
-    Files,
-    Moments,
     hessians,
-    init_moments,
     relative_weights,
-    run_windows,
     shift,
 )
 from gptvq_jax.run.forward import block_halves
+from gptvq_jax.run.held_out import NO_SUMS, Files, init_sums, run_windows
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 READS = {name: group[0] for group in LINEAR_GROUPS for name in group}
+ALL_FITTED = CalibrationSettings(num_windows=6, held_out=0)
 CLOSING = (*LINEAR_GROUPS[1], *LINEAR_GROUPS[3])  # whose outputs are added to x
 
 
@@ -93,10 +92,10 @@ def test_moments_of_every_layer_and_row_group_in_float64(source, stages):
     relative = {name: relative_weights(weight, 0.5) for name, weight in weights.items()}
     float_y = jnp.asarray(y, jnp.float32)
     states = (y, *map(np.asarray, block_halves(source.config, other, float_y)))
-    moments = init_moments(block, stages, relative, want_crosses=True)
-    arguments = moments, 4, relative
+    sums = init_sums(block, stages, relative, want_crosses=True, held_out=False)
+    arguments = sums, ALL_FITTED, relative
     files = Files(x, reference=states)
-    moments = run_windows(source.config, block, files, 0, max(stages), *arguments)
+    moments = run_windows(source.config, block, files, 0, max(stages), *arguments).fitted
     found = hessians(moments)
     _, read = block_forward_with_inputs(source.config, block, jnp.asarray(x, jnp.float32))
     _, float_read = block_forward_with_inputs(source.config, other, float_y)
@@ -124,9 +123,10 @@ def test_equal_weights_give_the_moments_without_weights(source):
 
     def run(weights):
         relative = weights and {name: relative_weights(w) for name, w in weights.items()}
-        moments, out = init_moments(block, range(LAST), relative), np.empty_like(x)
-        arguments = moments, 4, relative, out
-        return hessians(run_windows(source.config, block, Files(x), 0, LAST, *arguments)), out
+        sums, out = init_sums(block, range(LAST), relative), np.empty_like(x)
+        arguments = sums, ALL_FITTED, relative, out
+        sums = run_windows(source.config, block, Files(x), 0, LAST, *arguments)
+        return hessians(sums.fitted), out
 
     (plain, out), (seen, same_out) = run(None), run(equal)
     assert plain.keys() == {(group[0], 0) for group in LINEAR_GROUPS}
@@ -134,7 +134,7 @@ def test_equal_weights_give_the_moments_without_weights(source):
         np.testing.assert_allclose(seen[name, 0], plain[READS[name], 0], rtol=1e-6)
     np.testing.assert_array_equal(out.view(np.uint16), same_out.view(np.uint16))
     nothing = np.empty_like(x)
-    run_windows(source.config, block, Files(x), 0, LAST, Moments({}, {}), 4, None, nothing)
+    run_windows(source.config, block, Files(x), 0, LAST, NO_SUMS, ALL_FITTED, None, nothing)
     np.testing.assert_array_equal(out.view(np.uint16), nothing.view(np.uint16))
 
 
@@ -167,11 +167,17 @@ def token_weights(path):
         return workdir.load_token_weights(0)
 
 
-def losses(source, path, weights, sequential=False):
-    """{layer: (tr((W - Q) H (W - Q)^T), tr(W H W^T))} of block 0 in float64, summed over groups."""
+def losses(source, path, weights, sequential=False, held_out=False):
+    """{layer: (tr((W - Q) H (W - Q)^T), tr(W H W^T))} of block 0 in float64, summed over groups.
+
+    H is of the windows that were fitted, or of those that were held out.
+    """
+    fitted = json.loads((path / "config.json").read_text())["calibration"]["num_windows"]
+    part = slice(fitted, None) if held_out else slice(fitted)
+    weights = {name: weight[part] for name, weight in weights.items()}
     block = source.block(0)
     quantized = PackedCheckpoint(path / "checkpoint").block(0)
-    x = embed(source.outer(), np.load(path / "tokens.npy"))
+    x = embed(source.outer(), np.load(path / "tokens.npy")[part])
     x, seen, found = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), block, {}
     for group in LINEAR_GROUPS:
         _, read = block_forward_with_inputs(source.config, seen, x)
@@ -213,6 +219,8 @@ def test_gradient_weights_lower_the_error_that_they_weigh(quantize, source):
         weighted, plain = (losses(source, p, weights) for p in (path, plain_path))
         for name, (error, signal) in weighted.items():
             assert rows[name]["relative_error"] == pytest.approx(error / signal, rel=1e-3)
+        for name, (error, signal) in losses(source, path, weights, held_out=True).items():
+            assert rows[name]["held_out_error"] == pytest.approx(error / signal, rel=1e-3)
         ratios = [weighted[name][0] / plain[name][0] for name in LINEAR_LAYERS]
         assert np.exp(np.mean(np.log(ratios))) < 0.93, ratios  # 0.83 to 0.89 with three seeds
 
@@ -222,8 +230,10 @@ def test_weights_with_true_sequential_and_an_asymmetric_target(quantize, source)
     given = {"calibration.gradient_groups": 2, "true_sequential": True}
     _, rows, path = quantize("run", **given, **{"calibration.asymmetry": 0.5})
     weights = {name: w**0.5 for name, w in token_weights(path).items()}
-    for name, (error, signal) in losses(source, path, weights, sequential=True).items():
-        assert rows[name]["relative_error"] == pytest.approx(error / signal, rel=1e-3)
+    for field in ("relative_error", "held_out_error"):
+        found = losses(source, path, weights, sequential=True, held_out=field == "held_out_error")
+        for name, (error, signal) in found.items():
+            assert rows[name][field] == pytest.approx(error / signal, rel=1e-3)
     _, plain, _ = quantize("symmetric", **given)
     for name in LINEAR_GROUPS[0]:  # before them the two models are the same
         same = pytest.approx(plain[name]["relative_error"], rel=1e-3)

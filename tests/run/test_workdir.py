@@ -145,13 +145,13 @@ def test_a_run_that_was_refused_at_its_start_may_be_corrected(tmp_path):
 
 def test_a_held_out_text_is_not_kept_of_a_run_that_was_refused(tiny_config, tmp_path):
     """Or the corrected run would be measured on it."""
-    good = tiny_config.calibration.dataset
-    tiny_config.calibration.dataset = str(tmp_path / "none.txt")
+    good = tiny_config.calibration.datasets
+    tiny_config.calibration.datasets = (str(tmp_path / "none.txt"),)
     with pytest.raises((ValueError, OSError), match="none.txt"):
         job.quantize(tiny_config, str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("*.npy"))
-    tiny_config.calibration.dataset, tiny_config.method = good, "rtn"
+    tiny_config.calibration.datasets, tiny_config.method = good, "rtn"
     tiny_config.num_blocks = 1
     job.quantize(tiny_config, str(tmp_path / "run"))
     kept = np.load(tmp_path / "run/held_out.npy")
-    assert kept.shape == (4, 32) and np.load(tmp_path / "run/tokens.npy").shape == (6, 32)
+    assert kept.shape == (4, 32) and np.load(tmp_path / "run/tokens.npy").shape == (9, 32)

@@ -84,9 +84,10 @@ def test_model_rows_are_runs_and_are_read_again(tiny_config, tmp_path, monkeypat
     assert [type(visitor.source).__name__ for visitor in visits] == [
         *("HFSource", "PackedCheckpoint", "PackedCheckpoint")
     ]
-    assert np.load(tmp_path / "twice_the_calibration_windows/tokens.npy").shape[0] == 12
+    assert np.load(tmp_path / "twice_the_calibration_windows/tokens.npy").shape[0] == 12 + 2
     assert first["rise"] == pytest.approx(np.log(first["perplexity"] / first["perplexity_float"]))
     assert "bits per value" in (tmp_path / "default/report.txt").read_text()
+    assert 0 < first["relative_error"] < 1 and 0 < first["held_out_error"] < 2
 
     monkeypatch.setattr(job, "quantize_model", None)
     monkeypatch.setattr(job, "write_figures", None)
@@ -103,3 +104,22 @@ def test_table_and_plot(tmp_path):
     assert lines[3] == "| other | 0.40000 | 0.800 | 8.00 | 2.000 | 4.0 |"
     ablations.plot({"model": (rows, "rise")}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_held_out_errors_stand_beside_the_fitted_ones():
+    row = {"bits_per_value": 2.1, "seconds": 3.0}
+    layers = [
+        {"row": "default", "relative_error": 0.02, "held_out_error": 0.04, **row},
+        {"row": "other", "relative_error": 0.01, "held_out_error": 0.05, **row},
+    ]
+    lines = ablations.table(layers, "relative_error").splitlines()
+    assert lines[0].startswith("| row | relative error | against the first | held out error | aga")
+    assert lines[3] == "| other | 0.01000 | 0.500 | 0.05000 | 1.250 | 2.100 | 3.0 |"
+    runs = [{**of, "rise": 0.5, "perplexity": 9.0} for of in layers]
+    lines = ablations.table(runs, "rise").splitlines()
+    assert lines[3] == (
+        "| other | 0.50000 | 1.000 | 9.00 | 0.01000 | 0.500 | 0.05000 | 1.250 | 2.100 | 3.0 |"
+    )
+    # A row of an earlier version has none.
+    del layers[1]["held_out_error"]
+    assert "held out" not in ablations.table(layers, "relative_error")

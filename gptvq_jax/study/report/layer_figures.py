@@ -30,6 +30,16 @@ def of_one(cell: Cell, stem: str) -> list[Figure]:
             lambda axes: by_depth(axes, rows, "relative_error", "relative output error", "log"),
         )
     ]
+    judged = [row for row in rows if row.get("held_out_error") is not None]
+    if judged:
+        figures.append(
+            Figure(
+                f"{stem}held_out",
+                "The same on held-out windows",
+                "Calibration windows from the end of the text, which no codebook was fitted to.",
+                lambda axes: by_depth(axes, judged, "held_out_error", "held-out error", "log"),
+            )
+        )
     if codes_differ(rows):
         figures.append(
             Figure(

@@ -29,6 +29,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[Cell], float | None]], ...] = (
         ".4g",
         lambda cell: geometric_mean([row["relative_error"] for row in cell.layers]),
     ),
+    ("held-out error", ".4g", lambda cell: held_out_error(cell)),
     ("unused centroids", "d", lambda cell: _unused(cell)),
     ("seconds", ".1f", lambda cell: cell.number("seconds")),
 )
@@ -38,6 +39,12 @@ _WITH_ERROR = {"perplexity": "perplexity", "mean KL, nats/token": "kl_mean"}
 def _unused(cell: Cell) -> int | None:
     counts = [row["unused_centroids"] for row in cell.layers if "unused_centroids" in row]
     return sum(counts) if counts else None
+
+
+def held_out_error(cell: Cell) -> float | None:
+    """Geometric mean on calibration windows that nothing was fitted to; of a run, if it has any."""
+    errors = [row.get("held_out_error") for row in cell.layers]
+    return None if None in errors else geometric_mean(errors)
 
 
 def cells_table(cells: Sequence[Cell]) -> Markup:

@@ -27,7 +27,7 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     """Of a run that finds its passes over the float model made; a held-out text of unknown length
     is left out, and rounds that may stop early count in full."""
     c, blocks = settings.calibration, num_quantized(settings, config)
-    shape = c.num_windows, c.seqlen
+    shape = c.all_windows, c.seqlen
     walks = 1 if settings.true_sequential else 2
     size = walks * flops.block_forward(config, *shape)
     size += moments_flop(config, settings, c.asymmetry > 0)
@@ -39,15 +39,14 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
         per_layer = [groups * of.flops(rows // groups, cols) for of in used]
         size += sum(per_layer) / len(per_layer) + (2 + 3 * (c.asymmetry > 0)) * unit(rows, cols)
     if settings.tune.block:
-        tuned = settings.calibration.num_windows - settings.tune.held_out
-        size += settings.tune.epochs * flops.block_tuning(config, tuned, c.seqlen)
+        size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
     return blocks * size + evaluation_flop(config, settings)
 
 
 def pass_flop(config: ModelConfig, of: Pass) -> float:
     """Of a pass that cells share."""
     settings, depth = of.settings, config.num_hidden_layers
-    shape = settings.calibration.num_windows, settings.calibration.seqlen
+    shape = settings.calibration.all_windows, settings.calibration.seqlen
     blocks = num_quantized(settings, config)
     if of.kind == FLOAT:
         return of.points * flops.block_forward(config, *shape) + evaluation_flop(config, settings)
@@ -75,7 +74,7 @@ def _curves_flop(config: ModelConfig, settings: RunSettings) -> float:
 def moments_flop(config: ModelConfig, settings: RunSettings, crosses: bool) -> float:
     """Of the Hessians of a block and their factors."""
     c, shapes = settings.calibration, layer_shapes(config)
-    tokens, groups, size = c.num_windows * c.seqlen, c.gradient_groups, 0.0
+    tokens, groups, size = c.all_windows * c.seqlen, c.gradient_groups, 0.0
     for stage, group in enumerate(LINEAR_GROUPS):
         for name in group if groups else group[:1]:
             rows, cols = shapes[name]
@@ -96,7 +95,7 @@ def evaluation_flop(config: ModelConfig, settings: RunSettings) -> float:
 
 def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
     """Of a run: what stays on the disk, and what it takes for a while beside it."""
-    shape = settings.calibration.num_windows, settings.calibration.seqlen
+    shape = settings.calibration.all_windows, settings.calibration.seqlen
     while_it_runs = peak_bytes(config, settings, shape, 0, made=True)
     return stored_bytes(config, settings, _largest(config, settings)), while_it_runs
 

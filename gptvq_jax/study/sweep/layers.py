@@ -5,14 +5,12 @@ calibration text, towards their own outputs, and the error that counts is that u
 held-out text, which nothing was fitted to.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-import numpy as np
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.console.progress import Progress
@@ -25,6 +23,7 @@ from gptvq_jax.run import job
 from gptvq_jax.study.layer_benchmark import (
     geometric_mean,
     layer_files,
+    load_held_out,
     load_layer,
     quantize_with,
 )
@@ -33,7 +32,8 @@ from gptvq_jax.study.sweep.cells import Cell, Sweep, refuse
 from gptvq_jax.study.sweep.directory import Directory
 from gptvq_jax.study.sweep.sources import Sources
 
-_TEXT = ("dataset", "num_windows", "seqlen")
+_EVALUATION = ("dataset", "num_windows", "seqlen")
+_CALIBRATION = ("datasets", "dataset_weights", "num_windows", "seqlen", "seed")
 
 
 class Sample(NamedTuple):
@@ -60,8 +60,8 @@ class Layers:
         c, e = cell.settings.calibration, cell.settings.evaluation
         key = {
             "model": self._sources.of(cell).fingerprint,
-            "calibration": {name: getattr(c, name) for name in (*_TEXT, "seed")},
-            "evaluation": {name: getattr(e, name) for name in _TEXT},
+            "calibration": {name: getattr(c, name) for name in _CALIBRATION},
+            "evaluation": {name: getattr(e, name) for name in _EVALUATION},
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return [Sample(f"layers-{digest[:12]}")]
@@ -71,7 +71,10 @@ class Layers:
 
     def make(self, of: Sample, cell: Cell) -> None:
         """Makes the layers that a cell is measured on."""
-        source, settings = self._sources.of(cell), cell.settings
+        source = self._sources.of(cell)
+        # What is held out here is the text of the evaluation.
+        c = dataclasses.replace(cell.settings.calibration, held_out=0)
+        settings = dataclasses.replace(cell.settings, calibration=c)
         texts = job.calibration_tokens(source, settings), job.evaluation_tokens(source, settings)
         wanted = wanted_layers(source.config)
         with Progress(max(wanted) + 1, "sample layers", "block") as progress:
@@ -141,8 +144,7 @@ def measure(path: Path, settings: RunSettings) -> dict[str, Any]:
       settings: method, its settings, damping and seed.
     """
     weight, hessian = load_layer(path)
-    with np.load(path) as arrays:
-        held_out = jnp.asarray(arrays["held_out"])
+    held_out = load_held_out(path)
     method, of_method = settings.method, settings.method_settings
     parts = method, of_method, path.stem, settings.damping, settings.seed
     tensor, seconds = quantize_with(weight, hessian, *parts)

@@ -14,13 +14,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gptvq_jax.config import RunSettings
+from gptvq_jax.config import CALIBRATION_TEXT, RunSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.float_moments import moments_bytes
-from gptvq_jax.run.quantize import num_quantized, wants_float, wants_middle
+from gptvq_jax.run.forward import wants_float, wants_middle
+from gptvq_jax.run.quantize import num_quantized
 
 FLOAT, GRADIENTS, MOMENTS = "float", "gradients", "moments"
 
@@ -55,7 +56,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
     """The passes that a run needs, in their order, as it would make them alone."""
     c, e = settings.calibration, settings.evaluation
     blocks = num_quantized(settings, source.config)
-    text = {n: getattr(c, n) for n in ("dataset", "num_windows", "seqlen", "seed", "batch_size")}
+    text = {name: getattr(c, name) for name in (*CALIBRATION_TEXT, "statistics")}
     key = {
         "pass": FLOAT,
         "model": settings.model,
@@ -70,7 +71,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
         key = {**key, "pass": GRADIENTS, "weight_groups": settings.weight_groups}
         key |= {"curves": _curves(settings)}
         found.append(Pass(GRADIENTS, key, settings, tuple(found)))
-    if c.inputs == "float" and not settings.true_sequential:
+    if c.inputs == "float" and not settings.true_sequential and not c.statistics:
         key = {**found[-1].key, "pass": MOMENTS, "blocks": blocks}
         key |= {"groups": c.gradient_groups, "power": c.gradient_power if c.gradient_groups else 0}
         found.append(Pass(MOMENTS, key, settings, tuple(found)))
@@ -109,7 +110,7 @@ def shared(runs: Sequence[Sequence[Pass]]) -> list[list[Pass]]:
 def pass_bytes(of: Pass, config: ModelConfig) -> int:
     """Most bytes that a pass leaves on the disk; what the held-out text leaves is not counted."""
     c, depth = of.settings.calibration, config.num_hidden_layers
-    shape = c.num_windows, c.seqlen
+    shape = c.all_windows, c.seqlen
     if of.kind == FLOAT:
         count = of.points * (1 + of.middle) + (of.points > 0)
         return count * file_bytes((*shape, config.hidden_size))

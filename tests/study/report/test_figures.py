@@ -17,6 +17,7 @@ from gptvq_jax.study.report import dimension_figures, layer_figures, quality_fig
 from gptvq_jax.study.report.drawing import shortened
 from gptvq_jax.study.report.pareto import pareto_front
 from gptvq_jax.study.report.results import Cell, read_results
+from gptvq_jax.study.report.table import cells_table, held_out_error
 
 
 def drawn(figure):
@@ -186,6 +187,17 @@ def test_one_run_by_depth():
     plain = Cell("a", Path("a"), "done", layers=[layer_row()])
     assert [figure.name for figure in layer_figures.of_one(plain, "")] == ["error"]
     assert layer_figures.unused_line(plain) == "Every centroid is used."
+
+
+def test_held_out_errors_have_a_figure_and_a_column():
+    rows = [layer_row(b, n, 0.01, held_out_error=0.04 * (b + 1)) for b in (0, 1) for n in LAYERS]
+    error, held_out = layer_figures.of_one(cell("one", rows), "")
+    assert drawn(error) == {name: [[0, 0.01], [1, 0.01]] for name in LAYERS}
+    assert drawn(held_out) == {name: [[0, 0.04], [1, 0.08]] for name in LAYERS}
+    assert held_out_error(cell("one", rows)) == pytest.approx(0.04 * 2**0.5)
+    assert ">0.04</td>" in cells_table([cell("one", rows[:1])])
+    of_old = cell("old", [*rows[:1], layer_row()])
+    assert held_out_error(of_old) is None and "held-out error" not in cells_table([of_old])
 
 
 def test_code_usage():

@@ -1,0 +1,136 @@
+"""Calibration windows that are fitted, and windows held out beside them, through the block at work.
+
+The windows held out (calibration.held_out) are the last ones. They are taken through the model as
+the others are, and what layers read there has sums of its own: by these a layer is judged, in the
+same currency, token weights included, and nothing is fitted to them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax.config import CalibrationSettings
+from gptvq_jax.methods.layer import Objective, Problem
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.llama import Params
+from gptvq_jax.run.activations import Activations, Writer
+from gptvq_jax.run.calibrate import (
+    STAGE_OF,
+    STATES,
+    FloatStates,
+    Moments,
+    Owner,
+    init_moments,
+    on_device,
+    owners,
+    step,
+    window_batches,
+)
+
+
+class Sums(NamedTuple):
+    """Moments of the windows that are fitted, and likewise of those that are held out."""
+
+    fitted: Moments
+    held_out: Moments
+
+
+NO_SUMS = Sums(Moments({}, {}), Moments({}, {}))
+
+
+def init_sums(
+    block: Params,
+    stages: Sequence[int],
+    weights: Mapping[str, np.ndarray] | None = None,
+    want_crosses: bool = False,
+    held_out: bool = True,
+) -> Sums:
+    """`init_moments` twice; empty ones where no windows are `held_out`.
+
+    The sums of both are alike, so that one compiled step adds to either.
+    """
+    arguments = block, stages, weights, want_crosses
+    kept = init_moments(*arguments) if held_out else Moments({}, {})
+    return Sums(init_moments(*arguments), kept)
+
+
+class Files(NamedTuple):
+    """Where batches come from and go to."""
+
+    x: Activations
+    inner: Activations | None = None
+    reference: tuple[Activations, Activations, Activations] | None = None  # as FloatStates
+
+
+def run_windows(
+    config: ModelConfig,
+    block: Params,
+    files: Files,
+    start: int,
+    stop: int,
+    sums: Sums,
+    calibration: CalibrationSettings,
+    weights: Mapping[str, np.ndarray] | None = None,
+    out: Writer | None = None,
+) -> Sums:
+    """Runs all calibration windows through `step`.
+
+    Args:
+      config, block, start, stop: of `step`.
+      files: at the entrance of stage `start`.
+      sums: the moments wanted.
+      calibration: says which windows are held out, and how many there are at a time.
+      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
+      out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
+    """
+    wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
+    states = {number for name, _ in sums.fitted.crosses for number in STATES[STAGE_OF[name]]}
+    both = list(sums)
+    for part in window_batches(calibration):
+        which = int(part.start >= calibration.num_windows)
+        inner = None if files.inner is None else on_device(files.inner[part])
+        reference = None
+        if states:
+            read = (on_device(files.reference[i][part]) if i in states else None for i in range(3))
+            reference = FloatStates(*read)
+        of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
+        x, inner, both[which] = step(
+            config,
+            block,
+            on_device(files.x[part]),
+            inner,
+            start,
+            stop,
+            both[which],
+            of_part,
+            reference,
+        )
+        if out is not None:
+            out[part] = x if inner is None else inner
+    fitted, held_out = both
+    return Sums(fitted, held_out._replace(crosses={}))  # which nobody reads
+
+
+def judges(
+    problem: Problem,
+    hessians: Mapping[Owner, jax.Array],
+    weights: Mapping[str, np.ndarray] | None,
+    name: str,
+) -> list[Objective]:
+    """The objectives of a layer with the Hessians of the windows held out; none without any.
+
+    Args:
+      problem: of the layer.
+      hessians: of these windows.
+      weights: of the tokens, as `run_windows` takes them.
+      name: of the layer.
+    """
+    if not hessians:
+        return []
+    return [
+        objective._replace(hessian=hessians[owner])
+        for owner, objective in zip(owners(name, weights), problem.objectives, strict=True)
+    ]

@@ -1,0 +1,252 @@
+"""One block at work: its layers quantized, their errors measured, itself tuned and passed on.
+
+Its layers' Hessians come from what the quantized model has made of the calibration text, stage by
+stage or all at once, or from a file of statistics.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptvq_jax.core import flops
+from gptvq_jax.core.quantized_tensor import dequantize_compiled
+from gptvq_jax.methods.layer import Problem, most_flops, quantize_layers, row_groups
+from gptvq_jax.methods.pool import parallel
+from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.models.flops import stage_flops
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    LINEAR_LAYERS,
+    STAGES,
+    Params,
+    get_layer,
+    with_layer,
+)
+from gptvq_jax.run import forward
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Moments,
+    factor_flops,
+    hessians,
+    moment_flops,
+    objectives,
+    owners,
+    relative_weights,
+    shift,
+)
+from gptvq_jax.run.context import Context
+from gptvq_jax.run.finetune import Pairs, tune_block
+from gptvq_jax.run.float_moments import load_sums
+from gptvq_jax.run.held_out import NO_SUMS, Files, Sums, init_sums, judges, run_windows
+from gptvq_jax.run.layer_rows import layer_row
+from gptvq_jax.run.statistics_file import Statistics
+from gptvq_jax.run.stream_store import StreamStore
+from gptvq_jax.storage.checkpoint import dequantize_block
+
+Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
+STREAM = "quantized"
+_HALF, _INNER = "half", "inner"  # x and what a stage has opened, inside the block at work
+
+
+class PackedBlock:
+    """One block on its way from float to packed.
+
+    Args:
+      context: of the run.
+      plan: settings of layers that differ from `settings.method_settings`.
+      index: of the block.
+      block: its parameters.
+    """
+
+    def __init__(self, context: Context, plan: Plan, index: int, block: Params):
+        self._context, self._plan, self._index = context, plan, index
+        self._float = self._dense = self._packed = block
+        self._rows: list[dict[str, Any]] = []
+        settings, files = context.settings, context.files
+        c = settings.calibration
+        self._config, self._files = context.source.config, files
+        self._stream = forward.STREAM if c.inputs == "float" else STREAM
+        self._weights = None
+        if c.gradient_groups:
+            loaded = context.workdir.load_token_weights(index)
+            how = c.gradient_power, c.num_windows
+            self._weights = {n: relative_weights(w, *how) for n, w in loaded.items()}
+        self._reference = None
+        if forward.wants_middle(settings):
+            self._reference = (
+                files.read(forward.STREAM, index),
+                files.read(forward.MIDDLE, index),
+                files.read(forward.STREAM, index + 1),
+            )
+
+    def quantized(self, goes_on: bool) -> tuple[Params, list[dict[str, Any]]]:
+        """The packed block and its metrics; what follows is calibrated if it `goes_on`."""
+        settings = self._context.settings
+        if settings.calibration.statistics:
+            statistics = Statistics(settings.calibration.statistics)
+            self._quantize(LINEAR_LAYERS, statistics.sums(self._index, self._config))
+            return self._packed, self._rows
+        goes_on = goes_on and settings.calibration.inputs == "quantized"
+        at = Files(self._files.read(self._stream, self._index), reference=self._reference)
+        if settings.true_sequential:
+            start, at = self._stage_by_stage(at)
+        else:
+            start = 0
+            sums = None
+            if self._stream == forward.STREAM:
+                sums = load_sums(self._context.workdir, self._index)
+            if sums is None:
+                sums = self._run(at, 0, LAST - 1, self._sums(range(LAST)))
+            self._quantize(LINEAR_LAYERS, sums)
+        if settings.tune.block:
+            drop_inside(self._files)
+            start, at = 0, Files(self._files.read(self._stream, self._index))
+            self._tune()
+        if goes_on:
+            with self._files.write(STREAM, self._index + 1, at.x.shape) as out:
+                self._run(at, start, LAST, NO_SUMS, out)
+        drop_inside(self._files)
+        return self._packed, self._rows
+
+    def _stage_by_stage(self, at: Files) -> tuple[int, Files]:
+        """Quantizes the layers of one stage after the other; where the last one starts from."""
+        for stage, group in enumerate(LINEAR_GROUPS):
+            opened = stage in (1, 3)
+            out, shape = nullcontext(), None
+            if stage:
+                cols = get_layer(self._float, group[0])["kernel"].shape[0]
+                name = _INNER if opened else _HALF
+                shape = (*at.x.shape[:2], cols)
+                out = self._files.pass_on(name, self._index, shape)
+            with out as writer:
+                start = max(0, stage - 1)
+                sums = self._run(at, start, stage, self._sums([stage]), writer)
+            if opened:
+                at = at._replace(inner=self._files.read(_INNER, self._index))
+            elif stage:
+                at = at._replace(x=self._files.read(_HALF, self._index), inner=None)
+            self._quantize(group, sums)
+        return LAST - 1, at
+
+    def _sums(self, stages: Sequence[int]) -> Sums:
+        kept = self._context.settings.calibration.held_out > 0
+        crosses = self._reference is not None
+        return init_sums(self._float, stages, self._weights, crosses, kept)
+
+    def _run(self, at: Files, start: int, stop: int, sums: Sums, out=None) -> Sums:
+        with self._context.stopwatch.stage("hessians" if sums.fitted.inputs else "advance"):
+            self._context.progress.note(f"block {self._index} {STAGES[min(stop, LAST - 1)]}")
+            shape = at.x.shape
+            stages = range(start, stop)
+            self._context.stopwatch.flops(
+                stage_flops(self._config, stages, *shape[:2])
+                + moment_flops(sums.fitted, shape[0] * shape[1])
+            )
+            sums = run_windows(
+                self._config,
+                self._dense,
+                at,
+                start,
+                stop,
+                sums,
+                self._context.settings.calibration,
+                self._weights,
+                out,
+            )
+            return jax.block_until_ready(sums)
+
+    def _quantize(self, names: Sequence[str], sums: Sums) -> None:
+        """Puts packed layers, and dense ones as they will be, in place of the float ones."""
+        progress = self._context.progress
+        with self._context.stopwatch.stage("quantize"):
+            start = time.perf_counter()
+            problems = self._problems(names, sums.fitted)
+            tensors = quantize_layers(problems)
+            kernels = parallel(dequantize_compiled, tensors)
+            others = hessians(sums.held_out)
+            judged_by = [
+                judges(problem, others, self._weights, name)
+                for problem, name in zip(problems, names, strict=True)
+            ]
+            measured = zip(problems, tensors, kernels, judged_by, strict=True)
+            rows = parallel(lambda of_layer: layer_row(*of_layer), list(measured))
+            self._context.stopwatch.flops(_flops(problems, sums.fitted, 1 + bool(others)))
+            seconds = time.perf_counter() - start
+        total = sum(problem.weight.size for problem in problems)
+        for name, problem, tensor, kernel, row in zip(
+            names, problems, tensors, kernels, rows, strict=True
+        ):
+            self._packed = with_layer(self._packed, name, tensor)
+            self._dense = with_layer(self._dense, name, kernel.T)
+            share = problem.weight.size / total  # they are quantized side by side
+            where = {"kind": "layer", "block": self._index, "layer": name}
+            self._rows.append({**where, **row, "seconds": seconds * share})
+            progress.advance(f"block {self._index} {name}")
+
+    def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
+        settings = self._context.settings
+        found = objectives(moments, settings.damping, f"layers_{self._index}")
+        weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
+
+        def problem(name: str) -> Problem:
+            groups, of_layer = owners(name, self._weights), []
+            for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
+                objective = found[owner]
+                if owner in moments.crosses:
+                    shifted = shift(moments, owner, rows, objective.hessian)
+                    objective = objective._replace(shift=shifted)
+                of_layer.append(objective)
+            key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
+            return Problem(
+                METHODS[settings.method].quantize,
+                self._plan.get((self._index, name), settings.method_settings),
+                weights[name],
+                of_layer,
+                jax.random.fold_in(key, LINEAR_LAYERS.index(name)),
+                settings.calibration.asymmetry,
+                f"layers_{self._index}/{name}",
+            )
+
+        return [problem(name) for name in names]
+
+    def _tune(self) -> None:
+        """Tunes what is continuous in the block."""
+        settings, progress = self._context.settings, self._context.progress
+        del self._float, self._dense  # the tuning needs their room on the device
+        with self._context.stopwatch.stage("tune"):
+            start = time.perf_counter()
+            targets = self._files.read(forward.STREAM, self._index + 1)
+            self._packed, row = tune_block(
+                self._config,
+                self._packed,
+                Pairs(self._files.read(STREAM, self._index), targets),
+                settings.tune,
+                held_out=settings.calibration.held_out,
+                dense_dtype=settings.dense_dtype,
+                order=np.random.default_rng([settings.seed, self._index]),
+                name=f"layers_{self._index}",
+                on_epoch=progress.advance,
+                stopwatch=self._context.stopwatch,
+            )
+            progress.advance(steps=settings.tune.epochs - row["epochs"])
+            seconds = time.perf_counter() - start
+            self._dense = dequantize_block(self._packed)
+        self._rows.append({"kind": "block", "block": self._index, **row, "seconds": seconds})
+
+
+def drop_inside(files: StreamStore) -> None:
+    """Forgets what stages have left inside a block."""
+    for stream in (_HALF, _INNER):
+        files.drop(stream)
+
+
+def _flops(problems: Sequence[Problem], moments: Moments, measured: int) -> float:
+    """Of quantizing layers and measuring their errors so many times."""
+    return factor_flops(moments) + sum(
+        most_flops(p) + 2 * measured * flops.unit(*p.weight.shape) for p in problems
+    )
