@@ -4,8 +4,10 @@ A source hands out float32 arrays in the layout of `models.llama`, one transform
 on the device, so that memory holds one block whatever the depth of the model.
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +15,11 @@ import numpy as np
 from flax import traverse_util
 
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.file_tensor import FileTensor
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.on_device import Loader, Stored
 
+Named = tuple[str, np.ndarray]
 _SAMPLE_BYTES = 4096
 
 
@@ -96,7 +100,7 @@ class CheckpointSource:
         return block_tree(leaves)
 
     def _block_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
-        """{name: shape as stored} of a block.
+        """{name: shape as stored} of a block; names as if no weights were fused.
 
         Raises:
           ValueError: there is no such block.
@@ -117,8 +121,11 @@ class CheckpointSource:
         return array
 
     def _read_shape(self, name: str, shape: tuple[int, ...]) -> tuple[Stored, Path]:
-        stored, path = self._read(name)
-        check_shape(stored.shape, shape, name, path)
+        home, start, rows = fused_place(self.config, name, shape)
+        stored, path = self._read(home)
+        check_shape(stored.shape, (rows, *shape[1:]), home, path)
+        if home != name:
+            stored = _rows(stored, start, shape[0])
         if stored.dtype == np.float64:  # which devices do not have here
             with np.errstate(over="ignore"):  # an infinity is found by who checks
                 stored = stored[:].astype(np.float32)
@@ -136,12 +143,27 @@ def block_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       leaves: kernels and scales by Hugging Face's names, model.layers.7.mlp.up_proj.weight.
     """
-    modules = {tuple(name.split(".")[3:-1]): _module(leaf) for name, leaf in leaves.items()}
-    return traverse_util.unflatten_dict(modules)
+    flat = {}
+    for name, leaf in leaves.items():
+        *module, kind = name.split(".")[3:]
+        flat[(*module, "bias" if kind == "bias" else _kind(leaf))] = leaf
+    return traverse_util.unflatten_dict(flat)
+
+
+def _rows(stored: Stored, start: int, count: int) -> Stored:
+    """Some rows of a tensor, not read yet if it is in a file."""
+    if not isinstance(stored, FileTensor):
+        return stored[start : start + count]
+    offset = stored.offset + start * math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    return dataclasses.replace(stored, shape=(count, *stored.shape[1:]), offset=offset)
 
 
 def _module(leaf: Any) -> dict[str, Any]:
-    return {"scale" if len(leaf.shape) == 1 else "kernel": leaf}
+    return {_kind(leaf): leaf}
+
+
+def _kind(leaf: Any) -> str:
+    return "scale" if len(leaf.shape) == 1 else "kernel"
 
 
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -157,21 +179,70 @@ def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns {name below "model.layers.N.": shape as stored, (out, in)} of one block."""
+    """Returns {name below "model.layers.N.": shape as stored, (out, in)} of one block.
+
+    Weights that the family stores fused have a name each here; see `fused_place`.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    return {
-        "input_layernorm.weight": (hidden,),
+    family = config.family
+    shapes: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.k_proj.weight": (keys, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (inner, hidden),
         "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
+    with_bias = ["q_proj", "k_proj", "v_proj"] if config.attention_bias else []
+    with_bias += ["o_proj"] if config.attention_bias and family.output_bias else []
+    with_bias += ["gate_proj", "up_proj", "down_proj"] if config.mlp_bias else []
+    biases = {
+        name.replace("weight", "bias"): shape[:1]
+        for name, shape in shapes.items()
+        if name.split(".")[-2] in with_bias
+    }
+    shapes |= biases
+    shapes |= {f"{name}.weight": (hidden,) for name in family.norms if name is not None}
+    if family.qk_norm is not None:
+        widths = (queries, keys) if family.qk_norm == "whole" else (config.head_dim,) * 2
+        shapes |= {f"self_attn.{n}_norm.weight": (w,) for n, w in zip("qk", widths, strict=True)}
+    return shapes
+
+
+def fused_place(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
+    """Where a tensor is stored: name of the tensor there, its first row in it, all rows of it.
+
+    Args:
+      config: of the model.
+      name: full name, as if nothing were fused.
+      shape: of the tensor.
+    """
+    *parent, module, kind = name.split(".")
+    for home, parts in config.family.fused.items():
+        if module in parts:
+            shapes = block_shapes(config)
+            rows = [shapes[f"{parent[-1]}.{part}.{kind}"][0] for part in parts]
+            start = sum(rows[: parts.index(module)])
+            return ".".join([*parent, home, kind]), start, sum(rows)
+    return name, 0, shape[0]
+
+
+def fused(config: ModelConfig, tensors: Iterable[Named]) -> Iterator[Named]:
+    """Tensors of a block (name, array (out, in)) as the family stores them."""
+    waiting: dict[str, np.ndarray] = {}
+    for name, array in tensors:
+        home, _, rows = fused_place(config, name, array.shape)
+        if home == name:
+            yield name, array
+            continue
+        waiting[name] = array
+        module = home.split(".")[-2]
+        parts = [home.replace(f".{module}.", f".{part}.") for part in config.family.fused[module]]
+        if all(part in waiting for part in parts):
+            yield home, np.concatenate([waiting.pop(part) for part in parts])
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -184,7 +255,8 @@ def tensor_names(config: ModelConfig) -> set[str]:
     """Returns the Hugging Face names of every tensor of the model."""
     names = set(outer_shapes(config))
     for index in range(config.num_hidden_layers):
-        names |= {f"model.layers.{index}.{name}" for name in block_shapes(config)}
+        for name, shape in block_shapes(config).items():
+            names.add(fused_place(config, f"model.layers.{index}.{name}", shape)[0])
     return names
 
 
@@ -200,7 +272,7 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
         raise ValueError(f"{path} lacks {len(missing)} tensor(s), the first is {missing[0]}")
     if unknown := sorted(stored - expected):
         raise NotImplementedError(
-            f"{path} holds {len(unknown)} tensor(s) that a Llama decoder does not have, "
+            f"{path} holds {len(unknown)} tensor(s) that the decoder of its model_type lacks, "
             f"the first is {unknown[0]}"
         )
 

@@ -32,7 +32,14 @@ from gptvq_jax.core.hessian import (
 from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    STAGES,
+    Params,
+    closing_outputs,
+    get_layer,
+    run_stage,
+)
 from gptvq_jax.run.activations import Activations, Writer
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
@@ -107,6 +114,7 @@ def step(
     moments: Moments,
     weights: dict[str, jax.Array] | None = None,
     reference: FloatStates | None = None,
+    float_block: Params | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Moments]:
     """Takes a batch from the entrance of one stage to that of another, and adds to moments.
 
@@ -118,19 +126,20 @@ def step(
       moments: those wanted of layers in stages `start` to `stop`; others are not computed.
       weights: of the tokens, {layer: (batch, T, g)}, or None.
       reference: the float model's states, where crosses are wanted.
+      float_block: its parameters, likewise; only families with a norm behind a layer need them.
 
     Returns:
       x and inner at the entrance of stage `stop`, and the moments.
     """
     for stage in range(start, min(stop + 1, LAST)):
         *after, read = run_stage(config, block, stage, x, inner)
-        moments = _add(config, block, stage, read, moments, weights, reference)
+        moments = _add(config, block, stage, read, moments, weights, reference, float_block)
         if stage < stop:
             x, inner = after
     return x, inner, moments
 
 
-def _add(config, block, stage, read, moments, weights, reference) -> Moments:
+def _add(config, block, stage, read, moments, weights, reference, float_block) -> Moments:
     """Adds what the layers of a stage read."""
     inputs, crosses = dict(moments.inputs), dict(moments.crosses)
     float_read = None
@@ -144,9 +153,9 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
             continue
         states = [reference[number] for number in _STATES[stage]]
         if STAGES[stage] in _CLOSING:
-            before, after = states
             rows = crosses[owner].total.shape[0]
-            other = (after - before)[..., group * rows : (group + 1) * rows]
+            outputs = closing_outputs(config, block, stage, *states, float_block)
+            other = outputs[..., group * rows : (group + 1) * rows]
         else:
             if float_read is None:
                 *_, float_read = run_stage(config, block, stage, *states, None)
@@ -173,6 +182,7 @@ def run_windows(
     batch_size: int,
     weights: Mapping[str, np.ndarray] | None = None,
     out: Writer | None = None,
+    float_block: Params | None = None,
 ) -> Moments:
     """Runs all calibration windows through `step`.
 
@@ -182,6 +192,7 @@ def run_windows(
       batch_size: most windows at a time.
       weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
       out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
+      float_block: of `step`.
     """
     wanted = dict.fromkeys(name for name, _ in moments.inputs)
     states = {number for name, _ in moments.crosses for number in _STATES[_STAGE[name]]}
@@ -202,6 +213,7 @@ def run_windows(
             moments,
             of_part,
             reference,
+            float_block,
         )
         if out is not None:
             out[part] = x if inner is None else inner

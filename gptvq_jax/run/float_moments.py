@@ -66,7 +66,7 @@ class FloatMoments:
         if index >= self._blocks:
             return
         source, settings, workdir, _, stopwatch = self._context
-        c, weights = settings.calibration, None
+        c, weights, config = settings.calibration, None, source.config.of_block(index)
         with stopwatch.stage("hessians"):
             if c.gradient_groups:
                 loaded = workdir.load_token_weights(index).items()
@@ -74,10 +74,10 @@ class FloatMoments:
             x = self.files.read(forward.STREAM, index)
             moments = init_moments(block, range(LAST), weights)
             stopwatch.flops(
-                stage_flops(source.config, range(LAST - 1), *x.shape[:2])
+                stage_flops(config, range(LAST - 1), *x.shape[:2])
                 + moment_flops(moments, x.shape[0] * x.shape[1])
             )
-            parts = source.config, block, Files(x), 0, LAST - 1, moments, c.batch_size, weights
+            parts = config, block, Files(x), 0, LAST - 1, moments, c.batch_size, weights
             save_moments(workdir, index, jax.block_until_ready(run_windows(*parts)))
 
 

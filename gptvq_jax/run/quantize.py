@@ -110,7 +110,7 @@ class Quantize:
                 return
             shape = (*self._tokens.shape, source.config.hidden_size)
             with self._context.files.write(STREAM, 0, shape) as out:
-                write_embeddings(dequantize_tree(stored), self._tokens, out)
+                write_embeddings(source.config, dequantize_tree(stored), self._tokens, out)
 
     def finalize(self) -> None:
         """Completes the checkpoint."""
@@ -169,7 +169,7 @@ class _Block:
         self._rows: list[dict[str, Any]] = []
         settings, files = context.settings, context.files
         c = settings.calibration
-        self._config, self._files = context.source.config, files
+        self._config, self._files = context.source.config.of_block(index), files
         self._stream = forward.STREAM if c.inputs == "float" else STREAM
         self._weights = None
         if c.gradient_groups:
@@ -251,6 +251,7 @@ class _Block:
                 self._context.settings.calibration.batch_size,
                 self._weights,
                 out,
+                self._float if moments.crosses else None,
             )
             return jax.block_until_ready(moments)
 

@@ -121,6 +121,8 @@ def _check_shape(name: str, meta: Mapping[str, Any], shape: tuple[int, ...]) -> 
 
 def _leaf_name(name: str) -> str:
     """Of a Hugging Face name: self_attn.q_proj.weight -> self_attn/q_proj/kernel."""
+    if name.endswith(".bias"):
+        return name.replace(".", "/")
     path = name.removesuffix(".weight").replace(".", "/")
     last = path.rpartition("/")[2]
     kind = "embedding" if last == "embed_tokens" else "scale" if last.endswith("norm") else "kernel"

@@ -51,7 +51,7 @@ def test_hessians_and_errors_equal_a_plain_computation(quantize, tiny_config, in
     source = open_source(tiny_config.model)
     packed = PackedCheckpoint(path / "checkpoint")
     tokens = np.load(path / "tokens.npy")
-    x = embed(source.outer(), tokens)
+    x = embed(source.config, source.outer(), tokens)
     for index in range(source.config.num_hidden_layers):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         dense, quantized = source.block(index), packed.block(index)
@@ -80,7 +80,7 @@ def test_asymmetric_target_lowers_the_error_that_it_aims_at(quantize, tiny_confi
         _, _, path = quantize(f"run{strength}", **given)
         source = open_source(tiny_config.model)
         packed = PackedCheckpoint(path / "checkpoint")
-        x = embed(source.outer(), np.load(path / "tokens.npy"))
+        x = embed(source.config, source.outer(), np.load(path / "tokens.npy"))
         float_x = block_forward(source.config, source.block(0), x)
         own_x = block_forward(source.config, packed.block(0), x)
         dense, quantized = source.block(1), packed.block(1)
@@ -136,7 +136,7 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
     assert len(found) == 2 * len(LINEAR_GROUPS) and len(blocks) == 2 * tuned
-    left, x = iter(found), embed(source.outer(), np.load(path / "tokens.npy"))
+    left, x = iter(found), embed(source.config, source.outer(), np.load(path / "tokens.npy"))
     for index in range(2):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         seen = dense = source.block(index)
@@ -173,7 +173,10 @@ def test_stage_by_stage_every_layer_aims_at_the_outputs_of_the_float_model(
     given = {"num_blocks": 2, "true_sequential": True, "calibration.asymmetry": 0.5}
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
-    config, float_x = source.config, embed(source.outer(), np.load(path / "tokens.npy"))
+    config, float_x = (
+        source.config,
+        embed(source.config, source.outer(), np.load(path / "tokens.npy")),
+    )
     own_x = float_x
     for index in range(2):
         own_x, float_x = (
@@ -261,7 +264,7 @@ def test_int8_embeddings_are_what_the_blocks_are_calibrated_on(quantize, tiny_co
     assert summary["perplexity_quantized"] != dense_summary["perplexity_quantized"]
 
     block, tokens = source.block(0), np.load(path / "tokens.npy")
-    x = jnp.asarray(embed(packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
+    x = jnp.asarray(embed(packed.config, packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
     _, read = block_forward_with_inputs(source.config, block, x)
     name = "self_attn/q_proj"
     flat = np.asarray(read[name], np.float64).reshape(-1, hidden)

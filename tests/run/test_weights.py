@@ -171,7 +171,7 @@ def losses(source, path, weights, sequential=False):
     """{layer: (tr((W - Q) H (W - Q)^T), tr(W H W^T))} of block 0 in float64, summed over groups."""
     block = source.block(0)
     quantized = PackedCheckpoint(path / "checkpoint").block(0)
-    x = embed(source.outer(), np.load(path / "tokens.npy"))
+    x = embed(source.config, source.outer(), np.load(path / "tokens.npy"))
     x, seen, found = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), block, {}
     for group in LINEAR_GROUPS:
         _, read = block_forward_with_inputs(source.config, seen, x)
