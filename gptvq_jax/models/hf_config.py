@@ -90,7 +90,8 @@ def write_fields(config: Any) -> dict[str, Any]:
     if isinstance(config.eos_token_id, tuple):
         hf["eos_token_id"] = list(config.eos_token_id)
     hf |= {name: getattr(config, name) for name in family.biases}
-    hf |= {"rope_theta": config.rope_theta, "rope_scaling": write_rope(config.rope_scaling)}
+    kind = config.kinds[0]  # where these differ the family says so
+    hf |= {"rope_theta": kind.rope_theta, "rope_scaling": write_rope(kind.rope_scaling)}
     return {
         **hf,
         family.activation: config.hidden_act,

@@ -272,7 +272,7 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
         raise ValueError(f"{path} lacks {len(missing)} tensor(s), the first is {missing[0]}")
     if unknown := sorted(stored - expected):
         raise NotImplementedError(
-            f"{path} holds {len(unknown)} tensor(s) that the decoder of its model_type lacks, "
+            f"{path} holds {len(unknown)} tensor(s) that its model_type does not have, "
             f"the first is {unknown[0]}"
         )
 

@@ -5,13 +5,15 @@ fields here, those that a config.json may choose are fields of ModelConfig.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptvq_jax.console.errors import brief
+from gptvq_jax.models.fields import FLAG, SIZE, integer, number
 from gptvq_jax.models.rope_scaling import ROPE_TYPES, RopeScaling
 
 Fields = dict[str, Any]
+_CAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
 
 
 class Norms(NamedTuple):
@@ -107,9 +109,41 @@ def sliding_layers(
     return tuple(name == "sliding_attention" for name in types)
 
 
-def by_block(kinds: tuple[BlockKind, ...]) -> Fields:
+def by_block(kinds: Sequence[BlockKind]) -> Fields:
     """The fields of ModelConfig that say it, whether or not all blocks are alike."""
-    return kinds[0]._asdict() if len(set(kinds)) == 1 else {"blocks": kinds}
+    if len(set(kinds)) == 1:
+        return kinds[0]._asdict()
+    # What counts for no block has one value only, or equal models would not be equal.
+    defaults = BlockKind(None, 10000.0, None)._asdict()
+    return {**defaults, "blocks": tuple(kinds)}
+
+
+def late_windows(hf: Mapping[str, Any], fields: Fields) -> Fields:
+    """Qwen's: a window, if `use_sliding_window`, in blocks from `max_window_layers` on."""
+    slides = FLAG.optional(False).read(hf, "use_sliding_window")
+    window = (4096 if "sliding_window" not in hf else fields["sliding_window"]) if slides else None
+    first = integer(0).optional(28, null=False).read(hf, "max_window_layers")
+    sliding = sliding_layers(hf, fields["num_hidden_layers"], lambda index: index >= first)
+    rope = fields["rope_theta"], fields["rope_scaling"]
+    return by_block([BlockKind(window if slides else None, *rope) for slides in sliding])
+
+
+def read_gemma(hf: Mapping[str, Any], fields: Fields) -> Fields:
+    """Gemma's scales and soft caps."""
+    cap = number(1e-9, 1e9).optional()
+    scalar = SIZE.read(hf, "query_pre_attn_scalar")
+    caps = {ours: cap.read(hf, theirs) for ours, theirs in _CAPS.items()}
+    return {
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "attention_scale": scalar**-0.5,
+        **{ours: None if value is None else float(value) for ours, value in caps.items()},
+    }
+
+
+def write_gemma(config: Any) -> Fields:
+    """The inverse of `read_gemma`."""
+    caps = {theirs: getattr(config, ours) for ours, theirs in _CAPS.items()}
+    return {"query_pre_attn_scalar": round(config.attention_scale**-2), **caps}
 
 
 def layer_types(config: Any) -> list[str]:
