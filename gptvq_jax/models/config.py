@@ -55,6 +55,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None  # only handed on
     hidden_act: str = "silu"
     attention_bias: bool = False  # of q, k and v; of o_proj too if the family has it
     mlp_bias: bool = False

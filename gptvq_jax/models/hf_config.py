@@ -36,6 +36,7 @@ COMMON = {
     "tie_word_embeddings": FLAG.optional(False),
     "bos_token_id": SIGNED_ID.optional(1),
     "eos_token_id": SIGNED_IDS.optional(2),
+    "pad_token_id": SIGNED_ID.optional(),
 }
 # Of each name, what the feed-forward layer computes with (models/llama.py).
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
@@ -70,7 +71,8 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         values["num_key_value_heads"] = heads
     eos = values["eos_token_id"]
     values["eos_token_id"] = token_ids(eos) if isinstance(eos, list) else _token(eos)
-    values["bos_token_id"] = _token(values["bos_token_id"])
+    for name in ("bos_token_id", "pad_token_id"):
+        values[name] = _token(values[name])
     values["rms_norm_eps"] = float(values["rms_norm_eps"])
     values["tie_word_embeddings"] = bool(values["tie_word_embeddings"])
     values["hidden_act"] = _activation(hf, family)

@@ -1,6 +1,6 @@
 """Writes golden/*.json: logits of transformers' PyTorch models, to be checked without PyTorch.
 
-    PYTHONPATH=. python tests/models/make_golden.py
+    PYTHONPATH=.:tests python tests/models/make_golden.py
 
 needs torch and transformers. The weights are not stored: `random_params` draws them from a seed.
 """
@@ -8,8 +8,8 @@ needs torch and transformers. The weights are not stored: `random_params` draws 
 import json
 from pathlib import Path
 
-import families
 import numpy as np
+import tiny_families as families
 
 from gptvq_jax.models.config import Llama3RopeScaling, ModelConfig
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CONFIGS, hf_config, random_tokens, torch_logits, write_model
 from make_golden import FAMILY_POSITIONS, FAMILY_TOKENS, GOLDEN_DIR
+from tiny_families import CONFIGS, hf_config, random_tokens, torch_logits, write_model
 
 from gptvq_jax.models import flops, llama
 from gptvq_jax.models.config import ModelConfig

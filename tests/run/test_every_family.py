@@ -1,0 +1,106 @@
+"""A tiny run of every family: quantized, packed, evaluated, generated from, exported, read back."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny_families import CONFIGS, random_tensors, random_tokens, torch_logits, write_model
+from tiny_run import byte_tokenizer, quick_config
+
+from gptvq_jax.exchange.hf_dense import hf_dense
+from gptvq_jax.models.families import FAMILIES
+from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder
+from gptvq_jax.models.open import open_source
+from gptvq_jax.run import job
+from gptvq_jax.serve.generate import generate
+from gptvq_jax.serve.params import packed_params
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+# In the default suite those that between them have everything that Llama has not.
+FAST = ("qwen2", "phi3", "gemma3_text")
+PARAMS = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in CONFIGS
+    if name in FAMILIES
+]
+TOKENS = random_tokens(24, vocab_size=256)
+
+
+def names_of(directory):
+    with safe_open(directory / "model.safetensors", framework="numpy") as file:
+        return set(file.keys())
+
+
+def decode(source, tokens=TOKENS):
+    """Logits of the float model that a source stands for."""
+    blocks = {f"layers_{i}": source.block(i) for i in range(source.config.num_hidden_layers)}
+    run = jax.jit(Decoder(source.config).apply)
+    return np.asarray(run({"params": {**source.outer(), **blocks}}, tokens))
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def finished(request, tmp_path_factory, text_files):
+    """The source, the summary of a run over it, and the run's checkpoint."""
+    path = tmp_path_factory.mktemp(request.param)
+    directory = write_model(path / "model", request.param, vocab_size=256)
+    byte_tokenizer().save_pretrained(directory)
+    config = quick_config(directory, text_files)
+    config.vq.bits = 2.0
+    # Gradients, float states and quantized ones: all that a run walks the blocks for.
+    config.calibration.gradient_groups, config.calibration.asymmetry = 2, 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptvq_jax.console.layer_plot.plot", lambda *_: None)
+        summary = job.quantize(config, str(path / "run"))
+    return open_source(str(directory)), summary, PackedCheckpoint(path / "run/checkpoint")
+
+
+def nll(source, windows):
+    """Mean negative log-likelihood of the next tokens of windows, by the whole decoder."""
+    logits = jax.nn.log_softmax(decode(source, windows)[:, :-1], axis=-1)
+    return -np.take_along_axis(np.asarray(logits), windows[:, 1:, None], axis=-1).mean()
+
+
+def test_every_layer_is_packed(finished):
+    source, summary, packed = finished
+    layers = packed.manifest["layers"]
+    depth = source.config.num_hidden_layers
+    assert layers.keys() == {f"layers_{i}/{name}" for i in range(depth) for name in LINEAR_LAYERS}
+    assert packed.config == source.config
+    assert 2 < summary["bits_per_value"] < 4
+
+
+def test_the_evaluation_is_that_of_the_whole_decoder(finished, text_files):
+    source, summary, packed = finished
+    text = Path(text_files[1]).read_text()[: 4 * 32]
+    windows = np.asarray(packed.tokenizer(text)["input_ids"], np.int32).reshape(4, 32)
+    for name, model in (("perplexity_float", source), ("perplexity_quantized", packed)):
+        assert summary[name] == pytest.approx(np.exp(nll(model, windows)), rel=1e-3)
+
+
+def test_generation_from_packed_codes_is_greedy(finished):
+    _, _, packed = finished
+    prompt = list(map(int, TOKENS[0]))
+    made = generate(packed.config, packed_params(packed), [prompt], max_tokens=6).tokens[0]
+    logits = decode(packed, np.array([prompt + made], np.int32))[0, len(prompt) - 1 : -1]
+    best = np.sort(logits, axis=-1)
+    assert (best[:, -1] - best[:, -2] > 1e-3).all()  # no near tie
+    assert made == logits.argmax(-1).tolist()
+
+
+def test_the_dense_export_is_the_model_under_the_names_of_the_source(finished, tmp_path):
+    source, _, packed = finished
+    hf_dense(packed, tmp_path / "out")
+    again = open_source(str(tmp_path / "out"))
+    assert again.config == source.config
+    assert names_of(tmp_path / "out") == set(random_tensors(source.config))
+    np.testing.assert_allclose(decode(again), decode(packed), rtol=0, atol=1e-5)
+
+
+def test_transformers_loads_the_export_with_equal_logits(finished, tmp_path):
+    pytest.importorskip("torch")
+    *_, packed = finished
+    hf_dense(packed, tmp_path / "out")
+    expected = decode(packed)
+    np.testing.assert_allclose(torch_logits(tmp_path / "out", TOKENS), expected, rtol=0, atol=1e-3)
