@@ -75,6 +75,12 @@ def stage_flops(config: ModelConfig, stages: Iterable[int], batch: int, time: in
     return layers + (0 in stages) * attention(config, batch, time)
 
 
+def closing_outputs(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
+    """llama.closing_outputs of those of some stages that close a half of the block."""
+    again = [stage for stage in stages if stage in (1, 3) and config.family.norms[stage]]
+    return sum(stage_flops(config, (stage - 1, stage), batch, time) for stage in again)
+
+
 def block_inputs(config: ModelConfig, batch: int, time: int) -> int:
     """The same where only what its layers read is wanted: down_proj is not executed."""
     return stage_flops(config, range(len(STAGES) - 1), batch, time)

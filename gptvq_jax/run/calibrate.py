@@ -142,7 +142,7 @@ def step(
 def _add(config, block, stage, read, moments, weights, reference, float_block) -> Moments:
     """Adds what the layers of a stage read."""
     inputs, crosses = dict(moments.inputs), dict(moments.crosses)
-    float_read = None
+    float_read = outputs = None
     for owner in inputs:
         name, group = owner
         if _STAGE[name] != stage:
@@ -154,7 +154,8 @@ def _add(config, block, stage, read, moments, weights, reference, float_block) -
         states = [reference[number] for number in _STATES[stage]]
         if STAGES[stage] in _CLOSING:
             rows = crosses[owner].total.shape[0]
-            outputs = closing_outputs(config, block, stage, *states, float_block)
+            if outputs is None:
+                outputs = closing_outputs(config, block, stage, *states, float_block)
             other = outputs[..., group * rows : (group + 1) * rows]
         else:
             if float_read is None:
@@ -218,6 +219,11 @@ def run_windows(
         if out is not None:
             out[part] = x if inner is None else inner
     return moments
+
+
+def crossed_stages(moments: Moments) -> set[int]:
+    """Those whose layers aim at the float model."""
+    return {_STAGE[name] for name, _ in moments.crosses}
 
 
 def moment_flops(moments: Moments, tokens: int) -> int:

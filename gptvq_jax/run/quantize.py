@@ -33,7 +33,7 @@ from gptvq_jax.methods.layer import (
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.flops import stage_flops
+from gptvq_jax.models.flops import closing_outputs, stage_flops
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -47,6 +47,7 @@ from gptvq_jax.run.calibrate import (
     LAST,
     Files,
     Moments,
+    crossed_stages,
     factor_flops,
     init_moments,
     moment_flops,
@@ -240,6 +241,7 @@ class _Block:
             self._context.stopwatch.flops(
                 stage_flops(self._config, stages, *shape[:2])
                 + moment_flops(moments, shape[0] * shape[1])
+                + closing_outputs(self._config, crossed_stages(moments), *shape[:2])
             )
             moments = run_windows(
                 self._config,

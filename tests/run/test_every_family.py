@@ -3,17 +3,39 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpr_flops import count
 from safetensors import safe_open
 from tiny_families import CONFIGS, random_tensors, random_tokens, torch_logits, write_model
 from tiny_run import byte_tokenizer, quick_config
 
 from gptvq_jax.exchange.hf_dense import hf_dense
+from gptvq_jax.models import flops
 from gptvq_jax.models.families import FAMILIES
-from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder
+from gptvq_jax.models.llama import (
+    LINEAR_LAYERS,
+    Decoder,
+    block_forward_with_inputs,
+    get_layer,
+    with_layer,
+)
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
+from gptvq_jax.run.calibrate import (
+    LAST,
+    Files,
+    FloatStates,
+    crossed_stages,
+    hessians,
+    init_moments,
+    moment_flops,
+    run_windows,
+    shift,
+    step,
+)
+from gptvq_jax.run.forward import block_halves
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -104,3 +126,49 @@ def test_transformers_loads_the_export_with_equal_logits(finished, tmp_path):
     hf_dense(packed, tmp_path / "out")
     expected = decode(packed)
     np.testing.assert_allclose(torch_logits(tmp_path / "out", TOKENS), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "granite", "gemma2"])
+def test_an_asymmetric_target_aims_at_what_the_float_layer_computed(name, tmp_path):
+    """Not at what a norm or a multiplier behind it made of that, and without the bias."""
+    source = open_source(str(write_model(tmp_path, name)))
+    config, float_block, rng = source.config.of_block(0), source.block(0), np.random.default_rng(0)
+    block = float_block
+    for layer in LINEAR_LAYERS:
+        kernel = np.asarray(get_layer(block, layer)["kernel"])
+        block = with_layer(block, layer, kernel + 0.02 * rng.standard_normal(kernel.shape))
+    block = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block)
+    x, y = rng.standard_normal((2, 4, 16, config.hidden_size)).astype(np.float32)
+    states = (y, *map(np.asarray, block_halves(config, float_block, y)))
+    files, moments = Files(x, reference=states), init_moments(block, range(LAST), None, True)
+    assert crossed_stages(moments) == set(range(LAST))
+    moments = run_windows(config, block, files, 0, LAST - 1, moments, 2, float_block=float_block)
+    found = hessians(moments)
+    _, read = block_forward_with_inputs(config, block, x)
+    _, float_read = block_forward_with_inputs(config, float_block, y)
+    for layer in ("self_attn/o_proj", "mlp/down_proj"):
+        own, aimed = (get_layer(b, layer)["kernel"] for b in (block, float_block))
+        inputs, outputs = read[layer], float_read[layer] @ aimed
+        expected = jnp.einsum("bto,bti->oi", outputs - inputs @ own, inputs) / inputs[..., 0].size
+        actual = shift(moments, (layer, 0), own.T, found[layer, 0])
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_flops_of_an_asymmetric_target_behind_norms(tmp_path):
+    """As the traced program has them."""
+    source = open_source(str(write_model(tmp_path, "olmo2")))
+    config, block = source.config, source.block(0)
+    x = jnp.zeros((2, 16, config.hidden_size))
+    moments = init_moments(block, range(LAST), None, True)
+    reference = FloatStates(x, x, x)
+    counted = count(
+        lambda b, x, m, r, f: step(config, b, x, None, 0, LAST, m, None, r, f),
+        block,
+        x,
+        moments,
+        reference,
+        block,
+    )
+    expected = flops.block_forward(config, 2, 16) + moment_flops(moments, 32)
+    expected += flops.closing_outputs(config, range(LAST), 2, 16)
+    assert counted == expected
