@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.source import block_shapes, fused, outer_shapes
+from gptvq_jax.models.shapes import block_shapes, fused, outer_shapes
 
 _SMALL = {
     "vocab_size": 64,

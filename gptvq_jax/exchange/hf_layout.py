@@ -14,7 +14,7 @@ from gptvq_jax.exchange.aqlm_format import aqlm_format, to_aqlm
 from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.files.new_directory import new_directory
 from gptvq_jax.models.companions import write_companions
-from gptvq_jax.models.source import Named, fused
+from gptvq_jax.models.shapes import Named, fused
 from gptvq_jax.models.tokenizer_files import make_portable
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.storage.shards import write_shards

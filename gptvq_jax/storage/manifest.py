@@ -6,7 +6,7 @@ from typing import Any
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.source import block_shapes, outer_shapes
+from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.storage.tree_record import Record, check_fields, check_metas, same
 
 _FIELDS = (

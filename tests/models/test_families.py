@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from make_golden import FAMILY_POSITIONS, FAMILY_TOKENS, GOLDEN_DIR
+from test_config_fuzz import EXACT, OTHER
 from tiny_families import CONFIGS, hf_config, random_tokens, torch_logits, write_model
 
 from gptvq_jax.models import flops, llama
@@ -18,6 +19,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.families import FAMILIES
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.rope import inverse_frequencies
 from gptvq_jax.run.forward import block_halves
 
 REPOSITORY = Path(__file__).parents[2]
@@ -229,6 +231,24 @@ def test_what_a_family_cannot_do_is_refused_by_field(tmp_path, name, changes, wo
     with pytest.raises((ValueError, NotImplementedError), match=words) as error:
         ModelConfig.from_hf(hf_config(name, **changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+def test_every_field_with_every_kind_of_value(name):
+    """A config is read, and can be computed with and written, or one line says what is wrong."""
+    hf, refused = hf_config(name, **ModelConfig.from_hf(hf_config(name)).to_hf()), 0
+    for field in hf:
+        for value in (*EXACT, *OTHER):
+            try:
+                config = ModelConfig.from_hf({**hf, field: value})
+                for kind in set(config.kinds):
+                    of_kind = dataclasses.replace(config, blocks=None, **kind._asdict())
+                    assert np.isfinite(inverse_frequencies(of_kind)).all()
+                assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+            except (ValueError, NotImplementedError) as error:
+                assert "\n" not in str(error) and len(str(error)) < 400
+                refused += 1
+    assert refused > 5 * len(hf)
 
 
 def test_tensors_left_over_or_missing_and_a_missing_shard_are_named(tmp_path):

@@ -11,6 +11,7 @@ from make_golden import CONFIGS, random_params, random_tokens, torch_logits, tor
 from transformers import LlamaConfig
 
 from gptvq_jax.models import llama
+from gptvq_jax.models.attention import causal_attention
 from gptvq_jax.models.config import Llama3RopeScaling, ModelConfig
 from gptvq_jax.models.rope import inverse_frequencies
 
@@ -121,7 +122,7 @@ def test_chunked_attention_matches_a_masked_softmax(window, chunk_size):
     weights = np.exp(scores) * ((age >= 0) & (age < (window or time)))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshd->bthd", weights, v_all)
-    attention = jax.jit(llama.causal_attention, static_argnums=(3, 4))
+    attention = jax.jit(causal_attention, static_argnums=(3, 4))
     np.testing.assert_allclose(attention(q, k, v, window, chunk_size), expected, rtol=0, atol=1e-5)
 
 
@@ -139,7 +140,7 @@ def test_attention_is_that_of_jax(heads, kv_heads, window, time, chunk_size):
         expected = jax.nn.dot_product_attention(
             q, k, v, is_causal=True, local_window_size=reach, implementation="xla"
         )
-    mixed = llama.causal_attention(q, k, v, window, chunk_size)
+    mixed = causal_attention(q, k, v, window, chunk_size)
     assert mixed.dtype == jnp.float32
     np.testing.assert_allclose(mixed, expected, rtol=0, atol=2e-6)
 

@@ -109,6 +109,17 @@ def sliding_layers(
     return tuple(name == "sliding_attention" for name in types)
 
 
+def gemma_window(fields: Fields, sliding: Sequence[bool]) -> int | None:
+    """The window of blocks of which some are `sliding`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if any(sliding) and fields["sliding_window"] is None:
+        raise ValueError("sliding_window must be a positive integer, got None: some blocks have it")
+    return fields["sliding_window"]
+
+
 def by_block(kinds: Sequence[BlockKind]) -> Fields:
     """The fields of ModelConfig that say it, whether or not all blocks are alike."""
     if len(set(kinds)) == 1:

@@ -5,6 +5,7 @@ from gptvq_jax.models.families.base import (
     Family,
     Norms,
     by_block,
+    gemma_window,
     layer_types,
     read_gemma,
     sliding_layers,
@@ -22,7 +23,7 @@ NORMS = Norms(
 
 def _read(hf, fields):
     sliding = sliding_layers(hf, fields["num_hidden_layers"], lambda index: index % 2 == 0)
-    window, rope = fields["sliding_window"], (fields["rope_theta"], fields["rope_scaling"])
+    window, rope = gemma_window(fields, sliding), (fields["rope_theta"], fields["rope_scaling"])
     kinds = [BlockKind(window if slides else None, *rope) for slides in sliding]
     return {**read_gemma(hf, fields), **by_block(kinds)}
 

@@ -5,6 +5,7 @@ from gptvq_jax.models.families.base import (
     BlockKind,
     Family,
     by_block,
+    gemma_window,
     layer_types,
     read_gemma,
     sliding_layers,
@@ -37,8 +38,9 @@ def _ropes(hf, max_positions):
 
 def _read(hf, fields):
     pattern = SIZE.optional(6, null=False).read(hf, "sliding_window_pattern")
-    depth, window = fields["num_hidden_layers"], fields["sliding_window"]
+    depth = fields["num_hidden_layers"]
     sliding = sliding_layers(hf, depth, lambda index: (index + 1) % pattern != 0)
+    window = gemma_window(fields, sliding)
     ropes = _ropes(hf, fields["max_position_embeddings"])
     kinds = {
         True: BlockKind(window, *ropes["sliding_attention"]),
