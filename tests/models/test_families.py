@@ -168,7 +168,6 @@ def test_every_choice_of_a_config_changes_the_logits(name, tmp_path):
         kinds = [(kind,) * config.num_hidden_layers for kind in set(config.kinds)]
         others += [dataclasses.replace(config, blocks=alike) for alike in kinds]
     expected = logits(source)
-    assert others or name in ("llama", "qwen3", "olmo2")  # their difference is in their tensors
     for other in others:
         changed = jax.jit(llama.Decoder(other).apply)({"params": params}, TOKENS)
         assert np.abs(changed - expected).max() > 1e-2, other
