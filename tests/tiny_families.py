@@ -81,6 +81,7 @@ CONFIGS = {
         "rope_local_base_freq": 300.0,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
+    "seed_oss": {"model_type": "seed_oss"},
 }
 
 
