@@ -106,9 +106,9 @@ def test_generation_from_packed_codes_is_greedy(finished):
     prompt = list(map(int, TOKENS[0]))
     made = generate(packed.config, packed_params(packed), [prompt], max_tokens=6).tokens[0]
     logits = decode(packed, np.array([prompt + made], np.int32))[0, len(prompt) - 1 : -1]
-    best = np.sort(logits, axis=-1)
-    assert (best[:, -1] - best[:, -2] > 1e-3).all()  # no near tie
-    assert made == logits.argmax(-1).tolist()
+    chosen = np.take_along_axis(logits, np.array(made)[:, None], axis=-1)[:, 0]
+    # Of a near tie either is the likeliest.
+    np.testing.assert_allclose(chosen, logits.max(-1), rtol=0, atol=1e-3)
 
 
 def test_the_dense_export_is_the_model_under_the_names_of_the_source(finished, tmp_path):
