@@ -62,6 +62,11 @@ def text_files(tmp_path_factory):
 
 @pytest.fixture
 def tiny_config(model_dir, text_files):
+    """See `quick_config`."""
+    return quick_config(model_dir, text_files)
+
+
+def quick_config(model_dir: Path, text_files: list[str]):
     """Cheap settings: 2D with 2-bit codes, one EM step, windows of 32 tokens."""
     config = default_config()
     config.model = str(model_dir)

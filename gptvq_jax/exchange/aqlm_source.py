@@ -42,6 +42,11 @@ class AQLMSource(DirectorySource):
         self.name = directory.name
         self.format = _read_format(directory)
         self.config = directory.model_config(ignored=("quantization_config",))
+        if self.config.family.fused:
+            raise NotImplementedError(
+                f"{directory.config_path}: codes of model_type {self.config.model_type!r} are not "
+                "supported: its layers are stored fused; quantize the float model instead"
+            )
         self.fingerprint = directory.fingerprint
         expected = set()
         for name in tensor_names(self.config):

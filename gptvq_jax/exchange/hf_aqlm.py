@@ -6,6 +6,7 @@ from typing import Any
 
 from gptvq_jax.exchange.aqlm_format import AQLMFormat, aqlm_format
 from gptvq_jax.exchange.hf_layout import module_name, write_model
+from gptvq_jax.models.families.base import Family
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.storage.tensor_io import abstract_tensor
 
@@ -36,7 +37,7 @@ def hf_aqlm(
 
 def _quantization_config(checkpoint: PackedCheckpoint) -> dict[str, Any]:
     """What config.json says of the layers, once all are known to fit; reads no array."""
-    fmt = _common_format(checkpoint.manifest["layers"])
+    fmt = _common_format(checkpoint.manifest["layers"], checkpoint.config.family)
     dense = [module_name(name) for name in checkpoint.manifest["dense"] if name.endswith("/kernel")]
     linear = sorted({*dense, "lm_head"})  # a tied head is a linear layer of its own in transformers
     return {
@@ -50,9 +51,14 @@ def _quantization_config(checkpoint: PackedCheckpoint) -> dict[str, Any]:
     }
 
 
-def _common_format(layers: Mapping[str, Any]) -> AQLMFormat:
+def _common_format(layers: Mapping[str, Any], family: Family) -> AQLMFormat:
     """The format of all quantized layers, from their descriptions in the manifest."""
     way_out = "or export with --format=hf-dense"
+    if fused := list(family.fused):
+        raise NotImplementedError(
+            f"model_type {family.model_type!r} stores {', '.join(fused)} as one layer each, which "
+            "the format cannot hold once they are quantized apart; export with --format=hf-dense"
+        )
     formats: dict[str, AQLMFormat] = {}
     for name, meta in layers.items():
         try:

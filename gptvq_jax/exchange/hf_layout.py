@@ -14,6 +14,7 @@ from gptvq_jax.exchange.aqlm_format import aqlm_format, to_aqlm
 from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.files.new_directory import new_directory
 from gptvq_jax.models.companions import write_companions
+from gptvq_jax.models.shapes import Named, fused
 from gptvq_jax.models.tokenizer_files import make_portable
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.storage.shards import write_shards
@@ -24,7 +25,6 @@ _CONFIG_BYTES = 1 << 16
 _ENTRY_BYTES = 1024  # of the names of a layer in the headers of files and in their index
 
 Params = Mapping[str, Any]
-Named = tuple[str, np.ndarray]
 
 
 def hf_tensors(params: Params, prefix: str = "", dtype: str = "float32") -> Iterator[Named]:
@@ -47,7 +47,8 @@ def hf_tensors(params: Params, prefix: str = "", dtype: str = "float32") -> Iter
             yield from ((f"{name}.{part}", array) for part, array in to_aqlm(leaf).items())
         else:
             array = leaf.T if path.endswith("/kernel") else leaf
-            yield f"{name}.weight", np.ascontiguousarray(cast_dense(array, dtype, f"{name}.weight"))
+            full = f"{name}.bias" if path.endswith("/bias") else f"{name}.weight"
+            yield full, np.ascontiguousarray(cast_dense(array, dtype, full))
 
 
 def module_name(path: str) -> str:
@@ -70,7 +71,8 @@ def write_model(
 
     def tensors():
         for index in range(checkpoint.config.num_hidden_layers):
-            yield from hf_tensors(block(index), f"layers_{index}/", dtype)
+            of_block = hf_tensors(block(index), f"layers_{index}/", dtype)
+            yield from fused(checkpoint.config, of_block)
             on_block()
         yield from hf_tensors(checkpoint.outer(), dtype=dtype)
 

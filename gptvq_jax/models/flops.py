@@ -11,6 +11,7 @@ A driver adds a call where it makes one, in the stage that its thread is in:
     stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
@@ -37,7 +38,8 @@ def visible_pairs(config: ModelConfig, time: int, chunk_size: int = 128) -> int:
     """Pairs of a query and a key that are multiplied, masked or not, in a sequence of one head.
 
     Args:
-      config: of the model; a sliding window leaves keys out.
+      config: of a block; a sliding window leaves keys out. Of a model whose blocks differ, as if
+        none had a window.
       time: tokens of the sequence.
       chunk_size: queries that go together, against all keys that one of them sees.
     """
@@ -60,11 +62,23 @@ def block_forward(config: ModelConfig, batch: int, time: int) -> int:
     return stage_flops(config, range(len(STAGES)), batch, time)
 
 
+def blocks_forward(config: ModelConfig, batch: int, time: int) -> int:
+    """All blocks of a model."""
+    blocks = Counter(config.of_block(index) for index in range(config.num_hidden_layers))
+    return sum(count * block_forward(block, batch, time) for block, count in blocks.items())
+
+
 def stage_flops(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
     """Some stages of a block (llama.STAGES) on (batch, time, hidden)."""
     stages, weights = tuple(stages), stage_weights(config)
     layers = product(batch * time, sum(weights[stage] for stage in stages), 1)
     return layers + (0 in stages) * attention(config, batch, time)
+
+
+def closing_outputs(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
+    """llama.closing_outputs of those of some stages that close a half of the block."""
+    again = [stage for stage in stages if stage in (1, 3) and config.family.norms[stage]]
+    return sum(stage_flops(config, (stage - 1, stage), batch, time) for stage in again)
 
 
 def block_inputs(config: ModelConfig, batch: int, time: int) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.layers import precision
+from gptvq_jax.models.layers import precision, soft_cap
 
 
 @jax.tree_util.register_dataclass
@@ -55,13 +55,22 @@ class LayerCache:
 
         return LayerCache(store(self.k, k), store(self.v, v))
 
-    def attend(self, q: jax.Array, positions: jax.Array, sliding_window: int | None) -> jax.Array:
-        """softmax(q k^T / sqrt(head_dim)) v over the slots that each query sees.
+    def attend(
+        self,
+        q: jax.Array,
+        positions: jax.Array,
+        sliding_window: int | None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> jax.Array:
+        """softmax(scale * q k^T) v over the slots that each query sees.
 
         Args:
           q: (batch, time, heads, head_dim); kv_heads divides heads.
           positions: (batch, time) of the queries, whose own keys are stored already.
           sliding_window: number of positions a token sees, itself included; None: all earlier ones.
+          scale: None: 1 / sqrt(head_dim).
+          softcap: of the scores, see `layers.soft_cap`.
 
         Returns:
           (batch, time, heads, head_dim) in the dtype of q; the softmax is float32.
@@ -82,7 +91,8 @@ class LayerCache:
         scores = jnp.einsum(
             "nqd,nsd->nqs", q, self.k, precision=exact, preferred_element_type=jnp.float32
         )
-        scores = jnp.where(seen, scores / head_dim**0.5, -jnp.inf)
+        scores = scores / head_dim**0.5 if scale is None else scores * scale
+        scores = jnp.where(seen, soft_cap(scores, softcap), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         mixed = jnp.matmul(weights, self.v, precision=exact)
         mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, time, head_dim)

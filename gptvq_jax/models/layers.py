@@ -17,21 +17,29 @@ def precision(*dtypes: Any) -> str | None:
     return "highest" if jnp.result_type(*dtypes) == jnp.float32 else None
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which stays within (-cap, cap); x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, with the statistics in float32."""
+    """x / rms(x) * (scale + offset) over the last axis, with the statistics in float32."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
+        if self.offset:
+            scale = scale.astype(jnp.float32) + self.offset
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """Bias-free dense layer, (..., in) -> (..., features), which sows its input as "inputs".
+    """Dense layer, (..., in) -> (..., features), which sows its input as "inputs".
 
     Its kernel is an array (in, features), or any pytree that implements `x @ kernel` through
     `__rmatmul__`: a quantized layer replaces a dense one by replacing this leaf.
@@ -45,6 +53,7 @@ class Linear(nn.Module):
 
     features: int
     out_dtype: Any = None  # None: the dtype of x
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,6 +65,8 @@ class Linear(nn.Module):
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         y = self._matmul(x, kernel)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         # Not self.perturb, with which init would return a collection of zeros.
         if self.has_variable("perturbations", "outputs"):
             y = y + self.get_variable("perturbations", "outputs")

@@ -1,4 +1,4 @@
-"""Llama-family decoder (Llama 2/3, Mistral, SmolLM2) in Flax Linen, whole or one block at a time.
+"""The decoder of all families (models/families) in Flax Linen, whole or one block at a time.
 
 The parameters are plain nested dicts, named as in Hugging Face's checkpoints; kernels are (in, out)
 as everywhere in Flax:
@@ -9,6 +9,9 @@ as everywhere in Flax:
              "self_attn": {"q_proj": {"kernel"}, "k_proj": .., "v_proj": .., "o_proj": ..},
              "post_attention_layernorm": {"scale"},
              "mlp": {"gate_proj": {"kernel"}, "up_proj": .., "down_proj": ..}}
+
+Those are Llama's; a family may have other norms (`Family.norms`, under their own names), "q_norm"
+and "k_norm" in "self_attn", and a "bias" beside a kernel.
 
 `outer` below is this tree without its layers_i. Computation runs in the dtype of the activations;
 norm statistics, rotary tables, softmax and logits are float32. Float32 activations are multiplied
@@ -23,10 +26,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.models.attention import Attention
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
-from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up, precision
-from gptvq_jax.models.rope import rotary_tables, rotate
+from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up, precision, soft_cap
 
 Params = Mapping[str, Any]
 
@@ -40,109 +43,23 @@ LINEAR_GROUPS = (
 LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
 HEAD_CHUNK = 128  # tokens whose logits are in memory at once while losses are computed
 STAGES = ("mix", "attend", "gate", "feed")  # of DecoderBlock; stage k runs LINEAR_GROUPS[k]
-
-
-class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions, (batch, time, hidden) -> same.
-
-    Arguments are those of DecoderBlock.
-    """
-
-    config: ModelConfig
-
-    def setup(self):
-        config = self.config
-        self.q_proj = Linear(config.num_attention_heads * config.head_dim)
-        self.k_proj = Linear(config.num_key_value_heads * config.head_dim)
-        self.v_proj = Linear(config.num_key_value_heads * config.head_dim)
-        self.o_proj = Linear(config.hidden_size)
-
-    def mix(
-        self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
-    ) -> Any:
-        """What o_proj reads (batch, time, heads * head_dim); with a cache, also the cache."""
-        config = self.config
-        batch, time, _ = x.shape
-        q, k, v = (
-            project(x).reshape(batch, time, -1, config.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = rotary_tables(config, jnp.arange(time) if positions is None else positions)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            cache = cache.write(k, v, positions)
-        if positions is None:
-            # A prefill is one program of all layers: fewer chunks keep it quick to compile.
-            chunk_size = 128 if cache is None else 512
-            mixed = causal_attention(q, k, v, config.sliding_window, chunk_size)
-        else:
-            mixed = cache.attend(q, positions, config.sliding_window)
-        mixed = mixed.reshape(batch, time, -1)
-        return mixed if cache is None else (mixed, cache)
-
-
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sliding_window: int | None = None,
-    chunk_size: int = 128,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v over the current and earlier positions.
-
-    Queries go in chunks, each against only the keys it can see: half the work of a masked square,
-    never time x time scores in memory, and 2 to 3 times as fast on a CPU. The traced program grows
-    with time / chunk_size.
-
-    Args:
-      q: (batch, time, heads, head_dim).
-      k, v: (batch, time, kv_heads, head_dim); kv_heads divides heads.
-      sliding_window: number of positions a token sees, itself included; None: all earlier ones.
-      chunk_size: queries per chunk.
-
-    Returns:
-      (batch, time, heads, head_dim) in the dtype of q; the softmax is float32.
-    """
-    batch, time, num_heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    group = num_heads // kv_heads
-    reach = time if sliding_window is None else sliding_window
-    # The queries that share keys are the rows of one matrix: fewer and larger products.
-    q = (q * head_dim**-0.5).reshape(batch, time, kv_heads, group, head_dim)
-    q = jnp.transpose(q, (0, 2, 3, 1, 4))  # (batch, kv_heads, group, time, head_dim)
-    k = jnp.transpose(k, (0, 2, 3, 1))
-    v = jnp.transpose(v, (0, 2, 1, 3))
-    matmul = functools.partial(
-        jnp.matmul, precision=precision(q.dtype), preferred_element_type=jnp.float32
-    )
-    chunks = []
-    for start in range(0, time, chunk_size):
-        stop = min(start + chunk_size, time)
-        first = max(0, start - reach + 1)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
-        seen = jnp.tile((distance >= 0) & (distance < reach), (group, 1))
-        rows = q[:, :, :, start:stop].reshape(batch, kv_heads, -1, head_dim)
-        scores = jnp.where(seen, matmul(rows, k[..., first:stop]), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        chunk = matmul(weights, v[:, :, first:stop]).astype(v.dtype)
-        chunks.append(chunk.reshape(batch, kv_heads, group, stop - start, head_dim))
-    mixed = jnp.concatenate(chunks, axis=3)
-    return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(batch, time, num_heads, head_dim)
+_ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 class MLP(nn.Module):
-    """The gated feed-forward layer down(silu(gate(x)) * up(x)), (..., hidden) -> same."""
+    """The gated feed-forward layer down(act(gate(x)) * up(x)), (..., hidden) -> same."""
 
     config: ModelConfig
 
     def setup(self):
-        self.gate_proj = Linear(self.config.intermediate_size)
-        self.up_proj = Linear(self.config.intermediate_size)
-        self.down_proj = Linear(self.config.hidden_size)
+        bias = self.config.mlp_bias
+        self.gate_proj = Linear(self.config.intermediate_size, use_bias=bias)
+        self.up_proj = Linear(self.config.intermediate_size, use_bias=bias)
+        self.down_proj = Linear(self.config.hidden_size, use_bias=bias)
 
     def gated(self, x: jax.Array) -> jax.Array:
         """What down_proj reads (..., intermediate)."""
-        return nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return _ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x)
 
 
 class DecoderBlock(nn.Module):
@@ -154,15 +71,30 @@ class DecoderBlock(nn.Module):
 
     It has four stages, each with the linear layers that read one array: `mix`, `attend`, `gate`,
     `feed`. Two of them go from x to an inner array, two from both back to x.
+
+    Raises:
+      ValueError: `config` is that of a model whose blocks differ; see ModelConfig.of_block.
     """
 
     config: ModelConfig
 
     def setup(self):
-        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.self_attn = Attention(self.config)
-        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.mlp = MLP(self.config)
+        config = self.config
+        if config.blocks is not None:
+            raise ValueError("blocks of this model differ: pass config.of_block(index)")
+        for name in filter(None, config.family.norms):
+            setattr(self, name, RMSNorm(config.rms_norm_eps, config.family.norm_offset))
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def _norm(self, where: str, x: jax.Array) -> jax.Array:
+        """x after one of `Norms`, if the block has it."""
+        name = getattr(self.config.family.norms, where)
+        return x if name is None else getattr(self, name)(x)
+
+    def _add(self, x: jax.Array, output: jax.Array) -> jax.Array:
+        scale = self.config.residual_scale
+        return x + (output if scale == 1 else output * scale)
 
     def __call__(
         self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
@@ -178,19 +110,19 @@ class DecoderBlock(nn.Module):
         self, x: jax.Array, cache: LayerCache | None = None, positions: jax.Array | None = None
     ) -> Any:
         """Stage 0: what o_proj reads; with a cache, also the cache."""
-        return self.self_attn.mix(self.input_layernorm(x), cache, positions)
+        return self.self_attn.mix(self._norm("before_attention", x), cache, positions)
 
     def attend(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         """Stage 1: x after attention."""
-        return x + self.self_attn.o_proj(mixed)
+        return self._add(x, self._norm("after_attention", self.self_attn.o_proj(mixed)))
 
     def gate(self, x: jax.Array) -> jax.Array:
         """Stage 2: what down_proj reads."""
-        return self.mlp.gated(self.post_attention_layernorm(x))
+        return self.mlp.gated(self._norm("before_feed", x))
 
     def feed(self, x: jax.Array, gated: jax.Array) -> jax.Array:
         """Stage 3: x after the block."""
-        return x + self.mlp.down_proj(gated)
+        return self._add(x, self._norm("after_feed", self.mlp.down_proj(gated)))
 
 
 class Decoder(nn.Module):
@@ -201,31 +133,39 @@ class Decoder(nn.Module):
     def setup(self):
         config = self.config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderBlock(config) for _ in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.rms_norm_eps)
+        self.layers = [DecoderBlock(config.of_block(i)) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.rms_norm_eps, config.family.norm_offset)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, out_dtype=jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed_tokens(tokens)
+        x = scale_embeddings(self.config, self.embed_tokens(tokens))
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
 
     def head(self, x: jax.Array) -> jax.Array:
         """Final norm and output projection, (batch, time, hidden) -> float32 logits."""
-        x = self.norm(x)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(x)
-        return self.embed_tokens.attend(x)
+        config, x = self.config, self.norm(x)
+        logits = self.embed_tokens.attend(x) if config.tie_word_embeddings else self.lm_head(x)
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
+        return soft_cap(logits, config.logit_softcap)
 
 
-def embed(outer: Params, tokens: jax.Array) -> jax.Array:
+def scale_embeddings(config: ModelConfig, vectors: Any) -> Any:
+    """Rows of the table as block 0 reads them; arrays of NumPy or JAX, in their dtype."""
+    if config.embedding_scale == 1:
+        return vectors
+    return vectors * vectors.dtype.type(config.embedding_scale)
+
+
+def embed(config: ModelConfig, outer: Params, tokens: jax.Array) -> jax.Array:
     """Looks tokens (batch, time) up, giving (batch, time, hidden) in the embedding's dtype.
 
     A token outside the vocabulary gives NaN, not another token's vector.
     """
-    return look_up(outer["embed_tokens"]["embedding"], tokens)
+    return scale_embeddings(config, look_up(outer["embed_tokens"]["embedding"], tokens))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -268,6 +208,38 @@ def run_stage(
     # sow collects a tuple with one element per call of the layer.
     read = get_layer(state["intermediates"], LINEAR_GROUPS[stage][0])["inputs"][0]
     return (x, result, read) if inner is None else (result, None, read)
+
+
+def closing_outputs(
+    config: ModelConfig,
+    block_params: Params,
+    stage: int,
+    before: jax.Array,
+    after: jax.Array,
+    float_block: Params | None = None,
+) -> jax.Array:
+    """What the layer of stage 1 or 3 computed, its bias apart, in a block that took x from `before`
+    to `after`.
+
+    Args:
+      config: of the block.
+      block_params: of the block, for the bias.
+      stage: 1 or 3.
+      before: x (batch, time, hidden) at the entrance of stage `stage` - 1.
+      after: x at the exit of stage `stage`.
+      float_block: parameters of the block that did it; needed where the family has a norm behind
+        the layer, which is then run again.
+    """
+    name = LINEAR_GROUPS[stage][0]
+    if config.family.norms[stage] is None:
+        outputs = after - before
+        if config.residual_scale != 1:
+            outputs = outputs / config.residual_scale
+        bias = get_layer(block_params, name).get("bias")
+        return outputs if bias is None else outputs - bias
+    _, inner, _ = run_stage(config, float_block, stage - 1, before, None)
+    kernel = get_layer(float_block, name)["kernel"]
+    return jnp.matmul(inner, kernel, precision=precision(inner.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="config")

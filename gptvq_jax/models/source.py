@@ -4,7 +4,9 @@ A source hands out float32 arrays in the layout of `models.llama`, one transform
 on the device, so that memory holds one block whatever the depth of the model.
 """
 
+import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +15,10 @@ import numpy as np
 from flax import traverse_util
 
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.file_tensor import FileTensor
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.on_device import Loader, Stored
+from gptvq_jax.models.shapes import block_shapes, fused_place, outer_shapes
 
 _SAMPLE_BYTES = 4096
 
@@ -96,7 +100,7 @@ class CheckpointSource:
         return block_tree(leaves)
 
     def _block_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
-        """{name: shape as stored} of a block.
+        """{name: shape as stored} of a block; names as if no weights were fused.
 
         Raises:
           ValueError: there is no such block.
@@ -117,8 +121,11 @@ class CheckpointSource:
         return array
 
     def _read_shape(self, name: str, shape: tuple[int, ...]) -> tuple[Stored, Path]:
-        stored, path = self._read(name)
-        check_shape(stored.shape, shape, name, path)
+        home, start, rows = fused_place(self.config, name, shape)
+        stored, path = self._read(home)
+        check_shape(stored.shape, (rows, *shape[1:]), home, path)
+        if home != name:
+            stored = _rows(stored, start, shape[0])
         if stored.dtype == np.float64:  # which devices do not have here
             with np.errstate(over="ignore"):  # an infinity is found by who checks
                 stored = stored[:].astype(np.float32)
@@ -136,42 +143,27 @@ def block_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       leaves: kernels and scales by Hugging Face's names, model.layers.7.mlp.up_proj.weight.
     """
-    modules = {tuple(name.split(".")[3:-1]): _module(leaf) for name, leaf in leaves.items()}
-    return traverse_util.unflatten_dict(modules)
+    flat = {}
+    for name, leaf in leaves.items():
+        *module, kind = name.split(".")[3:]
+        flat[(*module, "bias" if kind == "bias" else _kind(leaf))] = leaf
+    return traverse_util.unflatten_dict(flat)
+
+
+def _rows(stored: Stored, start: int, count: int) -> Stored:
+    """Some rows of a tensor, not read yet if it is in a file."""
+    if not isinstance(stored, FileTensor):
+        return stored[start : start + count]
+    offset = stored.offset + start * math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    return dataclasses.replace(stored, shape=(count, *stored.shape[1:]), offset=offset)
 
 
 def _module(leaf: Any) -> dict[str, Any]:
-    return {"scale" if len(leaf.shape) == 1 else "kernel": leaf}
+    return {_kind(leaf): leaf}
 
 
-def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns {Hugging Face name: shape as stored} of the tensors outside the blocks."""
-    vocab, hidden = config.vocab_size, config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
-
-
-def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns {name below "model.layers.N.": shape as stored, (out, in)} of one block."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
+def _kind(leaf: Any) -> str:
+    return "scale" if len(leaf.shape) == 1 else "kernel"
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -184,7 +176,8 @@ def tensor_names(config: ModelConfig) -> set[str]:
     """Returns the Hugging Face names of every tensor of the model."""
     names = set(outer_shapes(config))
     for index in range(config.num_hidden_layers):
-        names |= {f"model.layers.{index}.{name}" for name in block_shapes(config)}
+        for name, shape in block_shapes(config).items():
+            names.add(fused_place(config, f"model.layers.{index}.{name}", shape)[0])
     return names
 
 
@@ -200,7 +193,7 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
         raise ValueError(f"{path} lacks {len(missing)} tensor(s), the first is {missing[0]}")
     if unknown := sorted(stored - expected):
         raise NotImplementedError(
-            f"{path} holds {len(unknown)} tensor(s) that a Llama decoder does not have, "
+            f"{path} holds {len(unknown)} tensor(s) that its model_type does not have, "
             f"the first is {unknown[0]}"
         )
 

@@ -33,7 +33,14 @@ from gptvq_jax.core.hessian import (
 from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES, Params, get_layer, run_stage
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    STAGES,
+    Params,
+    closing_outputs,
+    get_layer,
+    run_stage,
+)
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
@@ -107,6 +114,7 @@ def step(
     moments: Moments,
     weights: dict[str, jax.Array] | None = None,
     reference: FloatStates | None = None,
+    float_block: Params | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Moments]:
     """Takes a batch from the entrance of one stage to that of another, and adds to moments.
 
@@ -118,22 +126,23 @@ def step(
       moments: those wanted of layers in stages `start` to `stop`; others are not computed.
       weights: of the tokens, {layer: (batch, T, g)}, or None.
       reference: the float model's states, where crosses are wanted.
+      float_block: its parameters, likewise; only families with a norm behind a layer need them.
 
     Returns:
       x and inner at the entrance of stage `stop`, and the moments.
     """
     for stage in range(start, min(stop + 1, LAST)):
         *after, read = run_stage(config, block, stage, x, inner)
-        moments = _add(config, block, stage, read, moments, weights, reference)
+        moments = _add(config, block, stage, read, moments, weights, reference, float_block)
         if stage < stop:
             x, inner = after
     return x, inner, moments
 
 
-def _add(config, block, stage, read, moments, weights, reference) -> Moments:
+def _add(config, block, stage, read, moments, weights, reference, float_block) -> Moments:
     """Adds what the layers of a stage read."""
     inputs, crosses = dict(moments.inputs), dict(moments.crosses)
-    float_read = None
+    float_read = outputs = None
     for owner in inputs:
         name, group = owner
         if STAGE_OF[name] != stage:
@@ -144,15 +153,21 @@ def _add(config, block, stage, read, moments, weights, reference) -> Moments:
             continue
         states = [reference[number] for number in STATES[stage]]
         if STAGES[stage] in _CLOSING:
-            before, after = states
             rows = crosses[owner].total.shape[0]
-            other = (after - before)[..., group * rows : (group + 1) * rows]
+            if outputs is None:
+                outputs = closing_outputs(config, block, stage, *states, float_block)
+            other = outputs[..., group * rows : (group + 1) * rows]
         else:
             if float_read is None:
                 *_, float_read = run_stage(config, block, stage, *states, None)
             other = float_read
         crosses[owner] = add_products(crosses[owner], other, read, weight)
     return Moments(inputs, crosses)
+
+
+def crossed_stages(moments: Moments) -> set[int]:
+    """Those whose layers aim at the float model."""
+    return {STAGE_OF[name] for name, _ in moments.crosses}
 
 
 def moment_flops(moments: Moments, tokens: int) -> int:

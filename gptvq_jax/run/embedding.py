@@ -8,14 +8,15 @@ import jax
 import numpy as np
 
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import Params
+from gptvq_jax.models.llama import Params, scale_embeddings
 from gptvq_jax.run.activations import Writer
 
 
-def rows_of(outer: Params, tokens: np.ndarray) -> np.ndarray:
+def rows_of(config: ModelConfig, outer: Params, tokens: np.ndarray) -> np.ndarray:
     """Embeddings (..., hidden) of tokens (...), in the table's dtype, on the host.
 
     Args:
+      config: of the model.
       outer: the tree without blocks, of host arrays.
       tokens: ids.
 
@@ -28,13 +29,13 @@ def rows_of(outer: Params, tokens: np.ndarray) -> np.ndarray:
             f"token ids from {tokens.min()} to {tokens.max()} must be within the vocabulary of "
             f"{len(table)}"
         )
-    return np.take(table, tokens, axis=0)
+    return scale_embeddings(config, np.take(table, tokens, axis=0))
 
 
-def write_embeddings(outer: Params, tokens: np.ndarray, out: Writer) -> None:
+def write_embeddings(config: ModelConfig, outer: Params, tokens: np.ndarray, out: Writer) -> None:
     """Fills `out` (n, T, hidden), the inputs of block 0 on tokens (n, T), a window at a time."""
     for i in range(len(tokens)):
-        out[i : i + 1] = rows_of(outer, tokens[i : i + 1])
+        out[i : i + 1] = rows_of(config, outer, tokens[i : i + 1])
 
 
 def head_on_device(config: ModelConfig, outer: Params) -> Params:

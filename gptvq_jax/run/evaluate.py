@@ -112,7 +112,7 @@ class Evaluation:
         """See Visitor."""
         if not self.files.points(self._inputs):
             with self.files.write(self._inputs, 0, self._shape, FLOAT32) as out:
-                write_embeddings(self.source.outer(), self.windows, out)
+                write_embeddings(self.config, self.source.outer(), self.windows, out)
 
     def visit(self, index: int, block: Params) -> None:
         """See Visitor."""
@@ -121,11 +121,12 @@ class Evaluation:
             inputs = self._read(self._inputs, index)
             with self.files.write(stream, index + 1, self._shape, FLOAT32) as out:
                 for part in self.batches():
-                    out[part] = np.asarray(self._forward(block, inputs[part]))
+                    out[part] = np.asarray(self._forward(index, block, inputs[part]))
 
-    def _forward(self, block: Params, x: np.ndarray) -> jax.Array:
-        self.stopwatch.flops(flops.block_forward(self.config, *x.shape[:2]))
-        return block_forward(self.config, block, x)
+    def _forward(self, index: int, block: Params, x: np.ndarray) -> jax.Array:
+        config = self.config.of_block(index)
+        self.stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
+        return block_forward(config, block, x)
 
     def outputs(self) -> Any:
         """Those of the last block after the walk, (n, T, hidden), which slices of windows give."""

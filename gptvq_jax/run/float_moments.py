@@ -66,7 +66,7 @@ class FloatMoments:
         if index >= self._blocks:
             return
         source, settings, workdir, _, stopwatch = self._context
-        c, weights = settings.calibration, None
+        c, weights, config = settings.calibration, None, source.config.of_block(index)
         with stopwatch.stage("hessians"):
             if c.gradient_groups:
                 loaded, how = workdir.load_token_weights(index), (c.gradient_power, c.num_windows)
@@ -74,10 +74,10 @@ class FloatMoments:
             x = self.files.read(forward.STREAM, index)
             sums = init_sums(block, range(LAST), weights, held_out=c.held_out > 0)
             stopwatch.flops(
-                stage_flops(source.config, range(LAST - 1), *x.shape[:2])
+                stage_flops(config, range(LAST - 1), *x.shape[:2])
                 + moment_flops(sums.fitted, x.shape[0] * x.shape[1])
             )
-            parts = source.config, block, Files(x), 0, LAST - 1, sums, c, weights
+            parts = config, block, Files(x), 0, LAST - 1, sums, c, weights
             save_sums(workdir, index, jax.block_until_ready(run_windows(*parts)))
 
 

@@ -61,14 +61,14 @@ class Forward:
         context = self._context
         shape = (*self._tokens.shape, context.source.config.hidden_size)
         with context.stopwatch.stage("forward"), context.files.write(STREAM, 0, shape) as out:
-            write_embeddings(context.source.outer(), self._tokens, out)
+            write_embeddings(context.source.config, context.source.outer(), self._tokens, out)
 
     def visit(self, index: int, block: Params) -> None:
         """Writes the middle first: a block is done once its exit is there."""
         if index >= self._blocks:
             return
         _, settings, workdir, _, stopwatch = self._context
-        files, config = workdir.streams, self._context.source.config
+        files, config = workdir.streams, self._context.source.config.of_block(index)
         what = f"block {index}: an activation"
         with stopwatch.stage("forward"):
             x = files.read(STREAM, index)

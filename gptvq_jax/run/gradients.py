@@ -147,7 +147,7 @@ class Backward:
 
     def _backward(self, index: int, block: Params, measures: bool):
         """Writes the gradient; returns token weights and moments."""
-        config, c = self._context.source.config, self._context.settings.calibration
+        config, c = self._context.source.config.of_block(index), self._context.settings.calibration
         files, groups = self._context.files, self._num_groups
         x, gradient = files.read(forward.STREAM, index), files.read(STREAM, index + 1)
         weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in LINEAR_LAYERS}

@@ -75,6 +75,7 @@ def run_windows(
     calibration: CalibrationSettings,
     weights: Mapping[str, np.ndarray] | None = None,
     out: Writer | None = None,
+    float_block: Params | None = None,
 ) -> Sums:
     """Runs all calibration windows through `step`.
 
@@ -85,6 +86,7 @@ def run_windows(
       calibration: says which windows are held out, and how many there are at a time.
       weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
       out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
+      float_block: of `step`.
     """
     wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
     states = {number for name, _ in sums.fitted.crosses for number in STATES[STAGE_OF[name]]}
@@ -107,6 +109,7 @@ def run_windows(
             both[which],
             of_part,
             reference,
+            float_block,
         )
         if out is not None:
             out[part] = x if inner is None else inner

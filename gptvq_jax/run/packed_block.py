@@ -18,7 +18,7 @@ from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.methods.layer import Problem, most_flops, quantize_layers, row_groups
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
-from gptvq_jax.models.flops import stage_flops
+from gptvq_jax.models.flops import closing_outputs, stage_flops
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -31,6 +31,7 @@ from gptvq_jax.run import forward
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
+    crossed_stages,
     factor_flops,
     hessians,
     moment_flops,
@@ -69,7 +70,7 @@ class PackedBlock:
         self._rows: list[dict[str, Any]] = []
         settings, files = context.settings, context.files
         c = settings.calibration
-        self._config, self._files = context.source.config, files
+        self._config, self._files = context.source.config.of_block(index), files
         self._stream = forward.STREAM if c.inputs == "float" else STREAM
         self._weights = None
         if c.gradient_groups:
@@ -146,6 +147,7 @@ class PackedBlock:
             self._context.stopwatch.flops(
                 stage_flops(self._config, stages, *shape[:2])
                 + moment_flops(sums.fitted, shape[0] * shape[1])
+                + closing_outputs(self._config, crossed_stages(sums.fitted), *shape[:2])
             )
             sums = run_windows(
                 self._config,
@@ -157,6 +159,7 @@ class PackedBlock:
                 self._context.settings.calibration,
                 self._weights,
                 out,
+                self._float if sums.fitted.crosses else None,
             )
             return jax.block_until_ready(sums)
 

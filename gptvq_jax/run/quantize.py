@@ -65,7 +65,7 @@ class Quantize:
                 return
             shape = (*self._tokens.shape, source.config.hidden_size)
             with self._context.files.write(STREAM, 0, shape) as out:
-                write_embeddings(dequantize_tree(stored), self._tokens, out)
+                write_embeddings(source.config, dequantize_tree(stored), self._tokens, out)
 
     def finalize(self) -> None:
         """Completes the checkpoint."""

@@ -228,10 +228,10 @@ def _blocks(plan, params, tokens, caches, positions, true):
     Each is a branch of a condition that always holds, which the compiler does not know. Without it
     XLA decodes the packed weights of all blocks first, or even once before the loop over steps.
     """
-    x = embed(params, tokens).astype(plan.dtype)
+    x = embed(plan.config, params, tokens).astype(plan.dtype)
     updated = []
     for index, cache in enumerate(caches):
-        block = partial(block_step, plan.config, positions=positions)
+        block = partial(block_step, plan.config.of_block(index), positions=positions)
         x, cache = lax.cond(
             true, block, lambda _, x, cache: (x, cache), params[f"layers_{index}"], x, cache
         )

@@ -47,7 +47,7 @@ class Batch:
     def flops(self, config: ModelConfig) -> int:
         """Of `score_batch`."""
         heads = -(-len(self.rows) // HEAD_CHUNK)
-        blocks = config.num_hidden_layers * flops.block_forward(config, *self.tokens.shape)
+        blocks = flops.blocks_forward(config, *self.tokens.shape)
         return blocks + flops.head_forward(config, heads, HEAD_CHUNK, None)
 
 
@@ -129,9 +129,9 @@ def last_hidden(
     Returns:
       (batch, time, hidden) in `dtype`, before the final norm.
     """
-    x = embed(outer_params(params), tokens).astype(dtype)
+    x = embed(config, outer_params(params), tokens).astype(dtype)
     for index in range(config.num_hidden_layers):
-        x = block_forward(config, params[f"layers_{index}"], x)
+        x = block_forward(config.of_block(index), params[f"layers_{index}"], x)
     return x
 
 

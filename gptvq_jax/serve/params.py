@@ -11,7 +11,8 @@ from flax import traverse_util
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.source import ModelSource, block_shapes, outer_shapes
+from gptvq_jax.models.shapes import block_shapes, outer_shapes
+from gptvq_jax.models.source import ModelSource
 from gptvq_jax.ops.vq_matmul import VQKernel, make_kernel
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 

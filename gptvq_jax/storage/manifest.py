@@ -6,7 +6,7 @@ from typing import Any
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.source import block_shapes, outer_shapes
+from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.storage.tree_record import Record, check_fields, check_metas, same
 
 _FIELDS = (
@@ -121,6 +121,8 @@ def _check_shape(name: str, meta: Mapping[str, Any], shape: tuple[int, ...]) -> 
 
 def _leaf_name(name: str) -> str:
     """Of a Hugging Face name: self_attn.q_proj.weight -> self_attn/q_proj/kernel."""
+    if name.endswith(".bias"):
+        return name.replace(".", "/")
     path = name.removesuffix(".weight").replace(".", "/")
     last = path.rpartition("/")[2]
     kind = "embedding" if last == "embed_tokens" else "scale" if last.endswith("norm") else "kernel"

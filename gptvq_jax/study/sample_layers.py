@@ -106,12 +106,15 @@ def make_layers(
     num_bytes = sum(4 * cols * (rows + len(texts) * cols) for rows, cols in weights)
     with new_directory(directory, num_bytes) as partial:
         outer = source.outer()
-        activations = {text: np.asarray(embed(outer, of_text)) for text, of_text in texts.items()}
+        activations = {
+            text: np.asarray(embed(source.config, outer, of_text))
+            for text, of_text in texts.items()
+        }
         for index in range(max(wanted) + 1):
-            block = jax.device_put(source.block(index))
+            block, config = jax.device_put(source.block(index)), source.config.of_block(index)
             names, moments = wanted.get(index, ()), {}
             for text, x in activations.items():
-                activations[text], moments[text] = _forward(source.config, block, x, names)
+                activations[text], moments[text] = _forward(config, block, x, names)
             for name in names:
                 group = _group_of(name)
                 np.savez(

@@ -1,6 +1,6 @@
 """Writes golden/*.json: logits of transformers' PyTorch models, to be checked without PyTorch.
 
-    PYTHONPATH=. python tests/models/make_golden.py
+    PYTHONPATH=.:tests python tests/models/make_golden.py
 
 needs torch and transformers. The weights are not stored: `random_params` draws them from a seed.
 """
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import tiny_families as families
 
 from gptvq_jax.models.config import Llama3RopeScaling, ModelConfig
 
@@ -66,6 +67,7 @@ CONFIGS = {
     ),
 }
 GOLDEN_SEEDS = {"llama3": 3, "mistral": 4}
+FAMILY_TOKENS, FAMILY_POSITIONS = 140, (0, 70, 139)  # of families.json; 140 is over a chunk of 128
 
 
 def random_params(config: ModelConfig, seed: int) -> dict:
@@ -168,6 +170,14 @@ def main():
         path = GOLDEN_DIR / f"{name}.json"
         path.write_text(json.dumps(golden, indent=1) + "\n")
         print(f"{path.name}: {path.stat().st_size} bytes")
+    golden = {}
+    for name in families.CONFIGS:
+        with tempfile.TemporaryDirectory() as directory:
+            path = families.write_model(Path(directory), name)
+            logits = families.torch_logits(path, families.random_tokens(FAMILY_TOKENS))[0]
+        golden[name] = {t: [round(float(v), 5) for v in logits[t]] for t in FAMILY_POSITIONS}
+    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in golden.items()]
+    (GOLDEN_DIR / "families.json").write_text("{" + ",\n".join(lines) + "}\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from gptvq_jax.data.windows import calibration_windows, evaluation_windows
 from gptvq_jax.models import hf_directory, tokenizer_files
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.open import open_source
-from gptvq_jax.models.source import block_shapes, outer_shapes
+from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.serve.generate_text import generate_text
 from gptvq_jax.serve.stop_tokens import stop_tokens
 

@@ -144,7 +144,7 @@ def test_losses_of_the_curves_in_float64(finished):
     source = open_source(finished.settings.model)
     packed = PackedCheckpoint(finished.path / "checkpoint")
     chosen, measured = plan(finished, BUDGET), curves(finished.path)
-    x = embed(source.outer(), np.load(finished.path / "tokens.npy"))
+    x = embed(source.config, source.outer(), np.load(finished.path / "tokens.npy"))
     for index in range(MEASURED):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         dense, quantized = source.block(index), packed.block(index)

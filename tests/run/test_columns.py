@@ -129,7 +129,7 @@ def test_errors_are_those_of_the_fitted_and_of_the_held_out_windows(finished):
         weights = workdir.load_token_weights(0)
     tokens, fitted = np.load(path / "tokens.npy"), config.calibration.num_windows
     assert len(tokens) == fitted + config.calibration.held_out
-    x = jnp.asarray(embed(packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
+    x = jnp.asarray(embed(packed.config, packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
     _, read = block_forward_with_inputs(source.config, source.block(0), x)
     own = {row["layer"]: row for row in rows if row["block"] == 0}
     for name in LINEAR_GROUPS[0]:

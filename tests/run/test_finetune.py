@@ -258,8 +258,11 @@ def test_every_block_and_the_whole_model_come_closer_to_the_float_model(runs, me
     source, packed, other = open_source(tuned.config.model), tuned.checkpoint, plain.checkpoint
     assert packed.manifest["bits_per_value"] == other.manifest["bits_per_value"]
     tokens = np.load(tuned.path / "tokens.npy")
-    y = embed(source.outer(), tokens)
-    x, x_plain = embed(packed.outer(), tokens), embed(other.outer(), tokens)
+    y = embed(source.config, source.outer(), tokens)
+    x, x_plain = (
+        embed(packed.config, packed.outer(), tokens),
+        embed(other.config, other.outer(), tokens),
+    )
     for index, row in enumerate(tuned.rows("block")):
         assert row["tune_error_after"] < 0.98 * row["tune_error_before"]
         assert row["block"] == index and not row["diverged"]

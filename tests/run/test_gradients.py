@@ -117,7 +117,7 @@ def whole_model_weights(source, tokens):
 def float32_weights(source, tokens):
     """Per block, from this package's steps, without the driver and its bfloat16 streams."""
     blocks = [source.block(index) for index in range(source.config.num_hidden_layers)]
-    inputs = [embed(source.outer(), tokens)]
+    inputs = [embed(source.config, source.outer(), tokens)]
     for block in blocks:
         inputs.append(block_forward(source.config, block, inputs[-1]))
     dx = head_backward(source.config, source.outer(), inputs.pop(), tokens)

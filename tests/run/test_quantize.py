@@ -55,7 +55,10 @@ def test_hessians_and_errors_equal_a_plain_computation(quantize, tiny_config, in
     _, layers, path = quantize("run", **given)
     source = open_source(tiny_config.model)
     packed = PackedCheckpoint(path / "checkpoint")
-    fitted, x = len(fitted_tokens(path)), embed(source.outer(), np.load(path / "tokens.npy"))
+    fitted, x = (
+        len(fitted_tokens(path)),
+        embed(source.config, source.outer(), np.load(path / "tokens.npy")),
+    )
     assert len(x) > fitted
     for index in range(source.config.num_hidden_layers):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
@@ -89,7 +92,7 @@ def test_asymmetric_target_lowers_the_error_that_it_aims_at(quantize, tiny_confi
         _, _, path = quantize(f"run{strength}", **given)
         source = open_source(tiny_config.model)
         packed = PackedCheckpoint(path / "checkpoint")
-        x = embed(source.outer(), fitted_tokens(path))
+        x = embed(source.config, source.outer(), fitted_tokens(path))
         float_x = block_forward(source.config, source.block(0), x)
         own_x = block_forward(source.config, packed.block(0), x)
         dense, quantized = source.block(1), packed.block(1)
@@ -145,7 +148,7 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
     assert len(found) == 2 * len(LINEAR_GROUPS) and len(blocks) == 2 * tuned
-    left, x = iter(found), embed(source.outer(), fitted_tokens(path))
+    left, x = iter(found), embed(source.config, source.outer(), fitted_tokens(path))
     for index in range(2):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         seen = dense = source.block(index)
@@ -182,7 +185,7 @@ def test_stage_by_stage_every_layer_aims_at_the_outputs_of_the_float_model(
     given = {"num_blocks": 2, "true_sequential": True, "calibration.asymmetry": 0.5}
     _, _, path = quantize("run", **given)
     source, packed = open_source(tiny_config.model), PackedCheckpoint(path / "checkpoint")
-    config, float_x = source.config, embed(source.outer(), fitted_tokens(path))
+    config, float_x = source.config, embed(source.config, source.outer(), fitted_tokens(path))
     own_x = float_x
     for index in range(2):
         own_x, float_x = (
@@ -291,7 +294,7 @@ def test_int8_embeddings_are_what_the_blocks_are_calibrated_on(quantize, tiny_co
     assert summary["perplexity_quantized"] != dense_summary["perplexity_quantized"]
 
     block, tokens = source.block(0), fitted_tokens(path)
-    x = jnp.asarray(embed(packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
+    x = jnp.asarray(embed(packed.config, packed.outer(), tokens), jnp.bfloat16).astype(jnp.float32)
     _, read = block_forward_with_inputs(source.config, block, x)
     name = "self_attn/q_proj"
     flat = np.asarray(read[name], np.float64).reshape(-1, hidden)

@@ -45,7 +45,7 @@ def test_statistics_are_sums_over_tokens_of_the_float_model(config, tmp_path, ca
     )
     source, path = open_source(config.model), tmp_path / "run"
     job.quantize(changed(config, num_blocks=1), str(path))
-    x, found = embed(source.outer(), np.load(path / "tokens.npy")), contents(file)
+    x, found = embed(source.config, source.outer(), np.load(path / "tokens.npy")), contents(file)
     assert len(found) == 2 * 2 * 2 * len(LINEAR_GROUPS)
     _, read = block_forward_with_inputs(source.config, source.block(0), x)
     for group in LINEAR_GROUPS:

@@ -177,7 +177,7 @@ def losses(source, path, weights, sequential=False, held_out=False):
     weights = {name: weight[part] for name, weight in weights.items()}
     block = source.block(0)
     quantized = PackedCheckpoint(path / "checkpoint").block(0)
-    x = embed(source.outer(), np.load(path / "tokens.npy")[part])
+    x = embed(source.config, source.outer(), np.load(path / "tokens.npy")[part])
     x, seen, found = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), block, {}
     for group in LINEAR_GROUPS:
         _, read = block_forward_with_inputs(source.config, seen, x)

@@ -1,7 +1,7 @@
 """The measurement of loading, on a small model."""
 
 from gptvq_jax.models.open import open_source
-from gptvq_jax.models.source import block_shapes
+from gptvq_jax.models.shapes import block_shapes
 from gptvq_jax.study.loading_benchmark import measure
 
 

@@ -1,0 +1,31 @@
+"""Qwen3: Llama with norms of each head's queries and keys; see also qwen2.py."""
+
+from gptvq_jax.models.families.base import Family, late_windows, layer_types, window_of
+
+
+def _write(config):
+    window = window_of(config)
+    return {
+        "layer_types": layer_types(config),
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+    }
+
+
+FAMILY = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    models="Qwen3 (dense)",
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    biases=("attention_bias",),
+    qk_norm="head",
+    read=late_windows,
+    write=_write,
+    handles=("sliding_window", "layer_types"),
+)
