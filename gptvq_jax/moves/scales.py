@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from gptvq_jax.core.vq_tensor import block_scale_values
+from gptvq_jax.moves.residual import Residual, image_of
 
 _LEVELS = 15  # 4-bit codes 0..15
+_SMALLEST_OUTPUT = 1e-5  # of a row, as a fraction of its energy: float32 resolves it from others
 _SMALLEST_RATIO = 2.0**-15  # of the scales of a strip: a level is at most one octave
 
 
@@ -72,21 +74,30 @@ def row_norms(weight: jax.Array) -> jax.Array:
     return jnp.where(size > 0, size, 1.0)
 
 
-def fit_row_scales(
-    weight: jax.Array, hessian: jax.Array, unscaled: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """Least-squares scales of the rows, as stored in float16.
+def row_energy(weight: jax.Array, hessian: jax.Array) -> jax.Array:
+    """w H w^T of every row (G * r,); weight (S * c, G * r). Costs 2 R C^2."""
+    return jnp.sum(weight * image_of(hessian, weight), axis=0)
 
-    With Q = s P in a row, the loss is quadratic in s: s = w H p^T / p H p^T.
+
+def refit_row_scales(
+    residual: Residual, weight: jax.Array, energy: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """Least-squares scales of the rows, as stored in float16; no row's loss rises.
+
+    With E = W - Q, the loss is quadratic in a factor a of a row q of Q: a = 1 + q H e / q H q, and
+    q H q = w H w - 2 w H e + e H e. No product with H is made.
 
     Args:
+      residual: of Q.
       weight: (S * c, G * r), transposed and padded with zeros.
-      hessian: (S * c, S * c), zero on the padding.
-      unscaled: P (S * c, G * r).
-      scale: (G * r,), kept where a row has no output or its best scale is 0.
+      energy: (G * r,) `row_energy` of the weight.
+      scale: (G * r,) those that Q was made with, float16 numbers; kept where a row has no output
+        or its best scale is 0.
     """
-    image = jnp.matmul(hessian, unscaled, precision="highest")
-    energy = jnp.sum(image * unscaled, axis=0)
-    best = jnp.sum(image * weight, axis=0) / jnp.where(energy > 0, energy, 1.0)
+    left = jnp.sum(residual.error * residual.image, axis=0)  # e H e
+    common = jnp.sum(weight * residual.image, axis=0)  # w H e
+    own = energy - 2 * common + left
+    seen = own > _SMALLEST_OUTPUT * energy
+    best = scale * (1 + (common - left) / jnp.where(seen, own, 1.0))
     best = best.astype(jnp.float16).astype(jnp.float32)
-    return jnp.where((energy > 0) & (best != 0) & jnp.isfinite(best), best, scale)
+    return jnp.where(seen & (best != 0) & jnp.isfinite(best), best, scale)
