@@ -22,9 +22,9 @@ from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.refit import decode, gradient_update, refit
 from gptvq_jax.moves.reseed import reseed
-from gptvq_jax.moves.residual import Residual, residual_of
+from gptvq_jax.moves.residual import Residual, image_of, residual_of
 from gptvq_jax.moves.rounds import repeat
-from gptvq_jax.moves.scales import RowScales, refit_row_scales, row_energy, row_norms
+from gptvq_jax.moves.scales import RowScales, refit_row_scales, row_norms
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import pad_identity, sweep, whitening
 
@@ -99,7 +99,7 @@ class AQLMSettings:
             update = (2 * (self.update_iterations + 1) + 1) * one  # and a residual
         recode = flops.recode(rows, cols, block, beam=self.beam)
         swept = flops.lazy_pass(rows, cols, block) if self.start == "product" else 0
-        first = one if self.codebook_update == "adam" else 2 * one  # and the energy of each row
+        first = one if self.codebook_update == "adam" else 2 * one  # and that of Q = 0
         return swept + first + self.rounds * (update + recode) + update
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
@@ -152,10 +152,10 @@ def quantize(
                 grid,
                 settings.update_iterations,
             )
-            centroids, new = _stored(fitted), refit_row_scales(residual, target, energy, scale)
-            before = decode(fitted, codes, per_vector(scale), grid)
-            change = decode(centroids, codes, per_vector(new), grid) - before
-            scale, residual = new, residual.moved(change, hessian)
+            centroids = _stored(fitted)
+            rounding = decode(centroids - fitted, codes, per_vector(scale), grid)
+            residual = residual.moved(rounding, hessian)
+            scale, residual = refit_row_scales(residual, whole, scale)
         # Of centroids that no code points to: the residual stays what it is.
         centroids = reseed(residual, hessian, centroids, codes, per_vector(scale), grid)
         return _State(_stored(centroids), scale, codes, residual)
@@ -179,7 +179,7 @@ def quantize(
 
     centroids = _stored(centroids)
     first = residual_of(target, decode(centroids, codes, per_vector(scale), grid), hessian)
-    energy = row_energy(target, hessian) if settings.codebook_update != "adam" else None
+    whole = Residual(target, image_of(hessian, target))  # of Q = 0; Adam does without
     state = _State(centroids, scale, codes, first)
     state = repeat(one_round, loss_of, state, settings.rounds, settings.tolerance)
     centroids, scale, codes, _ = repeat(update, loss_of, state, 1, 0.0)

@@ -22,14 +22,13 @@ from gptvq_jax.moves.compress import (
 from gptvq_jax.moves.em import em
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.refit import decode, gradient_update, refit
-from gptvq_jax.moves.residual import Residual, residual_of
+from gptvq_jax.moves.residual import Residual, image_of, residual_of
 from gptvq_jax.moves.rounds import repeat
 from gptvq_jax.moves.scales import (
     RowScales,
     StripScales,
     normalize_strip,
     refit_row_scales,
-    row_energy,
     row_norms,
 )
 from gptvq_jax.moves.seed import SEEDS
@@ -173,7 +172,7 @@ class GPTVQSettings:
         of_svd = adam if self.svd_rank and self.codebook_update != "none" else 0
         swept = flops.lazy_pass(rows, cols, block)
         if self.row_scales and self.codebook_update != "none":
-            first += one  # the energy of each row
+            first += one  # the image of the weight
         return swept + first + update + self.polish_rounds * one_round + of_svd
 
     def smallest_group(self) -> int:
@@ -329,17 +328,15 @@ def _polish(problem: _Problem, centroids, rows, codes):
     """
     target, hessian, _, grid, counts, settings = problem
     refits_rows = rows is not None and settings.codebook_update != "none"
-    energy = row_energy(target, hessian) if refits_rows else None
+    whole = Residual(target, image_of(hessian, target)) if refits_rows else None  # of Q = 0
 
     def update(centroids, rows, codes, residual) -> _State:
         centroids, residual = _update_codebooks(problem, centroids, rows, codes, residual)
-        stored = problem.stored(centroids)
+        rounding = problem.stored(centroids) - centroids
+        residual = residual.moved(problem.decode(rounding, rows, codes), hessian)
         if refits_rows:
-            new = refit_row_scales(residual, target, energy, rows)
-            change = problem.decode(stored, new, codes) - problem.decode(centroids, rows, codes)
-        else:
-            new, change = rows, problem.decode(stored - centroids, rows, codes)
-        return _State(centroids, new, codes, residual.moved(change, hessian))
+            rows, residual = refit_row_scales(residual, whole, rows)
+        return _State(centroids, rows, codes, residual)
 
     def one_round(state: _State) -> _State:
         stored = problem.stored(state.centroids)

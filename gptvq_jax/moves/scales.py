@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from gptvq_jax.core.vq_tensor import block_scale_values
-from gptvq_jax.moves.residual import Residual, image_of
+from gptvq_jax.moves.residual import Residual
 
 _LEVELS = 15  # 4-bit codes 0..15
-_SMALLEST_OUTPUT = 1e-5  # of a row, as a fraction of its energy: float32 resolves it from others
 _SMALLEST_RATIO = 2.0**-15  # of the scales of a strip: a level is at most one octave
 
 
@@ -74,30 +73,28 @@ def row_norms(weight: jax.Array) -> jax.Array:
     return jnp.where(size > 0, size, 1.0)
 
 
-def row_energy(weight: jax.Array, hessian: jax.Array) -> jax.Array:
-    """w H w^T of every row (G * r,); weight (S * c, G * r). Costs 2 R C^2."""
-    return jnp.sum(weight * image_of(hessian, weight), axis=0)
-
-
 def refit_row_scales(
-    residual: Residual, weight: jax.Array, energy: jax.Array, scale: jax.Array
-) -> jax.Array:
+    residual: Residual, whole: Residual, scale: jax.Array
+) -> tuple[jax.Array, Residual]:
     """Least-squares scales of the rows, as stored in float16; no row's loss rises.
 
-    With E = W - Q, the loss is quadratic in a factor a of a row q of Q: a = 1 + q H e / q H q, and
-    q H q = w H w - 2 w H e + e H e. No product with H is made.
+    With E = W - Q, the loss is quadratic in a factor a of a row q of Q: a = 1 + q H e / q H q.
+    H q = H w - H e is known, so that no product with H is made.
 
     Args:
       residual: of Q.
-      weight: (S * c, G * r), transposed and padded with zeros.
-      energy: (G * r,) `row_energy` of the weight.
+      whole: that of Q = 0: the weight and its image.
       scale: (G * r,) those that Q was made with, float16 numbers; kept where a row has no output
         or its best scale is 0.
+
+    Returns:
+      Scales, and the residual with them.
     """
-    left = jnp.sum(residual.error * residual.image, axis=0)  # e H e
-    common = jnp.sum(weight * residual.image, axis=0)  # w H e
-    own = energy - 2 * common + left
-    seen = own > _SMALLEST_OUTPUT * energy
-    best = scale * (1 + (common - left) / jnp.where(seen, own, 1.0))
+    quantized, image = whole.error - residual.error, whole.image - residual.image
+    energy = jnp.sum(quantized * image, axis=0)
+    gain = jnp.sum(quantized * residual.image, axis=0)
+    best = scale * (1 + gain / jnp.where(energy > 0, energy, 1.0))
     best = best.astype(jnp.float16).astype(jnp.float32)
-    return jnp.where(seen & (best != 0) & jnp.isfinite(best), best, scale)
+    new = jnp.where((energy > 0) & (best != 0) & jnp.isfinite(best), best, scale)
+    less = (scale - new) / scale
+    return new, Residual(residual.error + less * quantized, residual.image + less * image)
