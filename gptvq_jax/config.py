@@ -136,7 +136,7 @@ class RunSettings:
             )
         if a.bits_per_value and self.method == "gptvq":
             whole = f"such that dim * bits is whole, 1 to {MAX_CODE_BITS}, for one of "
-                f"allocation.dims={a.dims}"
+            whole += f"allocation.dims={a.dims}"
             check(bool(self.candidates), "allocation.bits", whole)
             check(
                 self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"
