@@ -1,4 +1,4 @@
-"""Scales: 4-bit log-domain ones of blocks (GPTVQ, section 3.3), and one for each row (AQLM)."""
+"""Scales: 4-bit log-domain ones of blocks (GPTVQ, section 3.3), and one for each row."""
 
 from typing import NamedTuple
 
