@@ -177,8 +177,11 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
 
 
 def _own(config: config_dict.ConfigDict, chosen: Sequence[Point]) -> dict[str, Any]:
-    """What a cell sets besides its points."""
-    return dict(config.cells.fields.get(tuple(point.name for point in chosen), {}))
+    """What a cell sets besides its points. Raises ValueError where it is left out."""
+    own = config.cells.fields.get(tuple(point.name for point in chosen), {})
+    if isinstance(own, str):
+        raise ValueError(own)
+    return dict(own)
 
 
 def _cell(
