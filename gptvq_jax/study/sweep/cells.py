@@ -153,7 +153,7 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
                 raise ValueError(f"axes {owner[field]!r} and {of.name!r} both set {field}; let one")
             owner[field] = of.name
     for fields in config.cells.fields.values():
-        for field in fields:
+        for field in () if isinstance(fields, str) else fields:
             if owner.setdefault(field, "cells") != "cells":
                 raise ValueError(f"axis {owner[field]!r} and cells= both set {field}; let one")
     for field in named:
