@@ -6,11 +6,12 @@
 
 Index bits are allocated to the layers under a budget of true bits per value (2b: 2.125, 3b: 3.085,
 4b: 4.1), tokens weighted by gradients; --config.allocation.bits_per_value=0, or --config.vq.dim or
-vq.bits, gives every layer the same bits.
+vq.bits, gives every layer the same bits. Every row of a weight has a float16 scale, but in
+`ablation`.
 
-Calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024 others (float 14.59): 3b 3.085
-bits per value, 18.18; 2b 2.125 bits, 33.06. On 2 cores of an AMD EPYC 3b takes 5 min with AVX-512
-and 8 without.
+Calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024 others (float 14.59), before
+rows had scales: 3b 3.085 bits per value, 18.18; 2b 2.125 bits, 33.06. On 2 cores of an AMD EPYC 3b
+took 5 min with AVX-512 and 8 without.
 """
 
 from gptvq_jax.config import default_config
@@ -30,6 +31,11 @@ def get_config(arg: str = "3b"):
     config.vq.dim = 2
     set_index_bits(config, float(width[0]))
     config.allocation.bits = CANDIDATES[width]
+    if not ablation:  # whose tables and sweeps say what they scale
+        config.vq.row_scales = True
+        config.vq.codebook_overhead = (
+            0.097  # with 16 / 576 bits of scales at most an eighth of a bit
+        )
     if not (smoke or ablation):
         config.allocation.bits_per_value = BUDGET[width]
         config.calibration.gradient_groups = 1

@@ -16,7 +16,7 @@ from gptvq_jax.console.config_file import is_sweep
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.data.mixture import shares
 from gptvq_jax.methods.aqlm import AQLMSettings
-from gptvq_jax.methods.gptvq import GPTVQSettings, makes_codes
+from gptvq_jax.methods.gptvq import MAX_CODE_BITS, GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
@@ -67,7 +67,7 @@ class AllocationSettings:
     bits_per_value: float = 0.0  # true bits, codebooks included; 0: all layers as vq says
     # The rest is of method 'gptvq', but for `sample`: 'trellis' measures no candidates.
     dims: tuple[int, ...] = (2,)  # candidates: every pair of these ...
-    bits: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # ... with dim * bits whole, 1 to 8
+    bits: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # ... with dim * bits whole, 1 to 12
     em_iterations: int = 5  # of the measured error curves, which are made without polish
     measured: int = 3  # candidates of each dimension, the others lie on a curve; 0: all of them
     sample: bool = True  # measure on some rows and windows; False: on all of them
@@ -158,7 +158,8 @@ class RunSettings:
                 "'gptvq' or 'trellis' unless allocation.bits_per_value is 0",
             )
         if a.bits_per_value and self.method == "gptvq":
-            whole = f"such that dim * bits is whole, 1 to 8, for one of allocation.dims={a.dims}"
+            whole = f"such that dim * bits is whole, 1 to {MAX_CODE_BITS}, for one of "
+            whole += f"allocation.dims={a.dims}"
             check(bool(self.candidates), "allocation.bits", whole)
             check(
                 self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"

@@ -65,8 +65,22 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             r"--config\.tune\.epochs has no effect .* set --config\.tune\.block=True",
         ),
         (
-            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py --config.vq.dim=4",
-            r"vq\.bits=3\.0 must be such that .*; dim is 4",
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py --config.vq.dim=8",
+            r"vq\.bits=3\.0 must be such that .* a whole number from 1 to 12; dim is 8",
+        ),
+        (
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py --config.vq.beam=9",
+            r"vq\.beam=9 must be 1 to 8",
+        ),
+        (
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py "
+            "--config.vq.beam=2 --config.vq.polish_rounds=0",
+            r"--config\.vq\.beam has no effect .* set --config\.vq\.polish_rounds=1 or more",
+        ),
+        (
+            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py "
+            "--config.vq.scale_block_size=16",
+            r"vq\.row_scales=True must be False unless scale_block_size is 0",
         ),
         (
             "python scripts/benchmark_pipeline.py --config=configs/smollm2_135m_2d.py "

@@ -3,10 +3,10 @@
     W[r, jD:(j+1)D] = s(r, j) * sum_m codebook[m, group(r, j), codes[m, r, j]]
 
 AQLM has several codebooks m and one scale s per row r; GPTVQ one codebook per group, and scales of
-blocks where asked for. A uniform grid (RTN, GPTQ) is D = 1 with a codebook of rank 2: centroid k of
-a group is scale * k + offset. An SVD-compressed codebook (GPTVQ, section 3.3) is the same thing at
-any rank. Every array is held as it is stored, so bits per value are counted, never computed from a
-formula. Axis letters are explained in grid.py.
+rows or blocks where asked for. A uniform grid (RTN, GPTQ) is D = 1 with a codebook of rank 2:
+centroid k of a group is scale * k + offset. An SVD-compressed codebook (GPTVQ, section 3.3) is the
+same thing at any rank. Every array is held as it is stored, so bits per value are counted, never
+computed from a formula. Axis letters are explained in grid.py.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ which the whole layer shares. Block tuning (section 3.4) is in finetune.py.
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.refit import decode, gradient_update, refit
 from gptvq_jax.moves.reseed import reseed
-from gptvq_jax.moves.residual import residual_of
+from gptvq_jax.moves.residual import Residual, image_of, residual_of
 from gptvq_jax.moves.rounds import repeat
-from gptvq_jax.moves.scales import RowScales, fit_row_scales, row_norms
+from gptvq_jax.moves.scales import RowScales, refit_row_scales, row_norms
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import pad_identity, sweep, whitening
 
@@ -93,14 +94,13 @@ class AQLMSettings:
         """Of matrix products of a layer, at most: rounds may be fewer."""
         block = self.grid(rows, cols).block_cols(self.block_size)
         one = flops.unit(rows, cols)
-        refit = one + flops.refit(rows, cols, self.update_iterations)  # after its first residual
+        update = flops.refit(rows, cols, self.update_iterations) + one  # what rounding changes
         if self.codebook_update == "adam":
-            refit = 2 * (self.update_iterations + 1) * one
-        update = refit + 3 * one  # scales, reseeding, the loss
-        recode = one + flops.recode(rows, cols, block, beam=self.beam)
+            update = (2 * (self.update_iterations + 1) + 1) * one  # and a residual
+        recode = flops.recode(rows, cols, block, beam=self.beam)
         swept = flops.lazy_pass(rows, cols, block) if self.start == "product" else 0
-        losses = 2 * one  # before the rounds, and before the last update
-        return swept + losses + self.rounds * (update + recode) + update
+        first = one if self.codebook_update == "adam" else 2 * one  # and that of Q = 0
+        return swept + first + self.rounds * (update + recode) + update
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """One group; inputs that vectors do not divide are padded."""
@@ -135,16 +135,16 @@ def quantize(
     def per_vector(scale):
         return jnp.broadcast_to(scale, (grid.strip_vectors, grid.rows))
 
-    def residual(centroids, scale, codes):
-        return residual_of(target, decode(centroids, codes, per_vector(scale), grid), hessian)
-
     def update(state):
-        centroids, scale, codes = state
+        centroids, scale, codes, residual = state
         if settings.codebook_update == "adam":
             centroids, scale = _adam(target, hessian, centroids, scale, codes, grid, settings)
+            centroids = _stored(centroids)
+            quantized = decode(centroids, codes, per_vector(scale), grid)
+            residual = residual_of(target, quantized, hessian)
         else:
-            centroids, _ = refit(
-                residual(centroids, scale, codes),
+            fitted, residual = refit(
+                residual,
                 hessian,
                 centroids,
                 codes,
@@ -152,16 +152,18 @@ def quantize(
                 grid,
                 settings.update_iterations,
             )
-            centroids = _stored(centroids)
-            unscaled = decode(centroids, codes, None, grid)
-            scale = fit_row_scales(target, hessian, unscaled, scale)
-        centroids = reseed(target, hessian, centroids, codes, per_vector(scale), grid)
-        return _stored(centroids), scale, codes
+            centroids = _stored(fitted)
+            rounding = decode(centroids - fitted, codes, per_vector(scale), grid)
+            residual = residual.moved(rounding, hessian)
+            scale, residual = refit_row_scales(residual, whole, scale)
+        # Of centroids that no code points to: the residual stays what it is.
+        centroids = reseed(residual, hessian, centroids, codes, per_vector(scale), grid)
+        return _State(_stored(centroids), scale, codes, residual)
 
     def one_round(state):
-        centroids, scale, codes = update(state)
-        codes, _ = recode(
-            residual(centroids, scale, codes),
+        centroids, scale, codes, residual = update(state)
+        codes, residual = recode(
+            residual,
             hessian,
             centroids,
             codes,
@@ -170,15 +172,17 @@ def quantize(
             beam=settings.beam,
             block_size=settings.block_size,
         )
-        return centroids, scale, codes
+        return _State(centroids, scale, codes, residual)
 
     def loss_of(state):
-        return residual(*state).loss
+        return state.residual.loss
 
-    state = (_stored(centroids), scale, codes)
+    centroids = _stored(centroids)
+    first = residual_of(target, decode(centroids, codes, per_vector(scale), grid), hessian)
+    whole = Residual(target, image_of(hessian, target))  # of Q = 0; Adam does without
+    state = _State(centroids, scale, codes, first)
     state = repeat(one_round, loss_of, state, settings.rounds, settings.tolerance)
-    state = repeat(update, loss_of, state, 1, 0.0)
-    centroids, scale, codes = state
+    centroids, scale, codes, _ = repeat(update, loss_of, state, 1, 0.0)
     return VQTensor(
         codes=pack_codes(codes, settings.code_bits, grid),
         codebook=quantize_centroids(centroids, 16),
@@ -187,6 +191,15 @@ def quantize(
         grid=grid,
         row_scales=scale.astype(jnp.float16),
     )
+
+
+class _State(NamedTuple):
+    """Between two rounds, everything as it will be stored."""
+
+    centroids: jax.Array  # (M, 1, 1, K, D)
+    scale: jax.Array  # (R,)
+    codes: jax.Array  # (M, J, R)
+    residual: Residual
 
 
 def _stored(centroids: jax.Array) -> jax.Array:

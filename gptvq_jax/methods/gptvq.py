@@ -22,20 +22,27 @@ from gptvq_jax.moves.compress import (
 from gptvq_jax.moves.em import em
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.refit import decode, gradient_update, refit
-from gptvq_jax.moves.residual import Residual, residual_of
+from gptvq_jax.moves.residual import Residual, image_of, residual_of
 from gptvq_jax.moves.rounds import repeat
-from gptvq_jax.moves.scales import StripScales, normalize_strip
+from gptvq_jax.moves.scales import (
+    RowScales,
+    StripScales,
+    normalize_strip,
+    refit_row_scales,
+    row_norms,
+)
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import SweepResult, pad_identity, sweep
 
 _PART_ROWS = 256  # most rows of a part, unless a codebook has more
 CODEBOOK_UPDATES = ("least_squares", "adam", "none")
+MAX_CODE_BITS = 12  # k-means++ and every search make a pass over the layer for each centroid
 
 
 def makes_codes(dim: int, bits: float) -> bool:
-    """Whether vectors of `dim` weights at `bits` per weight have codes of 1 to 8 whole bits."""
+    """Whether vectors of `dim` weights at `bits` per weight have codes of 1 to 12 whole bits."""
     width = round(dim * bits)
-    return abs(dim * bits - width) < 1e-6 and 1 <= width <= 8
+    return abs(dim * bits - width) < 1e-6 and 1 <= width <= MAX_CODE_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +50,7 @@ class GPTVQSettings:
     """One row of the paper's tables; hashable, so that a compiled step is made once per setting."""
 
     dim: int = 2  # D: weights per vector: 1, 2 or 4 in the paper
-    bits: float = 3.0  # index bits per weight; dim * bits is the width of a code
+    bits: float = 3.0  # index bits per weight; dim * bits, 1 to 12, is the width of a code
     group_size: int = 0  # weights that share a codebook; 0: as few as codebook_overhead allows
     codebook_overhead: float = 0.125  # most bits per weight spent on codebooks, if group_size is 0
     max_group_cols: int = 256  # widest group
@@ -52,11 +59,13 @@ class GPTVQSettings:
     exact_metric: bool = True  # False: the diagonal of the block metric (paper)
     block_size: int = 128  # columns per lazy update
     scale_block_size: int = 0  # weights per 4-bit block scale, 8 to 128; 0: no normalization
+    row_scales: bool = False  # a float16 scale for every output row: 16 / C bits per weight
     codebook_update: str = "least_squares"  # 'adam' (paper), 'none'
     update_iterations: int = 2  # steps of conjugate gradients, or of Adam (the paper: 25)
     learning_rate: float = 1e-3  # of Adam, relative to the root mean square of the codebooks
     polish_rounds: int = 2  # most alternations of codebook update and recode (the paper: 0)
     polish_tolerance: float = 0.005  # stop when a round lowers the loss by less than this fraction
+    beam: int = 1  # of polish: width of the beam search over the codes of a row, 1 to 8
     codebook_bits: int = 8  # 16, 8 or 4 bits per stored centroid coordinate
     svd_rank: int = 0  # 1D: rank of all codebooks together; 0: stored one by one
 
@@ -69,7 +78,7 @@ class GPTVQSettings:
         check(
             makes_codes(self.dim, self.bits),
             "bits",
-            f"such that dim * bits is a whole number from 1 to 8; dim is {self.dim}",
+            f"such that dim * bits is a whole number from 1 to {MAX_CODE_BITS}; dim is {self.dim}",
         )
         check(self.group_size >= 0, "group_size", "0 or the weights per codebook")
         check(self.codebook_overhead > 0, "codebook_overhead", "above 0")
@@ -86,6 +95,11 @@ class GPTVQSettings:
             f"0, or 8 to 128 and a multiple of dim={self.dim}",
         )
         check(
+            not (self.row_scales and self.scale_block_size),
+            "row_scales",
+            "False unless scale_block_size is 0: a row has one kind of scales",
+        )
+        check(
             self.codebook_update in CODEBOOK_UPDATES,
             "codebook_update",
             f"one of {', '.join(CODEBOOK_UPDATES)}",
@@ -94,6 +108,7 @@ class GPTVQSettings:
         check(self.learning_rate > 0, "learning_rate", "above 0")
         check(self.polish_rounds >= 0, "polish_rounds", "at least 0")
         check(0 <= self.polish_tolerance < 1, "polish_tolerance", "from 0 to below 1")
+        check(1 <= self.beam <= 8, "beam", "1 to 8")
         check(self.codebook_bits in (4, 8, 16), "codebook_bits", "16, 8 or 4")
         check(self.svd_rank >= 0, "svd_rank", "0 or the rank to keep")
         check(self.svd_rank == 0 or self.dim == 1, "svd_rank", "0 unless dim is 1")
@@ -152,10 +167,12 @@ class GPTVQSettings:
             "adam": adam + one,  # and its residual
         }
         update = updates[self.codebook_update] + one  # and the residual of rounded codebooks
-        one_round = flops.recode(rows, cols, block) + update
+        one_round = flops.recode(rows, cols, block, beam=self.beam) + update
         first = 0 if self.codebook_update == "adam" else one  # Adam takes no residual
         of_svd = adam if self.svd_rank and self.codebook_update != "none" else 0
         swept = flops.lazy_pass(rows, cols, block)
+        if self.row_scales and self.codebook_update != "none":
+            first += one  # the image of the weight
         return swept + first + update + self.polish_rounds * one_round + of_svd
 
     def smallest_group(self) -> int:
@@ -218,38 +235,49 @@ def quantize(
 def _quantize(weight, hessian, hinv_chol, key, first_strip, counts, settings, grid) -> VQTensor:
     target = grid.pad_transpose(weight)
     hessian = jnp.pad(hessian / unit(hessian), ((0, grid.padded_cols - grid.cols),) * 2)
-    swept = _sweep(target, pad_identity(hinv_chol, grid), grid, key, first_strip, counts, settings)
-    scales = swept.scales and _stacked_per_vector(swept.scales, grid)
-    problem = _Problem(target, hessian, scales, grid, counts, settings)
-    centroids, codes = _polish(problem, swept.centroids[None], swept.codes[None])  # M = 1
+    rows = row_norms(target) if settings.row_scales else None
+    swept = _sweep(
+        target, pad_identity(hinv_chol, grid), grid, key, first_strip, counts, settings, rows
+    )
+    blocks = swept.scales if settings.scale_block_size else None
+    per_vector = blocks and _stacked_per_vector(blocks, grid)
+    problem = _Problem(target, hessian, per_vector, grid, counts, settings)
+    centroids, rows, codes = _polish(problem, swept.centroids[None], rows, swept.codes[None])
 
     if settings.svd_rank:
         centroids, rank = sort_codebook(centroids)
         codes = _rename(codes, rank, grid)
-        codebook = _svd_codebook(problem, centroids, codes)
+        codebook = _svd_codebook(problem, centroids, rows, codes)
     else:
         codebook = quantize_centroids(centroids, settings.codebook_bits)
     return VQTensor(
         codes=pack_codes(codes, settings.index_bits, grid),
         codebook=codebook,
-        block_scales=_stored_scales(swept.scales, grid, settings.scale_block_size),
+        block_scales=_stored_scales(blocks, grid, settings.scale_block_size),
         index_bits=settings.index_bits,
         grid=grid,
+        row_scales=None if rows is None else rows[: grid.rows].astype(jnp.float16),
     )
 
 
 class _Problem(NamedTuple):
-    """What stays the same while codebooks and codes change."""
+    """What stays the same while codebooks, row scales and codes change."""
 
     target: jax.Array  # (S * c, G * r)
     hessian: jax.Array  # (S * c, S * c)
-    scales: jax.Array | None  # (S * c / D, G * r)
+    block_scales: jax.Array | None  # (S * c / D, G * r)
     grid: GroupGrid
     counts: Counts
     settings: GPTVQSettings
 
-    def decode(self, centroids: jax.Array, codes: jax.Array) -> jax.Array:
-        return decode(centroids, codes, self.scales, self.grid)
+    def per_vector(self, rows: jax.Array | None) -> jax.Array | None:
+        """Scale of each vector (S * c / D, G * r), row scales (G * r,) given; None: all are 1."""
+        if rows is None:
+            return self.block_scales
+        return jnp.broadcast_to(rows, (self.grid.padded_cols // self.grid.dim, *rows.shape))
+
+    def decode(self, centroids: jax.Array, rows: jax.Array | None, codes: jax.Array) -> jax.Array:
+        return decode(centroids, codes, self.per_vector(rows), self.grid)
 
     def stored(self, centroids: jax.Array) -> jax.Array:
         """Centroids as the tensor will hold them; SVD compresses them once, at the end."""
@@ -258,7 +286,7 @@ class _Problem(NamedTuple):
         return quantize_centroids(centroids, self.settings.codebook_bits).values()
 
 
-def _sweep(target, hinv_chol, grid, key, first_strip, counts, settings) -> SweepResult:
+def _sweep(target, hinv_chol, grid, key, first_strip, counts, settings, rows) -> SweepResult:
     seed = SEEDS[settings.seed]
 
     def fit(data, keys):
@@ -268,6 +296,9 @@ def _sweep(target, hinv_chol, grid, key, first_strip, counts, settings) -> Sweep
     normalize = None
     if settings.scale_block_size:
         normalize = partial(normalize_strip, block_size=settings.scale_block_size)
+    elif rows is not None:
+        by_strip = rows.reshape(grid.row_strips, grid.strip_rows)
+        normalize = lambda strip: RowScales(jnp.broadcast_to(by_strip, strip.shape))  # noqa: E731
     return sweep(
         target,
         hinv_chol,
@@ -285,18 +316,27 @@ class _State(NamedTuple):
     """Between two rounds."""
 
     centroids: jax.Array  # (1, S, G, K, D)
+    rows: jax.Array | None  # (G * r,) row scales, as stored
     codes: jax.Array  # (1, S * c / D, G * r)
     residual: Residual  # with the centroids as stored
 
 
-def _polish(problem: _Problem, centroids: jax.Array, codes: jax.Array):
-    """Codebook update, then codes and codebooks in turn; codes are chosen for stored centroids."""
-    _, hessian, scales, grid, counts, settings = problem
+def _polish(problem: _Problem, centroids, rows, codes):
+    """Codebook update, then codes and codebooks in turn; codes are chosen for stored centroids.
 
-    def update(centroids, codes, residual) -> _State:
-        centroids, residual = _update_codebooks(problem, centroids, codes, residual)
+    Row scales are updated with the codebooks.
+    """
+    target, hessian, _, grid, counts, settings = problem
+    refits_rows = rows is not None and settings.codebook_update != "none"
+    whole = Residual(target, image_of(hessian, target)) if refits_rows else None  # of Q = 0
+
+    def update(centroids, rows, codes, residual) -> _State:
+        centroids, residual = _update_codebooks(problem, centroids, rows, codes, residual)
         rounding = problem.stored(centroids) - centroids
-        return _State(centroids, codes, residual.moved(problem.decode(rounding, codes), hessian))
+        residual = residual.moved(problem.decode(rounding, rows, codes), hessian)
+        if refits_rows:
+            rows, residual = refit_row_scales(residual, whole, rows)
+        return _State(centroids, rows, codes, residual)
 
     def one_round(state: _State) -> _State:
         stored = problem.stored(state.centroids)
@@ -305,45 +345,47 @@ def _polish(problem: _Problem, centroids: jax.Array, codes: jax.Array):
             hessian,
             stored,
             state.codes,
-            scales,
+            problem.per_vector(state.rows),
             grid,
+            beam=settings.beam,
             block_size=settings.block_size,
         )
-        return update(stored, codes, residual)
+        return update(stored, state.rows, codes, residual)
 
-    first = residual_of(problem.target, problem.decode(centroids, codes), hessian)
-    start = update(centroids, codes, first)
+    first = residual_of(target, problem.decode(centroids, rows, codes), hessian)
+    start = update(centroids, rows, codes, first)
     rounds, tolerance = counts.polish_rounds, counts.polish_tolerance
     last = repeat(one_round, lambda state: state.residual.loss, start, rounds, tolerance)
-    return last.centroids, last.codes
+    return last.centroids, last.rows, last.codes
 
 
-def _update_codebooks(problem: _Problem, centroids, codes, residual):
-    """Centroids for these codes, and their residual."""
-    target, hessian, scales, grid, counts, settings = problem
+def _update_codebooks(problem: _Problem, centroids, rows, codes, residual):
+    """Centroids for these codes and row scales, and their residual."""
+    target, hessian, _, grid, counts, settings = problem
     if settings.codebook_update == "none":
         return centroids, residual
     steps = counts.update_iterations
     if settings.codebook_update == "least_squares":
+        scales = problem.per_vector(rows)
         return refit(residual, hessian, centroids, codes, scales, grid, steps)
     centroids = gradient_update(
         target,
         hessian,
         centroids,
-        lambda c: problem.decode(c, codes),
+        lambda c: problem.decode(c, rows, codes),
         iterations=steps,
         optimizer=optax.adam(counts.learning_rate),
     )
-    return centroids, residual_of(target, problem.decode(centroids, codes), hessian)
+    return centroids, residual_of(target, problem.decode(centroids, rows, codes), hessian)
 
 
-def _svd_codebook(problem: _Problem, centroids, codes) -> FactoredCodebook:
+def _svd_codebook(problem: _Problem, centroids, rows, codes) -> FactoredCodebook:
     """Rank-reduced codebooks, factors tuned on the loss before they are rounded."""
 
     def reconstruct(factors):
         left, right = factors
         product = jnp.matmul(left, right, precision="highest")[..., None]
-        return problem.decode(product, codes)
+        return problem.decode(product, rows, codes)
 
     settings, counts = problem.settings, problem.counts
     factors = svd_factors(centroids, settings.svd_rank)

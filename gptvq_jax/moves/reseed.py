@@ -6,11 +6,11 @@ from jax import lax
 
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.nearest import lookup
-from gptvq_jax.moves.refit import decode
+from gptvq_jax.moves.residual import Residual
 
 
 def reseed(
-    weight: jax.Array,
+    residual: Residual,
     hessian: jax.Array,
     centroids: jax.Array,
     codes: jax.Array,
@@ -24,7 +24,7 @@ def reseed(
     recode may now choose them.
 
     Args:
-      weight: (c, r), transposed and padded with zeros.
+      residual: of these centroids and codes, arrays (c, r).
       hessian: (c, c) mean x x^T, zero on the padding.
       centroids: (M, 1, 1, K, D).
       codes: (M, c / D, r).
@@ -36,8 +36,7 @@ def reseed(
     """
     books, *_, size, dim = centroids.shape
     vectors = grid.strip_vectors
-    error = weight - decode(centroids, codes, scales, grid)
-    gradient = jnp.matmul(hessian, error, precision="highest").reshape(vectors, dim, -1)
+    gradient = residual.image.reshape(vectors, dim, -1)
     blocks = jnp.diagonal(hessian.reshape(vectors, dim, vectors, dim), axis1=0, axis2=2)
     blocks = jnp.moveaxis(blocks, -1, 0)  # (c / D, D, D)
     trace = jnp.trace(blocks, axis1=1, axis2=2)[:, None, None]

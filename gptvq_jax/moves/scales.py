@@ -1,4 +1,4 @@
-"""Scales: 4-bit log-domain ones of blocks (GPTVQ, section 3.3), and one for each row (AQLM)."""
+"""Scales: 4-bit log-domain ones of blocks (GPTVQ, section 3.3), and one for each row."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gptvq_jax.core.vq_tensor import block_scale_values
+from gptvq_jax.moves.residual import Residual
 
 _LEVELS = 15  # 4-bit codes 0..15
 _SMALLEST_RATIO = 2.0**-15  # of the scales of a strip: a level is at most one octave
@@ -72,21 +73,28 @@ def row_norms(weight: jax.Array) -> jax.Array:
     return jnp.where(size > 0, size, 1.0)
 
 
-def fit_row_scales(
-    weight: jax.Array, hessian: jax.Array, unscaled: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """Least-squares scales of the rows, as stored in float16.
+def refit_row_scales(
+    residual: Residual, whole: Residual, scale: jax.Array
+) -> tuple[jax.Array, Residual]:
+    """Least-squares scales of the rows, as stored in float16; no row's loss rises.
 
-    With Q = s P in a row, the loss is quadratic in s: s = w H p^T / p H p^T.
+    With E = W - Q, the loss is quadratic in a factor a of a row q of Q: a = 1 + q H e / q H q.
+    H q = H w - H e is known, so that no product with H is made.
 
     Args:
-      weight: (S * c, G * r), transposed and padded with zeros.
-      hessian: (S * c, S * c), zero on the padding.
-      unscaled: P (S * c, G * r).
-      scale: (G * r,), kept where a row has no output or its best scale is 0.
+      residual: of Q.
+      whole: that of Q = 0: the weight and its image.
+      scale: (G * r,) those that Q was made with, float16 numbers; kept where a row has no output
+        or its best scale is 0.
+
+    Returns:
+      Scales, and the residual with them.
     """
-    image = jnp.matmul(hessian, unscaled, precision="highest")
-    energy = jnp.sum(image * unscaled, axis=0)
-    best = jnp.sum(image * weight, axis=0) / jnp.where(energy > 0, energy, 1.0)
+    quantized, image = whole.error - residual.error, whole.image - residual.image
+    energy = jnp.sum(quantized * image, axis=0)
+    gain = jnp.sum(quantized * residual.image, axis=0)
+    best = scale * (1 + gain / jnp.where(energy > 0, energy, 1.0))
     best = best.astype(jnp.float16).astype(jnp.float32)
-    return jnp.where((energy > 0) & (best != 0) & jnp.isfinite(best), best, scale)
+    new = jnp.where((energy > 0) & (best != 0) & jnp.isfinite(best), best, scale)
+    less = (scale - new) / scale
+    return new, Residual(residual.error + less * quantized, residual.image + less * image)

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
-from gptvq_jax.methods.gptvq import makes_codes
+from gptvq_jax.methods.gptvq import MAX_CODE_BITS, makes_codes
 from gptvq_jax.methods.registry import METHODS
 
 _SECTIONS = {
@@ -135,11 +135,9 @@ def _vq(settings: RunSettings, when) -> None:
         "vq.learning_rate",
         "on conjugate gradients; set --config.vq.codebook_update=adam",
     )
-    when(
-        vq.polish_rounds <= 1,
-        "vq.polish_tolerance",
-        f"with vq.polish_rounds={vq.polish_rounds}; set --config.vq.polish_rounds=2 or more",
-    )
+    rounds = f"with vq.polish_rounds={vq.polish_rounds}; set --config.vq.polish_rounds="
+    when(vq.polish_rounds == 0, "vq.beam", rounds + "1 or more")
+    when(vq.polish_rounds <= 1, "vq.polish_tolerance", rounds + "2 or more")
 
 
 def _aqlm(settings: RunSettings, when) -> None:
@@ -201,7 +199,7 @@ def _allocation(settings: RunSettings, when) -> None:
             a.bits_per_value > 0 and bool(values),
             f"allocation.{field}",
             f"in {', '.join(f'{v:g}' for v in values)}, which with no value of allocation.{other} "
-            f"makes codes of 1 to 8 whole bits (dim * bits); leave it out, or set "
+            f"makes codes of 1 to {MAX_CODE_BITS} whole bits (dim * bits); leave it out, or set "
             f"--config.allocation.{other}",
         )
     for field, candidates in (("dim", a.dims), ("bits", a.bits)):

@@ -35,6 +35,12 @@ VQ_SETTINGS = {
     "2d_3.083": dict(dim=2, bits=3.0, group_size=12288, max_group_cols=192, **_THOROUGH),
     "4d_2.222": dict(dim=4, bits=2.0, group_size=36864, max_group_cols=192, **_THOROUGH),
 }
+# With a scale for every row, in groups that cost so much less: at most the same true bits where a
+# row has 576 weights or more.
+VQ_ROW_SETTINGS = {
+    "2d_2.125_rows": VQ_SETTINGS["2d_2.125"] | dict(group_size=2592, row_scales=True),
+    "2d_3.083_rows": VQ_SETTINGS["2d_3.083"] | dict(group_size=18432, row_scales=True),
+}
 AQLM_SETTINGS = {
     "aqlm_1x8": dict(num_codebooks=1, code_bits=8, dim=4),
     "aqlm_1x12": dict(num_codebooks=1, code_bits=12, dim=8),
@@ -70,7 +76,7 @@ def settings_of(method: str) -> dict[str, Any]:
         return {name: AQLMSettings(**s) for name, s in AQLM_SETTINGS.items()}
     if METHODS[method].settings is TrellisSettings:
         return {name: TrellisSettings(**s) for name, s in TRELLIS_SETTINGS.items()}
-    return {name: GPTVQSettings(**s) for name, s in VQ_SETTINGS.items()}
+    return {name: GPTVQSettings(**s) for name, s in (VQ_SETTINGS | VQ_ROW_SETTINGS).items()}
 
 
 def layer_files(directory: Path) -> list[Path]:

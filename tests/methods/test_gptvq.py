@@ -69,12 +69,19 @@ def paper_sweep(weight, hinv_chol, settings):
     grid, scale = settings.grid(*weight.shape), None
     if settings.scale_block_size:
         scale = functools.partial(ref.block_scales, block_size=settings.scale_block_size)
+    if settings.row_scales:  # the rows are scaled at first, not as the sweep finds them
+        rows = np.float16(np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)))
+        scale = lambda strip: np.repeat(rows.astype(np.float64)[:, None], strip.shape[1], 1)  # noqa: E731
     return ref.sweep(weight, hinv_chol, grid, fit, exact_metric=False, scale=scale)
 
 
-@pytest.mark.parametrize("scale_block_size", [0, 8])
-def test_the_paper_in_float64(scale_block_size):
-    kw = dict(PAPER, scale_block_size=scale_block_size)
+@pytest.mark.parametrize(
+    "scales",
+    [dict(), dict(scale_block_size=8), dict(row_scales=True)],
+    ids=["none", "4-bit", "rows"],
+)
+def test_the_paper_in_float64(scales):
+    kw = dict(PAPER, **scales)
     tensor = tensor_of(**kw)
     expected = paper_sweep(P.weight, P.hinv_chol, GPTVQSettings(**{**BASE, **kw}))
     codes = np.asarray(tensor.unpack_codes())[0]
@@ -94,6 +101,11 @@ def test_bits_per_value_by_hand():
     # and 4 bits per 8 weights, two float16 per column strip
     scaled = tensor_of(**PAPER, scale_block_size=8)
     assert scaled.num_bytes == 512 + 256 + 2048 // 8 // 2 + 2 * 2 * 2
+    # and a float16 for each row
+    assert tensor.row_scales is None
+    scaled = tensor_of(row_scales=True)
+    assert scaled.row_scales.dtype == jnp.float16 and scaled.row_scales.shape == (ROWS,)
+    assert scaled.num_bytes == 648 + 2 * 32
 
 
 def test_golden_relative_errors():
@@ -259,6 +271,55 @@ def test_block_scales_pay_on_rows_of_uneven_size():
         assert error_of(uneven, **PAPER, scale_block_size=8) < 0.8 * error_of(uneven, **PAPER)
 
 
+def uneven_rows():
+    """Layers whose rows differ in size by a factor of 256."""
+    sizes = 2.0 ** np.random.default_rng(0).uniform(-4, 4, (ROWS, 1))
+    return [p._replace(weight=(p.weight * sizes).astype(np.float32)) for p in map(layer, range(4))]
+
+
+def test_row_scales_pay_on_rows_of_uneven_size():
+    """By 30 percent or more on each of them."""
+    for uneven in uneven_rows():
+        assert error_of(uneven, row_scales=True) < 0.8 * error_of(uneven)
+
+
+def test_row_scales_are_least_squares_for_the_codebooks_as_stored():
+    for kw in (dict(), dict(polish_rounds=3), dict(codebook_update="adam")):
+        tensor = tensor_of(**kw, row_scales=True)
+        scales = np.asarray(tensor.row_scales, np.float64)
+        unscaled = np.asarray(run_dequantize(tensor), np.float64) / scales[:, None]
+        image = unscaled @ P.hessian.astype(np.float64)
+        best = np.sum(image * P.weight, axis=1) / np.sum(image * unscaled, axis=1)
+        np.testing.assert_allclose(scales, best, rtol=2.0**-11 * 1.02)
+    swept = tensor_of(codebook_update="none", row_scales=True)  # nothing is fitted afterwards
+    norms = np.float16(np.sqrt(np.mean(np.square(P.weight, dtype=np.float64), axis=1)))
+    np.testing.assert_array_equal(swept.row_scales, norms)
+
+
+def test_row_scales_go_with_svd_of_codebooks():
+    kw = dict(dim=1, svd_rank=4, codebook_bits=16)
+    for uneven in uneven_rows():
+        assert error_of(uneven, **kw, row_scales=True) < 0.8 * error_of(uneven, **kw)
+
+
+def test_a_beam_in_polish_lowers_the_error():
+    kw = dict(polish_rounds=1, codebook_bits=16)
+    greedy, wide = (mean_error(8, **kw, beam=beam) for beam in (1, 4))
+    assert wide < 0.99 * greedy
+
+
+def test_one_codebook_of_codes_of_12_bits():
+    """4D at 3 bits: 512 vectors and 4096 centroids, what is left is the rounding of codebooks."""
+    kw = dict(dim=4, bits=3.0, group_size=ROWS * COLS, max_group_cols=COLS, codebook_bits=16)
+    tensor = tensor_of(**kw, em_iterations=1, update_iterations=2)
+    assert tensor.index_bits == 12 and tensor.codes.shape == (1, ROWS, COLS // 4 * 12 // 8)
+    assert tensor.codebook.centroids.shape == (1, 1, 1, 4096, 4)
+    assert tensor.num_bytes == ROWS * COLS * 3 // 8 + 4096 * 4 * 2
+    quantized = run_dequantize(tensor)
+    signal = ref.loss(P.weight, 0 * P.weight, P.hessian)
+    assert ref.loss(P.weight, quantized, P.hessian) < 1e-5 * signal
+
+
 def test_low_rank_hessian_and_dead_inputs_stay_finite():
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(5, COLS)).astype(np.float32)
@@ -338,7 +399,8 @@ BAD = [
     ("dim", dict(dim=0)),
     ("bits", dict(bits=2.3)),
     ("bits", dict(bits=0.0)),
-    ("bits", dict(bits=4.5)),
+    ("bits", dict(bits=6.5)),
+    ("bits", dict(dim=4, bits=4.0)),
     ("bits", dict(dim=1, bits=2.5)),
     ("group_size", dict(group_size=-1)),
     ("codebook_overhead", dict(codebook_overhead=0.0)),
@@ -350,6 +412,9 @@ BAD = [
     ("scale_block_size", dict(scale_block_size=4)),
     ("scale_block_size", dict(scale_block_size=9)),
     ("scale_block_size", dict(scale_block_size=256)),
+    ("row_scales", dict(row_scales=True, scale_block_size=8)),
+    ("beam", dict(beam=0)),
+    ("beam", dict(beam=9)),
     ("codebook_update", dict(codebook_update="sgd")),
     ("update_iterations", dict(update_iterations=0)),
     ("learning_rate", dict(learning_rate=0.0)),
@@ -371,7 +436,7 @@ def test_bad_settings_name_their_field_and_value(field, kw):
 
 
 @pytest.mark.parametrize(
-    "kw", [dict(bits=2.5), dict(dim=4, bits=2.0), dict(dim=4, bits=1.75), dict(dim=1, seed="cdf")]
+    "kw", [dict(bits=2.5), dict(dim=4, bits=2.0), dict(dim=4, bits=3.0), dict(dim=1, seed="cdf")]
 )
 def test_good_settings(kw):
     settings = GPTVQSettings(**kw)

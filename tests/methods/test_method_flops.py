@@ -27,6 +27,7 @@ CASES = {
     "no update": ("gptvq", GPTVQSettings(**GPTVQ, codebook_update="none"), ROUNDS),
     "adam": ("gptvq", GPTVQSettings(**ADAM), ROUNDS),
     "svd": ("gptvq", GPTVQSettings(**ADAM, dim=1, svd_rank=2), ROUNDS),
+    "rows": ("gptvq", GPTVQSettings(**GPTVQ, row_scales=True, beam=3), ROUNDS),
     "aqlm": ("aqlm", AQLMSettings(**AQLM), 1),
     "beam": ("aqlm", AQLMSettings(**AQLM, beam=3, update_iterations=7), 1),
     "aqlm adam": (

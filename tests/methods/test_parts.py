@@ -22,6 +22,7 @@ BASE = dict(bits=2.0, group_size=256, max_group_cols=32, block_size=16, em_itera
 ALONE = dict(codebook_update="none", polish_rounds=0)
 RECODED = dict(codebook_update="none", polish_rounds=2, polish_tolerance=0.0)
 CONVERGED = dict(update_iterations=200, polish_rounds=0)
+SCALED = dict(CONVERGED, row_scales=True)
 KEY = jax.random.key(3)
 
 
@@ -52,8 +53,14 @@ def whole_and_parts(problem, settings):
 @pytest.mark.parametrize("rows, cols, strips", [(32, 64, 4), (48, 44, 4), (64, 33, 4), (40, 36, 2)])
 @pytest.mark.parametrize(
     "kw",
-    [ALONE, dict(RECODED, dim=1), dict(CONVERGED, dim=4, bits=1.0), dict(ALONE, seed="random")],
-    ids=["2d", "1d recoded", "4d converged", "random"],
+    [
+        ALONE,
+        dict(RECODED, dim=1),
+        dict(CONVERGED, dim=4, bits=1.0),
+        dict(ALONE, seed="random"),
+        SCALED,
+    ],
+    ids=["2d", "1d recoded", "4d converged", "random", "row scales"],
 )
 def test_parts_are_the_whole(small_parts, rows, cols, strips, kw):
     whole, parts, count = whole_and_parts(

@@ -20,7 +20,8 @@ from gptvq_jax.moves.compress import (
     sort_codebook,
     svd_factors,
 )
-from gptvq_jax.moves.scales import RowScales, fit_row_scales, normalize_strip, row_norms
+from gptvq_jax.moves.residual import residual_of
+from gptvq_jax.moves.scales import RowScales, normalize_strip, refit_row_scales, row_norms
 
 quantize_centroids = jax.jit(quantize_centroids, static_argnames="bits")
 quantize_factors = jax.jit(quantize_factors, static_argnames="bits")
@@ -216,6 +217,12 @@ def test_row_scales_are_the_same_for_every_vector():
     np.testing.assert_array_equal(RowScales(columns).per_vector(3), columns[:2])
 
 
+def refit(weight, hessian, unscaled, scale):
+    weight = jnp.asarray(weight)
+    whole = residual_of(weight, jnp.zeros_like(weight), hessian)
+    return refit_row_scales(residual_of(weight, scale * unscaled, hessian), whole, scale)
+
+
 def test_row_scales_are_least_squares():
     """Every row against float64; float16 neighbours of what is returned are no better."""
     rng = np.random.default_rng(0)
@@ -225,7 +232,12 @@ def test_row_scales_are_least_squares():
     weight = (rng.normal(size=(6, 30)) * size).astype(np.float32)
     unscaled = (weight / size + 0.3 * rng.normal(size=(6, 30))).astype(np.float32)
     unscaled[:, 3] *= -1  # a scale may be negative
-    scale = np.asarray(fit_row_scales(weight, hessian, unscaled, jnp.ones(30)))
+    start = jnp.asarray(size, jnp.float16).astype(jnp.float32)
+    scale, residual = refit(weight, hessian, unscaled, start)
+    new = residual_of(jnp.asarray(weight), scale * unscaled, hessian)
+    for got, anew in zip(residual, new, strict=True):  # without a product with H
+        assert np.all(np.abs(got - anew) < 1e-4 * np.abs(anew).max(axis=0))
+    scale = np.asarray(scale)
     assert (scale.astype(np.float16) == scale).all()
     assert scale[3] < 0
     h, w, p = (a.astype(np.float64) for a in (hessian, weight, unscaled))
@@ -249,7 +261,7 @@ def test_row_scales_stay_where_nothing_determines_them():
     unscaled = jnp.array([[0.0, 2, 1, 1, 1], [1, 1, 1, 1, 1]])
     # No output; 1/2; best scale 0, of which nothing can be recoded; too small and too large for
     # float16.
-    scale = fit_row_scales(weight, hessian, unscaled, jnp.full(5, 0.75))
+    scale, _ = refit(weight, hessian, unscaled, jnp.full(5, 0.75))
     np.testing.assert_array_equal(scale, [0.75, 0.5, 0.75, 0.75, 0.75])
 
 

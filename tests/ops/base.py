@@ -47,6 +47,7 @@ CASES = {
     ),
     "aqlm 1x12": (TensorFormat(8, 12, 0, codebook_bits=16), 24, 256),
     "aqlm 1x16": (TensorFormat(8, 16, 0, codebook_bits=16), 24, 256),
+    "4d 3 bit": (TensorFormat(4, 12, 0, row_scales=True), 24, 512),
     "2 int8 codebooks": (TensorFormat(4, 8, 8192, 256, num_codebooks=2), 40, 512),
     "trellis, 8 bits": (dict(window_bits=8, stream_rows=16), 48, 96),
     "trellis, 12 bits, ragged": (dict(window_bits=12, stream_rows=13, outliers=0), 31, 43),

@@ -16,7 +16,7 @@ from gptvq_jax.ops import pallas_tpu, vq_matmul
 from gptvq_jax.ops.tpu import codes, layout
 from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
-REFUSED = ("block scales", "block scales, ragged", "aqlm 1x12", "aqlm 1x16", *TRELLIS)
+REFUSED = ("block scales", "block scales, ragged", "aqlm 1x12", "aqlm 1x16", "4d 3 bit", *TRELLIS)
 # In bfloat16 the tables and the order of rows differ, not how codes and centroids are read.
 BFLOAT16 = ("1d 4 bit, ragged", "2d 2 bit, strips of 192", "2d 3 bit", "4d 2 bit", "aqlm 2x8")
 # Formats and grids (rows, columns, D, rows and columns of a strip) that need what CASES do not.

@@ -81,6 +81,13 @@ def test_a_named_implementation_does_not_fall_back():
         make_kernel(tensor_of("float16 centroids"), "cpu_int8")
 
 
+@pytest.mark.parametrize("name", ["pallas_tpu", "cpu_int8"])
+def test_codes_of_12_bits_are_refused_with_an_implementation_that_reads_them(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: name.removeprefix("pallas_")[:3])
+    with pytest.raises(NotImplementedError, match="codes .*12.*use 'xla', which supports every"):
+        make_kernel(tensor_of("4d 3 bit"), name)
+
+
 def test_auto_falls_back_where_there_is_no_compiler_and_says_so_once(no_compiler, logged):
     for case in ("2d 2 bit", "2d 3 bit"):
         assert make_kernel(tensor_of(case)).implementation == "xla"

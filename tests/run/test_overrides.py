@@ -27,6 +27,7 @@ VALUES = {
         "scale_block_size": (8, 0), "codebook_update": ("none", "adam"),
         "update_iterations": (3, 2), "learning_rate": (0.5, 0.25), "polish_rounds": (3, 2),
         "polish_tolerance": (0.25, 0.5), "codebook_bits": (16, 8), "svd_rank": (2, 0),
+        "row_scales": (True, False), "beam": (2, 1),
     },
     "aqlm": {
         "num_codebooks": (4, 2), "code_bits": (3, 2), "dim": (4, 8),
@@ -126,6 +127,7 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({"vq.group_size": 512}, "vq.codebook_overhead", "--config.vq.group_size=0"),
         ({}, "vq.learning_rate", "--config.vq.codebook_update=adam"),
         ({"vq.codebook_update": "none"}, "vq.update_iterations", "=least_squares or adam"),
+        ({"vq.polish_rounds": 0}, "vq.beam", "--config.vq.polish_rounds=1 or more"),
         ({"vq.polish_rounds": 1}, "vq.polish_tolerance", "--config.vq.polish_rounds=2 or more"),
         ({"vq.dim": 1}, "vq.exact_metric", "vq.dim=2"),
         ({"method": "aqlm"}, "aqlm.learning_rate", "--config.aqlm.codebook_update=adam"),
@@ -175,6 +177,8 @@ def test_a_field_without_effect_is_refused_with_what_to_set(base, field, instead
         ({"tune.block": True, "method": "rtn"}, "seed"),
         ({"method": "rtn"}, "damping"),  # of the asymmetric target
         ({"vq.seed": "random"}, "seed"),
+        ({"vq.polish_rounds": 1}, "vq.beam"),
+        (BUDGET, "vq.row_scales"),
         ({"vq.dim": 1, "vq.svd_rank": 2}, "vq.learning_rate"),
         ({"method": "aqlm", "aqlm.rounds": 0}, "aqlm.block_size"),  # of the product start
     ],
@@ -253,7 +257,7 @@ def test_a_format_beside_a_budget_on_one_command_line_is_refused(given, field):
 @pytest.mark.parametrize(
     "given, field, what",
     [
-        ({"allocation.bits": (2.0, 3.3, 5.0)}, "bits", "in 3.3, 5, which"),
+        ({"allocation.bits": (2.0, 3.3, 7.0)}, "bits", "in 3.3, 7, which"),
         ({"allocation.dims": (2, 16)}, "dims", "in 16, which"),
     ],
 )

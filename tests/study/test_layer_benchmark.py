@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gptvq_jax.methods.aqlm import AQLMSettings
+from gptvq_jax.run.sizes import packed_bytes
 from gptvq_jax.study.layer_benchmark import (
     ONLY_BY_NAME,
     choose,
@@ -64,7 +65,14 @@ def test_rows(layers, tmp_path):
 
 
 def test_settings_are_named_by_dimension_and_bits():
-    assert list(settings_of("gptvq")) == ["1d_2.125", "2d_2.125", "2d_3.083", "4d_2.222"]
+    settings = settings_of("gptvq")
+    names = ["1d_2.125", "2d_2.125", "2d_3.083", "4d_2.222", "2d_2.125_rows", "2d_3.083_rows"]
+    assert list(settings) == names
+    for name in names[1:3]:  # with row scales at most as many true bits
+        plain, scaled = (
+            packed_bytes("gptvq", settings[n], 576, 576) for n in (name, f"{name}_rows")
+        )
+        assert 0.99 * plain < scaled <= plain
 
 
 def test_settings_of_trellis_are_named_by_true_bits():

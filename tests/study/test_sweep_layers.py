@@ -79,7 +79,8 @@ def test_stored_bits():
 
 def test_true_bits_of_a_row_agree():
     """The cells of the first figure that stand beside each other differ in nothing else."""
-    cells = resolve(load_config("sweeps/smollm2_dimensionality:layers")).cells
+    cells, refused = resolve(load_config("sweeps/smollm2_dimensionality:layers"))[4:6]
+    assert [cell.name for cell in refused] == ["4d_3b", "4d_4b"] and "0.2 bits" in refused[0].reason
     values = sum(rows * cols for rows, cols in SHAPES)
     for bits in ("2b", "3b", "4b"):
         row = [cell.settings for cell in cells if cell.point["bits"] == bits]

@@ -35,9 +35,11 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """What single cells set besides their points: {names of points: {field: value}}."""
+    """What single cells set besides their points: {names of points: {field: value}}.
 
-    fields: Mapping[tuple[str, ...], Mapping[str, Any]]
+    Of a cell that is left out, why."""
+
+    fields: Mapping[tuple[str, ...], Mapping[str, Any] | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def sweep(
     axes: Sequence[Axis],
     fields: Mapping[str, Any] | None = None,
     kind: str = "models",
-    cells: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None,
+    cells: Mapping[tuple[str, ...], Mapping[str, Any] | str] | None = None,
 ) -> config_dict.ConfigDict:
     """What `get_config` of a sweep's config file returns.
 
@@ -112,7 +114,8 @@ def sweep(
       axes: in the order in which names of cells have them.
       fields: that differ from those of the base in all cells.
       kind: of KINDS.
-      cells: what single cells set besides, {(point of the first axis, of the second, ...): fields}.
+      cells: what single cells set besides, {(point of the first axis, of the second, ...): fields};
+        or, in place of fields, why there is no such cell.
 
     Returns:
       name, kind, base (a run's config), source (its name, or ""), axes, cells.
@@ -141,14 +144,17 @@ def sweep(
 
 
 def _cells(
-    axes: Sequence[Axis], cells: Mapping[tuple[str, ...], Mapping[str, Any]]
-) -> dict[tuple[str, ...], dict[str, Any]]:
+    axes: Sequence[Axis], cells: Mapping[tuple[str, ...], Mapping[str, Any] | str]
+) -> dict[tuple[str, ...], dict[str, Any] | str]:
     """The fields of single cells, checked."""
     known = set(itertools.product(*([point.name for point in of.points] for of in axes)))
     found = {}
     for names, fields in cells.items():
         if names not in known:
             raise ValueError(f"there is no cell {names!r}; name a point of every axis, in order")
+        if isinstance(fields, str):
+            found[names] = fields
+            continue
         try:
             found[names] = {field: checked_field(field, v) for field, v in fields.items()}
         except ValueError as error:

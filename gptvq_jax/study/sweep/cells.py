@@ -154,7 +154,7 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
                 raise ValueError(f"axes {owner[field]!r} and {of.name!r} both set {field}; let one")
             owner[field] = of.name
     for fields in config.cells.fields.values():
-        for field in fields:
+        for field in () if isinstance(fields, str) else fields:
             if owner.setdefault(field, "cells") != "cells":
                 raise ValueError(f"axis {owner[field]!r} and cells= both set {field}; let one")
     for field in named:
@@ -178,8 +178,11 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
 
 
 def _own(config: config_dict.ConfigDict, chosen: Sequence[Point]) -> dict[str, Any]:
-    """What a cell sets besides its points."""
-    return dict(config.cells.fields.get(tuple(point.name for point in chosen), {}))
+    """What a cell sets besides its points. Raises ValueError where it is left out."""
+    own = config.cells.fields.get(tuple(point.name for point in chosen), {})
+    if isinstance(own, str):
+        raise ValueError(own)
+    return dict(own)
 
 
 def _cell(
