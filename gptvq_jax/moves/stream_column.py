@@ -5,11 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.moves.excess import spread
 from gptvq_jax.moves.viterbi import search_streams
-
-# A column is searched for at this much of unit variance, by rate from 0 (measured on a Gaussian at
-# L = 12: few values want to be spread, many to stay within the table).
-_SPREAD = (1.0, 1.12, 1.0, 0.97, 0.93, 0.9, 0.88)
 
 
 class Layout(NamedTuple):
@@ -42,10 +39,11 @@ def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outli
     return column._replace(added=jnp.where(outliers, gap, 0.0).astype(jnp.float16))
 
 
-def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array) -> jax.Array:
-    """The scale at which a column of unit rows is searched for, (): its root mean square."""
+def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array, layout: Layout) -> jax.Array:
+    """The scale at which a column of unit rows is searched for, (): its deviation, spread."""
     square = jnp.sum(weight * jnp.square(target)) / jnp.maximum(jnp.sum(weight), 1e-30)
-    return jnp.sqrt(square) / jnp.asarray(_SPREAD)[rate]
+    window_bits = len(layout.table).bit_length() - 1
+    return jnp.sqrt(square) / jnp.asarray(spread(window_bits))[rate]
 
 
 def best_scale(coded: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

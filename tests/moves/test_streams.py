@@ -10,7 +10,7 @@ import pytest
 from gptvq_jax.core.hessian import inverse_cholesky
 from gptvq_jax.core.metrics import quadratic_loss
 from gptvq_jax.core.trellis_table import gaussian_values
-from gptvq_jax.moves.outliers import set_aside
+from gptvq_jax.moves.outliers import loss_if_coded, set_aside, without
 from gptvq_jax.moves.recode_streams import recode_streams
 from gptvq_jax.moves.residual import residual_of
 from gptvq_jax.moves.stream_column import Layout, column_values
@@ -128,3 +128,26 @@ def test_rows_and_columns_of_zeros_have_no_outliers_and_divide_nothing():
     aside = set_aside(weight, 4.5)
     assert not np.any(aside.outliers) and np.all(np.isfinite(aside.row_scales))
     assert aside.row_scales[4] == 1
+
+
+@pytest.mark.parametrize("rate", [0, 1, 2, 4])
+@pytest.mark.parametrize("size", [3.5, 5.0, 9.0])
+def test_what_a_large_weight_costs_is_what_the_search_loses_by_it(rate, size):
+    rows, cols, bits = 256, 24, 8
+    rng = np.random.default_rng(0)
+    clean = rng.normal(size=(cols, rows)).astype(np.float32)
+    clean[:, 100] = 0
+    spiked = clean.copy()
+    spiked[:, 100] = size * (1 - 2 * (np.arange(cols) % 2))
+    layout = Layout(jnp.ones(rows), jnp.ones(rows), jnp.asarray(gaussian_values(bits)))
+    rates, kept = jnp.full(cols, rate), jnp.zeros(clean.shape, bool)
+    options = dict(stream_rows=rows, block_size=12)
+    lost = [
+        np.sum((w - sweep(w, jnp.eye(cols), rates, kept, layout, **options)[1]) ** 2)
+        for w in (jnp.asarray(clean), jnp.asarray(spiked))
+    ]
+    aside = without(spiked.T, spiked.T != clean.T)
+    aside = aside._replace(row_scales=jnp.ones(rows, jnp.float16))
+    metric = jnp.full(cols, 3.0)
+    expected = loss_if_coded(spiked.T, aside, metric, rates, bits)[100] / 3
+    np.testing.assert_allclose((lost[1] - lost[0]) / cols, np.mean(expected), rtol=0.3)

@@ -9,10 +9,10 @@ import pytest
 
 from gptvq_jax.config import RunSettings, default_config, from_config
 from gptvq_jax.core.hessian import factorize, unit
-from gptvq_jax.methods.trellis import TrellisSettings, bytes_per_bit, demand, fixed_bytes
+from gptvq_jax.methods.trellis import TrellisSettings
+from gptvq_jax.methods.trellis_budget import demand
 from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
 from gptvq_jax.models.open import open_source
-from gptvq_jax.moves.rates import distortion
 from gptvq_jax.run import columns, job
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import dense_params, packed_params
@@ -58,11 +58,11 @@ def test_equal_worth_gets_equal_bits():
     plan = columns.plan(settings(2.5 + 0.5), rows)
     codes = {
         layer: plan[layer].budget_bytes(*row["shape"])
-        - fixed_bytes(*row["shape"]) - 4 * row["outliers"]
+        - plan[layer].fixed_bytes(*row["shape"]) - 4 * row["outliers"]
         for layer, row in rows.items()
     }  # fmt: skip
     rates = {
-        layer: codes[layer] / (bytes_per_bit(row["shape"][0], TrellisSettings()) * row["shape"][1])
+        layer: codes[layer] / (TrellisSettings().bytes_per_bit(row["shape"][0]) * row["shape"][1])
         for layer, row in rows.items()
     }
     assert abs(rates[0, "layer0"] - rates[0, "layer1"]) < 1
@@ -73,6 +73,19 @@ def test_outliers_beyond_the_budget_are_named():
     rows[0, "layer0"]["outliers"] = 3000
     with pytest.raises(ValueError, match="bits_per_value=2.5 is below .* trellis.outlier_limit"):
         columns.plan(settings(2.5), rows)
+
+
+def test_a_layer_of_too_many_outliers_is_named_with_the_bits_it_gets(caplog):
+    rows = layers()
+    most = dataclasses.replace(TrellisSettings(), bits=2.5).most_outliers(64, 48)
+    rows[0, "layer0"]["outliers"] = most - 1
+    columns.plan(settings(2.5), rows)
+    assert not caplog.records
+    rows[0, "layer0"]["outliers"] = most
+    plan = columns.plan(settings(2.5), rows)
+    ((_, _, line),) = caplog.record_tuples
+    assert f"layers_0/layer0 has more outliers than the {most} that are kept" in line
+    assert f"{plan[0, 'layer0'].bits:.3f} bits per value" in line
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +147,7 @@ def test_worth_does_not_depend_on_the_unit_of_the_hessian():
     settings = TrellisSettings()
 
     def worth(h):
-        found = demand(weight, factorize(h, 0.0).hinv_chol, settings)
+        found = demand(weight, factorize(h, 0.0).hinv_chol, settings, most=0)
         return np.asarray(found.values) * float(unit(h))
 
     np.testing.assert_allclose(worth(hessian * 64), 64 * worth(hessian), rtol=1e-4)
@@ -145,7 +158,6 @@ def test_worth_does_not_depend_on_the_unit_of_the_hessian():
     expected = float(np.sum(np.square(weight[:, -1]))) / chol[-1, -1] ** 2
     np.testing.assert_allclose(worth(hessian)[-1], expected, rtol=1e-3)
     np.testing.assert_allclose(worth(hessian)[0], kept, rtol=1e-3)
-    assert distortion(np.array([0, 1, 2])).tolist() == [1, 1.15 / 4, 1.15 / 16]
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
