@@ -178,6 +178,16 @@ OF_MOVE = {
     "search_column": dict(
         target=STREAMS[0, 0], weight=STREAMS[0, 0], scale=jnp.float32(1), rate=jnp.int32(2)
     ),
+    "coded_values": dict(column=jax.tree.map(lambda x: x[0], COLUMNS), rate=jnp.int32(2)),
+    "refit_levels": dict(
+        residual=Residual(STREAMS[:, 0], STREAMS[:, 0]), columns=COLUMNS,
+        levels=jnp.ones(4, jnp.float16),
+    ),
+    "least_squares": dict(
+        params=BOOKS,
+        forward=lambda books: moves.refit.decode(books, CODES, None, GRID),
+        squared=lambda books: moves.refit.decode(books, CODES, None, GRID),
+    ),
     "viterbi": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
     "tail_biting": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
     "search_streams": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
@@ -244,6 +254,8 @@ MULTIPLY = (
     "update",
     "recode",
     "refit",
+    "refit_levels",
+    "least_squares",
     "gradient_update",
     "codebook_loss",
     "residual_of",

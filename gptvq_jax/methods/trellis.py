@@ -13,6 +13,7 @@ import numpy as np
 
 from gptvq_jax.core import packing
 from gptvq_jax.core.hessian import unit
+from gptvq_jax.core.trellis_table import gaussian_levels
 from gptvq_jax.core.trellis_tensor import (
     TrellisTensor,
     pack_outliers,
@@ -20,8 +21,9 @@ from gptvq_jax.core.trellis_tensor import (
     table_values,
 )
 from gptvq_jax.methods.trellis_budget import Demand, places_of, spend
-from gptvq_jax.methods.trellis_settings import TrellisSettings
+from gptvq_jax.methods.trellis_settings import REFIT_STEPS, TrellisSettings
 from gptvq_jax.moves.recode_streams import recode_streams
+from gptvq_jax.moves.refit_levels import refit_levels
 from gptvq_jax.moves.residual import residual_of
 from gptvq_jax.moves.stream_column import Layout
 from gptvq_jax.moves.sweep_streams import sweep_streams
@@ -50,7 +52,7 @@ def quantize(
     del key
     rows, cols = weight.shape
     of_layer, rates = spend(weight, hinv_chol, settings)
-    codes, scales, values = _code(
+    codes, scales, values, levels = _code(
         weight,
         hessian,
         hinv_chol,
@@ -69,7 +71,7 @@ def quantize(
         rates=packing.pack(jnp.asarray(rates), 4),
         row_scales=of_layer.row_scales,
         col_scales=scales,
-        levels=None,
+        levels=levels,
         outlier_gaps=jnp.asarray(gaps) if len(gaps) else None,
         outlier_values=jnp.asarray(added) if len(gaps) else None,
         rows=rows,
@@ -81,12 +83,12 @@ def quantize(
 
 def _shape_of(settings: TrellisSettings) -> TrellisSettings:
     """Settings without the numbers that no program depends on."""
-    return dataclasses.replace(settings, bits=2.0, recode_passes=0, outlier_limit="0")
+    return dataclasses.replace(settings, bits=2.0, recode_passes=1, outlier_limit="0")
 
 
 @partial(jax.jit, static_argnames=("settings", "native"))
 def _code(weight, hessian, hinv_chol, of_layer: Demand, rates, passes, settings, native):
-    """Codes (C, R') uint8, column scales (C,) and what outliers add (C, R), of one layer."""
+    """Codes (C, R') uint8, column scales (C,), what outliers add (C, R), and levels or None."""
     rows, cols = weight.shape
     stream_rows = settings.rows_of_stream(rows)
     block = min(settings.block_size, cols)
@@ -97,26 +99,36 @@ def _code(weight, hessian, hinv_chol, of_layer: Demand, rates, passes, settings,
 
     target, outliers = padded(weight), padded(of_layer.outliers)
     scales = of_layer.row_scales.astype(jnp.float32)
+    levels = jnp.asarray(gaussian_levels(settings.num_levels)) if settings.num_levels else None
     layout = Layout(
         jnp.pad(scales, (0, more_rows), constant_values=1.0),
         jnp.pad(jnp.ones(rows), (0, more_rows)),
-        table_values(settings.window_bits, None),
+        table_values(settings.window_bits, levels),
     )
     rates = jnp.pad(rates, (0, more_cols))
     options = {"stream_rows": stream_rows, "block_size": block, "native": native}
     chol = jax.scipy.linalg.block_diag(hinv_chol, jnp.eye(more_cols)) if more_cols else hinv_chol
     columns, quantized = sweep_streams(target, chol, rates, outliers, layout, **options)
 
-    def polished(columns):
+    def polished(columns, levels):
         h = jnp.pad(hessian / unit(hessian), ((0, more_cols),) * 2)
-        state = columns, residual_of(target, quantized, h)
 
         def one_pass(_, state):
-            return recode_streams(state[1], h, state[0], rates, outliers, layout, **options)
+            columns, residual, levels = state
+            now = layout
+            if levels is not None:
+                levels, residual = refit_levels(
+                    residual, h, levels, columns, rates, layout, REFIT_STEPS
+                )
+                now = layout._replace(table=table_values(settings.window_bits, levels))
+            new = recode_streams(residual, h, columns, rates, outliers, now, **options)
+            return *new, levels
 
-        return jax.lax.fori_loop(0, passes, one_pass, state)[0]
+        state = columns, residual_of(target, quantized, h), levels
+        columns, _, levels = jax.lax.fori_loop(0, passes, one_pass, state)
+        return columns, levels
 
-    columns = jax.lax.cond(passes > 0, polished, lambda columns: columns, columns)
+    columns, levels = jax.lax.cond(passes > 0, polished, lambda *given: given, columns, levels)
     columns = jax.tree.map(lambda x: x[:cols], columns)
     codes = columns.windows & ((1 << rates[:cols, None]) - 1).astype(jnp.uint16)
-    return codes.astype(jnp.uint8), columns.scale, columns.added[:, :rows]
+    return codes.astype(jnp.uint8), columns.scale, columns.added[:, :rows], levels

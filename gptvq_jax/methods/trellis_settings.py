@@ -6,7 +6,8 @@ from gptvq_jax.core import flops, packing
 from gptvq_jax.core.trellis_table import MAX_BITS, MIN_BITS
 from gptvq_jax.core.trellis_tensor import LONGEST_GAP, MAX_RATE, stream_bytes
 
-AUTO = "auto"
+AUTO, GAUSSIAN = "auto", "gaussian"
+REFIT_STEPS = 4  # of conjugate gradients on levels, before every pass of recoding
 OUTLIER_BYTES = 4  # a gap and a value
 MOST_OUTLIERS = 0.01  # of the weights of a layer
 _MOST_OF_CODES = 0.25  # of what is left for codes, which outliers may take
@@ -21,6 +22,7 @@ class TrellisSettings:
     stream_rows: int = 256  # T, about: rows that are coded as one
     column_rates: bool = True  # False: as far as the budget allows, all columns the same
     outlier_limit: str = AUTO  # keep weights that are worth it; or beyond so many deviations; 0
+    levels: str = GAUSSIAN  # values of the table: its quantiles, or so many that are fitted
     recode_passes: int = 2  # passes of coordinate descent after the sweep
     block_size: int = 128  # columns per lazy update
 
@@ -35,6 +37,12 @@ class TrellisSettings:
         check(self.stream_rows >= self.window_bits, "stream_rows", "at least window_bits")
         limit = self.fixed_limit
         check(limit is None or limit == 0 or limit >= 2, "outlier_limit", "'auto', 0, or 2 up")
+        count = self.num_levels
+        power = count >= 0 and count & (count - 1) == 0 and count not in (1,)
+        whole = f"'gaussian', or a power of two from 2 to 2^window_bits={2**self.window_bits}"
+        check(power and count <= 2**self.window_bits, "levels", whole)
+        if count:
+            check(self.recode_passes >= 1, "recode_passes", "at least 1 with fitted levels")
         check(self.recode_passes >= 0, "recode_passes", "at least 0")
         check(self.block_size >= 1, "block_size", "at least 1")
 
@@ -47,6 +55,13 @@ class TrellisSettings:
             return float(self.outlier_limit)
         except ValueError:
             return -1.0
+
+    @property
+    def num_levels(self) -> int:
+        """Of a fitted table; 0 for 'gaussian', -1 where `levels` is neither."""
+        if self.levels == GAUSSIAN:
+            return 0
+        return int(self.levels) if self.levels.isdecimal() and int(self.levels) else -1
 
     @property
     def most_rate(self) -> int:
@@ -63,8 +78,9 @@ class TrellisSettings:
         return int(self.bits * rows * cols / 8 + 1e-6)
 
     def fixed_bytes(self, rows: int, cols: int) -> int:
-        """Of what a layer stores in any case: scales, rates, a byte where there are no codes."""
-        return 2 * rows + 2 * cols + packing.packed_length(cols, 4) + 1
+        """Of what a layer stores in any case: scales, levels, rates; a byte if it has no codes."""
+        numbers = rows + cols + self.num_levels
+        return 2 * numbers + packing.packed_length(cols, 4) + 1
 
     def bytes_per_bit(self, rows: int) -> int:
         """Of one more bit for each weight of a column."""
@@ -82,9 +98,8 @@ class TrellisSettings:
         return max(0, min(int(MOST_OUTLIERS * rows * cols), spare // OUTLIER_BYTES - bridges))
 
     def flops(self, rows: int, cols: int) -> int:
-        """Of matrix products of a layer."""
-        block = min(self.block_size, cols)
-        padded = -(-cols // block) * block
-        recode = flops.recode(rows, padded, block, self.recode_passes)
-        first = flops.unit(rows, padded) if self.recode_passes else 0
-        return flops.lazy_pass(rows, padded, block) + first + recode
+        """Of matrix products of a layer; inside a block of columns there are none."""
+        padded = -(-cols // self.block_size) * self.block_size if cols > self.block_size else cols
+        refit = REFIT_STEPS + 1 if self.num_levels else 0  # what was rounded is looked at again
+        polish = 1 + self.recode_passes * (1 + refit) if self.recode_passes else 0
+        return (1 + polish) * flops.unit(rows, padded)

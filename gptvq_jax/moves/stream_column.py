@@ -16,6 +16,11 @@ class Layout(NamedTuple):
     used: jax.Array  # (R',) 1, and 0 on padding
     table: jax.Array  # (2^L,)
 
+    @property
+    def window_bits(self) -> int:
+        """L."""
+        return len(self.table).bit_length() - 1
+
 
 class Column(NamedTuple):
     """A coded column, or with one more axis in front all of them."""
@@ -27,9 +32,13 @@ class Column(NamedTuple):
 
 def column_values(column: Column, rate: jax.Array, layout: Layout) -> jax.Array:
     """What a column stands for, (R',) float32, in the operations of TrellisTensor.dequantize."""
-    scale = jnp.where(rate > 0, column.scale.astype(jnp.float32), 0.0)
-    coded = layout.table[column.windows] * scale * layout.row_scales
-    return (coded + column.added.astype(jnp.float32)) * layout.used
+    return coded_values(column, rate, layout) + column.added.astype(jnp.float32) * layout.used
+
+
+def coded_values(column: Column, rate: jax.Array, layout: Layout) -> jax.Array:
+    """`column_values` without what is added; of one column or all of them."""
+    scale = jnp.where(rate > 0, column.scale.astype(jnp.float32), 0.0)[..., None]
+    return layout.table[column.windows] * scale * layout.row_scales * layout.used
 
 
 def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outliers: jax.Array):
@@ -42,8 +51,7 @@ def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outli
 def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array, layout: Layout) -> jax.Array:
     """The scale at which a column of unit rows is searched for, (): its deviation, spread."""
     square = jnp.sum(weight * jnp.square(target)) / jnp.maximum(jnp.sum(weight), 1e-30)
-    window_bits = len(layout.table).bit_length() - 1
-    return jnp.sqrt(square) / jnp.asarray(spread(window_bits))[rate]
+    return jnp.sqrt(square) / jnp.asarray(spread(layout.window_bits))[rate]
 
 
 def best_scale(coded: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

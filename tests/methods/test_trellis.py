@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpr_flops import count
 
 from gptvq_jax.core.check_tensor import check_tensor, check_values
 from gptvq_jax.core.hessian import factorize
@@ -112,6 +113,32 @@ def test_more_outliers_than_a_limit_leave_the_codes_their_bits():
     assert np.all(np.asarray(same.column_rates()) == 2) and len(same.outlier_gaps) > 0
 
 
+def test_fitted_levels_pay_where_weights_are_no_gaussian_and_count_as_bits():
+    weight, hessian = layer(128, 64, seed=4)
+    weight = jnp.sign(weight) * (0.1 + 0.1 * weight)  # nearly two values
+    made = [coded(weight, hessian, bits=2.5, levels=n) for n in ("gaussian", "16")]
+    assert made[0].levels is None and made[1].levels.shape == (16,)
+    assert made[1].levels.dtype == jnp.float16
+    assert all(2.4 < tensor.bits_per_value <= 2.5 for tensor in made)
+    errors = [error(tensor, weight, hessian) for tensor in made]
+    assert errors[1] < 0.7 * errors[0]
+    sizes = [TrellisSettings(levels=n).fixed_bytes(128, 64) for n in ("gaussian", "16")]
+    assert sizes[1] - sizes[0] == 32
+
+
+@pytest.mark.parametrize("levels", ["gaussian", "16"])
+def test_flops_are_those_of_the_program(levels):
+    rows, cols, passes = 64, 512, 2
+    settings = TrellisSettings(**SMALL, levels=levels, recode_passes=passes)
+    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    weight, square = floats(rows, cols), floats(cols, cols)
+    of_layer = jax.eval_shape(trellis_budget._beyond, weight, square, floats())
+    rates = jax.ShapeDtypeStruct((cols,), jnp.int32)
+    arguments = weight, square, square, of_layer, rates, jax.ShapeDtypeStruct((), jnp.int32)
+    counted = count(lambda *a: trellis._code(*a, settings, False), *arguments, trips=passes)
+    assert settings.flops(rows, cols) == counted
+
+
 def test_it_beats_codebooks_at_equal_bits():
     weight, hessian = layer(128, 64, seed=2)
     objective = Objective(hessian, factorize(hessian, 0.01))
@@ -182,6 +209,15 @@ def test_a_budget_below_its_own_scales_is_refused():
         ({"outlier_limit": "1.0"}, "trellis.outlier_limit='1.0' must be 'auto', 0, or 2 up"),
         ({"outlier_limit": "some"}, "trellis.outlier_limit='some' must be 'auto', 0, or 2 up"),
         ({"outlier_limit": "nan"}, "trellis.outlier_limit='nan' must be"),
+        (
+            {"levels": "some"},
+            "trellis.levels='some' must be 'gaussian', or a power of two from 2 to",
+        ),
+        ({"levels": "24"}, "trellis.levels='24' must be"),
+        ({"levels": "128", "window_bits": 6}, "trellis.levels='128' must be .* 2.window_bits=64"),
+        ({"levels": "0"}, "trellis.levels='0' must be"),
+        ({"levels": "1"}, "trellis.levels='1' must be"),
+        ({"levels": "8", "recode_passes": 0}, "recode_passes=0 must be at least 1 with fitted"),
         ({"recode_passes": -1}, "trellis.recode_passes=-1"),
         ({"block_size": 0}, "trellis.block_size=0"),
     ],

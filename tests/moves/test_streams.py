@@ -1,5 +1,6 @@
 """Sweep and recode with trellis codes: losses, feedback, outliers and scales."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 
 from gptvq_jax.core.hessian import inverse_cholesky
 from gptvq_jax.core.metrics import quadratic_loss
-from gptvq_jax.core.trellis_table import gaussian_values
+from gptvq_jax.core.trellis_table import gaussian_levels, gaussian_values
+from gptvq_jax.core.trellis_tensor import table_values
 from gptvq_jax.moves.outliers import loss_if_coded, set_aside, without
 from gptvq_jax.moves.recode_streams import recode_streams
+from gptvq_jax.moves.refit_levels import refit_levels
 from gptvq_jax.moves.residual import residual_of
 from gptvq_jax.moves.stream_column import Layout, column_values
 from gptvq_jax.moves.sweep_streams import sweep_streams
@@ -151,3 +154,53 @@ def test_what_a_large_weight_costs_is_what_the_search_loses_by_it(rate, size):
     metric = jnp.full(cols, 3.0)
     expected = loss_if_coded(spiked.T, aside, metric, rates, bits)[100] / 3
     np.testing.assert_allclose((lost[1] - lost[0]) / cols, np.mean(expected), rtol=0.3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_and_streams_in_turn_never_raise_the_loss(seed):
+    weight, hessian, layout, rates, outliers = problem(seed, padding=5)
+    weight = jnp.sign(weight) * jnp.sqrt(jnp.abs(weight))  # no Gaussian
+    weight = weight.at[:, -5:].set(0)
+    options = dict(stream_rows=STREAM, block_size=4)
+    levels = jnp.asarray(gaussian_levels(8))
+    layout = layout._replace(table=table_values(BITS, levels))
+    columns, quantized = sweep(
+        weight, inverse_cholesky(hessian), rates, outliers, layout, **options
+    )
+    residual = residual_of(weight, quantized, hessian)
+    losses = [loss(weight, quantized, hessian)]
+    for _ in range(2):
+        levels, residual = jax.jit(refit_levels, static_argnames="iterations")(
+            residual, hessian, levels, columns, rates, layout, iterations=6
+        )
+        assert levels.dtype == jnp.float16
+        layout = layout._replace(table=table_values(BITS, levels))
+        quantized = values(columns, rates, layout)
+        np.testing.assert_allclose(residual.error, weight - quantized, atol=1e-4)
+        losses.append(loss(weight, quantized, hessian))
+        columns, residual = recode(residual, hessian, columns, rates, outliers, layout, **options)
+        losses.append(loss(weight, values(columns, rates, layout), hessian))
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
+    assert losses[1] < 0.98 * losses[0]
+
+
+def test_levels_are_those_of_least_squares():
+    weight, hessian, layout, rates, outliers = problem(4)
+    levels = jnp.asarray(gaussian_levels(4))
+    layout = layout._replace(table=table_values(BITS, levels))
+    chol = inverse_cholesky(hessian)
+    columns, quantized = sweep(
+        weight, chol, rates, outliers, layout, stream_rows=STREAM, block_size=4
+    )
+    residual = residual_of(weight, quantized, hessian)
+    found, _ = refit_levels(residual, hessian, levels, columns, rates, layout, 20)
+
+    def of(levels):
+        table = table_values(BITS, jnp.asarray(levels))
+        return np.asarray(values(columns, rates, layout._replace(table=table)), np.float64)
+
+    root = np.linalg.cholesky(np.asarray(hessian, np.float64)).T
+    nothing = of(np.zeros(4, np.float16))
+    each = [(root @ (of(unit) - nothing)).ravel() for unit in np.eye(4, dtype=np.float16)]
+    best = np.linalg.lstsq(np.stack(each, 1), (root @ (weight - nothing)).ravel(), rcond=None)[0]
+    np.testing.assert_allclose(found, best, rtol=2e-3, atol=2e-3)
