@@ -32,6 +32,9 @@ from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
 from gptvq_jax.run.context import Context
 
+_ROW_BYTES = 200  # of a layer in a file of columns, at most, ...
+_NUMBER_BYTES = 26  # ... and of one of its columns
+
 
 def measure(
     context: Context,
@@ -64,6 +67,13 @@ def measure(
     return rows
 
 
+def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
+    """Most bytes of the file of what is measured of a block."""
+    del settings
+    inputs = sum(cols for _, cols in layer_shapes(config).values())
+    return len(LINEAR_LAYERS) * _ROW_BYTES + inputs * _NUMBER_BYTES
+
+
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """Checks, before any work, that scales and rates leave some of the budget.
 
@@ -81,23 +91,24 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
 
 
 def plan(
-    settings: RunSettings, layers: Mapping[tuple[int, str], Mapping[str, Any]]
+    settings: RunSettings, layers: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]]
 ) -> dict[tuple[int, str], TrellisSettings]:
     """Settings with its own budget for every layer.
 
     Args:
       settings: of the run.
-      layers: rows of `measure`, by (block, layer).
+      layers: rows of `measure`, by (block, layer): one each.
 
     Raises:
       ValueError: scales, rates and outliers take more than the budget.
     """
     trellis = settings.trellis
-    shapes = [tuple(row["shape"]) for row in layers.values()]
+    measured = {layer: row for layer, (row,) in layers.items()}
+    shapes = [tuple(row["shape"]) for row in measured.values()]
     sizes = [rows * cols for rows, cols in shapes]
     fixed = [
         trellis.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
-        for shape, row in zip(shapes, layers.values(), strict=True)
+        for shape, row in zip(shapes, measured.values(), strict=True)
     ]
     budget = settings.allocation.bits_per_value * sum(sizes) / 8
     if sum(fixed) > budget:
@@ -109,7 +120,7 @@ def plan(
     per_bit = [trellis.bytes_per_bit(rows) for rows, _ in shapes]
     widths = [cols for _, cols in shapes]
     rates = water_fill(
-        np.concatenate([row["values"] for row in layers.values()]),
+        np.concatenate([row["values"] for row in measured.values()]),
         np.repeat(per_bit, widths),
         budget - sum(fixed),
         distortion(trellis.window_bits),
@@ -118,11 +129,11 @@ def plan(
     chosen = {
         layer: dataclasses.replace(trellis, bits=8 * (base + cost * int(own.sum())) / size)
         for layer, base, cost, own, size in zip(
-            layers, fixed, per_bit, of_layer, sizes, strict=True
+            measured, fixed, per_bit, of_layer, sizes, strict=True
         )
     }
     of_mean = _of_mean(settings)
-    for (block, name), row in layers.items():
+    for (block, name), row in measured.items():
         if row["outliers"] and row["outliers"] >= of_mean.most_outliers(*row["shape"]):
             logging.warning(
                 "layers_%d/%s has more outliers than the %d that are kept beside codes; it gets "

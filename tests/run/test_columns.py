@@ -39,10 +39,14 @@ def layers(worth=(1.0, 100.0)):
     return rows
 
 
+def plan_of(settings, rows):
+    return columns.plan(settings, {layer: [row] for layer, row in rows.items()})
+
+
 @pytest.mark.parametrize("budget", [1.8, 2.5, 4.0])
 def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
     rows = layers()
-    plan = columns.plan(settings(budget), rows)
+    plan = plan_of(settings(budget), rows)
     sizes = {layer: np.prod(row["shape"]) for layer, row in rows.items()}
     spent = sum(plan[layer].bits * size for layer, size in sizes.items()) / sum(sizes.values())
     assert budget - 256 / sum(sizes.values()) <= spent <= budget
@@ -55,7 +59,7 @@ def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
 def test_equal_worth_gets_equal_bits():
     rows = layers()
     rows[0, "layer0"]["values"], rows[0, "layer1"]["values"] = [64.0] * 48, [256.0] * 32
-    plan = columns.plan(settings(2.5 + 0.5), rows)
+    plan = plan_of(settings(2.5 + 0.5), rows)
     codes = {
         layer: plan[layer].budget_bytes(*row["shape"])
         - plan[layer].fixed_bytes(*row["shape"]) - 4 * row["outliers"]
@@ -72,17 +76,17 @@ def test_outliers_beyond_the_budget_are_named():
     rows = layers()
     rows[0, "layer0"]["outliers"] = 3000
     with pytest.raises(ValueError, match="bits_per_value=2.5 is below .* trellis.outlier_limit"):
-        columns.plan(settings(2.5), rows)
+        plan_of(settings(2.5), rows)
 
 
 def test_a_layer_of_too_many_outliers_is_named_with_the_bits_it_gets(caplog):
     rows = layers()
     most = dataclasses.replace(TrellisSettings(), bits=2.5).most_outliers(64, 48)
     rows[0, "layer0"]["outliers"] = most - 1
-    columns.plan(settings(2.5), rows)
+    plan_of(settings(2.5), rows)
     assert not caplog.records
     rows[0, "layer0"]["outliers"] = most
-    plan = columns.plan(settings(2.5), rows)
+    plan = plan_of(settings(2.5), rows)
     ((_, _, line),) = caplog.record_tuples
     assert f"layers_0/layer0 has more outliers than the {most} that are kept" in line
     assert f"{plan[0, 'layer0'].bits:.3f} bits per value" in line
