@@ -11,9 +11,16 @@ from gptvq_jax.config import RunSettings, default_config, from_config
 from gptvq_jax.core.hessian import factorize, unit
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.trellis_budget import demand
-from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
+from gptvq_jax.models.llama import (
+    LINEAR_GROUPS,
+    LINEAR_LAYERS,
+    block_forward_with_inputs,
+    embed,
+    get_layer,
+)
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import columns, job
+from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import dense_params, packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -132,15 +139,38 @@ def test_a_run_meets_its_budget_from_below(finished):
 
 
 def test_the_worth_of_columns_is_the_rise_of_the_loss(finished):
-    """By the definition, from the Hessian of the float model; block 1, whose inputs are its own."""
+    """By the definition, in float64: what is lost without a column, the ones behind it corrected.
+
+    That is w^2 over the diagonal of the inverse of the Hessian's part from that column on; in the
+    unit of the model's loss, with the mean squared gradient at the outputs.
+    """
     config, _, path, _ = finished
-    rows = {row["layer"]: row for row in json.loads((path / "curves/00001.json").read_text())}
-    assert list(rows) == list(LINEAR_LAYERS)
-    block = open_source(config.model).block(1)
-    for name, row in rows.items():
-        weight = get_layer(block, name)["kernel"].T
-        assert row["shape"] == list(weight.shape) and len(row["values"]) == weight.shape[1]
-        assert np.all(np.asarray(row["values"]) >= 0) and sum(row["values"]) > 0
+    source = open_source(config.model)
+    with WorkDir(path, json.loads((path / "config.json").read_text())) as workdir:
+        gradients = [workdir.load_token_weights(index) for index in range(2)]
+    x = embed(source.outer(), np.load(path / "tokens.npy"))
+    for index in range(2):
+        x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+        dense = source.block(index)
+        x, read = block_forward_with_inputs(source.config, dense, x)
+        rows = json.loads((path / f"curves/{index:05d}.json").read_text())
+        assert [row["layer"] for row in rows] == list(LINEAR_LAYERS)
+        for row in rows:
+            name = row["layer"]
+            group = next(group for group in LINEAR_GROUPS if name in group)
+            y = np.asarray(read[group[0]], np.float64)
+            y = y.reshape(-1, y.shape[-1])
+            squares = gradients[index][name].reshape(-1).astype(np.float64)
+            weights = np.sqrt(squares)  # calibration.gradient_power
+            hessian = y.T @ (weights[:, None] * y) / weights.sum()
+            hessian += config.damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+            weight = np.asarray(get_layer(dense, name)["kernel"], np.float64).T
+            assert row["shape"] == list(weight.shape) and row["outliers"] == 0
+            worth = [
+                np.sum(weight[:, j] ** 2) * squares.mean() / np.linalg.inv(hessian[j:, j:])[0, 0]
+                for j in range(weight.shape[1])
+            ]
+            np.testing.assert_allclose(row["values"], worth, rtol=0.02, err_msg=f"{index} {name}")
 
 
 def test_worth_does_not_depend_on_the_unit_of_the_hessian():
