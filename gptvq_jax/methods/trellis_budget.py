@@ -79,14 +79,9 @@ def choose_rates(
       ValueError: as `spend`.
     """
     rows, cols = shape
-    fixed = settings.fixed_bytes(rows, cols)
-    budget = settings.budget_bytes(rows, cols)
-    if budget < fixed:
-        raise ValueError(
-            f"trellis.bits={settings.bits:g} is below what the scales and rates of a {rows} x "
-            f"{cols} layer take; set at least {8 * fixed / (rows * cols):.3f}"
-        )
-    left = budget - fixed - OUTLIER_BYTES * len(stored_gaps(of_layer.outliers))
+    settings.check_budget(rows, cols)
+    fixed = settings.fixed_bytes(rows, cols) + OUTLIER_BYTES * len(stored_gaps(of_layer.outliers))
+    left = settings.budget_bytes(rows, cols) - fixed
     errors = distortion(settings.window_bits)
     values, costs = np.asarray(of_layer.values), np.full(cols, settings.bytes_per_bit(rows))
     if settings.column_rates:

@@ -82,6 +82,15 @@ class TrellisSettings:
         numbers = rows + cols + self.num_levels
         return 2 * numbers + packing.packed_length(cols, 4) + 1
 
+    def check_budget(self, rows: int, cols: int) -> None:
+        """Raises ValueError where the budget of a layer is below its fixed bytes."""
+        fixed = self.fixed_bytes(rows, cols)
+        if self.budget_bytes(rows, cols) < fixed:
+            raise ValueError(
+                f"trellis.bits={self.bits:g} is below what the scales and rates of a {rows} x "
+                f"{cols} layer take; set at least {8 * fixed / (rows * cols):.3f}"
+            )
+
     def bytes_per_bit(self, rows: int) -> int:
         """Of one more bit for each weight of a column."""
         stream_rows = self.rows_of_stream(rows)

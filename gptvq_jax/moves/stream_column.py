@@ -21,6 +21,11 @@ class Layout(NamedTuple):
         """L."""
         return len(self.table).bit_length() - 1
 
+    def row_weight(self) -> jax.Array:
+        """(R',) of the squared error of a weight over its row's scale, of mean 1; 0 on padding."""
+        square = jnp.square(self.row_scales) * self.used
+        return square / jnp.maximum(jnp.mean(square), 1e-30)
+
 
 class Column(NamedTuple):
     """A coded column, or with one more axis in front all of them."""

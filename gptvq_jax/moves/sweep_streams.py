@@ -48,8 +48,7 @@ def sweep_streams(
     """
     cols = len(weight)
     column_index = jnp.arange(cols)
-    row_weight = jnp.square(layout.row_scales) * layout.used
-    row_weight = row_weight / jnp.maximum(jnp.mean(row_weight), 1e-30)
+    row_weight = layout.row_weight()
 
     def one_column(local, at):
         position, u, rate, kept = at  # u (B,): of the block

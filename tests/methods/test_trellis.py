@@ -190,6 +190,33 @@ def test_the_kernel_and_the_program_make_layers_alike(monkeypatch):
     )
 
 
+def test_rows_fewer_than_a_window_have_one_stream():
+    weight, hessian = layer(5, 40)
+    tensor = coded(weight, hessian, bits=6.0, window_bits=8, stream_rows=256)
+    assert tensor.stream_rows == 8 and tensor.cuts == 1
+    assert error(tensor, weight, hessian) < 0.5
+    # A column has no more bits a weight than a window.
+    tensor = coded(*layer(256, 8), bits=6.0, window_bits=4)
+    assert np.max(tensor.column_rates()) == TrellisSettings(window_bits=4).most_rate == 4
+
+
+def test_a_layer_is_named_where_it_has_too_many_outliers_or_no_budget(caplog):
+    weight, hessian = layer(128, 48)
+    objective = Objective(hessian, factorize(hessian, 0.01))
+
+    def made(weight, bits):
+        settings = TrellisSettings(**SMALL, bits=bits, outlier_limit="3")
+        key = jax.random.key(0)
+        return quantize_layer(quantize, settings, weight, [objective], key, name="layer 7")
+
+    made(weight, 2.5)
+    assert not caplog.records
+    made(jnp.asarray(np.random.default_rng(0).standard_cauchy((128, 48)) / 99, jnp.float32), 2.5)
+    assert "layer 7 has more outliers than the 61 that are kept beside codes" in caplog.text
+    with pytest.raises(ValueError, match="^layer 7: trellis.bits=0.4 is below .* set at least 0.4"):
+        made(weight, 0.4)
+
+
 def test_a_budget_below_its_own_scales_is_refused():
     weight, hessian = layer()
     least = 8 * TrellisSettings().fixed_bytes(64, 40) / (64 * 40)

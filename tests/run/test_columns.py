@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import config_file
 
 from gptvq_jax.config import RunSettings, default_config, from_config
 from gptvq_jax.core.hessian import factorize, unit
@@ -220,3 +224,46 @@ def test_a_budget_below_scales_is_refused_before_any_work(finished, tmp_path):
         job.quantize(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert from_config(config).candidates == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["bits=0.3"],
+            "error: self_attn/q_proj: trellis.bits=0.3 is below what the scales and rates of a ",
+        ),
+        (["outlier_limit=1"], "error: trellis.outlier_limit='1' must be 'auto', 0, or 2 up"),
+        (["levels=24"], "error: trellis.levels='24' must be 'gaussian', or a power of two"),
+    ],
+)
+def test_the_command_line_is_refused_before_any_work(
+    model_dir, text_files, tmp_path, words, message
+):
+    config = config_file(tmp_path / "own.py", model_dir, text_files, "config.method = 'trellis'")
+    line = [sys.executable, Path(__file__).parents[2] / "scripts/quantize.py"]
+    line += [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    line += [f"--config.trellis.{word}" for word in words]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_limits_and_levels_of_the_command_line_reach_the_layers(model_dir, text_files, tmp_path):
+    config = config_file(
+        tmp_path / "own.py",
+        model_dir,
+        text_files,
+        "config.method, config.num_blocks, config.calibration.num_windows = 'trellis', 1, 4",
+        "config.trellis.window_bits, config.trellis.stream_rows = 6, 16",
+    )
+    line = [sys.executable, Path(__file__).parents[2] / "scripts/quantize.py"]
+    line += [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.trellis.bits=5"]
+    line += ["--config.trellis.levels=16", "--config.trellis.outlier_limit=2.5"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    block = PackedCheckpoint(tmp_path / "run/checkpoint").packed_block(0)
+    tensors = [get_layer(block, name)["kernel"] for name in LINEAR_LAYERS]
+    assert all(len(tensor.levels) == 16 for tensor in tensors)
+    assert any(tensor.outlier_gaps is not None for tensor in tensors)
