@@ -152,12 +152,10 @@ class RunSettings:
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
         check(a.measured in (0, 2, 3), "allocation.measured", "0 (all), 2 or 3")
         if a.bits_per_value:
-            check(
-                self.method in ("gptvq", "trellis"),
-                "method",
-                "'gptvq' or 'trellis' unless allocation.bits_per_value is 0",
-            )
-        if a.bits_per_value and self.method == "gptvq":
+            able = " or ".join(repr(name) for name, method in METHODS.items() if method.allocation)
+            allocated = METHODS[self.method].allocation
+            check(bool(allocated), "method", f"{able} unless allocation.bits_per_value is 0")
+        if a.bits_per_value and allocated == "candidates":
             whole = f"such that dim * bits is whole, 1 to {MAX_CODE_BITS}, for one of "
             whole += f"allocation.dims={a.dims}"
             check(bool(self.candidates), "allocation.bits", whole)
@@ -234,7 +232,7 @@ class RunSettings:
     @property
     def candidates(self) -> list[GPTVQSettings]:
         """What the allocation chooses from for each layer; nothing where it fills columns."""
-        if self.method == "trellis":
+        if METHODS[self.method].allocation == "columns":
             return []
         return [
             dataclasses.replace(self.vq, dim=dim, bits=bits)

@@ -28,6 +28,7 @@ from gptvq_jax.models import llama
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.moves.em import GroupData
+from gptvq_jax.moves.outliers import Aside
 from gptvq_jax.moves.residual import Residual
 from gptvq_jax.moves.stream_column import Column, Layout
 from gptvq_jax.run import finetune, gradients, token_losses
@@ -161,6 +162,12 @@ OF_MOVE = {
     "sweep": dict(fit=lambda data, keys: moves.seed.kmeans_plus_plus(data, K, keys)),
     "normalize_strip": dict(weight=jnp.ones((C, 1, R))),
     "set_aside": dict(limit=4.0),
+    "without": dict(weight=jnp.ones((C, R)), outliers=jnp.ones((C, R)) > 2),
+    "deviations": dict(aside=Aside(jnp.ones(C, jnp.float16), jnp.ones((C, R)) > 2)),
+    "loss_if_coded": dict(
+        aside=Aside(jnp.ones(C, jnp.float16), jnp.ones((C, R)) > 2), metric=jnp.ones(R),
+        rates=jnp.full(R, 2), window_bits=4,
+    ),
     "column_values": dict(column=jax.tree.map(lambda x: x[0], COLUMNS), rate=jnp.int32(2)),
     "with_outliers": dict(
         column=jax.tree.map(lambda x: x[0], COLUMNS), rate=jnp.int32(2), target=STREAMS[0, 0],
@@ -171,6 +178,16 @@ OF_MOVE = {
     "search_column": dict(
         target=STREAMS[0, 0], weight=STREAMS[0, 0], scale=jnp.float32(1), rate=jnp.int32(2)
     ),
+    "coded_values": dict(column=jax.tree.map(lambda x: x[0], COLUMNS), rate=jnp.int32(2)),
+    "refit_levels": dict(
+        residual=Residual(STREAMS[:, 0], STREAMS[:, 0]), columns=COLUMNS,
+        levels=jnp.ones(4, jnp.float16),
+    ),
+    "least_squares": dict(
+        params=BOOKS,
+        forward=lambda books: moves.refit.decode(books, CODES, None, GRID),
+        squared=lambda books: moves.refit.decode(books, CODES, None, GRID),
+    ),
     "viterbi": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
     "tail_biting": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
     "search_streams": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
@@ -180,7 +197,7 @@ OF_MOVE = {
         outliers=STREAMS[:, 0] > 2,
     ),
 }  # fmt: skip
-ON_THE_HOST = ("distortion", "water_fill")
+ON_THE_HOST = ("distortion", "price", "spread", "water_fill")
 
 
 def public_moves():
@@ -237,6 +254,8 @@ MULTIPLY = (
     "update",
     "recode",
     "refit",
+    "refit_levels",
+    "least_squares",
     "gradient_update",
     "codebook_loss",
     "residual_of",

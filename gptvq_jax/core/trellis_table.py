@@ -38,14 +38,19 @@ def ranks(bits: int) -> np.ndarray:
     return rank
 
 
-@functools.cache
-def gaussian_values(bits: int) -> np.ndarray:
-    """(2^L,) float32, rounded to float16: the quantile of each window, of unit variance together.
+def gaussian_levels(count: int) -> np.ndarray:
+    """Quantiles (count,) float16 of a Gaussian, ascending, of unit variance together.
 
     Rounding hides what libraries of different make differ in.
     """
-    quantiles = ndtri((np.arange(2**bits) + 0.5) / 2**bits)
-    values = (quantiles / quantiles.std()).astype(np.float16).astype(np.float32)[ranks(bits)]
+    quantiles = ndtri((np.arange(count) + 0.5) / count)
+    return (quantiles / quantiles.std()).astype(np.float16)
+
+
+@functools.cache
+def gaussian_values(bits: int) -> np.ndarray:
+    """(2^L,) float32: the quantile of each window."""
+    values = gaussian_levels(2**bits).astype(np.float32)[ranks(bits)]
     values.setflags(write=False)
     return values
 

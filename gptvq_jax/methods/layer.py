@@ -18,6 +18,7 @@ from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 from gptvq_jax.methods.pool import parallel
 
@@ -52,7 +53,10 @@ def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
       ValueError: a weight is too large for the format, or a result is not finite.
     """
     targets = parallel(_targets, problems)
-    parts = [list(_parts(*of_layer)) for of_layer in zip(problems, targets, strict=True)]
+    parts = [
+        [partial(_named, problem.name, part) for part in _parts(problem, of_layer)]
+        for problem, of_layer in zip(problems, targets, strict=True)
+    ]
     tensors = iter(parallel(lambda part: part(), itertools.chain(*parts)))
     done = []
     for problem, of_layer, own in zip(problems, targets, parts, strict=True):
@@ -60,6 +64,7 @@ def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
         tensor = concat_rows(made) if len(made) > 1 else made[0]
         peak = max(float(jnp.max(jnp.abs(target))) for target in of_layer)
         _check_range(tensor, peak, problem.name)
+        _say_outliers(tensor, problem)
         done.append(tensor)
     return done
 
@@ -111,6 +116,14 @@ def _parts(
             yield partial(problem.quantize, rows, *arguments, grid=grid, first_strip=first_strip)
 
 
+def _named(name: str, part: Callable[[], QuantizedTensor]) -> QuantizedTensor:
+    """The part, or what is wrong with it and of which layer it is."""
+    try:
+        return part()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _on_cpu() -> bool:
     """An accelerator wants a whole layer at once; its cores share it."""
     return jax.default_backend() == "cpu"
@@ -140,6 +153,21 @@ def _check_range(tensor: QuantizedTensor, peak: float, name: str) -> None:
         raise ValueError(f"{name}: the quantized weight is not finite; raise config.damping")
     if 0 < peak < smallest:
         logging.warning("%s holds at most %.3g, too small for %s", name, peak, _ADVICE)
+
+
+def _say_outliers(tensor: QuantizedTensor, problem: Problem) -> None:
+    """Says where outliers have reached the limit that leaves codes their bits."""
+    if not isinstance(tensor, TrellisTensor) or tensor.outlier_gaps is None:
+        return
+    most = problem.settings.most_outliers(*tensor.shape)
+    if problem.settings.column_rates and len(tensor.outlier_gaps) >= most:
+        logging.warning(
+            "%s has more outliers than the %d that are kept beside codes, the largest ones; raise "
+            "trellis.bits, or set a budget for all layers, allocation.bits_per_value, which gives "
+            "such a layer more",
+            problem.name,
+            most,
+        )
 
 
 _ADVICE = (

@@ -42,8 +42,7 @@ def recode_streams(
       rates, outliers, layout, stream_rows, block_size, native: as in `sweep_streams`.
     """
     cols = len(hessian)
-    row_weight = jnp.square(layout.row_scales) * layout.used
-    row_weight = row_weight / jnp.maximum(jnp.mean(row_weight), 1e-30)
+    row_weight = layout.row_weight()
 
     def one_column(local, at):
         position, h, rate, kept, old = at  # h (B,): of the block; local (B, R') = H E

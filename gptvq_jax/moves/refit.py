@@ -5,6 +5,8 @@ A^T (A c H) = A^T (W H). Cost per step: one 2 R C^2 matmul, one lookup, one scat
 starts the residual is known, and where it ends it falls off.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -72,15 +74,38 @@ def refit(
       Centroids, and their residual.
     """
 
-    def forward(c):
-        return decode(c, codes, scales, grid)
-
-    adjoint = jax.linear_transpose(forward, centroids)
-
-    # Jacobi preconditioner: the diagonal of A^T H A with the cross terms of a centroid left out.
-    ones = jnp.broadcast_to(jnp.diagonal(hessian)[:, None], residual.error.shape)
     square = None if scales is None else jnp.square(scales)
-    diagonal = jax.linear_transpose(lambda c: decode(c, codes, square, grid), centroids)(ones)[0]
+    return least_squares(
+        residual,
+        hessian,
+        centroids,
+        lambda c: decode(c, codes, scales, grid),
+        lambda c: decode(c, codes, square, grid),
+        iterations,
+    )
+
+
+def least_squares(
+    residual: Residual,
+    hessian: jax.Array,
+    params: jax.Array,
+    forward: Callable[[jax.Array], jax.Array],
+    squared: Callable[[jax.Array], jax.Array],
+    iterations: int | jax.Array,
+) -> tuple[jax.Array, Residual]:
+    """`refit` of any parameters that the weight is linear in.
+
+    Args:
+      residual, hessian, iterations: as there.
+      params: an array.
+      forward: A, params -> what of the weight they are (S * c, G * r).
+      squared: `forward` with the square of every coefficient.
+    """
+    adjoint = jax.linear_transpose(forward, params)
+
+    # Jacobi preconditioner: the diagonal of A^T H A with the cross terms of a parameter left out.
+    ones = jnp.broadcast_to(jnp.diagonal(hessian)[:, None], residual.error.shape)
+    diagonal = jax.linear_transpose(squared, params)(ones)[0]
     precondition = 1 / jnp.where(diagonal > 0, diagonal, 1.0)
 
     slope = adjoint(residual.image)[0]  # of the normal equations: A^T H (W - A c)
@@ -105,11 +130,11 @@ def refit(
 
     start = precondition * slope
     first_energy = jnp.vdot(slope, start, precision="highest")
-    state = (centroids, residual, slope, start, first_energy)
+    state = (params, residual, slope, start, first_energy)
     solution, left, *_ = lax.fori_loop(0, iterations, step, state)
     better = left.loss < residual.loss
     return jax.tree.map(
-        lambda new, old: jnp.where(better, new, old), (solution, left), (centroids, residual)
+        lambda new, old: jnp.where(better, new, old), (solution, left), (params, residual)
     )
 
 

@@ -5,11 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.moves.excess import spread
 from gptvq_jax.moves.viterbi import search_streams
-
-# A column is searched for at this much of unit variance, by rate from 0 (measured on a Gaussian at
-# L = 12: few values want to be spread, many to stay within the table).
-_SPREAD = (1.0, 1.12, 1.0, 0.97, 0.93, 0.9, 0.88)
 
 
 class Layout(NamedTuple):
@@ -18,6 +15,16 @@ class Layout(NamedTuple):
     row_scales: jax.Array  # (R',) float32, 1 on padding
     used: jax.Array  # (R',) 1, and 0 on padding
     table: jax.Array  # (2^L,)
+
+    @property
+    def window_bits(self) -> int:
+        """L."""
+        return len(self.table).bit_length() - 1
+
+    def row_weight(self) -> jax.Array:
+        """(R',) of the squared error of a weight over its row's scale, of mean 1; 0 on padding."""
+        square = jnp.square(self.row_scales) * self.used
+        return square / jnp.maximum(jnp.mean(square), 1e-30)
 
 
 class Column(NamedTuple):
@@ -30,9 +37,13 @@ class Column(NamedTuple):
 
 def column_values(column: Column, rate: jax.Array, layout: Layout) -> jax.Array:
     """What a column stands for, (R',) float32, in the operations of TrellisTensor.dequantize."""
-    scale = jnp.where(rate > 0, column.scale.astype(jnp.float32), 0.0)
-    coded = layout.table[column.windows] * scale * layout.row_scales
-    return (coded + column.added.astype(jnp.float32)) * layout.used
+    return coded_values(column, rate, layout) + column.added.astype(jnp.float32) * layout.used
+
+
+def coded_values(column: Column, rate: jax.Array, layout: Layout) -> jax.Array:
+    """`column_values` without what is added; of one column or all of them."""
+    scale = jnp.where(rate > 0, column.scale.astype(jnp.float32), 0.0)[..., None]
+    return layout.table[column.windows] * scale * layout.row_scales * layout.used
 
 
 def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outliers: jax.Array):
@@ -42,10 +53,10 @@ def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outli
     return column._replace(added=jnp.where(outliers, gap, 0.0).astype(jnp.float16))
 
 
-def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array) -> jax.Array:
-    """The scale at which a column of unit rows is searched for, (): its root mean square."""
+def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array, layout: Layout) -> jax.Array:
+    """The scale at which a column of unit rows is searched for, (): its deviation, spread."""
     square = jnp.sum(weight * jnp.square(target)) / jnp.maximum(jnp.sum(weight), 1e-30)
-    return jnp.sqrt(square) / jnp.asarray(_SPREAD)[rate]
+    return jnp.sqrt(square) / jnp.asarray(spread(layout.window_bits))[rate]
 
 
 def best_scale(coded: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

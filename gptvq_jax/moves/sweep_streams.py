@@ -48,14 +48,13 @@ def sweep_streams(
     """
     cols = len(weight)
     column_index = jnp.arange(cols)
-    row_weight = jnp.square(layout.row_scales) * layout.used
-    row_weight = row_weight / jnp.maximum(jnp.mean(row_weight), 1e-30)
+    row_weight = layout.row_weight()
 
     def one_column(local, at):
         position, u, rate, kept = at  # u (B,): of the block
         w = lax.dynamic_index_in_dim(local, position, keepdims=False)
         target, counts = w / layout.row_scales, row_weight * ~kept
-        scale = first_scale(target, counts, rate)
+        scale = first_scale(target, counts, rate, layout)
         windows = search_column(target, counts, scale, rate, layout, stream_rows, native)
         scale = best_scale(layout.table[windows], target, counts)
         column = Column(windows, scale, jnp.zeros(len(w), jnp.float16))

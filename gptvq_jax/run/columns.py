@@ -6,8 +6,9 @@ j at K bits raises the loss, to second order and up to a constant factor, by
     (mean_t w_t) v_j D(K),   v_j = sum_r W_rj^2 / U_jj^2
 
 with U the factor of the Hessian that the layer is quantized with, outliers left out and D that of
-moves/rates.py. So the bits of all columns are filled in one go, and no candidate is measured. What
-a layer gets for all its columns is then its own budget.
+moves/excess.py. So the bits of all columns are filled in one go, and no candidate is measured. What
+a layer gets for all its columns is then its own budget, of which it finds its own outliers: what a
+bit is worth there is what it is worth in all layers.
 """
 
 import dataclasses
@@ -16,22 +17,23 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.hessian import unit
+from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.layer import Objective
-from gptvq_jax.methods.trellis import (
-    OUTLIER_BYTES,
-    TrellisSettings,
-    bytes_per_bit,
-    demand,
-    fixed_bytes,
-)
+from gptvq_jax.methods.trellis_budget import demand
+from gptvq_jax.methods.trellis_settings import OUTLIER_BYTES, TrellisSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
 from gptvq_jax.run.context import Context
+
+_ROW_BYTES = 200  # of a layer in a file of columns, at most, ...
+_NUMBER_BYTES = 26  # ... and of one of its columns
 
 
 def measure(
@@ -47,11 +49,13 @@ def measure(
     """
     settings = context.settings
     context.progress.note(f"block {index} columns")
+    of_mean = _of_mean(settings)
     rows = []
     for name in LINEAR_LAYERS:
         ((hessian, factor, _),) = objectives[name]
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
-        of_layer = demand(weight, factor.hinv_chol, settings.trellis)
+        most = of_mean.most_outliers(*weight.shape)
+        of_layer = demand(weight, factor.hinv_chol, of_mean, most)
         sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))
         values = np.asarray(of_layer.values, np.float64) * sensitivity
         rows.append({
@@ -63,6 +67,13 @@ def measure(
     return rows
 
 
+def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
+    """Most bytes of the file of what is measured of a block."""
+    del settings
+    inputs = sum(cols for _, cols in layer_shapes(config).values())
+    return len(LINEAR_LAYERS) * _ROW_BYTES + inputs * _NUMBER_BYTES
+
+
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """Checks, before any work, that scales and rates leave some of the budget.
 
@@ -70,7 +81,7 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
       ValueError: they do not; the message names the bits per value that they take.
     """
     shapes = layer_shapes(config).values()
-    fixed = sum(fixed_bytes(*shape) for shape in shapes)
+    fixed = sum(settings.trellis.fixed_bytes(*shape) for shape in shapes)
     values = sum(rows * cols for rows, cols in shapes)
     if 8 * fixed > settings.allocation.bits_per_value * values:
         raise ValueError(
@@ -80,43 +91,62 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
 
 
 def plan(
-    settings: RunSettings, layers: Mapping[tuple[int, str], Mapping[str, Any]]
+    settings: RunSettings, layers: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]]
 ) -> dict[tuple[int, str], TrellisSettings]:
     """Settings with its own budget for every layer.
 
     Args:
       settings: of the run.
-      layers: rows of `measure`, by (block, layer).
+      layers: rows of `measure`, by (block, layer): one each.
 
     Raises:
       ValueError: scales, rates and outliers take more than the budget.
     """
     trellis = settings.trellis
-    shapes = [tuple(row["shape"]) for row in layers.values()]
+    measured = {layer: row for layer, (row,) in layers.items()}
+    shapes = [tuple(row["shape"]) for row in measured.values()]
     sizes = [rows * cols for rows, cols in shapes]
     fixed = [
-        fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
-        for shape, row in zip(shapes, layers.values(), strict=True)
+        trellis.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
+        for shape, row in zip(shapes, measured.values(), strict=True)
     ]
     budget = settings.allocation.bits_per_value * sum(sizes) / 8
     if sum(fixed) > budget:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
             f"{8 * sum(fixed) / sum(sizes):.4f} bits per value of scales, rates and outliers; "
-            "raise it, or trellis.outlier_limit"
+            "raise it, or set trellis.outlier_limit=0"
         )
-    per_bit = [bytes_per_bit(rows, trellis) for rows, _ in shapes]
+    per_bit = [trellis.bytes_per_bit(rows) for rows, _ in shapes]
     widths = [cols for _, cols in shapes]
     rates = water_fill(
-        np.concatenate([row["values"] for row in layers.values()]),
+        np.concatenate([row["values"] for row in measured.values()]),
         np.repeat(per_bit, widths),
         budget - sum(fixed),
-        trellis.most_rate,
+        distortion(trellis.window_bits),
     )
     of_layer = np.split(rates, np.cumsum(widths)[:-1])
-    return {
+    chosen = {
         layer: dataclasses.replace(trellis, bits=8 * (base + cost * int(own.sum())) / size)
         for layer, base, cost, own, size in zip(
-            layers, fixed, per_bit, of_layer, sizes, strict=True
+            measured, fixed, per_bit, of_layer, sizes, strict=True
         )
     }
+    of_mean = _of_mean(settings)
+    for (block, name), row in measured.items():
+        if row["outliers"] and row["outliers"] >= of_mean.most_outliers(*row["shape"]):
+            logging.warning(
+                "layers_%d/%s has more outliers than the %d that are kept beside codes; it gets "
+                "%.3f bits per value instead",
+                block,
+                name,
+                row["outliers"],
+                chosen[block, name].bits,
+            )
+    return chosen
+
+
+def _of_mean(settings: RunSettings) -> TrellisSettings:
+    """Of a layer that gets the mean bits."""
+    bits = min(settings.allocation.bits_per_value, MAX_RATE)
+    return dataclasses.replace(settings.trellis, bits=bits)

@@ -233,12 +233,18 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
     else:
         check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
-    groups = settings.weight_groups
+    groups, of_layer = settings.weight_groups, settings.method_settings
+    allocated = settings.allocation.bits_per_value > 0
+    if not allocated and hasattr(of_layer, "check_budget"):
+        for name, shape in layer_shapes(source.config).items():
+            try:
+                of_layer.check_budget(*shape)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     if not groups:
         return
-    allocated = settings.allocation.bits_per_value > 0
     gradients.check_groups(source.config, groups)
-    used = settings.candidates if allocated else [settings.method_settings]
+    used = settings.candidates if allocated else [of_layer]
     check_row_groups(layer_shapes(source.config), used, groups)
     if allocated:
         allocation.check_budget(source.config, settings)

@@ -76,7 +76,7 @@ def _against_budget(config: config_dict.ConfigDict, given: Collection[str]) -> l
     if not a.bits_per_value:
         return []
     against = {
-        "method": config.method not in ("gptvq", "trellis"),
+        "method": config.method in METHODS and not METHODS[config.method].allocation,
         "trellis.bits": config.method == "trellis",
         "vq.dim": set(a.dims) != {vq.dim},
         "vq.bits": set(a.bits) != {vq.bits},
@@ -161,9 +161,9 @@ def _allocation(settings: RunSettings, when) -> None:
     a, vq = settings.allocation, settings.vq
     of_candidates = "dims bits em_iterations measured"
     when(
-        settings.method == "trellis",
+        METHODS[settings.method].allocation == "columns",
         " ".join(f"allocation.{field}" for field in of_candidates.split()),
-        "with method 'trellis', which measures no candidates; set --config.method=gptvq",
+        f"with method {settings.method!r}, which measures no candidates; set --config.method=gptvq",
     )
     when(
         a.bits_per_value > 0,

@@ -1,5 +1,6 @@
 """Sweep and recode with trellis codes: losses, feedback, outliers and scales."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 
 from gptvq_jax.core.hessian import inverse_cholesky
 from gptvq_jax.core.metrics import quadratic_loss
-from gptvq_jax.core.trellis_table import gaussian_values
-from gptvq_jax.moves.outliers import set_aside
+from gptvq_jax.core.trellis_table import gaussian_levels, gaussian_values
+from gptvq_jax.core.trellis_tensor import table_values
+from gptvq_jax.moves.outliers import loss_if_coded, set_aside, without
 from gptvq_jax.moves.recode_streams import recode_streams
+from gptvq_jax.moves.refit_levels import refit_levels
 from gptvq_jax.moves.residual import residual_of
 from gptvq_jax.moves.stream_column import Layout, column_values
 from gptvq_jax.moves.sweep_streams import sweep_streams
@@ -128,3 +131,76 @@ def test_rows_and_columns_of_zeros_have_no_outliers_and_divide_nothing():
     aside = set_aside(weight, 4.5)
     assert not np.any(aside.outliers) and np.all(np.isfinite(aside.row_scales))
     assert aside.row_scales[4] == 1
+
+
+@pytest.mark.parametrize("rate", [0, 1, 2, 4])
+@pytest.mark.parametrize("size", [3.5, 5.0, 9.0])
+def test_what_a_large_weight_costs_is_what_the_search_loses_by_it(rate, size):
+    rows, cols, bits = 256, 24, 8
+    rng = np.random.default_rng(0)
+    clean = rng.normal(size=(cols, rows)).astype(np.float32)
+    clean[:, 100] = 0
+    spiked = clean.copy()
+    spiked[:, 100] = size * (1 - 2 * (np.arange(cols) % 2))
+    layout = Layout(jnp.ones(rows), jnp.ones(rows), jnp.asarray(gaussian_values(bits)))
+    rates, kept = jnp.full(cols, rate), jnp.zeros(clean.shape, bool)
+    options = dict(stream_rows=rows, block_size=12)
+    lost = [
+        np.sum((w - sweep(w, jnp.eye(cols), rates, kept, layout, **options)[1]) ** 2)
+        for w in (jnp.asarray(clean), jnp.asarray(spiked))
+    ]
+    aside = without(spiked.T, spiked.T != clean.T)
+    aside = aside._replace(row_scales=jnp.ones(rows, jnp.float16))
+    metric = jnp.full(cols, 3.0)
+    expected = loss_if_coded(spiked.T, aside, metric, rates, bits)[100] / 3
+    np.testing.assert_allclose((lost[1] - lost[0]) / cols, np.mean(expected), rtol=0.3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_and_streams_in_turn_never_raise_the_loss(seed):
+    weight, hessian, layout, rates, outliers = problem(seed, padding=5)
+    weight = jnp.sign(weight) * jnp.sqrt(jnp.abs(weight))  # no Gaussian
+    weight = weight.at[:, -5:].set(0)
+    options = dict(stream_rows=STREAM, block_size=4)
+    levels = jnp.asarray(gaussian_levels(8))
+    layout = layout._replace(table=table_values(BITS, levels))
+    columns, quantized = sweep(
+        weight, inverse_cholesky(hessian), rates, outliers, layout, **options
+    )
+    residual = residual_of(weight, quantized, hessian)
+    losses = [loss(weight, quantized, hessian)]
+    for _ in range(2):
+        levels, residual = jax.jit(refit_levels, static_argnames="iterations")(
+            residual, hessian, levels, columns, rates, layout, iterations=6
+        )
+        assert levels.dtype == jnp.float16
+        layout = layout._replace(table=table_values(BITS, levels))
+        quantized = values(columns, rates, layout)
+        np.testing.assert_allclose(residual.error, weight - quantized, atol=1e-4)
+        losses.append(loss(weight, quantized, hessian))
+        columns, residual = recode(residual, hessian, columns, rates, outliers, layout, **options)
+        losses.append(loss(weight, values(columns, rates, layout), hessian))
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
+    assert losses[1] < 0.98 * losses[0]
+
+
+def test_levels_are_those_of_least_squares():
+    weight, hessian, layout, rates, outliers = problem(4)
+    levels = jnp.asarray(gaussian_levels(4))
+    layout = layout._replace(table=table_values(BITS, levels))
+    chol = inverse_cholesky(hessian)
+    columns, quantized = sweep(
+        weight, chol, rates, outliers, layout, stream_rows=STREAM, block_size=4
+    )
+    residual = residual_of(weight, quantized, hessian)
+    found, _ = refit_levels(residual, hessian, levels, columns, rates, layout, 20)
+
+    def of(levels):
+        table = table_values(BITS, jnp.asarray(levels))
+        return np.asarray(values(columns, rates, layout._replace(table=table)), np.float64)
+
+    root = np.linalg.cholesky(np.asarray(hessian, np.float64)).T
+    nothing = of(np.zeros(4, np.float16))
+    each = [(root @ (of(unit) - nothing)).ravel() for unit in np.eye(4, dtype=np.float16)]
+    best = np.linalg.lstsq(np.stack(each, 1), (root @ (weight - nothing)).ravel(), rcond=None)[0]
+    np.testing.assert_allclose(found, best, rtol=2e-3, atol=2e-3)

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import config_file
 
 from gptvq_jax.config import RunSettings, default_config, from_config
 from gptvq_jax.core.hessian import factorize, unit
-from gptvq_jax.methods.trellis import TrellisSettings, bytes_per_bit, demand, fixed_bytes
+from gptvq_jax.methods.trellis import TrellisSettings
+from gptvq_jax.methods.trellis_budget import demand
 from gptvq_jax.models.llama import (
     LINEAR_GROUPS,
     LINEAR_LAYERS,
@@ -18,7 +23,6 @@ from gptvq_jax.models.llama import (
     get_layer,
 )
 from gptvq_jax.models.open import open_source
-from gptvq_jax.moves.rates import distortion
 from gptvq_jax.run import columns, job
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.serve.generate import generate
@@ -46,10 +50,14 @@ def layers(worth=(1.0, 100.0)):
     return rows
 
 
+def plan_of(settings, rows):
+    return columns.plan(settings, {layer: [row] for layer, row in rows.items()})
+
+
 @pytest.mark.parametrize("budget", [1.8, 2.5, 4.0])
 def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
     rows = layers()
-    plan = columns.plan(settings(budget), rows)
+    plan = plan_of(settings(budget), rows)
     sizes = {layer: np.prod(row["shape"]) for layer, row in rows.items()}
     spent = sum(plan[layer].bits * size for layer, size in sizes.items()) / sum(sizes.values())
     assert budget - 256 / sum(sizes.values()) <= spent <= budget
@@ -62,14 +70,14 @@ def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
 def test_equal_worth_gets_equal_bits():
     rows = layers()
     rows[0, "layer0"]["values"], rows[0, "layer1"]["values"] = [64.0] * 48, [256.0] * 32
-    plan = columns.plan(settings(2.5 + 0.5), rows)
+    plan = plan_of(settings(2.5 + 0.5), rows)
     codes = {
         layer: plan[layer].budget_bytes(*row["shape"])
-        - fixed_bytes(*row["shape"]) - 4 * row["outliers"]
+        - plan[layer].fixed_bytes(*row["shape"]) - 4 * row["outliers"]
         for layer, row in rows.items()
     }  # fmt: skip
     rates = {
-        layer: codes[layer] / (bytes_per_bit(row["shape"][0], TrellisSettings()) * row["shape"][1])
+        layer: codes[layer] / (TrellisSettings().bytes_per_bit(row["shape"][0]) * row["shape"][1])
         for layer, row in rows.items()
     }
     assert abs(rates[0, "layer0"] - rates[0, "layer1"]) < 1
@@ -79,7 +87,20 @@ def test_outliers_beyond_the_budget_are_named():
     rows = layers()
     rows[0, "layer0"]["outliers"] = 3000
     with pytest.raises(ValueError, match="bits_per_value=2.5 is below .* trellis.outlier_limit"):
-        columns.plan(settings(2.5), rows)
+        plan_of(settings(2.5), rows)
+
+
+def test_a_layer_of_too_many_outliers_is_named_with_the_bits_it_gets(caplog):
+    rows = layers()
+    most = dataclasses.replace(TrellisSettings(), bits=2.5).most_outliers(64, 48)
+    rows[0, "layer0"]["outliers"] = most - 1
+    plan_of(settings(2.5), rows)
+    assert not caplog.records
+    rows[0, "layer0"]["outliers"] = most
+    plan = plan_of(settings(2.5), rows)
+    ((_, _, line),) = caplog.record_tuples
+    assert f"layers_0/layer0 has more outliers than the {most} that are kept" in line
+    assert f"{plan[0, 'layer0'].bits:.3f} bits per value" in line
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +172,39 @@ def test_errors_are_those_of_the_fitted_and_of_the_held_out_windows(finished):
 
 
 def test_the_worth_of_columns_is_the_rise_of_the_loss(finished):
-    """By the definition, from the Hessian of the float model; block 1, whose inputs are its own."""
+    """By the definition, in float64: what is lost without a column, the ones behind it corrected.
+
+    That is w^2 over the diagonal of the inverse of the Hessian's part from that column on; in the
+    unit of the model's loss, with the mean squared gradient at the outputs.
+    """
     config, _, path, _ = finished
-    rows = {row["layer"]: row for row in json.loads((path / "curves/00001.json").read_text())}
-    assert list(rows) == list(LINEAR_LAYERS)
-    block = open_source(config.model).block(1)
-    for name, row in rows.items():
-        weight = get_layer(block, name)["kernel"].T
-        assert row["shape"] == list(weight.shape) and len(row["values"]) == weight.shape[1]
-        assert np.all(np.asarray(row["values"]) >= 0) and sum(row["values"]) > 0
+    source = open_source(config.model)
+    with WorkDir(path, json.loads((path / "config.json").read_text())) as workdir:
+        gradients = [workdir.load_token_weights(index) for index in range(2)]
+    fitted = config.calibration.num_windows
+    x = embed(source.config, source.outer(), np.load(path / "tokens.npy")[:fitted])
+    for index in range(2):
+        x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+        dense = source.block(index)
+        x, read = block_forward_with_inputs(source.config, dense, x)
+        rows = json.loads((path / f"curves/{index:05d}.json").read_text())
+        assert [row["layer"] for row in rows] == list(LINEAR_LAYERS)
+        for row in rows:
+            name = row["layer"]
+            group = next(group for group in LINEAR_GROUPS if name in group)
+            y = np.asarray(read[group[0]], np.float64)
+            y = y.reshape(-1, y.shape[-1])
+            squares = gradients[index][name][:fitted].reshape(-1).astype(np.float64)
+            weights = np.sqrt(squares)  # calibration.gradient_power
+            hessian = y.T @ (weights[:, None] * y) / weights.sum()
+            hessian += config.damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+            weight = np.asarray(get_layer(dense, name)["kernel"], np.float64).T
+            assert row["shape"] == list(weight.shape) and row["outliers"] == 0
+            worth = [
+                np.sum(weight[:, j] ** 2) * squares.mean() / np.linalg.inv(hessian[j:, j:])[0, 0]
+                for j in range(weight.shape[1])
+            ]
+            np.testing.assert_allclose(row["values"], worth, rtol=0.02, err_msg=f"{index} {name}")
 
 
 def test_worth_does_not_depend_on_the_unit_of_the_hessian():
@@ -170,7 +215,7 @@ def test_worth_does_not_depend_on_the_unit_of_the_hessian():
     settings = TrellisSettings()
 
     def worth(h):
-        found = demand(weight, factorize(h, 0.0).hinv_chol, settings)
+        found = demand(weight, factorize(h, 0.0).hinv_chol, settings, most=0)
         return np.asarray(found.values) * float(unit(h))
 
     np.testing.assert_allclose(worth(hessian * 64), 64 * worth(hessian), rtol=1e-4)
@@ -181,7 +226,6 @@ def test_worth_does_not_depend_on_the_unit_of_the_hessian():
     expected = float(np.sum(np.square(weight[:, -1]))) / chol[-1, -1] ** 2
     np.testing.assert_allclose(worth(hessian)[-1], expected, rtol=1e-3)
     np.testing.assert_allclose(worth(hessian)[0], kept, rtol=1e-3)
-    assert distortion(np.array([0, 1, 2])).tolist() == [1, 1.15 / 4, 1.15 / 16]
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
@@ -210,3 +254,46 @@ def test_a_budget_below_scales_is_refused_before_any_work(finished, tmp_path):
         job.quantize(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert from_config(config).candidates == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["bits=0.3"],
+            "error: self_attn/q_proj: trellis.bits=0.3 is below what the scales and rates of a ",
+        ),
+        (["outlier_limit=1"], "error: trellis.outlier_limit='1' must be 'auto', 0, or 2 up"),
+        (["levels=24"], "error: trellis.levels='24' must be 'gaussian', or a power of two"),
+    ],
+)
+def test_the_command_line_is_refused_before_any_work(
+    model_dir, text_files, tmp_path, words, message
+):
+    config = config_file(tmp_path / "own.py", model_dir, text_files, "config.method = 'trellis'")
+    line = [sys.executable, Path(__file__).parents[2] / "scripts/quantize.py"]
+    line += [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    line += [f"--config.trellis.{word}" for word in words]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_limits_and_levels_of_the_command_line_reach_the_layers(model_dir, text_files, tmp_path):
+    config = config_file(
+        tmp_path / "own.py",
+        model_dir,
+        text_files,
+        "config.method, config.num_blocks, config.calibration.num_windows = 'trellis', 1, 4",
+        "config.trellis.window_bits, config.trellis.stream_rows = 6, 16",
+    )
+    line = [sys.executable, Path(__file__).parents[2] / "scripts/quantize.py"]
+    line += [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.trellis.bits=5"]
+    line += ["--config.trellis.levels=16", "--config.trellis.outlier_limit=2.5"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    block = PackedCheckpoint(tmp_path / "run/checkpoint").packed_block(0)
+    tensors = [get_layer(block, name)["kernel"] for name in LINEAR_LAYERS]
+    assert all(len(tensor.levels) == 16 for tensor in tensors)
+    assert any(tensor.outlier_gaps is not None for tensor in tensors)

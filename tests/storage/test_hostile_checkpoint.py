@@ -1,5 +1,6 @@
 """Checkpoints that somebody made to do harm: one line each, before anything is done with them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -232,6 +233,24 @@ def test_a_scale_that_is_not_finite_is_named(copy, value):
     tensor.codebook.scale[0, 0, 0] = value
     store_layer(copy, tensor)
     refused(copy, "at mlp/down_proj/kernel: codebook.scale contains NaN or Inf")
+
+
+def test_streams_that_are_cut_short_are_refused_also_by_a_script(copy):
+    tensor = tiny.random_tensor("trellis", 36, 52)
+    store_layer(copy, dataclasses.replace(tensor, codes=tensor.codes[:-1]))
+    refused(copy, r"mlp/down_proj/kernel: codes has \d+ bytes, the rates make it \d+")
+    line = [sys.executable, _TESTS.parent / "scripts/export.py", f"--checkpoint={copy}"]
+    line += ["--format=hf-dense", f"--output={copy.parent / 'export'}"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    *bars, line = done.stderr.splitlines()
+    assert done.returncode == 1 and all("export:" in bar for bar in bars if bar), done.stderr
+    assert line.startswith("error: ") and "codes has" in line
+
+
+def test_trellis_codes_of_another_table_are_refused(copy):
+    store_layer(copy, tiny.random_tensor("trellis", 36, 52))
+    describe_layer(copy, lambda meta: meta.update(table=2))
+    refused(copy, "table=2 is not 1, .* quantize again")
 
 
 def test_arrays_that_would_fill_the_memory_are_refused_before_they_are_made(copy):
