@@ -1,7 +1,5 @@
-"""A sweep of settings on layers, and what a sweep shows."""
+"""A sweep of settings on layers."""
 
-import csv
-import io
 import json
 
 import numpy as np
@@ -18,10 +16,7 @@ from gptvq_jax.study.layer_benchmark import load_layer, quantize_with
 from gptvq_jax.study.sweep import start
 from gptvq_jax.study.sweep.axes import axis, sweep
 from gptvq_jax.study.sweep.cells import resolve
-from gptvq_jax.study.sweep.estimate import seconds
 from gptvq_jax.study.sweep.layers import wanted_layers
-from gptvq_jax.study.sweep.results import as_csv
-from gptvq_jax.study.sweep.table import Table
 
 # Rows and columns of the six layers of SmolLM2-135M.
 SHAPES = ((192, 576), (576, 1536), (576, 576), (1536, 576), (192, 576), (576, 576))
@@ -88,49 +83,3 @@ def test_true_bits_of_a_row_agree():
         true = [sum(stored_bits(s.method_settings, *shape) for shape in SHAPES) for s in row]
         true = [bits / values for bits in true]
         assert max(true) - min(true) <= 0.01, (bits, true)
-
-
-def test_the_table_in_a_log_has_a_line_for_every_change(capsys):
-    done = {"status": "done", "bits_per_value": 2.5, "perplexity_quantized": "inf", "seconds": 3.0}
-    with Table("models", ["a", "bb"], terminal=False) as table:
-        table.started("a", "float")
-        table.started("a", "float")
-        table.elsewhere("bb")
-        assert table.ended("a", done) and not table.ended("a", done)
-        assert table.ended("bb", {"status": "failed", "error": "no room"})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
-        ["cell", "state", "bits/value", "perplexity", "seconds"],
-        ["a", "float"],
-        ["bb", "elsewhere"],
-        ["a", "done", "2.5000", "inf", "3.0"],
-        ["bb", "failed", "no", "room"],
-    ]
-    assert table.text().splitlines()[1:] == lines[3:]
-
-
-def test_the_table_on_a_terminal_changes_its_lines(capsys):
-    with Table("layers", ["a", "b"], terminal=True) as table:
-        table.started("b", "running")
-    captured = capsys.readouterr()
-    assert captured.out.splitlines() == [table.header] and "SQNR dB" in table.header
-    assert "b     running" in captured.err and "\r" in captured.err
-    assert "a     waiting" in captured.err
-
-
-def test_csv_has_a_column_for_each_number_of_any_row():
-    rows = [
-        {"cell": "a", "status": "done", "seconds": 1.5, "stages": {"load": {"seconds": 1}}},
-        {"cell": "b, c", "status": "failed", "error": "no\nroom", "layers": [{"x": 1}]},
-    ]
-    read = list(csv.DictReader(io.StringIO(as_csv(rows))))
-    assert [row["cell"] for row in read] == ["a", "b, c"]
-    assert read[0]["stages.load.seconds"] == "1" and read[1]["error"] == "no\nroom"
-    assert "layers" not in read[0] and list(read[0])[:3] == ["cell", "status", "seconds"]
-
-
-def test_seconds_go_by_finished_cells_where_there_are_some():
-    flop = {"a": 1e12, "b": 3e12}
-    assert seconds(flop, ["a", "b"], 2e12, {}, lambda: 1e12).value == 6.0
-    known = seconds(flop, ["b"], 0.0, {"a": {"seconds": 10.0}}, None)
-    assert known.value == pytest.approx(30.0) and known.basis == "as 1 finished cells took"
