@@ -87,7 +87,7 @@ def _against_dimension(group: Sequence[Cell]) -> Any:
         for index, line in enumerate(lines):
             low, high = mean_bits(line[0]), mean_bits(line[-1])
             bits = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
-            for codes in alike(line, _is_trellis):
+            for codes in alike(sorted(line, key=_place), _is_trellis):
                 points = sorted((kinds.index(code_name(cell)), sqnr(cell.layers)) for cell in codes)
                 trellis = _is_trellis(codes[0])
                 label = f"{bits} bits{others(line[0])}{', trellis' * trellis}"
