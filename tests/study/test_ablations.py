@@ -45,6 +45,7 @@ def test_every_layer_row_differs_from_the_default_in_what_it_names(setting):
     method = ablations.method_of(setting)
     default, seen = settings_of(method)[setting], []
     for name, fields in list(LAYER_ROWS[method].items())[1:]:
+        assert "," not in name
         own = {**fields}
         rotated = own.pop(ROTATION, False)
         changed = dataclasses.replace(default, **own)
@@ -61,6 +62,7 @@ def test_every_layer_row_differs_from_the_default_in_what_it_names(setting):
 def test_every_model_row_is_a_valid_config_that_differs_in_what_counts(base):
     seen, base = [], load_config(base)
     for name, fields in MODEL_ROWS[base.method].items():
+        assert "," not in name  # --rows has commas between names
         config = base.copy_and_resolve_references()
         for field, value in fields.items():
             if field == "calibration.num_windows":
@@ -103,10 +105,10 @@ def test_rows_of_trellis_codes(tmp_path):
         assert row["bits_per_value"] <= 2.133
         return row["relative_error"]
 
-    names = ("L = 6", "one rate for all columns", "one rate, no outliers")
+    names = ("L = 6", "one rate for all columns", "one rate + no outliers")
     default, short, one_rate, neither = (error(name) for name in ("default", *names))
     assert default < min(short, one_rate) and one_rate < neither
-    assert error("rotation, one rate, no outliers") < neither
+    assert error("rotation + one rate + no outliers") < neither
 
 
 def counting(method, calls):
