@@ -62,3 +62,14 @@ def test_trellis_codes_of_a_model_have_the_bits_of_the_codebooks():
         books = [true[f"{dim}_{bits}"] for dim in ("1d", "2d")]
         for window in ("l8", "l10", "l12"):
             assert max(books) - 0.015 <= true[f"{window}_{bits}"] <= min(books)
+
+
+def test_tokens_are_compared_at_equal_bits():
+    resolved = resolve(load_config("sweeps/smollm2_tokens"))
+    assert len(resolved.cells) == 8 and not resolved.refused
+    values = sum(rows * cols for rows, cols in SHAPES)
+    for cell in resolved.cells:
+        bits = sum(stored_bits(cell.settings.method_settings, *s) for s in SHAPES) / values
+        assert bits == pytest.approx(2.118, abs=5e-4), cell.name
+    tokens = {cell.settings.calibration.num_windows for cell in resolved.cells}
+    assert tokens == {4, 8, 16, 32}
