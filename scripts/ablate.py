@@ -3,12 +3,15 @@
   python scripts/ablate.py                  # everything, about two hours on 2 cores
   python scripts/ablate.py --tables=layers  # layers only, about 15 min
   python scripts/ablate.py --tables=model --rows="default,no polish"
+  python scripts/ablate.py --tables=layers --settings=trellis_2.13_l10
+  python scripts/ablate.py --tables=model --config=configs/smollm2_135m_trellis.py:2b --rows=default
 
 Layers: relative output error on six layers of SmolLM2-135M (those of scripts/benchmark_layers.py),
-at the settings named. Model: rise of log-perplexity of whole runs of --config. Each table starts
-with the default, and the others are compared with it; differences smaller than those between the
-rows "default" and "default (seed ...)" mean nothing. Rows, tables and a plot go to --directory; a
-model run that was stopped, or made before, goes on or is read from there.
+at the settings named, of GPTVQ or of trellis codes, which have rows of their own. Model: rise of
+log-perplexity of whole runs of --config, with the rows of its method. Each table starts with the
+default, and the others are compared with it; differences smaller than those between the rows
+"default" and "default (seed ...)" mean nothing. Rows, tables and a plot go to --directory; a model
+run that was stopped, or made before, goes on or is read from there.
 """
 
 import json
@@ -38,25 +41,27 @@ def main(_) -> None:
     from gptvq_jax.study.layer_benchmark import layer_files
     from gptvq_jax.study.sample_layers import smollm2_layers
 
-    chosen = ablations.choose(_TABLES.value, _ROWS.value)
-    if "layers" not in chosen:
+    base, note = settle(_CONFIG.value, cli.given_fields())
+    chosen = ablations.choose(_TABLES.value, _ROWS.value, _SETTINGS.value, base.method)
+    settings = [table for table in chosen if table != "model"]
+    if not settings:
         cli.refuse(["layers", "settings"], "without layer rows; add --tables=layers")
     if "model" not in chosen:
         cli.refuse(["config", *cli.given_flags("config")], "without model rows; add --tables=model")
-    base, note = settle(_CONFIG.value, cli.given_fields())
     if note:
         print(note)
     directory = Path(_DIRECTORY.value)
     directory.mkdir(parents=True, exist_ok=True)
     tables = {}
-    if "layers" in chosen:
+    if settings:
         if _LAYERS.value is None:
             smollm2_layers(Path("runs/layers"))
         files = layer_files(Path(_LAYERS.value or "runs/layers"))
-        with Progress(len(chosen["layers"]) * len(_SETTINGS.value), "layers", "row") as progress:
-            for setting in _SETTINGS.value:
+        total = sum(len(chosen[setting]) for setting in settings)
+        with Progress(total, "layers", "row") as progress:
+            for setting in settings:
                 rows = []
-                for name in chosen["layers"]:
+                for name in chosen[setting]:
                     progress.note(name)
                     rows.append(ablations.layer_row(name, setting, files))
                     progress.advance(name)

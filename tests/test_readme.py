@@ -292,7 +292,7 @@ def call(monkeypatch, tmp_path):
             monkeypatch.setattr("gptvq_jax.study.ablations.layer_row", lambda *_: {})
             monkeypatch.setattr("gptvq_jax.study.ablations.model_row", lambda *_: of_run)
             monkeypatch.setattr("gptvq_jax.study.ablations.table", lambda *_: "")
-            job("study.ablations", "choose", {"layers": ["default"], "model": ["default"]})
+            job("study.ablations", "choose", {"2d_2.125": ["default"], "model": ["default"]})
             job("study.ablations", "plot")
 
     return run

@@ -53,6 +53,15 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             r"--config\.vq\.dim has no effect without model rows",
         ),
         (
+            "python scripts/ablate.py --tables=layers --settings=aqlm_2x8",
+            "--settings=aqlm_2x8 must be one of 1d_2.125, .* trellis_2.13, ",
+        ),
+        (
+            "python scripts/ablate.py --tables=layers --settings=2d_2.125,trellis_2.13 "
+            "--rows='L = 8'",
+            "--settings=2d_2.125 has no effect with these --rows; it has default; ",
+        ),
+        (
             "python scripts/ablate.py --tables=model --settings=2d_2.125",
             "--settings has no effect without layer rows; add --tables=layers",
         ),
@@ -103,7 +112,7 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         ),
         (
             f"{SWEEP} --config.base.vq.dim=4",
-            r"--config\.base\.vq\.dim has no effect where 'dim' sets",
+            r"--config\.base\.vq\.dim has no effect where 'dimension' sets",
         ),
         (f"{SWEEP} --config.base.tune.epochs=3", r"--config\.base\.tune\.epochs has no effect .*"),
         (f"{SWEEP} --config.name=x", r"--config\.name is not to be set; set fields of all cells"),

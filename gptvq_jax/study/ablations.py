@@ -8,6 +8,7 @@ says whether there is text enough for what is fitted.
 """
 
 import contextlib
+import dataclasses
 import io
 import time
 from collections.abc import Sequence
@@ -24,115 +25,68 @@ from gptvq_jax.core import metrics
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.files.durable import replacing, write_text
-from gptvq_jax.methods.gptvq import GPTVQSettings
-from gptvq_jax.methods.layer import Objective, quantize_layer, relative_error
+from gptvq_jax.methods.layer import Objective, quantize_layer
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.run import job
+from gptvq_jax.study.ablation_rows import LAYER_ROWS, MODEL_ROWS, ROTATION
 from gptvq_jax.study.layer_benchmark import (
     DAMPING,
-    VQ_SETTINGS,
     geometric_mean,
     load_held_out,
     load_layer,
+    settings_of,
 )
-
-PAPER = {
-    "seed": "mahalanobis",
-    "em_iterations": 100,
-    "exact_metric": False,
-    "codebook_update": "adam",
-    "update_iterations": 25,
-    "polish_rounds": 0,
-}
-
-# Fields of config.vq that differ from the default.
-LAYER_ROWS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper's choices": PAPER,
-    "diagonal metric": {"exact_metric": False},
-    "diagonal metric + no polish": {"exact_metric": False, "polish_rounds": 0},
-    "seed mahalanobis": {"seed": "mahalanobis"},
-    "seed mahalanobis + no polish": {"seed": "mahalanobis", "polish_rounds": 0},
-    "0 EM steps": {"em_iterations": 0},
-    "5 EM steps": {"em_iterations": 5},
-    "10 EM steps": {"em_iterations": 10},
-    "50 EM steps": {"em_iterations": 50},
-    "100 EM steps": {"em_iterations": 100},
-    "no polish": {"polish_rounds": 0},
-    "no polish + no codebook update": {"codebook_update": "none", "polish_rounds": 0},
-    "no polish + 25 steps of Adam": {
-        "codebook_update": "adam",
-        "update_iterations": 25,
-        "polish_rounds": 0,
-    },
-    "recode without refit": {"codebook_update": "none"},
-    "1 polish round": {"polish_rounds": 1},
-    "2 polish rounds": {"polish_rounds": 2},
-    "3 polish rounds": {"polish_rounds": 3},
-    "2 polish rounds of 2 refit steps": {"polish_rounds": 2, "update_iterations": 2},
-    "20 polish rounds to 0.001": {"polish_rounds": 20, "polish_tolerance": 0.001},
-    "2 refit steps": {"update_iterations": 2},
-    "20 refit steps": {"update_iterations": 20},
-    "scale blocks of 32": {"scale_block_size": 32},
-    "scale blocks of 64": {"scale_block_size": 64},
-    "float16 codebooks": {"codebook_bits": 16},
-    "int4 codebooks": {"codebook_bits": 4},
-}
-
-# Fields of the config that differ from the base config.
-MODEL_ROWS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "default (seed 1)": {"seed": 1},
-    "default (seed 2)": {"seed": 2},
-    "paper's choices": {
-        "calibration.asymmetry": 0.0,
-        **{f"vq.{field}": value for field, value in PAPER.items()},
-    },
-    "no polish": {"vq.polish_rounds": 0},
-    "symmetric target": {"calibration.asymmetry": 0.0},
-    "asymmetric target 0.5": {"calibration.asymmetry": 0.5},
-    "gradient weights": {"calibration.gradient_groups": 1},
-    "gradient weights to power 1": {
-        "calibration.gradient_groups": 1,
-        "calibration.gradient_power": 1.0,
-    },
-    "gradient weights in 2 row groups": {"calibration.gradient_groups": 2},
-    "allocation of bits": {"allocation.bits_per_value": 2.125},
-    "allocation of bits + gradient weights": {
-        "allocation.bits_per_value": 2.125,
-        "calibration.gradient_groups": 1,
-    },
-    "allocation of bits in 2D and 4D + gradient weights": {
-        "allocation.bits_per_value": 2.125,
-        "allocation.dims": (2, 4),
-        "calibration.gradient_groups": 1,
-    },
-    "one pass over a block, not stage by stage": {"true_sequential": False},
-    "float inputs": {"calibration.inputs": "float", "calibration.asymmetry": 0.0},
-    "half the calibration windows": {"calibration.num_windows": 0.5},
-    "twice the calibration windows": {"calibration.num_windows": 2},
-    "four times the calibration windows": {"calibration.num_windows": 4},
-    "int8 embedding": {"embeddings": "int8"},
-}
+from gptvq_jax.study.rotation import random_rotation, rotate, rotate_back
 
 
-def choose(tables: Sequence[str], rows: Sequence[str] | None) -> dict[str, list[str]]:
-    """{table: names of its rows to make}, tables without any left out.
+def choose(
+    tables: Sequence[str],
+    rows: Sequence[str] | None,
+    settings: Sequence[str],
+    method: str,
+) -> dict[str, list[str]]:
+    """{setting, or 'model': names of its rows to make}, without those of which none is left.
 
     Args:
       tables: 'layers', 'model' or both.
       rows: names to keep; None: all.
+      settings: of the layer table, names in layer_benchmark of a method in LAYER_ROWS.
+      method: of the config of the model table.
 
     Raises:
-      ValueError: a name is in none of the tables.
+      ValueError: no rows are known of a setting or method, or a name is in none of the tables; or
+        one setting has rows of these names and another has none.
     """
-    known = {"layers": LAYER_ROWS, "model": MODEL_ROWS}
-    names = {name for table in tables for name in known[table]}
+    known: dict[str, dict[str, Any]] = {}
+    if "layers" in tables:
+        known |= {setting: LAYER_ROWS[method_of(setting)] for setting in settings}
+    if "model" in tables:
+        if method not in MODEL_ROWS:
+            raise ValueError(
+                f"method={method!r} of --config has no model rows; choose one of "
+                f"{', '.join(MODEL_ROWS)}, or leave them out with --tables=layers"
+            )
+        known["model"] = MODEL_ROWS[method]
+    names = {name for table in known.values() for name in table}
     for name in rows or ():
         if name not in names:
             raise ValueError(f"unknown row {name!r}; choose from {'; '.join(sorted(names))}")
-    kept = {t: [name for name in known[t] if rows is None or name in rows] for t in tables}
-    return {t: of_table for t, of_table in kept.items() if of_table}
+    chosen = {t: [n for n in of if rows is None or n in rows] for t, of in known.items()}
+    empty = [t for t, of in chosen.items() if not of and t != "model"]
+    if empty and any(of for t, of in chosen.items() if t != "model"):
+        raise ValueError(
+            f"--settings={empty[0]} has no effect with these --rows; it has "
+            f"{'; '.join(known[empty[0]])}"
+        )
+    return {t: of for t, of in chosen.items() if of}
+
+
+def method_of(setting: str) -> str:
+    """The method that has rows and a setting of this name. Raises ValueError if there is none."""
+    of_setting = {name: method for method in LAYER_ROWS for name in settings_of(method)}
+    if setting not in of_setting:
+        raise ValueError(f"--settings={setting} must be one of {', '.join(of_setting)}")
+    return of_setting[setting]
 
 
 def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
@@ -140,21 +94,31 @@ def layer_row(name: str, setting: str, files: Sequence[Path]) -> dict[str, Any]:
 
     "held_out_error" is among them where all of the files have a Hessian for it.
     """
-    settings = GPTVQSettings(**{**VQ_SETTINGS[setting], **LAYER_ROWS[name]})
+    method = method_of(setting)
+    fields = {**LAYER_ROWS[method][name]}
+    rotated = fields.pop(ROTATION, False)
+    settings = dataclasses.replace(settings_of(method)[setting], **fields)
     errors, others, num_bytes, values, seconds = [], [], 0, 0, 0.0
     for path in files:
         weight, hessian = load_layer(path)
+        rotation = random_rotation(*weight.shape, seed=0) if rotated else None
+        if rotation is not None:
+            weight, hessian = rotate(weight, hessian, rotation)
         objectives = [Objective(hessian, factorize(hessian, DAMPING, path.stem))]
         for _ in range(2):  # the first time compiles
             start = time.perf_counter()
             tensor = quantize_layer(
-                METHODS["gptvq"].quantize, settings, weight, objectives, jax.random.key(0)
+                METHODS[method].quantize, settings, weight, objectives, jax.random.key(0)
             )
             jax.block_until_ready(tensor)
             warm = time.perf_counter() - start
         seconds += warm
-        quantized, held_out = dequantize_compiled(tensor), load_held_out(path)
-        errors.append(relative_error(weight, quantized, objectives))
+        quantized = dequantize_compiled(tensor)
+        if rotation is not None:
+            quantized = rotate_back(quantized, rotation)
+            weight, hessian = load_layer(path)
+        errors.append(float(metrics.relative_error(weight, quantized, hessian)))
+        held_out = load_held_out(path)
         if held_out is not None:
             others.append(float(metrics.relative_error(weight, quantized, held_out)))
         num_bytes += tensor.num_bytes
@@ -173,12 +137,12 @@ def model_row(name: str, base: Any, directory: Path) -> dict[str, Any]:
     """One row of the model table: a whole run, resumed or read where it was made before.
 
     Args:
-      name: in MODEL_ROWS.
+      name: in MODEL_ROWS of its method.
       base: ConfigDict that the row changes.
       directory: of all work directories; they share its float_evaluation, which is made once.
     """
     config = base.copy_and_resolve_references()
-    for field, value in MODEL_ROWS[name].items():
+    for field, value in MODEL_ROWS[base.method][name].items():
         if field == "calibration.num_windows":  # relative to the base
             value = int(base.calibration.num_windows * value)
         config.update_from_flattened_dict({field: value})

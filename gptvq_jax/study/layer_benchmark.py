@@ -53,7 +53,7 @@ AQLM_SETTINGS = {
         num_codebooks=1, code_bits=16, dim=8, seed="random", em_iterations=2, rounds=2
     ),
 }
-ONLY_BY_NAME = ("aqlm_1x16",)
+ONLY_BY_NAME = ("aqlm_1x16", "trellis_2.084", "trellis_2.102", "trellis_2.225", "trellis_2.62")
 UNIFORM_SETTINGS = {
     f"int{bits}_g128": dict(bits=bits, group_size=128, symmetric=True) for bits in (2, 3, 4)
 }
@@ -63,6 +63,11 @@ TRELLIS_SETTINGS = {
     "trellis_3.08": dict(bits=3.085),
     "trellis_2.13_l10": dict(bits=2.133, window_bits=10),
     "trellis_3.08_l10": dict(bits=3.085, window_bits=10),
+    # At most the bits of aqlm_2x8 on single layers, whose small ones pay more for codebooks.
+    "trellis_2.084": dict(bits=2.0844),
+    "trellis_2.102": dict(bits=2.1018),
+    "trellis_2.225": dict(bits=2.2253),
+    "trellis_2.62": dict(bits=2.6203),
 }
 DAMPING = 0.01
 RATIO_FIELDS = ("relative_error", "seconds_cold", "seconds")

@@ -31,7 +31,9 @@ def against_dimension(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
             f"sqnr_dimension{'' if len(drawn) == 1 else f'_{index}'}",
             "SQNR against dimension at equal bits",
             f"Mean over {len(group[0].layers)} layers. A line joins cells whose true bits per "
-            f"value are within {_SAME_BITS:g} of each other.",
+            f"value are within {_SAME_BITS:g} of each other."
+            + " Trellis codes, dotted, by bits L of a window: at K bits per weight it spans L / K "
+            "weights." * any(map(_is_trellis, group)),
             _against_dimension(group),
         )
         for index, group in enumerate(drawn, 1)
@@ -83,22 +85,30 @@ def _against_dimension(group: Sequence[Cell]) -> Any:
 
     def draw(axes: Any) -> None:
         for index, line in enumerate(lines):
-            points = sorted((kinds.index(code_name(cell)), sqnr(cell.layers)) for cell in line)
             low, high = mean_bits(line[0]), mean_bits(line[-1])
             bits = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
-            axes.plot(
-                *zip(*points, strict=True), label=f"{bits} bits{others(line[0])}", **style(index)
-            )
+            for codes in alike(sorted(line, key=_place), _is_trellis):
+                points = sorted((kinds.index(code_name(cell)), sqnr(cell.layers)) for cell in codes)
+                trellis = _is_trellis(codes[0])
+                label = f"{bits} bits{others(line[0])}{', trellis' * trellis}"
+                look = style(index) | ({"linestyle": ":"} if trellis else {})
+                axes.plot(*zip(*points, strict=True), label=label, **look)
         axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n", 1) for kind in kinds])
-        axes.set(xlabel="method and dimension: weights per vector", ylabel="mean SQNR, dB")
+        of_trellis = "; L: bits of a window" * any(map(_is_trellis, group))
+        label = f"method and dimension: weights per vector{of_trellis}"
+        axes.set(xlabel=label, ylabel="mean SQNR, dB")
         axes.margins(x=0.08, y=0.08)
 
     return draw
 
 
-def _place(cell: Cell) -> tuple[int, str]:
-    """Uniform grids first, then by dimension, AQLM after GPTVQ."""
-    name = code_name(cell)
-    method, _, dim = name.partition(" ")
-    digits = dim.removesuffix("D")
-    return (int(digits) if digits.isdigit() else 0 if not dim else 99), method
+def _is_trellis(cell: Cell) -> bool:
+    return cell.settings.get("method") == "trellis"
+
+
+def _place(cell: Cell) -> tuple[bool, int, str]:
+    """Uniform grids first, then by dimension, AQLM after GPTVQ; trellis codes last, by window."""
+    method, _, size = code_name(cell).partition(" ")
+    digits = size.removeprefix("L=").removesuffix("D")
+    number = int(digits) if digits.isdigit() else 99 if size else 0
+    return _is_trellis(cell), number, method

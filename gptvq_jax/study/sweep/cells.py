@@ -12,7 +12,7 @@ from gptvq_jax.study.sweep.axes import Axis, Point
 
 # What a setting on layers depends on; the rest of a run's config is about whole models.
 _OF_LAYERS = (
-    *("model", "method", "damping", "seed", "vq.*", "aqlm.*", "uniform.*"),
+    *("model", "method", "damping", "seed", "vq.*", "aqlm.*", "trellis.*", "uniform.*"),
     *(f"calibration.{name}" for name in ("datasets", "dataset_weights", "num_windows")),
     *("calibration.seqlen", "calibration.seed"),
     *(f"evaluation.{name}" for name in ("dataset", "num_windows", "seqlen")),

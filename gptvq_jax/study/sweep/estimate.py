@@ -1,4 +1,6 @@
-"""What a sweep will take, from shapes: FLOP of matrix products, and bytes on the disk.
+"""What a sweep will take, from shapes: FLOP, and bytes on the disk.
+
+FLOP are those of matrix products and of the search of trellis codes, which is most of their work.
 
 Seconds follow from a rate: of this machine's matrix products, as a lower bound, or, once cells are
 finished, of those cells as they were.
@@ -12,10 +14,12 @@ from typing import Any, NamedTuple
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.flops import cross_moment, inverse_cholesky, second_moment, unit
 from gptvq_jax.core.hessian import tile_size
+from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.moves.viterbi import TRACE_BACK
 from gptvq_jax.run.curves import to_measure
 from gptvq_jax.run.passes import peak_bytes
 from gptvq_jax.run.quantize import num_quantized
@@ -36,11 +40,34 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     groups = c.gradient_groups or 1
     used = settings.candidates if settings.allocation.bits_per_value else [settings.method_settings]
     for rows, cols in layer_shapes(config).values():
-        per_layer = [groups * of.flops(rows // groups, cols) for of in used]
+        per_layer = [groups * method_flop(of, rows // groups, cols) for of in used]
         size += sum(per_layer) / len(per_layer) + (2 + 3 * (c.asymmetry > 0)) * unit(rows, cols)
     if settings.tune.block:
         size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
     return blocks * size + evaluation_flop(config, settings)
+
+
+OF_A_STEP = 5  # per window and row: a comparison; a difference, its weighted square, and a sum
+
+
+def method_flop(settings: Any, rows: int, cols: int) -> float:
+    """Of a layer (R, C) by a method with these settings, its Hessian factorized already."""
+    return settings.flops(rows, cols) + OF_A_STEP * search_steps(settings, rows, cols)
+
+
+def search_steps(settings: Any, rows: int, cols: int) -> int:
+    """Windows that the search of trellis codes goes through in all rows and columns; else 0.
+
+    That is 2^L for every weight in the sweep and in every pass of recoding, and around the cut of
+    each stream before. Rates are counted as the whole bits nearest to their mean.
+    """
+    if not isinstance(settings, TrellisSettings):
+        return 0
+    stream_rows, bits = settings.rows_of_stream(rows), settings.window_bits
+    rate = min(max(1, round(settings.bits)), settings.most_rate)
+    around = min(2 * TRACE_BACK * -(-bits // rate), stream_rows)
+    streams = -(-rows // stream_rows) * cols * (1 + settings.recode_passes)
+    return streams * (stream_rows + around) * 2**bits
 
 
 def pass_flop(config: ModelConfig, of: Pass) -> float:
@@ -142,5 +169,5 @@ def seconds(
         per_flop = sum(known.values()) / sum(flop[name] for name in known)
         return Seconds(wanted * per_flop, f"as {len(known)} finished cells took")
     best = rate()
-    basis = f"its matrix products alone, at {best / 1e12:.2f} TFLOP/s, which this machine reaches"
+    basis = f"its arithmetic alone, at {best / 1e12:.2f} TFLOP/s, which this machine reaches"
     return Seconds(wanted / best, basis, at_least=True)

@@ -30,6 +30,7 @@ from gptvq_jax.study.layer_benchmark import (
 from gptvq_jax.study.sample_layers import SAMPLED_LAYERS, make_layers
 from gptvq_jax.study.sweep.cells import Cell, Sweep, refuse
 from gptvq_jax.study.sweep.directory import Directory
+from gptvq_jax.study.sweep.estimate import method_flop
 from gptvq_jax.study.sweep.sources import Sources
 
 _EVALUATION = ("dataset", "num_windows", "seqlen")
@@ -105,7 +106,7 @@ class Layers:
 
     def cell_flop(self, cell: Cell) -> float:
         of_method = cell.settings.method_settings
-        return float(sum(of_method.flops(*shape) for shape in self._shapes(cell)))
+        return float(sum(method_flop(of_method, *shape) for shape in self._shapes(cell)))
 
     def pass_flop(self, of: Sample, cell: Cell) -> float:
         c, e = cell.settings.calibration, cell.settings.evaluation

@@ -140,6 +140,40 @@ def test_sqnr_against_dimension(sweep):
     assert "no cells of the same layers that differ in dimension" in notes[0]
 
 
+def test_trellis_codes_are_a_dotted_curve_of_the_bits_of_their_windows():
+    def made(name, fields, error):
+        fields = {"model": "m", **fields}
+        row = layer_row(error=error)
+        del row["dim"]
+        return cell(name, [row], settings=fields, bits_per_value=2.125)
+
+    windows = [
+        made(f"l{bits}", {"method": "trellis", "trellis.window_bits": bits}, 2.0**-bits)
+        for bits in (12, 8, 10)
+    ]
+    books = [made(f"{dim}d", {"method": "gptvq", "vq.dim": dim}, 0.1 / dim) for dim in (2, 1)]
+    (figure,) = dimension_figures.against_dimension([*windows, *books], [])
+    assert drawn(figure) == {
+        "2.12 bits": [
+            [place, pytest.approx(10 * math.log10(10 * (place + 1)))] for place in (0, 1)
+        ],
+        "2.12 bits, trellis": [
+            [place, pytest.approx(10 * bits * math.log10(2))]
+            for place, bits in ((2, 8), (3, 10), (4, 12))
+        ],
+    }
+    axes = Canvas().subplots()
+    figure.draw(axes)
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names[:3] == ["GPTVQ\n1D", "GPTVQ\n2D", "TRELLIS\nL=8"]
+    whole, dotted = axes.lines
+    assert (whole.get_linestyle(), dotted.get_linestyle()) == ("-", ":")
+    assert whole.get_color() == dotted.get_color()
+    assert "spans L / K weights" in figure.caption and "bits of a window" in axes.get_xlabel()
+    (figure,) = dimension_figures.against_dimension(books, [])
+    assert "rellis" not in figure.caption
+
+
 def test_sqnr_is_a_mean_of_decibels():
     rows = [layer_row(error=error) for error in (0.1, 0.001, 0.0)]  # the last is exact
     assert dimension_figures.sqnr(rows) == pytest.approx(20.0)

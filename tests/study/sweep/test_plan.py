@@ -1,0 +1,72 @@
+"""What a sweep will take: by arithmetic, and by cells that are finished."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_sweeps import in_step, run
+
+from gptvq_jax.core.trellis_tensor import table_values
+from gptvq_jax.methods.trellis import TrellisSettings
+from gptvq_jax.models.open import open_source
+from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.moves import viterbi
+from gptvq_jax.study.sweep import start
+from gptvq_jax.study.sweep.axes import axis, sweep
+from gptvq_jax.study.sweep.cells import resolve
+from gptvq_jax.study.sweep.estimate import OF_A_STEP, search_steps, seconds
+from gptvq_jax.study.sweep.layers import Layers
+from gptvq_jax.study.sweep.models import Models
+
+
+def test_the_plan_goes_by_finished_cells(base, tmp_path, capsys):
+    config = in_step(base)
+    run(config, tmp_path, cells="asymmetry0$")
+    assert "[00:00, ETA at least " in capsys.readouterr().err  # before the cell
+    start.plan(config, "tiny.py", (), str(tmp_path))
+    out, errors = capsys.readouterr()
+    assert "2 cells, 1 finished" in out and "as 1 finished cells took" in out
+    assert "measuring" not in errors
+
+
+def test_seconds_go_by_finished_cells_where_there_are_some():
+    flop = {"a": 1e12, "b": 3e12}
+    assert seconds(flop, ["a", "b"], 2e12, {}, lambda: 1e12).value == 6.0
+    known = seconds(flop, ["b"], 0.0, {"a": {"seconds": 10.0}}, None)
+    assert known.value == pytest.approx(30.0) and known.basis == "as 1 finished cells took"
+
+
+@pytest.mark.parametrize("bits, rate, rows", [(4, 1, 64), (6, 2, 300), (8, 3, 1000)])
+def test_steps_of_a_search_are_counted(bits, rate, rows, monkeypatch):
+    """In each search that is made for a column, and again in every pass."""
+    settings = TrellisSettings(bits=rate, window_bits=bits, stream_rows=100, recode_passes=0)
+    streams, made = (-1, settings.rows_of_stream(rows)), []
+    search = viterbi.viterbi
+
+    def counting(target, weight, table, *args):
+        made.append(target.size * len(table))
+        return search(target, weight, table, *args)
+
+    monkeypatch.setattr(viterbi, "viterbi", counting)
+    column = np.random.default_rng(0).normal(size=-(-rows // streams[1]) * streams[1])
+    column = jnp.asarray(column.reshape(streams), jnp.float32)
+    viterbi.tail_biting(column, jnp.ones_like(column), table_values(bits, None), rate)
+    assert search_steps(settings, rows, 1) == sum(made)
+    again = dataclasses.replace(settings, recode_passes=2)
+    assert search_steps(again, rows, 5) == 15 * sum(made)
+
+
+def test_a_plan_counts_searches(tiny_config, tmp_path):
+    """A longer window doubles them with each bit, and the matrix products stay."""
+    tiny_config.method = "trellis"
+    axes = [axis("trellis.window_bits", (8, 9))]
+    for kind, maker in (("layers", Layers), ("models", Models)):
+        made = maker(resolve(sweep("s", tiny_config, axes, kind=kind)), tmp_path)
+        cells = made.sweep.cells
+        short, long = (made.cell_flop(cell) for cell in cells)
+        shapes = layer_shapes(open_source(tiny_config.model).config)
+        shapes = made._shapes(cells[0]) if kind == "layers" else 3 * [*shapes.values()]
+        steps = [sum(search_steps(c.settings.trellis, *shape) for shape in shapes) for c in cells]
+        assert 1.9 < steps[1] / steps[0] < 2.2
+        assert long - short == pytest.approx(OF_A_STEP * (steps[1] - steps[0]))
