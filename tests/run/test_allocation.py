@@ -144,7 +144,8 @@ def test_losses_of_the_curves_in_float64(finished):
     source = open_source(finished.settings.model)
     packed = PackedCheckpoint(finished.path / "checkpoint")
     chosen, measured = plan(finished, BUDGET), curves(finished.path)
-    x = embed(source.config, source.outer(), np.load(finished.path / "tokens.npy"))
+    c = finished.settings.calibration
+    x = embed(source.config, source.outer(), np.load(finished.path / "tokens.npy")[: c.num_windows])
     for index in range(MEASURED):
         x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
         dense, quantized = source.block(index), packed.block(index)
@@ -154,8 +155,7 @@ def test_losses_of_the_curves_in_float64(finished):
         for name in LINEAR_LAYERS:
             y = np.asarray(read[READS[name]], np.float64)
             y = y.reshape(-1, y.shape[-1])
-            squares = gradients[name].reshape(-1).astype(np.float64)
-            c = finished.settings.calibration
+            squares = gradients[name][: c.num_windows].reshape(-1).astype(np.float64)
             weights = squares**c.gradient_power if c.gradient_groups else np.ones_like(squares)
             hessian = y.T @ (weights[:, None] * y) / weights.sum()
             error = np.asarray(get_layer(dense, name)["kernel"], np.float64)

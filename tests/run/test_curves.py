@@ -147,7 +147,7 @@ def measured(source, tmp_path_factory):
                 vq=GPTVQSettings(codebook_overhead=0.5, max_group_cols=16, codebook_update="none"),
                 allocation=dataclasses.replace(allocated, **changes),
                 calibration=CalibrationSettings(
-                    num_windows=18, held_out=0, batch_size=6, asymmetry=0.0
+                    num_windows=6, held_out=0, batch_size=6, asymmetry=0.0
                 ),
             )
             path = tmp_path_factory.mktemp("curves")

@@ -68,7 +68,7 @@ def random_tokens(windows=6, seqlen=32):
 
 
 def settings(groups=GROUPS):
-    calibration = CalibrationSettings(batch_size=4, gradient_groups=groups, asymmetry=0.0)
+    calibration = CalibrationSettings(num_windows=4, gradient_groups=groups, asymmetry=0.0)
     return RunSettings(calibration=calibration)
 
 

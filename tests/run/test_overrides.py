@@ -192,6 +192,7 @@ def test_fields_of_the_run_itself_always_count():
     everything = config_with({"tune.block": True, "calibration.gradient_groups": 1, **BUDGET})
     everything.vq.codebook_update = "adam"
     everything.vq.dim, everything.vq.bits = 2, 2.0
+    everything.calibration.datasets = ("c4", "ptb")
     everything.allocation.dims, everything.allocation.bits = (2,), (2.0,)
     # So that vq.dim and vq.bits count there is one candidate, which is measured.
     left = {field for field in ignored(from_config(everything))} - {"allocation.measured"}
