@@ -1,5 +1,6 @@
 """A tiny run of every family: quantized, packed, evaluated, generated from, exported, read back."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -11,9 +12,12 @@ from safetensors import safe_open
 from tiny_families import CONFIGS, random_tensors, random_tokens, torch_logits, write_model
 from tiny_run import byte_tokenizer, quick_config
 
+from gptvq_jax.exchange.aqlm_source import AQLMSource
+from gptvq_jax.exchange.hf_aqlm import hf_aqlm
 from gptvq_jax.exchange.hf_dense import hf_dense
 from gptvq_jax.models import flops
 from gptvq_jax.models.families import FAMILIES
+from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.llama import (
     LINEAR_LAYERS,
     Decoder,
@@ -84,13 +88,21 @@ def nll(source, windows):
     return -np.take_along_axis(np.asarray(logits), windows[:, 1:, None], axis=-1).mean()
 
 
-def test_every_layer_is_packed(finished):
+def test_every_layer_is_packed(finished, tmp_path):
     source, summary, packed = finished
     layers = packed.manifest["layers"]
     depth = source.config.num_hidden_layers
     assert layers.keys() == {f"layers_{i}/{name}" for i in range(depth) for name in LINEAR_LAYERS}
     assert packed.config == source.config
     assert 2 < summary["bits_per_value"] < 4
+    if source.config.family.fused:  # other formats have one name for what we have two of
+        with pytest.raises(NotImplementedError, match="stores qkv_proj, .* --format=hf-dense"):
+            hf_aqlm(packed, tmp_path / "out")
+        quantization = {"quantization_config": {"quant_method": "aqlm"}}
+        hf = json.dumps(source.config.to_hf() | quantization)
+        (tmp_path / "config.json").write_text(hf)
+        with pytest.raises(NotImplementedError, match="config.json: .*'phi3'.* fused; quantize"):
+            AQLMSource(HFDirectory(tmp_path))
 
 
 def test_the_evaluation_is_that_of_the_whole_decoder(finished, text_files):
