@@ -179,7 +179,9 @@ def quantize(
 
     centroids = _stored(centroids)
     first = residual_of(target, decode(centroids, codes, per_vector(scale), grid), hessian)
-    whole = Residual(target, image_of(hessian, target))  # of Q = 0; Adam does without
+    whole = None  # of Q = 0
+    if settings.codebook_update != "adam":
+        whole = Residual(target, image_of(hessian, target))
     state = _State(centroids, scale, codes, first)
     state = repeat(one_round, loss_of, state, settings.rounds, settings.tolerance)
     centroids, scale, codes, _ = repeat(update, loss_of, state, 1, 0.0)
