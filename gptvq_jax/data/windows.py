@@ -2,7 +2,8 @@
 
 The texts are joined by a blank line and tokenized once, with the tokenizer's default settings: a
 tokenizer that adds a BOS adds one, at the very start, and none to the windows. Windows that are
-held out of calibration stand at fixed places, evenly spread, and no other window reaches into them.
+held out of calibration stand at fixed places, evenly spread, and no other window comes near them:
+what is said a page on is much alike.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ import numpy as np
 from gptvq_jax.data.vocabulary import check_tokens, encode
 
 SEPARATOR = "\n\n"  # between documents
+RESERVED = 0.05  # of a text, for the windows held out and around them
 
 
 def calibration_windows(
@@ -37,7 +39,8 @@ def calibration_windows(
       num_windows, seqlen: shape of the result, the windows held out apart.
       seed: of the numpy Generator that draws; equal arguments give equal windows.
       held_out: windows that follow the others, in the middle of so many equal parts of the text:
-        the same ones whatever `seed` and `num_windows`.
+        the same ones whatever `seed` and `num_windows`. RESERVED of each part, around its window,
+        is not reached by others.
       per_document: draw each window inside one random document that is long enough, as GPTQ does
         with C4, instead of anywhere in the joined text; whole documents are held out then.
       vocab_size: rows of the model's embedding; ids at or above it are an error.
@@ -57,10 +60,12 @@ def calibration_windows(
     tokens = _tokenize(tokenizer, SEPARATOR.join(documents), vocab_size)
     _check_length(tokens.size, seqlen, "the text has")
     places = tokens.size - seqlen + 1
-    kept = [min(places - 1, middle - seqlen // 2) for middle in _middles(tokens.size, held_out)]
-    free = np.ones(places, bool)
-    for start in kept:
-        free[max(0, start - seqlen + 1) : start + seqlen] = False
+    kept, free = [], np.ones(places, bool)
+    for middle in _middles(tokens.size, held_out):
+        kept.append(min(places - 1, middle - seqlen // 2))
+        around = max(seqlen, int(RESERVED * tokens.size / held_out))
+        first = min(kept[-1], middle - around // 2)
+        free[max(0, first - seqlen + 1) : max(0, first) + around] = False
     if not free.any():
         raise _all_held_out(f"{tokens.size} tokens", held_out, seqlen)
     starts = rng.integers(places, size=num_windows)

@@ -163,11 +163,12 @@ def test_windows_that_reach_into_none_of_those_held_out_are_as_without_them(toke
         views = np.lib.stride_tricks.sliding_window_view(stream, 4).tolist()
         return np.array([views.index(window) for window in windows])
 
+    # Of a text of 4001 tokens 200 are kept, 10 for each of them: 3 before it, itself, 3 behind it.
     gaps = np.abs(places(plain)[:, None] - places(held_out)).min(axis=1)
-    assert 0 < np.sum(gaps < 4) < 10
+    assert 0 < np.sum(gaps < 7) < 10
     same = [a == b for a, b in zip(plain, fitted, strict=True)]
-    assert same == (gaps >= 4).tolist()
-    assert np.abs(places(fitted)[:, None] - places(held_out)).min() >= 4
+    assert same == (gaps >= 7).tolist()
+    assert np.abs(places(fitted)[:, None] - places(held_out)).min() >= 7
 
 
 @pytest.mark.parametrize("per_document", [False, True])

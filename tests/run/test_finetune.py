@@ -242,6 +242,7 @@ def runs(model_dir, text_files, tmp_path_factory):
         config.true_sequential = method != "gptq"
         config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
         config.calibration.num_windows, config.calibration.seqlen = 16, 32
+        config.calibration.held_out = 4
         config.calibration.asymmetry = 0.5 if method == "gptq" else 0.0
         config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
         config.tune.block, config.tune.learning_rate, config.tune.epochs = tuned, 1e-2, 3

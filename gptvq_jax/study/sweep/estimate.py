@@ -39,9 +39,11 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
         size += flops.stage_flops(config, (0, 2), *shape)
     groups = c.gradient_groups or 1
     used = settings.candidates if settings.allocation.bits_per_value else [settings.method_settings]
+    # Errors, also on what is held out, and the asymmetric target.
+    units = 2 + 2 * (c.held_out > 0) + 3 * (c.asymmetry > 0)
     for rows, cols in layer_shapes(config).values():
         per_layer = [groups * method_flop(of, rows // groups, cols) for of in used]
-        size += sum(per_layer) / len(per_layer) + (2 + 3 * (c.asymmetry > 0)) * unit(rows, cols)
+        size += sum(per_layer) / len(per_layer) + units * unit(rows, cols)
     if settings.tune.block:
         size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
     return blocks * size + evaluation_flop(config, settings)
