@@ -110,6 +110,7 @@ ARGS = dict(
     values=BOOKS,
     data=DATA,
     residual=Residual(jnp.ones((C, R)), jnp.ones((C, R))),
+    whole=Residual(jnp.ones((C, R)), jnp.ones((C, R))),
     error=jnp.ones((C, R)),
     key=jax.random.key(0),
     keys=jax.random.split(jax.random.key(0), 1),

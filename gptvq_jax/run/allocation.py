@@ -22,7 +22,7 @@ from gptvq_jax.run.workdir import WorkDir
 
 def curve_bytes(config: ModelConfig, settings: RunSettings, num_blocks: int) -> int:
     """Most bytes of the files of curves of so many blocks."""
-    return num_blocks * _way(settings).block_bytes(config, settings)
+    return num_blocks * _way(settings).block_bytes(config, settings) if num_blocks else 0
 
 
 def measure(

@@ -46,7 +46,7 @@ _VQ_LAYERS: dict[str, dict[str, Any]] = {
 }
 
 ROTATION = "rotation"  # no field: the layer is rotated before, and back after (rotation.py)
-_NO_OUTLIERS, _ONE_RATE = {"outlier_limit": 0.0}, {"column_rates": False}
+_NO_OUTLIERS, _ONE_RATE = {"outlier_limit": "0"}, {"column_rates": False}
 _TRELLIS_LAYERS: dict[str, dict[str, Any]] = {
     "default": {},
     "L = 6": {"window_bits": 6},
@@ -61,8 +61,9 @@ _TRELLIS_LAYERS: dict[str, dict[str, Any]] = {
     "rotation + one rate": {ROTATION: True, **_ONE_RATE},
     "rotation + no outliers": {ROTATION: True, **_NO_OUTLIERS},
     "rotation + one rate + no outliers": {ROTATION: True, **_ONE_RATE, **_NO_OUTLIERS},
-    "outliers beyond 3.5": {"outlier_limit": 3.5},
-    "outliers beyond 6": {"outlier_limit": 6.0},
+    "outliers beyond 3.5": {"outlier_limit": "3.5"},
+    "outliers beyond 4.5": {"outlier_limit": "4.5"},
+    "outliers beyond 6": {"outlier_limit": "6"},
     "tails bitten every 32 rows": {"stream_rows": 32},
     "tails bitten every 64 rows": {"stream_rows": 64},
     "tails bitten every 128 rows": {"stream_rows": 128},
@@ -108,7 +109,7 @@ _VQ_MODELS: dict[str, dict[str, Any]] = {
         "allocation.dims": (2, 4),
         "calibration.gradient_groups": 1,
     },
-    "one pass over a block, not stage by stage": {"true_sequential": False},
+    "one pass over a block": {"true_sequential": False},
     "float inputs": {"calibration.inputs": "float", "calibration.asymmetry": 0.0},
     **_TEXT,
     "int8 embedding": {"embeddings": "int8"},
@@ -120,7 +121,7 @@ _TRELLIS_MODELS: dict[str, dict[str, Any]] = {
     "L = 10": {"trellis.window_bits": 10},
     "the same bits for every layer": _SAME_BITS,
     "the same bits for every column": {**_SAME_BITS, "trellis.column_rates": False},
-    "no outliers": {"trellis.outlier_limit": 0.0},
+    "no outliers": {"trellis.outlier_limit": "0"},
     "tails bitten every 64 rows": {"trellis.stream_rows": 64},
     "no recode pass": {"trellis.recode_passes": 0},
     "1 recode pass": {"trellis.recode_passes": 1},

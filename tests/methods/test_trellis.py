@@ -135,7 +135,7 @@ def test_flops_are_those_of_the_program(levels):
     of_layer = jax.eval_shape(trellis_budget._beyond, weight, square, floats())
     rates = jax.ShapeDtypeStruct((cols,), jnp.int32)
     arguments = weight, square, square, of_layer, rates, jax.ShapeDtypeStruct((), jnp.int32)
-    counted = count(lambda *a: trellis._code(*a, settings, False), *arguments, trips=passes)
+    counted = count(lambda *a: trellis._code(*a, settings, "jax"), *arguments, trips=passes)
     assert settings.flops(rows, cols) <= counted < 1.002 * settings.flops(rows, cols)
 
 

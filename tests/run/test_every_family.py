@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tiny_families import CONFIGS, random_tensors, random_tokens, torch_logits, write_model
 from tiny_run import byte_tokenizer, quick_config
 
+from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.exchange.aqlm_source import AQLMSource
 from gptvq_jax.exchange.hf_aqlm import hf_aqlm
 from gptvq_jax.exchange.hf_dense import hf_dense
@@ -29,17 +30,16 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,
-    Files,
     FloatStates,
     crossed_stages,
     hessians,
     init_moments,
     moment_flops,
-    run_windows,
     shift,
     step,
 )
 from gptvq_jax.run.forward import block_halves
+from gptvq_jax.run.held_out import Files, init_sums, run_windows
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -152,9 +152,11 @@ def test_an_asymmetric_target_aims_at_what_the_float_layer_computed(name, tmp_pa
     block = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block)
     x, y = rng.standard_normal((2, 4, 16, config.hidden_size)).astype(np.float32)
     states = (y, *map(np.asarray, block_halves(config, float_block, y)))
-    files, moments = Files(x, reference=states), init_moments(block, range(LAST), None, True)
-    assert crossed_stages(moments) == set(range(LAST))
-    moments = run_windows(config, block, files, 0, LAST - 1, moments, 2, float_block=float_block)
+    files, sums = Files(x, reference=states), init_sums(block, range(LAST), None, True)
+    assert crossed_stages(sums.fitted) == set(range(LAST))
+    windows = CalibrationSettings(num_windows=4, held_out=0, batch_size=2)
+    sums = run_windows(config, block, files, 0, LAST - 1, sums, windows, float_block=float_block)
+    moments = sums.fitted
     found = hessians(moments)
     _, read = block_forward_with_inputs(config, block, x)
     _, float_read = block_forward_with_inputs(config, float_block, y)
