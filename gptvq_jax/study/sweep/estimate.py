@@ -38,7 +38,7 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     if c.asymmetry > 0:  # what the first layers of both halves read in the float model
         size += flops.stage_flops(config, (0, 2), *shape)
     groups = c.gradient_groups or 1
-    used = settings.candidates if settings.allocation.bits_per_value else [settings.method_settings]
+    used = _formats(settings)
     # Errors, also on what is held out, and the asymmetric target.
     units = 2 + 2 * (c.held_out > 0) + 3 * (c.asymmetry > 0)
     for rows, cols in layer_shapes(config).values():
@@ -47,6 +47,14 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     if settings.tune.block:
         size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
     return blocks * size + evaluation_flop(config, settings)
+
+
+def _formats(settings: RunSettings) -> list[Any]:
+    """What a layer may be quantized with; a budget that fills columns is that of the mean layer."""
+    budget = settings.allocation.bits_per_value
+    if not budget:
+        return [settings.method_settings]
+    return settings.candidates or [dataclasses.replace(settings.method_settings, bits=budget)]
 
 
 OF_A_STEP = 5  # per window and row: a comparison; a difference, its weighted square, and a sum
@@ -133,7 +141,7 @@ def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str]
     """A plan in which every layer has its largest candidate: more than a budget allows."""
     if not settings.allocation.bits_per_value:
         return {}
-    largest = max(settings.candidates, key=lambda of: of.bits)
+    largest = max(_formats(settings), key=lambda of: of.bits)
     blocks = range(num_quantized(settings, config))
     return {(index, name): largest for index in blocks for name in LINEAR_LAYERS}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_sweeps import in_step, run
 
+from gptvq_jax.config import from_config
 from gptvq_jax.core.trellis_tensor import table_values
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models.open import open_source
@@ -15,7 +16,7 @@ from gptvq_jax.moves import viterbi
 from gptvq_jax.study.sweep import start
 from gptvq_jax.study.sweep.axes import axis, sweep
 from gptvq_jax.study.sweep.cells import resolve
-from gptvq_jax.study.sweep.estimate import OF_A_STEP, search_steps, seconds
+from gptvq_jax.study.sweep.estimate import OF_A_STEP, cell_bytes, cell_flop, search_steps, seconds
 from gptvq_jax.study.sweep.layers import Layers
 from gptvq_jax.study.sweep.models import Models
 
@@ -35,6 +36,21 @@ def test_seconds_go_by_finished_cells_where_there_are_some():
     assert seconds(flop, ["a", "b"], 2e12, {}, lambda: 1e12).value == 6.0
     known = seconds(flop, ["b"], 0.0, {"a": {"seconds": 10.0}}, None)
     assert known.value == pytest.approx(30.0) and known.basis == "as 1 finished cells took"
+
+
+def test_a_budget_for_columns_is_planned_with(base):
+    """It has no candidates to choose from."""
+    base.method, base.calibration.gradient_groups = "trellis", 1
+    base.allocation.bits_per_value = 2.5
+    settings = from_config(base)
+    config = open_source(base.model).config
+    alone = dataclasses.replace(
+        settings,
+        allocation=dataclasses.replace(settings.allocation, bits_per_value=0.0),
+        trellis=dataclasses.replace(settings.trellis, bits=2.5),
+    )
+    assert cell_flop(config, settings) == cell_flop(config, alone) > 0
+    assert cell_bytes(config, settings)[0] == cell_bytes(config, alone)[0] > 0
 
 
 @pytest.mark.parametrize("bits, rate, rows", [(4, 1, 64), (6, 2, 300), (8, 3, 1000)])
