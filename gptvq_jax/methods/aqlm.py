@@ -96,7 +96,7 @@ class AQLMSettings:
         one = flops.unit(rows, cols)
         update = flops.refit(rows, cols, self.update_iterations) + one  # what rounding changes
         if self.codebook_update == "adam":
-            update = (2 * (self.update_iterations + 1) + 1) * one  # and a residual
+            update = (2 * (self.update_iterations + 1) + 2) * one  # its unit, and a residual
         recode = flops.recode(rows, cols, block, beam=self.beam)
         swept = flops.lazy_pass(rows, cols, block) if self.start == "product" else 0
         first = one if self.codebook_update == "adam" else 2 * one  # and that of Q = 0

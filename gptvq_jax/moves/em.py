@@ -75,11 +75,21 @@ def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array
     # centroid has left = right = 0 and therefore stays.
     trace = jnp.trace(left, axis1=-2, axis2=-1)[..., None, None]
     ridge = (1e-6 * trace / dim + (trace == 0)) * jnp.eye(dim)
-    step = jnp.linalg.solve(
-        left + ridge,
-        (right - jnp.einsum("gkdf,gkd->gkf", left, centroids, precision="highest"))[..., None],
-    )
-    return centroids + step[..., 0]
+    missing = right - jnp.einsum("gkdf,gkd->gkf", left, centroids, precision="highest")
+    return centroids + _solve(left + ridge, missing)
+
+
+def _solve(matrices: jax.Array, vectors: jax.Array) -> jax.Array:
+    """x of A x = b for small positive definite A (..., D, D), b (..., D), by elimination.
+
+    LAPACK shares thousands of matrices out to the threads of XLA, and waits for them: of two layers
+    at once on two cores, each may wait for ever for the other's.
+    """
+    rows = jnp.concatenate([matrices, vectors[..., None]], axis=-1)
+    for k in range(vectors.shape[-1]):
+        pivot = rows[..., k, :] / rows[..., k, k, None]
+        rows = (rows - rows[..., k, None] * pivot[..., None, :]).at[..., k, :].set(pivot)
+    return rows[..., -1]
 
 
 def _chunks(data: GroupData, centroids: jax.Array) -> GroupData:
