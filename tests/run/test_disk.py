@@ -16,7 +16,7 @@ from gptvq_jax.files.disk_space import FullDiskError, directory_bytes
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import allocation, curves, job, passes
+from gptvq_jax.run import allocation, candidates, job, passes
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -136,7 +136,7 @@ def test_curves_take_what_was_said(source, tmp_path, peak, monkeypatch):
         allocation=AllocationSettings(bits_per_value=2.0, em_iterations=0),
     )
     count = len(settings.candidates)
-    monkeypatch.setattr(curves, "measure", lambda *_: [row] * len(LINEAR_LAYERS) * count)
+    monkeypatch.setattr(candidates, "measure", lambda *_: [row] * len(LINEAR_LAYERS) * count)
     find(source, settings, tmp_path / "run", TOKENS)
     most = allocation.curve_bytes(source.config, settings, source.config.num_hidden_layers)
     assert 0.7 * most < peak["curves"] <= most
