@@ -126,8 +126,11 @@ def plan(
         distortion(trellis.window_bits),
     )
     of_layer = np.split(rates, np.cumsum(widths)[:-1])
+    # A layer whose columns are all full would pass the most that one takes by its scales.
     chosen = {
-        layer: dataclasses.replace(trellis, bits=8 * (base + cost * int(own.sum())) / size)
+        layer: dataclasses.replace(
+            trellis, bits=min(8 * (base + cost * int(own.sum())) / size, MAX_RATE)
+        )
         for layer, base, cost, own, size in zip(
             measured, fixed, per_bit, of_layer, sizes, strict=True
         )

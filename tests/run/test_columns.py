@@ -13,6 +13,7 @@ from tiny_run import config_file
 
 from gptvq_jax.config import RunSettings, default_config, from_config
 from gptvq_jax.core.hessian import factorize, unit
+from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.trellis_budget import demand
 from gptvq_jax.models.llama import (
@@ -65,6 +66,13 @@ def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
     assert {s.bits for s in plan.values()} != {budget}
     others = {dataclasses.replace(s, bits=2.0) for s in plan.values()}
     assert others == {TrellisSettings(bits=2.0)}
+
+
+def test_a_layer_may_get_all_the_bits_that_there_are():
+    rows = layers()
+    rows[0, "layer1"]["values"] = [1e30] * 32
+    plan = plan_of(settings(5.0), rows)
+    assert plan[0, "layer1"].bits == MAX_RATE > plan[0, "layer0"].bits > 0
 
 
 def test_equal_worth_gets_equal_bits():
