@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.flops import cross_moment, inverse_cholesky, second_moment, unit
 from gptvq_jax.core.hessian import tile_size
+from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
@@ -54,7 +55,9 @@ def _formats(settings: RunSettings) -> list[Any]:
     budget = settings.allocation.bits_per_value
     if not budget:
         return [settings.method_settings]
-    return settings.candidates or [dataclasses.replace(settings.method_settings, bits=budget)]
+    return settings.candidates or [
+        dataclasses.replace(settings.method_settings, bits=min(budget, MAX_RATE))
+    ]
 
 
 OF_A_STEP = 5  # per window and row: a comparison; a difference, its weighted square, and a sum
