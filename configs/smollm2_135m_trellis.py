@@ -7,7 +7,7 @@
 other number is the budget itself. It is spent on the columns of all layers together, weighted by
 gradients; --config.allocation.bits_per_value=0, or --config.trellis.bits, gives every layer the
 same. On 12 x 1024 tokens of Wikipedia (float 14.59) 3b has perplexity 16.28 at 3.084 bits, where
-smollm2_135m_2d.py:3b has 17.63; 2b 22.26 at 2.124 bits, before outliers had a price.
+smollm2_135m_2d.py:3b has 17.63; 2b 22.53 at 2.124 bits.
 """
 
 from gptvq_jax.paper import trellis_config
