@@ -157,14 +157,15 @@ def write_gemma(config: Any) -> Fields:
     return {"query_pre_attn_scalar": round(config.attention_scale**-2), **caps}
 
 
-def layer_types(config: Any) -> list[str]:
-    """The inverse of `sliding_layers`."""
-    return [
-        "full_attention" if kind.sliding_window is None else "sliding_attention"
-        for kind in config.kinds
-    ]
+def write_windows(config: Any) -> Fields:
+    """The inverse of `sliding_layers`: which blocks have a window, and its size."""
+    windows = [kind.sliding_window for kind in config.kinds]
+    types = ["sliding_attention" if window else "full_attention" for window in windows]
+    window = next((window for window in windows if window), None)
+    return {"layer_types": types, "sliding_window": window}
 
 
-def window_of(config: Any) -> int | None:
-    """The sliding window of the blocks that have one; None if none has."""
-    return next((kind.sliding_window for kind in config.kinds if kind.sliding_window), None)
+def write_late_windows(config: Any) -> Fields:
+    """The inverse of `late_windows`."""
+    windows = write_windows(config)
+    return {**windows, "use_sliding_window": windows["sliding_window"] is not None}

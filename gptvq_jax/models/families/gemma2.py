@@ -6,11 +6,10 @@ from gptvq_jax.models.families.base import (
     Norms,
     by_block,
     gemma_window,
-    layer_types,
     read_gemma,
     sliding_layers,
-    window_of,
     write_gemma,
+    write_windows,
 )
 
 NORMS = Norms(
@@ -29,8 +28,7 @@ def _read(hf, fields):
 
 
 def _write(config):
-    types = {"layer_types": layer_types(config), "sliding_window": window_of(config)}
-    return {**write_gemma(config), **types}
+    return {**write_gemma(config), **write_windows(config)}
 
 
 FAMILY = Family(

@@ -6,11 +6,10 @@ from gptvq_jax.models.families.base import (
     Family,
     by_block,
     gemma_window,
-    layer_types,
     read_gemma,
     sliding_layers,
-    window_of,
     write_gemma,
+    write_windows,
 )
 from gptvq_jax.models.families.gemma2 import NORMS
 from gptvq_jax.models.fields import OBJECT, ROPE_BASE, SIZE
@@ -51,7 +50,7 @@ def _read(hf, fields):
 
 def _write(config):
     of_kind = {kind.sliding_window is not None: kind for kind in config.kinds}
-    hf = {"layer_types": layer_types(config), "sliding_window": window_of(config)}
+    hf = write_windows(config)
     ropes = {}
     for slides, name in ((True, "sliding_attention"), (False, "full_attention")):
         if slides in of_kind:

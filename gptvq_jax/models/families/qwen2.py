@@ -1,19 +1,10 @@
 """Qwen2 and 2.5: Llama with biases of q, k and v; blocks from an index on may have a window."""
 
-from gptvq_jax.models.families.base import Family, late_windows, layer_types, window_of
+from gptvq_jax.models.families.base import Family, late_windows, write_late_windows
 
 
 def _read(hf, fields):
     return {"attention_bias": True, **late_windows(hf, fields)}
-
-
-def _write(config):
-    window = window_of(config)
-    return {
-        "layer_types": layer_types(config),
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-    }
 
 
 FAMILY = Family(
@@ -28,6 +19,6 @@ FAMILY = Family(
     },
     output_bias=False,
     read=_read,
-    write=_write,
+    write=write_late_windows,
     handles=("sliding_window", "layer_types"),
 )

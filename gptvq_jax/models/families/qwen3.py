@@ -1,16 +1,6 @@
 """Qwen3: Llama with norms of each head's queries and keys; see also qwen2.py."""
 
-from gptvq_jax.models.families.base import Family, late_windows, layer_types, window_of
-
-
-def _write(config):
-    window = window_of(config)
-    return {
-        "layer_types": layer_types(config),
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-    }
-
+from gptvq_jax.models.families.base import Family, late_windows, write_late_windows
 
 FAMILY = Family(
     model_type="qwen3",
@@ -26,6 +16,6 @@ FAMILY = Family(
     biases=("attention_bias",),
     qk_norm="head",
     read=late_windows,
-    write=_write,
+    write=write_late_windows,
     handles=("sliding_window", "layer_types"),
 )

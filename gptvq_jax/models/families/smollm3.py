@@ -5,9 +5,8 @@ from gptvq_jax.models.families.base import (
     BlockKind,
     Family,
     by_block,
-    layer_types,
     sliding_layers,
-    window_of,
+    write_late_windows,
 )
 from gptvq_jax.models.fields import FLAG, SIZE
 
@@ -30,13 +29,8 @@ def _read(hf, fields):
 
 
 def _write(config):
-    window = window_of(config)
-    return {
-        "no_rope_layers": [int(kind.rotary) for kind in config.kinds],
-        "layer_types": layer_types(config),
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-    }
+    turns = [int(kind.rotary) for kind in config.kinds]
+    return {"no_rope_layers": turns, **write_late_windows(config)}
 
 
 FAMILY = Family(
