@@ -18,7 +18,6 @@ from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
-from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 from gptvq_jax.methods.pool import parallel
 
@@ -64,9 +63,16 @@ def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
         tensor = concat_rows(made) if len(made) > 1 else made[0]
         peak = max(float(jnp.max(jnp.abs(target))) for target in of_layer)
         _check_range(tensor, peak, problem.name)
-        _say_outliers(tensor, problem)
+        if text := note(problem, tensor):
+            logging.warning("%s %s", problem.name, text)
         done.append(tensor)
     return done
+
+
+def note(problem: Problem, tensor: QuantizedTensor) -> str | None:
+    """What the method has to say of a layer, as the rest of a sentence; None: nothing."""
+    of_method = getattr(problem.settings, "note", None)
+    return of_method(tensor) if of_method else None
 
 
 def most_flops(problem: Problem) -> int:
@@ -153,21 +159,6 @@ def _check_range(tensor: QuantizedTensor, peak: float, name: str) -> None:
         raise ValueError(f"{name}: the quantized weight is not finite; raise config.damping")
     if 0 < peak < smallest:
         logging.warning("%s holds at most %.3g, too small for %s", name, peak, _ADVICE)
-
-
-def _say_outliers(tensor: QuantizedTensor, problem: Problem) -> None:
-    """Says where outliers have reached the limit that leaves codes their bits."""
-    if not isinstance(tensor, TrellisTensor) or tensor.outlier_gaps is None:
-        return
-    most = problem.settings.most_outliers(*tensor.shape)
-    if problem.settings.column_rates and len(tensor.outlier_gaps) >= most:
-        logging.warning(
-            "%s has more outliers than the %d that are kept beside codes, the largest ones; raise "
-            "trellis.bits, or set a budget for all layers, allocation.bits_per_value, which gives "
-            "such a layer more",
-            problem.name,
-            most,
-        )
 
 
 _ADVICE = (
