@@ -28,6 +28,7 @@ class Objective(NamedTuple):
     hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get, in any unit
     factor: Factor  # of that Hessian
     shift: jax.Array | None = None  # (R, C) S of `asymmetric_target`; None: symmetric
+    judge: jax.Array | None = None  # (C, C) likewise over inputs that nothing is fitted to
 
 
 class Problem(NamedTuple):
@@ -94,10 +95,10 @@ def _targets(problem: Problem) -> list[jax.Array]:
     """What the rows of each group are to come close to."""
     targets = []
     groups = row_groups(problem.weight, len(problem.objectives))
-    for part, (hessian, factor, shift) in zip(groups, problem.objectives, strict=True):
-        if shift is not None:
-            hinv_chol = factor.hinv_chol
-            part = asymmetric_target(part, hessian, shift, hinv_chol, problem.asymmetry)
+    for part, of_part in zip(groups, problem.objectives, strict=True):
+        hessian, hinv_chol = of_part.hessian, of_part.factor.hinv_chol
+        if of_part.shift is not None:
+            part = asymmetric_target(part, hessian, of_part.shift, hinv_chol, problem.asymmetry)
         targets.append(zero_dead(part, hessian))
     return targets
 
@@ -107,19 +108,24 @@ def _parts(
 ) -> Iterator[Callable[[], QuantizedTensor]]:
     """Rows that share no codebook with others are quantized by themselves."""
     split = getattr(problem.settings, "parts", None) if _on_cpu() else None
-    for target, (hessian, factor, _) in zip(targets, problem.objectives, strict=True):
-        arguments = (hessian, factor.hinv_chol, problem.key, problem.settings)
+    judged = getattr(problem.settings, "judged", False)
+    for target, objective in zip(targets, problem.objectives, strict=True):
+        hinv_chol = objective.factor.hinv_chol
+        arguments = (objective.hessian, hinv_chol, problem.key, problem.settings)
         if problem.part_grid is not None:
             yield partial(problem.quantize, target, *arguments, grid=problem.part_grid)
             continue
+        quantize = problem.quantize
+        if judged:
+            quantize = partial(quantize, judge=objective.judge)
         if split is None:
-            yield partial(problem.quantize, target, *arguments)
+            yield partial(quantize, target, *arguments)
             continue
         grid, first_rows = split(*target.shape)
         for row in first_rows:
             rows = target[row : row + grid.rows]
             first_strip = row // grid.strip_rows
-            yield partial(problem.quantize, rows, *arguments, grid=grid, first_strip=first_strip)
+            yield partial(quantize, rows, *arguments, grid=grid, first_strip=first_strip)
 
 
 def _named(name: str, part: Callable[[], QuantizedTensor]) -> QuantizedTensor:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptvq_jax.core.trellis_tensor import pack_outliers
+from gptvq_jax.core.trellis_tensor import count_outliers
 from gptvq_jax.methods.trellis_settings import (
     MOST_OUTLIERS,
     OUTLIER_BYTES,
@@ -91,7 +91,8 @@ def choose_rates(
     """
     rows, cols = shape
     settings.check_budget(rows, cols)
-    fixed = settings.fixed_bytes(rows, cols) + OUTLIER_BYTES * len(stored_gaps(of_layer.outliers))
+    kept = count_outliers(places_of(of_layer.outliers))
+    fixed = settings.fixed_bytes(rows, cols) + OUTLIER_BYTES * kept
     left = settings.budget_bytes(rows, cols) - fixed
     errors = distortion(settings.window_bits)
     values, costs = np.asarray(of_layer.values), np.full(cols, settings.bytes_per_bit(rows))
@@ -106,12 +107,6 @@ def choose_rates(
 def places_of(outliers: jax.Array) -> np.ndarray:
     """Of outliers (R, C): row + R * column, ascending, as they are stored."""
     return np.flatnonzero(np.asarray(outliers).T)
-
-
-def stored_gaps(outliers: jax.Array) -> np.ndarray:
-    """What is stored for outliers (R, C): more than there are, where some lie far apart."""
-    places = places_of(outliers)
-    return pack_outliers(places, np.zeros(len(places)))[0]
 
 
 @jax.jit

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.residual import Residual
 from gptvq_jax.moves.stream_column import (
     Column,
@@ -41,7 +42,6 @@ def recode_streams(
       columns: all of them.
       rates, outliers, layout, stream_rows, block_size, native: as in `sweep_streams`.
     """
-    cols = len(hessian)
     row_weight = layout.row_weight()
 
     def one_column(local, at):
@@ -71,17 +71,13 @@ def recode_streams(
         change = column_values(new, rate, layout) - q
         return local - h[:, None] * change, (new, change)
 
-    def one_block(image, index):
-        start = index * block_size
-        h_rows = lax.dynamic_slice_in_dim(hessian, start, block_size)
-        h_local = lax.dynamic_slice_in_dim(h_rows, start, block_size, axis=1)
+    def one_block(start, local, h_local, _):
         part = lambda x: lax.dynamic_slice_in_dim(x, start, block_size)  # noqa: E731
         of_block = jax.tree.map(part, (rates, outliers, columns))
         steps = jnp.arange(block_size), h_local, *of_block
-        _, (new, change) = lax.scan(one_column, part(image), steps)
-        image = image - jnp.matmul(h_rows.T, change, precision="highest")
-        return image, (new, change)
+        _, (new, change) = lax.scan(one_column, local, steps)
+        return Coded(change, (new, change))
 
-    image, (new, change) = lax.scan(one_block, residual.image, jnp.arange(cols // block_size))
-    new, change = jax.tree.map(lambda x: x.reshape(cols, *x.shape[2:]), (new, change))
+    image, _, found = walk(residual.image, hessian, one_block, block_size)
+    new, change = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
     return new, Residual(residual.error - change, image)

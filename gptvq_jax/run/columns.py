@@ -60,11 +60,14 @@ def measure(
     of_mean = _of_mean(settings)
     rows = []
     for name in LINEAR_LAYERS:
-        ((hessian, factor, _),) = objectives[name]
+        (objective,) = objectives[name]
+        hinv_chol = objective.factor.hinv_chol
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         most = of_mean.most_outliers(*weight.shape)
-        of_layer = demand(weight, factor.hinv_chol, of_mean, most)
-        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))
+        of_layer = demand(weight, hinv_chol, of_mean, most)
+        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(
+            unit(objective.hessian)
+        )
         values = np.asarray(of_layer.values, np.float64) * sensitivity
         rows.append({
             "layer": name,

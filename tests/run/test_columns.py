@@ -147,6 +147,7 @@ def finished(model_dir, text_files, tmp_path_factory):
     config.allocation.bits_per_value = BUDGET
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.held_out = 2
     config.calibration.gradient_groups = 1
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     path = tmp_path_factory.mktemp("run") / "run"
@@ -348,6 +349,7 @@ def test_a_run_keeps_a_crowded_layer_in_8_bits(model_dir, text_files, tmp_path, 
     config.allocation.bits_per_value = budget
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 4, 32
+    config.calibration.held_out = 2
     config.evaluation.num_windows, config.evaluation.seqlen = 2, 32
     summary = job.quantize(config, str(tmp_path / "run"))
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
