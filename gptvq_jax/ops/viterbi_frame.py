@@ -26,18 +26,23 @@ class Memory(NamedTuple):
 
 
 def tail_biting(
-    bits: int, rate: int, rows: int, around: tuple[int, int], nothing: jax.Array, memory: Memory
+    bits: int,
+    rate: int,
+    rows: int,
+    around: tuple[int, int] | None,
+    overlap: jax.Array,
+    memory: Memory,
 ) -> None:
     """Searches streams of T rows twice; the second search's windows and losses stand in the end.
 
     Args:
       bits, rate: L and K.
       rows: T.
-      around: rows before and after the cut that are searched for the overlap.
-      nothing: -1 for each stream: no overlap is known yet.
+      around: rows before and after the cut that are searched for the overlap; None: it is known.
+      overlap: of each stream; -1 where it is not known yet.
       memory: of the kernel.
     """
-    before, after = around
+    before, after = around or (0, 0)
     rest = 2 ** (bits - rate)
 
     def search(turn, overlap):
@@ -68,4 +73,4 @@ def tail_biting(
         memory.synchronize()
         return found & (rest - 1)
 
-    lax.fori_loop(0, 2, search, nothing)
+    lax.fori_loop(0 if around else 1, 2, search, overlap)

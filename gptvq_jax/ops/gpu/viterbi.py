@@ -42,6 +42,7 @@ def tail_biting(
     table: jax.Array,
     rate: int,
     around: tuple[int, int],
+    overlap: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -52,11 +53,16 @@ def tail_biting(
       table: (2^L,) float32.
       rate: K, 1 to 6 and at most L.
       around: rows before and after the cut that are searched for the overlap.
+      overlap: (n,) int32, of each stream, where it is known.
       interpret: as of pl.pallas_call.
     """
     streams, rows = target.shape
     size = len(table)
     check(size.bit_length() - 1, rows, streams)
+    if overlap is None:
+        overlap = jnp.full(streams, -1, jnp.int32)
+    else:
+        around = None
     windows, loss, _ = pl.pallas_call(
         partial(_kernel, rate=rate, rows=rows, around=around, barrier=not interpret),
         grid=(streams,),
@@ -70,7 +76,7 @@ def tail_biting(
         ),
         interpret=interpret,
         name="viterbi",
-    )(target, weight, table)
+    )(target, weight, table, overlap)
     return windows, loss
 
 
@@ -78,13 +84,14 @@ def _kernel(
     target_ref,  # float32 (n, T)
     weight_ref,  # float32 (n, T)
     table_ref,  # float32 (2^L,)
+    overlap_ref,  # int32 (n,)
     windows_ref,  # int32 (n, T)
     loss_ref,  # float32 (n,)
     origin_ref,  # uint8 (n, T, 2^(L - K))
     *,
     rate: int,
     rows: int,
-    around: tuple[int, int],
+    around: tuple[int, int] | None,
     barrier: bool,
 ):
     stream = pl.program_id(0)
@@ -124,4 +131,4 @@ def _kernel(
         return origin_ref[stream, i, group].astype(jnp.int32) * rest + group
 
     memory = viterbi_frame.Memory(cheapest, write, after, synchronize)
-    viterbi_frame.tail_biting(bits, rate, rows, around, jnp.int32(-1), memory)
+    viterbi_frame.tail_biting(bits, rate, rows, around, overlap_ref[stream], memory)

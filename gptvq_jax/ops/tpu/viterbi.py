@@ -83,6 +83,7 @@ def tail_biting(
     table: jax.Array,
     rate: int,
     around: tuple[int, int],
+    overlap: jax.Array | None = None,
     *,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -93,6 +94,7 @@ def tail_biting(
       table: (2^L,) float32.
       rate: K, 1 to 6 and at most L.
       around: rows before and after the cut that are searched for the overlap.
+      overlap: (n,) int32, of each stream, where it is known.
       interpret: as of pl.pallas_call.
     """
     streams, rows = target.shape
@@ -102,14 +104,18 @@ def tail_biting(
     target, weight = (pad_axis(pad_axis(x, 0, padded[0]), 1, padded[1]) for x in (target, weight))
     if len(table) < LANES:
         table = jnp.tile(table, LANES // len(table))
+    known = overlap is not None
+    overlap = jnp.broadcast_to(overlap if known else -1, streams)
+    overlap = jnp.broadcast_to(pad_axis(overlap, 0, padded[0])[:, None], (padded[0], LANES))
     of_streams = pl.BlockSpec((SUBLANES, padded[1]), lambda i: (i, 0))
     windows, loss = pl.pallas_call(
-        partial(_kernel, sizes=sizes),
+        partial(_kernel, sizes=sizes, known=known),
         grid=(padded[0] // SUBLANES,),
         in_specs=[
             pl.BlockSpec((sizes.registers, LANES), lambda i: (0, 0)),
             of_streams,
             of_streams,
+            pl.BlockSpec(_TILE, lambda i: (i, 0)),
         ],
         out_specs=[of_streams, pl.BlockSpec(_TILE, lambda i: (i, 0))],
         out_shape=[
@@ -123,7 +129,7 @@ def tail_biting(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="viterbi",
-    )(table.reshape(-1, LANES), target, weight)
+    )(table.reshape(-1, LANES), target, weight, overlap)
     return windows[:streams, :rows], loss[:streams, 0]
 
 
@@ -131,12 +137,14 @@ def _kernel(
     table_ref,  # float32 (registers, 128)
     target_ref,  # float32 (8, T), padded
     weight_ref,  # float32 (8, T), padded
+    overlap_ref,  # int32 (8, 128), each in all lanes
     windows_ref,  # int32 (8, T), padded
     loss_ref,  # float32 (8, 128)
     cost_ref,  # float32 (2, registers, 8, 128): before and after a row, in turn
     origin_ref,  # int32 (T, words, 8, 128)
     *,
     sizes: _Trellis,
+    known: bool,
 ):
     lane = lax.broadcasted_iota(jnp.int32, _TILE, 1)
 
@@ -188,10 +196,9 @@ def _kernel(
     def after(i, window):
         return _after(origin_ref, i, window, sizes)
 
-    around = sizes.before, sizes.after
+    around = None if known else (sizes.before, sizes.after)
     memory = viterbi_frame.Memory(cheapest, write, after)
-    nothing = jnp.full(_TILE, -1)
-    viterbi_frame.tail_biting(sizes.bits, sizes.rate, sizes.rows, around, nothing, memory)
+    viterbi_frame.tail_biting(sizes.bits, sizes.rate, sizes.rows, around, overlap_ref[...], memory)
 
 
 def _step(cost_ref, now, origin_ref, i, distance, sizes: _Trellis):
