@@ -40,11 +40,12 @@ def get_config(arg: str = "3b"):
         config.allocation.bits_per_value = BUDGET[width]
         config.calibration.gradient_groups = 1
     if ablation:
-        config.calibration.num_windows = 16
+        config.calibration.num_windows, config.calibration.held_out = 16, 2
     if smoke:
         config.num_blocks = 2
         config.vq.polish_rounds = 0
         config.calibration.num_windows, config.evaluation.num_windows = 8, 2
+        config.calibration.held_out = 1
         # Equal shapes: the forward pass of a block is compiled once.
         config.calibration.seqlen = config.evaluation.seqlen = 512
         config.calibration.batch_size = config.evaluation.batch_size = 2

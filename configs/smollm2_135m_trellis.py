@@ -23,6 +23,7 @@ def get_config(arg: str = "2b"):
         config.num_blocks = 2
         config.trellis.window_bits, config.trellis.recode_passes = 8, 0
         config.calibration.num_windows, config.evaluation.num_windows = 8, 2
+        config.calibration.held_out = 1
         # Equal shapes: the forward pass of a block is compiled once.
         config.calibration.seqlen = config.evaluation.seqlen = 512
         config.calibration.batch_size = config.evaluation.batch_size = 2

@@ -16,7 +16,7 @@ from gptvq_jax.console.config_file import is_sweep
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.data.mixture import shares
 from gptvq_jax.methods.aqlm import AQLMSettings
-from gptvq_jax.methods.gptvq import MAX_CODE_BITS, GPTVQSettings, makes_codes
+from gptvq_jax.methods.gptvq_settings import FITTED, MAX_CODE_BITS, GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
@@ -30,8 +30,8 @@ class CalibrationSettings:
     datasets: tuple[str, ...] = ("wikipedia",)  # 'wikipedia', 'wikitext2', 'c4', 'ptb', or files
     dataset_weights: tuple[float, ...] = ()  # their shares of the windows; none: equal ones
     num_windows: int = 32  # that Hessians are fitted to
-    held_out: int = 2  # windows beside them, at fixed places of the text that no other window
-    # reaches into: nothing is fitted to them, and errors are reported on them too; 0: none
+    held_out: int = 4  # windows beside them, about a tenth of all, at fixed places of the text that
+    # no other reaches into: nothing is fitted to them, and errors are reported on them; 0: none
     seqlen: int = 512  # tokens per window
     seed: int = 0  # of the random windows
     batch_size: int = 2  # windows per forward pass, at most; held_out has batches of its own
@@ -195,6 +195,11 @@ class RunSettings:
             c.asymmetry == 0 or c.inputs == "quantized",
             "calibration.asymmetry",
             "0 unless calibration.inputs is 'quantized'",
+        )
+        check(
+            self.vq.polish_judge == FITTED or c.held_out > 0,
+            "calibration.held_out",
+            "above 0 with vq.polish_judge='held_out'",
         )
         if t.block:
             check(c.inputs == "quantized", "calibration.inputs", "'quantized' if tune.block")

@@ -6,7 +6,7 @@ from ml_collections import config_dict
 
 from gptvq_jax.config import default_config
 from gptvq_jax.core.trellis_tensor import MAX_RATE
-from gptvq_jax.methods.gptvq import makes_codes
+from gptvq_jax.methods.gptvq_settings import makes_codes
 
 # (dim, bits per value) -> (index bits per weight, weights per codebook), int8 centroids.
 GROUP_SIZES = {
@@ -65,7 +65,7 @@ def aqlm_config(model: str, code: str) -> config_dict.ConfigDict:
         config.aqlm.start = "residual"
     if bits > 12:
         config.aqlm.seed = "random"
-    config.tune.block, config.calibration.held_out = True, 4
+    config.tune.block = True
     if books and dim:
         set_index_bits(config, books * bits / dim)
     return config
@@ -76,7 +76,6 @@ def aqlm_protocol(model: str, code: str) -> config_dict.ConfigDict:
     config = aqlm_config(model, code)
     _set_text(config, "c4", num_windows=1024, seqlen=4096)
     config.tune.batch_size = 8
-    config.calibration.held_out = 64
     return config
 
 
@@ -126,8 +125,9 @@ def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
 
 
 def _set_text(config: config_dict.ConfigDict, dataset: str, num_windows: int, seqlen: int) -> None:
-    """Calibration text, and as held-out text all of WikiText-2's test split."""
+    """Calibration text, a tenth of it held out, and to evaluate all of WikiText-2's test split."""
     for section in (config.calibration, config.evaluation):
         section.seqlen, section.batch_size = seqlen, 1
     config.calibration.datasets, config.calibration.num_windows = (dataset,), num_windows
+    config.calibration.held_out = round(num_windows / 9)  # a tenth of all
     config.evaluation.dataset, config.evaluation.num_windows = "wikitext2", 0

@@ -27,6 +27,7 @@ from gptvq_jax.methods.uniform import UniformSettings
 from gptvq_jax.models import llama
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
+from gptvq_jax.moves.column_blocks import Coded
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.outliers import Aside
 from gptvq_jax.moves.residual import Residual
@@ -189,6 +190,10 @@ OF_MOVE = {
         forward=lambda books: moves.refit.decode(books, CODES, None, GRID),
         squared=lambda books: moves.refit.decode(books, CODES, None, GRID),
     ),
+    "walk": dict(
+        values=jnp.ones((C, R)), matrix=jnp.ones((C, C)), block=2,
+        code=lambda start, local, square, carry: Coded(local, local[0], carry=carry),
+    ),
     "viterbi": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
     "tail_biting": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),
     "search_streams": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
@@ -248,6 +253,7 @@ def test_products_of_a_move_are_of_float32(move):
 
 
 MULTIPLY = (
+    "walk",
     "sweep",
     "sweep_streams",
     "recode_streams",

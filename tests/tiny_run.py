@@ -19,6 +19,7 @@ def get_config():
     config.vq.codebook_update, config.vq.polish_rounds = "none", 0
     config.calibration.datasets, config.evaluation.dataset = {texts!r}[:1], {texts!r}[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.held_out = 2
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     {more}
     return config
@@ -74,6 +75,7 @@ def quick_config(model_dir: Path, text_files: list[str]):
     config.vq.codebook_update, config.vq.polish_rounds = "none", 0
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.held_out = 2
     config.calibration.batch_size, config.calibration.asymmetry = 2, 0.0
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     return config

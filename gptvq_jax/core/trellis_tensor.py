@@ -177,6 +177,17 @@ def pack_streams(codes: np.ndarray, rates: np.ndarray) -> np.ndarray:
     return stored if len(stored) else np.zeros(1, np.uint8)
 
 
+def _gaps(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each outlier is behind the last one, and how many of 0 bridge that."""
+    gaps = np.diff(places, prepend=0)
+    return gaps, np.maximum(gaps - 1, 0) // LONGEST_GAP
+
+
+def count_outliers(places: np.ndarray) -> int:
+    """How many `pack_outliers` stores for these."""
+    return len(places) + int(_gaps(places)[1].sum())
+
+
 def pack_outliers(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gaps (N,) uint16 and values (N,) float16 of outliers, with those of 0 that long gaps need.
 
@@ -184,9 +195,8 @@ def pack_outliers(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
       places: row + R * column, ascending.
       values: of each.
     """
-    gaps = np.diff(places, prepend=0)
-    bridges = np.maximum(gaps - 1, 0) // LONGEST_GAP
-    count = len(places) + int(bridges.sum())
+    gaps, bridges = _gaps(places)
+    count = count_outliers(places)
     stored_gaps = np.full(count, LONGEST_GAP, np.uint16)
     stored = np.zeros(count, np.float16)
     last = np.arange(len(places)) + np.cumsum(bridges)

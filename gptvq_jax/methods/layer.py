@@ -18,7 +18,6 @@ from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
-from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 from gptvq_jax.methods.pool import parallel
 
@@ -29,6 +28,7 @@ class Objective(NamedTuple):
     hessian: jax.Array  # (C, C) mean y y^T over the inputs y that the layer will get, in any unit
     factor: Factor  # of that Hessian
     shift: jax.Array | None = None  # (R, C) S of `asymmetric_target`; None: symmetric
+    judge: jax.Array | None = None  # (C, C) likewise over inputs that nothing is fitted to
 
 
 class Problem(NamedTuple):
@@ -64,9 +64,16 @@ def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
         tensor = concat_rows(made) if len(made) > 1 else made[0]
         peak = max(float(jnp.max(jnp.abs(target))) for target in of_layer)
         _check_range(tensor, peak, problem.name)
-        _say_outliers(tensor, problem)
+        if text := note(problem, tensor):
+            logging.warning("%s %s", problem.name, text)
         done.append(tensor)
     return done
+
+
+def note(problem: Problem, tensor: QuantizedTensor) -> str | None:
+    """What the method has to say of a layer, as the rest of a sentence; None: nothing."""
+    of_method = getattr(problem.settings, "note", None)
+    return of_method(tensor) if of_method else None
 
 
 def most_flops(problem: Problem) -> int:
@@ -88,10 +95,10 @@ def _targets(problem: Problem) -> list[jax.Array]:
     """What the rows of each group are to come close to."""
     targets = []
     groups = row_groups(problem.weight, len(problem.objectives))
-    for part, (hessian, factor, shift) in zip(groups, problem.objectives, strict=True):
-        if shift is not None:
-            hinv_chol = factor.hinv_chol
-            part = asymmetric_target(part, hessian, shift, hinv_chol, problem.asymmetry)
+    for part, of_part in zip(groups, problem.objectives, strict=True):
+        hessian, hinv_chol = of_part.hessian, of_part.factor.hinv_chol
+        if of_part.shift is not None:
+            part = asymmetric_target(part, hessian, of_part.shift, hinv_chol, problem.asymmetry)
         targets.append(zero_dead(part, hessian))
     return targets
 
@@ -101,19 +108,24 @@ def _parts(
 ) -> Iterator[Callable[[], QuantizedTensor]]:
     """Rows that share no codebook with others are quantized by themselves."""
     split = getattr(problem.settings, "parts", None) if _on_cpu() else None
-    for target, (hessian, factor, _) in zip(targets, problem.objectives, strict=True):
-        arguments = (hessian, factor.hinv_chol, problem.key, problem.settings)
+    judged = getattr(problem.settings, "judged", False)
+    for target, objective in zip(targets, problem.objectives, strict=True):
+        hinv_chol = objective.factor.hinv_chol
+        arguments = (objective.hessian, hinv_chol, problem.key, problem.settings)
         if problem.part_grid is not None:
             yield partial(problem.quantize, target, *arguments, grid=problem.part_grid)
             continue
+        quantize = problem.quantize
+        if judged:
+            quantize = partial(quantize, judge=objective.judge)
         if split is None:
-            yield partial(problem.quantize, target, *arguments)
+            yield partial(quantize, target, *arguments)
             continue
         grid, first_rows = split(*target.shape)
         for row in first_rows:
             rows = target[row : row + grid.rows]
             first_strip = row // grid.strip_rows
-            yield partial(problem.quantize, rows, *arguments, grid=grid, first_strip=first_strip)
+            yield partial(quantize, rows, *arguments, grid=grid, first_strip=first_strip)
 
 
 def _named(name: str, part: Callable[[], QuantizedTensor]) -> QuantizedTensor:
@@ -153,21 +165,6 @@ def _check_range(tensor: QuantizedTensor, peak: float, name: str) -> None:
         raise ValueError(f"{name}: the quantized weight is not finite; raise config.damping")
     if 0 < peak < smallest:
         logging.warning("%s holds at most %.3g, too small for %s", name, peak, _ADVICE)
-
-
-def _say_outliers(tensor: QuantizedTensor, problem: Problem) -> None:
-    """Says where outliers have reached the limit that leaves codes their bits."""
-    if not isinstance(tensor, TrellisTensor) or tensor.outlier_gaps is None:
-        return
-    most = problem.settings.most_outliers(*tensor.shape)
-    if problem.settings.column_rates and len(tensor.outlier_gaps) >= most:
-        logging.warning(
-            "%s has more outliers than the %d that are kept beside codes, the largest ones; raise "
-            "trellis.bits, or set a budget for all layers, allocation.bits_per_value, which gives "
-            "such a layer more",
-            problem.name,
-            most,
-        )
 
 
 _ADVICE = (

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptvq_jax.core import packing
 from gptvq_jax.core.hessian import unit
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_table import gaussian_levels
 from gptvq_jax.core.trellis_tensor import (
     TrellisTensor,
@@ -20,8 +21,9 @@ from gptvq_jax.core.trellis_tensor import (
     pack_streams,
     table_values,
 )
+from gptvq_jax.methods import uniform
 from gptvq_jax.methods.trellis_budget import Demand, places_of, spend
-from gptvq_jax.methods.trellis_settings import REFIT_STEPS, TrellisSettings
+from gptvq_jax.methods.trellis_settings import INT8, REFIT_STEPS, TrellisSettings
 from gptvq_jax.moves.recode_streams import recode_streams
 from gptvq_jax.moves.refit_levels import refit_levels
 from gptvq_jax.moves.residual import residual_of
@@ -36,8 +38,8 @@ def quantize(
     hinv_chol: jax.Array,
     key: jax.Array,
     settings: TrellisSettings,
-) -> TrellisTensor:
-    """Codes a layer within `settings.bits` true bits per value.
+) -> QuantizedTensor:
+    """Codes a layer within `settings.bits` true bits per value, or keeps it in 8 bits.
 
     Args:
       weight: (R, C), dead columns already 0.
@@ -49,9 +51,13 @@ def quantize(
     Raises:
       ValueError: the budget is below what is stored beside the codes.
     """
-    del key
+    in_8_bits = partial(uniform.gptq, weight, hessian, hinv_chol, key, settings.int8)
+    if settings.form == INT8:
+        return in_8_bits()
     rows, cols = weight.shape
     of_layer, rates = spend(weight, hinv_chol, settings)
+    if of_layer.crowded:
+        return in_8_bits()
     stream_rows = settings.rows_of_stream(rows)
     codes, scales, values, levels = _code(
         weight,

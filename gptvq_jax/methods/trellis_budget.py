@@ -14,13 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptvq_jax.core.trellis_tensor import pack_outliers
-from gptvq_jax.methods.trellis_settings import OUTLIER_BYTES, TrellisSettings
+from gptvq_jax.core.trellis_tensor import count_outliers
+from gptvq_jax.methods.trellis_settings import (
+    MOST_OUTLIERS,
+    OUTLIER_BYTES,
+    STANDS_OUT,
+    TrellisSettings,
+)
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.outliers import Aside, deviations, loss_if_coded, set_aside, without
 from gptvq_jax.moves.rates import price, water_fill
 
-_FIRST_LIMIT = 4.5  # standard deviations, before there is a price
 _ROUNDS = 2  # of outliers at a price and the price that they make
 
 
@@ -31,6 +35,7 @@ class Demand(NamedTuple):
     outliers: jax.Array  # (R, C) bool
     values: jax.Array  # (C,) what each column adds to the loss if it is 0 but for outliers
     counts: jax.Array  # (C,) outliers
+    crowded: bool = False  # so much stands out that the layer is kept in 8 bits
 
 
 def demand(weight: jax.Array, hinv_chol: jax.Array, settings: TrellisSettings, most: int) -> Demand:
@@ -39,12 +44,14 @@ def demand(weight: jax.Array, hinv_chol: jax.Array, settings: TrellisSettings, m
     Args:
       most: outliers at most, those that stand out most.
     """
-    limit = _FIRST_LIMIT if settings.fixed_limit is None else settings.fixed_limit
+    limit = STANDS_OUT if settings.fixed_limit is None else settings.fixed_limit
     found = _beyond(weight, hinv_chol, limit)
-    if int(jnp.sum(found.counts)) > most:
+    count = int(jnp.sum(found.counts))
+    crowded = settings.may_be_crowded and count > MOST_OUTLIERS * weight.size
+    if count > most:
         size = jax.jit(deviations)(weight, Aside(found.row_scales, found.outliers))
         found = _of(weight, hinv_chol, _largest(size, found.outliers, most))
-    return found
+    return found._replace(crowded=crowded)
 
 
 def spend(
@@ -52,12 +59,16 @@ def spend(
 ) -> tuple[Demand, np.ndarray]:
     """Outliers and rates (C,) of a weight (R, C) within the budget of a layer.
 
+    Where it is crowded there are no rates: it is not coded.
+
     Raises:
       ValueError: the budget is below what is stored beside the codes.
     """
     shape = weight.shape
     most = settings.most_outliers(*shape)
     of_layer = demand(weight, hinv_chol, settings, most)
+    if of_layer.crowded:
+        return of_layer, np.zeros(0, np.int64)
     rates, worth = choose_rates(of_layer, shape, settings)
     for _ in range(_ROUNDS if settings.fixed_limit is None else 0):
         bits = jnp.asarray(rates, jnp.int32)
@@ -80,7 +91,8 @@ def choose_rates(
     """
     rows, cols = shape
     settings.check_budget(rows, cols)
-    fixed = settings.fixed_bytes(rows, cols) + OUTLIER_BYTES * len(stored_gaps(of_layer.outliers))
+    kept = count_outliers(places_of(of_layer.outliers))
+    fixed = settings.fixed_bytes(rows, cols) + OUTLIER_BYTES * kept
     left = settings.budget_bytes(rows, cols) - fixed
     errors = distortion(settings.window_bits)
     values, costs = np.asarray(of_layer.values), np.full(cols, settings.bytes_per_bit(rows))
@@ -95,12 +107,6 @@ def choose_rates(
 def places_of(outliers: jax.Array) -> np.ndarray:
     """Of outliers (R, C): row + R * column, ascending, as they are stored."""
     return np.flatnonzero(np.asarray(outliers).T)
-
-
-def stored_gaps(outliers: jax.Array) -> np.ndarray:
-    """What is stored for outliers (R, C): more than there are, where some lie far apart."""
-    places = places_of(outliers)
-    return pack_outliers(places, np.zeros(len(places)))[0]
 
 
 @jax.jit

@@ -3,13 +3,17 @@
 import dataclasses
 
 from gptvq_jax.core import flops, packing
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_table import MAX_BITS, MIN_BITS
-from gptvq_jax.core.trellis_tensor import LONGEST_GAP, MAX_RATE, stream_bytes
+from gptvq_jax.core.trellis_tensor import LONGEST_GAP, MAX_RATE, TrellisTensor, stream_bytes
+from gptvq_jax.methods.uniform import UniformSettings
 
-AUTO, GAUSSIAN = "auto", "gaussian"
+AUTO, GAUSSIAN, CODES, INT8 = "auto", "gaussian", "codes", "int8"
 REFIT_STEPS = 4  # of conjugate gradients on levels, before every pass of recoding
 OUTLIER_BYTES = 4  # a gap and a value
 MOST_OUTLIERS = 0.01  # of the weights of a layer
+STANDS_OUT = 4.5  # standard deviations of its row and column, before bits have a price
+_INT8_GROUP = 128  # inputs that share a scale in a layer that is kept in 8 bits
 _MOST_OF_CODES = 0.25  # of what is left for codes, which outliers may take
 
 
@@ -22,6 +26,7 @@ class TrellisSettings:
     stream_rows: int = 256  # T, about: rows that are coded as one
     column_rates: bool = True  # False: as far as the budget allows, all columns the same
     outlier_limit: str = AUTO  # keep weights that are worth it; or beyond so many deviations; 0
+    form: str = AUTO  # 'int8': 8 bits, no codes; 'codes'; 'auto': codes unless outliers are crowded
     levels: str = GAUSSIAN  # values of the table: its quantiles, or so many that are fitted
     recode_passes: int = 2  # passes of coordinate descent after the sweep
     block_size: int = 128  # columns per lazy update
@@ -37,6 +42,7 @@ class TrellisSettings:
         check(self.stream_rows >= self.window_bits, "stream_rows", "at least window_bits")
         limit = self.fixed_limit
         check(limit is None or limit == 0 or limit >= 2, "outlier_limit", "'auto', 0, or 2 up")
+        check(self.form in (AUTO, CODES, INT8), "form", "'auto', 'codes' or 'int8'")
         count = self.num_levels
         power = count >= 0 and count & (count - 1) == 0 and count not in (1,)
         whole = f"'gaussian', or a power of two from 2 to 2^window_bits={2**self.window_bits}"
@@ -57,6 +63,17 @@ class TrellisSettings:
             return -1.0
 
     @property
+    def may_be_crowded(self) -> bool:
+        """Whether a layer of which more than MOST_OUTLIERS stand out is kept in 8 bits."""
+        limit = self.fixed_limit
+        return self.form == AUTO and (limit is None or limit >= STANDS_OUT)
+
+    @property
+    def int8(self) -> UniformSettings:
+        """Of a layer that is kept in 8 bits."""
+        return UniformSettings(8, _INT8_GROUP, symmetric=True, block_size=self.block_size)
+
+    @property
     def num_levels(self) -> int:
         """Of a fitted table; 0 for 'gaussian', -1 where `levels` is neither."""
         if self.levels == GAUSSIAN:
@@ -74,7 +91,9 @@ class TrellisSettings:
         return -(-max(-(-rows // cuts), self.window_bits) // 8) * 8
 
     def budget_bytes(self, rows: int, cols: int) -> int:
-        """Of a layer."""
+        """Of a layer, as far as it is not one whose outliers turn out to be crowded."""
+        if self.form == INT8:
+            return self.int8.bytes(rows, cols)
         return int(self.bits * rows * cols / 8 + 1e-6)
 
     def fixed_bytes(self, rows: int, cols: int) -> int:
@@ -108,7 +127,27 @@ class TrellisSettings:
 
     def flops(self, rows: int, cols: int) -> int:
         """Of matrix products of a layer; inside a block of columns there are none."""
+        if self.form == INT8:
+            return self.int8.flops(rows, cols)
         padded = -(-cols // self.block_size) * self.block_size if cols > self.block_size else cols
         refit = REFIT_STEPS + 1 if self.num_levels else 0  # what was rounded is looked at again
         polish = 1 + self.recode_passes * (1 + refit) if self.recode_passes else 0
         return (1 + polish) * flops.unit(rows, padded)
+
+    def note(self, tensor: QuantizedTensor) -> str | None:
+        """What is to be said of a layer that these settings have made."""
+        if not isinstance(tensor, TrellisTensor):
+            why = "" if self.form == INT8 else _CROWDED + "; it "
+            return f"{why}is kept in 8 bits, {tensor.bits_per_value:.3f} bits per value"
+        kept = 0 if tensor.outlier_gaps is None else len(tensor.outlier_gaps)
+        most = self.most_outliers(*tensor.shape)
+        if self.column_rates and kept and kept >= most:
+            return (
+                f"has more outliers than the {most} that are kept beside codes, the largest ones; "
+                "raise trellis.bits, or set a budget for all layers, allocation.bits_per_value, "
+                "which gives such a layer more"
+            )
+        return None
+
+
+_CROWDED = f"has more outliers than the {MOST_OUTLIERS:.0%} of its weights that codes can have"

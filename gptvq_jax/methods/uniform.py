@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.packing import packed_length
 from gptvq_jax.core.uniform_grid import uniform_grid
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
 from gptvq_jax.moves.sweep import pad_identity, sweep
@@ -34,6 +35,12 @@ class UniformSettings:
     def flops(self, rows: int, cols: int) -> int:
         """Of matrix products of a layer."""
         return flops.lazy_pass(rows, cols, self.grid(rows, cols).block_cols(self.block_size))
+
+    def bytes(self, rows: int, cols: int) -> int:
+        """Of a packed layer: codes of a row, scales and offsets of its groups, and their levels."""
+        grid, numbers = self.grid(rows, cols), 1 if self.symmetric else 2
+        codes = packed_length(cols, self.bits)
+        return rows * codes + 2 * numbers * (rows * grid.col_strips + 2**self.bits)
 
     def grid(self, rows: int, cols: int) -> GroupGrid:
         """Groups of a rows x cols weight."""

@@ -8,12 +8,15 @@ M R C / D nearest-centroid searches, as a sweep. H E is known before the first p
 last one.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.beam import follow, lookup_lanes, search
+from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.refit import decode
 from gptvq_jax.moves.residual import Residual
@@ -89,14 +92,9 @@ def recode(
             new = jnp.where(kept[:, None], new, old)
             return (local, h_local, books, change), (new, origin, delta)
 
-        def block_step(carry, index):
-            gradient, change = carry  # (L, S * c, G, r), (L, G, r)
-            start = index * block
-            h_rows = lax.dynamic_slice_in_dim(hessian, start, block)  # (B, S * c)
-            h_local = lax.dynamic_slice_in_dim(h_rows, start, block, axis=1)
+        def block_step(start, local, h_local, change):  # local (L, B, G, r), change (L, G, r)
             strip = start // grid.strip_cols
             books = lax.dynamic_index_in_dim(centroids, strip, 1, keepdims=False)  # (M, G, K, D)
-            local = lax.dynamic_slice_in_dim(gradient, start, block, 1)
             (_, _, _, change), (new, origins, delta) = lax.scan(
                 vector_step,
                 (local, h_local, books, change),
@@ -104,14 +102,14 @@ def recode(
             )
             origin, delta = _trace_back(origins, delta, 1)  # delta (vectors, L, D, G, r)
             delta = jnp.moveaxis(delta, 0, 1).reshape(beam, block, *rows)
-            update = jnp.einsum("bc,lbgr->lcgr", h_rows, delta, precision="highest")
-            return (follow(gradient, origin, 1) - update, change), (new, origins)
+            survived = partial(follow, parent=origin, axis=1)
+            return Coded(delta, (new, origins), carry=change, moved=survived)
 
         lanes = jnp.broadcast_to(gradient, (beam, *gradient.shape))
         unused = (jnp.arange(beam) > 0)[:, None, None]  # at the start there is only lane 0
         change = jnp.where(unused, jnp.inf, jnp.zeros((beam, *rows)))
-        (lanes, change), (new, origins) = lax.scan(
-            block_step, (lanes, change), jnp.arange(grid.padded_cols // block)
+        lanes, change, (new, origins) = walk(
+            lanes, hessian, block_step, block, carry=change, axis=1
         )
         new, origins = (x.reshape(-1, *x.shape[2:]) for x in (new, origins))
         best = jnp.argmin(change, axis=0, keepdims=True)

@@ -2,7 +2,9 @@
 
 With the error E = W - Q and its image H E, moving column j from q to q' changes the loss by
 H_jj (|q' - y|^2 - |q - y|^2) with y = q + (H E)_j / H_jj. So the best streams are those nearest to
-y; outliers move to y itself and the scale to that of least squares. What does not lower the loss is
+y, and each is searched for once, for its ends stay tied where they are: to look for another
+overlap costs up to half a search, and lowers errors by 0.1 %. Outliers move to y itself and the
+scale to that of least squares. What does not lower the loss is
 not taken, stream by stream, and scale by scale.
 """
 
@@ -10,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.residual import Residual
 from gptvq_jax.moves.stream_column import (
     Column,
     Layout,
     best_scale,
     column_values,
+    overlaps,
     search_column,
     with_outliers,
 )
@@ -41,7 +45,6 @@ def recode_streams(
       columns: all of them.
       rates, outliers, layout, stream_rows, block_size, native: as in `sweep_streams`.
     """
-    cols = len(hessian)
     row_weight = layout.row_weight()
 
     def one_column(local, at):
@@ -58,7 +61,8 @@ def recode_streams(
             return jnp.sum((far - near).reshape(-1, stream_rows), axis=1)
 
         scale = old.scale.astype(jnp.float32)
-        windows = search_column(target, counts, scale, rate, layout, stream_rows, native)
+        cut = overlaps(old.windows, rate, layout, stream_rows)
+        windows = search_column(target, counts, scale, rate, layout, stream_rows, native, cut)
         new = with_outliers(old._replace(windows=windows), rate, layout, y, kept)
         taken = jnp.repeat(gain(new, old) > 0, stream_rows)
         windows, added = (jnp.where(taken, a, b) for a, b in zip(new[::2], old[::2], strict=True))
@@ -71,17 +75,13 @@ def recode_streams(
         change = column_values(new, rate, layout) - q
         return local - h[:, None] * change, (new, change)
 
-    def one_block(image, index):
-        start = index * block_size
-        h_rows = lax.dynamic_slice_in_dim(hessian, start, block_size)
-        h_local = lax.dynamic_slice_in_dim(h_rows, start, block_size, axis=1)
+    def one_block(start, local, h_local, _):
         part = lambda x: lax.dynamic_slice_in_dim(x, start, block_size)  # noqa: E731
         of_block = jax.tree.map(part, (rates, outliers, columns))
         steps = jnp.arange(block_size), h_local, *of_block
-        _, (new, change) = lax.scan(one_column, part(image), steps)
-        image = image - jnp.matmul(h_rows.T, change, precision="highest")
-        return image, (new, change)
+        _, (new, change) = lax.scan(one_column, local, steps)
+        return Coded(change, (new, change))
 
-    image, (new, change) = lax.scan(one_block, residual.image, jnp.arange(cols // block_size))
-    new, change = jax.tree.map(lambda x: x.reshape(cols, *x.shape[2:]), (new, change))
+    image, _, found = walk(residual.image, hessian, one_block, block_size)
+    new, change = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
     return new, Residual(residual.error - change, image)

@@ -66,6 +66,12 @@ def best_scale(coded: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Ar
     return scale.astype(jnp.float16)
 
 
+def overlaps(windows: jax.Array, rate: jax.Array, layout: Layout, stream_rows: int) -> jax.Array:
+    """The first L - K bits of the streams of a column's windows (R',), (n,) int32."""
+    first = windows.reshape(-1, stream_rows)[:, 0].astype(jnp.int32)
+    return first & (jnp.left_shift(1, layout.window_bits - rate) - 1)
+
+
 def search_column(
     target: jax.Array,
     weight: jax.Array,
@@ -74,6 +80,7 @@ def search_column(
     layout: Layout,
     stream_rows: int,
     native: str,
+    overlap: jax.Array | None = None,
 ) -> jax.Array:
     """Windows (R',) uint16 of the streams that come closest at a given scale.
 
@@ -81,8 +88,9 @@ def search_column(
       target: (R',) the column over its row scales.
       weight: (R',) of the squared error of each row; 0 where it does not count.
       scale: () float32, 0 where the column is.
+      overlap: (n,) int32, the first L - K bits of each stream, where they are to stay.
     """
     unit = jnp.where(weight > 0, target / jnp.where(scale > 0, scale, 1.0), 0.0)
     streams = (x.reshape(-1, stream_rows) for x in (unit, weight))
-    windows, _ = search_streams(*streams, layout.table, rate, native=native)
+    windows, _ = search_streams(*streams, layout.table, rate, overlap, native=native)
     return windows.reshape(-1).astype(jnp.uint16)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.nearest import lookup, nearest
 from gptvq_jax.moves.scales import StripScales
@@ -101,7 +102,6 @@ def sweep(
     row_index = jnp.arange(grid.padded_rows).reshape(grid.row_strips, rows)
     row_mask = (row_index < grid.rows).astype(jnp.float32)
     block = grid.block_cols(block_size)
-    column = jnp.arange(grid.padded_cols)
     row_strips = first_strip + jnp.arange(grid.row_strips)
 
     def strip_step(weight, strip):
@@ -120,25 +120,24 @@ def sweep(
         data = GroupData(points, whiten, point_weight)
         of_strip = jax.random.fold_in(key, strip)
         centroids = fit(data, jax.vmap(partial(jax.random.fold_in, of_strip))(row_strips))
-        (weight, loss), codes = lax.scan(
-            lambda carry, b: block_step(carry, b, start, centroids, per_vector),
-            (weight, jnp.float32(0)),
-            jnp.arange(grid.strip_cols // block),
+        weight, loss, codes = walk(
+            weight,
+            hinv_chol,
+            partial(block_step, start, centroids, per_vector),
+            block,
+            first=start,
+            count=grid.strip_cols // block,
+            carry=jnp.float32(0),
         )
         return weight, (codes.reshape(-1, *row_mask.shape), centroids, scales, loss)
 
-    def block_step(carry, index, strip_start, centroids, per_vector):
-        weight, loss = carry
-        start = strip_start + index * block
-        u_rows = lax.dynamic_slice_in_dim(hinv_chol, start, block)  # (B, S * c)
-        u_local = lax.dynamic_slice_in_dim(u_rows, start, block, axis=1)
-
+    def block_step(strip_start, centroids, per_vector, start, local, u_local, loss):
         def vector_step(local, j):
             u = lax.dynamic_slice_in_dim(u_local, j * dim, dim)  # (D, B)
             x = lax.dynamic_slice_in_dim(local, j * dim, dim)  # (D, G, r)
             t = lax.dynamic_index_in_dim(feedback, start // dim + j, keepdims=False)
             m = lax.dynamic_index_in_dim(metric, start // dim + j, keepdims=False)
-            s = lax.dynamic_index_in_dim(per_vector, index * (block // dim) + j, keepdims=False)
+            s = lax.dynamic_index_in_dim(per_vector, first + j, keepdims=False)
             white = jnp.einsum("dgr,de->ger", x / s, m, precision="highest")
             codes, _ = nearest(white, jnp.matmul(centroids, m, precision="highest"))
             q = jnp.moveaxis(lookup(centroids, codes), 1, 0) * s
@@ -148,13 +147,10 @@ def sweep(
             local = lax.dynamic_update_slice_in_dim(local, q, j * dim, axis=0)
             return local, (codes, error)
 
-        local = lax.dynamic_slice_in_dim(weight, start, block)
+        first = (start - strip_start) // dim
         local, (codes, error) = lax.scan(vector_step, local, jnp.arange(block // dim))
-        error = error.reshape(block, -1)
-        rest = u_rows * (column >= start + block)
-        update = jnp.matmul(rest.T, error, precision="highest").reshape(weight.shape)
-        weight = lax.dynamic_update_slice_in_dim(weight - update, local, start, axis=0)
-        return (weight, loss + jnp.sum(jnp.square(error))), codes
+        error = error.reshape(local.shape)
+        return Coded(error, codes, local, loss + jnp.sum(jnp.square(error)))
 
     weight, (codes, centroids, scales, loss) = lax.scan(
         strip_step, weight, jnp.arange(grid.col_strips)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.stream_column import (
     Column,
     Layout,
@@ -46,8 +47,6 @@ def sweep_streams(
     Returns:
       All columns, and what they stand for (C', R').
     """
-    cols = len(weight)
-    column_index = jnp.arange(cols)
     row_weight = layout.row_weight()
 
     def one_column(local, at):
@@ -65,16 +64,11 @@ def sweep_streams(
         local = local - rest[:, None] * error
         return lax.dynamic_update_index_in_dim(local, q, position, 0), (column, error)
 
-    def one_block(weight, index):
-        start = index * block_size
-        u_rows = lax.dynamic_slice_in_dim(hinv_chol, start, block_size)
-        u_local = lax.dynamic_slice_in_dim(u_rows, start, block_size, axis=1)
+    def one_block(start, local, u_local, _):
         part = lambda x: lax.dynamic_slice_in_dim(x, start, block_size)  # noqa: E731
         steps = jnp.arange(block_size), u_local, part(rates), part(outliers)
-        local, (columns, error) = lax.scan(one_column, part(weight), steps)
-        rest = jnp.where(column_index >= start + block_size, u_rows, 0.0)
-        weight = weight - jnp.matmul(rest.T, error, precision="highest")
-        return lax.dynamic_update_slice_in_dim(weight, local, start, axis=0), columns
+        local, (columns, error) = lax.scan(one_column, local, steps)
+        return Coded(error, columns, local)
 
-    weight, columns = lax.scan(one_block, weight, jnp.arange(cols // block_size))
-    return jax.tree.map(lambda x: x.reshape(cols, *x.shape[2:]), columns), weight
+    weight, _, columns = walk(weight, hinv_chol, one_block, block_size)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns), weight

@@ -18,7 +18,7 @@ from gptvq_jax.ops.cpu import viterbi as cpu_viterbi
 from gptvq_jax.ops.gpu import viterbi as gpu_viterbi
 from gptvq_jax.ops.tpu import viterbi as tpu_viterbi
 
-TRACE_BACK = 8  # times the L / K rows of a window, after which all good streams have met
+TRACE_BACK = 12  # times the L / K rows of a window, after which all good streams have met
 
 
 def viterbi(
@@ -72,13 +72,19 @@ def viterbi(
 
 
 def tail_biting(
-    target: jax.Array, weight: jax.Array, table: jax.Array, rate: int
+    target: jax.Array,
+    weight: jax.Array,
+    table: jax.Array,
+    rate: int,
+    overlap: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`viterbi` of streams that bite their tails, with the overlap that a search around it finds.
 
     To try every overlap would cost 2^(L - K) searches. A free one over some rows on both sides of
-    the cut finds nearly always the same one; given it, the rest is exact.
+    the cut finds nearly always the same one; given it, or an `overlap`, the rest is exact.
     """
+    if overlap is not None:
+        return viterbi(target, weight, table, rate, overlap)
     rows = target.shape[1]
     before, after = _around(rows, len(table).bit_length() - 1, rate)
 
@@ -90,7 +96,13 @@ def tail_biting(
 
 
 def search_streams(
-    target: jax.Array, weight: jax.Array, table: jax.Array, rate: jax.Array, native: str = "jax"
+    target: jax.Array,
+    weight: jax.Array,
+    table: jax.Array,
+    rate: jax.Array,
+    overlap: jax.Array | None = None,
+    *,
+    native: str = "jax",
 ) -> tuple[jax.Array, jax.Array]:
     """`tail_biting` at a rate that a program finds out as it runs; windows of 0 at rate 0.
 
@@ -98,11 +110,12 @@ def search_streams(
       target, weight: (n, T), T at least L.
       table: (2^L,).
       rate: () int32, 0 to the smaller of MAX_RATE and L.
+      overlap: (n,) int32, the first L - K bits of each stream, where they are known.
       native: "jax", or a kernel that the caller knows to run here (`ops.viterbi.choose_search`):
         "cpu" (C++), "pallas_tpu", "pallas_gpu".
     """
     if native == "cpu":
-        return cpu_viterbi.tail_biting(target, weight, table, rate, TRACE_BACK)
+        return cpu_viterbi.tail_biting(target, weight, table, rate, TRACE_BACK, overlap)
     if native not in _SEARCHES:
         raise ValueError(f"native={native!r} must be one of {', '.join(['cpu', *_SEARCHES])}")
 
@@ -110,7 +123,7 @@ def search_streams(
         return jnp.zeros(target.shape, jnp.int32), jnp.zeros(len(target))
 
     def at_rate(rate):
-        return lambda target, weight: _SEARCHES[native](target, weight, table, rate)
+        return lambda target, weight: _SEARCHES[native](target, weight, table, rate, overlap)
 
     most = min(MAX_RATE, len(table).bit_length() - 1)
     return lax.switch(rate, [nothing, *map(at_rate, range(1, most + 1))], target, weight)
@@ -122,9 +135,9 @@ def _around(rows: int, bits: int, rate: int) -> tuple[int, int]:
     return min(reach, rows // 2), min(reach, rows - rows // 2)
 
 
-def _by_kernel(module, target, weight, table, rate):
+def _by_kernel(module, target, weight, table, rate, overlap):
     around = _around(target.shape[1], len(table).bit_length() - 1, rate)
-    return module.tail_biting(target, weight, table, rate, around)
+    return module.tail_biting(target, weight, table, rate, around, overlap)
 
 
 _SEARCHES = {

@@ -10,7 +10,7 @@ from absl import logging
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core import knapsack
-from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import layer_shapes

@@ -8,10 +8,12 @@ j at K bits raises the loss, to second order and up to a constant factor, by
 with U the factor of the Hessian that the layer is quantized with, outliers left out and D that of
 moves/excess.py. So the bits of all columns are filled in one go, and no candidate is measured. What
 a layer gets for all its columns is then its own budget, of which it finds its own outliers: what a
-bit is worth there is what it is worth in all layers.
+bit is worth there is what it is worth in all layers. A layer with more outliers than codes can have
+is kept in 8 bits, and the others share what it leaves.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +26,13 @@ from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.trellis_budget import demand
-from gptvq_jax.methods.trellis_settings import OUTLIER_BYTES, TrellisSettings
+from gptvq_jax.methods.trellis_settings import (
+    CODES,
+    INT8,
+    MOST_OUTLIERS,
+    OUTLIER_BYTES,
+    TrellisSettings,
+)
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
@@ -52,16 +60,20 @@ def measure(
     of_mean = _of_mean(settings)
     rows = []
     for name in LINEAR_LAYERS:
-        ((hessian, factor, _),) = objectives[name]
+        (objective,) = objectives[name]
+        hinv_chol = objective.factor.hinv_chol
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         most = of_mean.most_outliers(*weight.shape)
-        of_layer = demand(weight, factor.hinv_chol, of_mean, most)
-        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))
+        of_layer = demand(weight, hinv_chol, of_mean, most)
+        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(
+            unit(objective.hessian)
+        )
         values = np.asarray(of_layer.values, np.float64) * sensitivity
         rows.append({
             "layer": name,
             "shape": list(weight.shape),
             "outliers": int(jnp.sum(of_layer.counts)),
+            "crowded": of_layer.crowded,
             "values": values.tolist(),
         })  # fmt: skip
     return rows
@@ -80,13 +92,16 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     Raises:
       ValueError: they do not; the message names the bits per value that they take.
     """
-    shapes = layer_shapes(config).values()
-    fixed = sum(settings.trellis.fixed_bytes(*shape) for shape in shapes)
+    shapes, trellis = layer_shapes(config).values(), settings.trellis
+    in_8_bits = trellis.form == INT8
+    of_layer = trellis.budget_bytes if in_8_bits else trellis.fixed_bytes
+    fixed = sum(of_layer(*shape) for shape in shapes)
     values = sum(rows * cols for rows, cols in shapes)
     if 8 * fixed > settings.allocation.bits_per_value * values:
+        what = f"trellis.form={INT8} takes" if in_8_bits else "scales and rates alone take"
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: "
-            f"scales and rates alone take {8 * fixed / values:.4f} bits per value; raise it"
+            f"{what} {8 * fixed / values:.4f} bits per value; raise it"
         )
 
 
@@ -102,21 +117,28 @@ def plan(
     Raises:
       ValueError: scales, rates and outliers take more than the budget.
     """
-    trellis = settings.trellis
-    measured = {layer: row for layer, (row,) in layers.items()}
+    trellis = dataclasses.replace(settings.trellis, form=CODES)
+    every = {layer: row for layer, (row,) in layers.items()}
+    values = sum(math.prod(row["shape"]) for row in every.values())
+    chosen, in_8_bits = _kept_in_8_bits(settings, every)
+    measured = {layer: row for layer, row in every.items() if layer not in chosen}
     shapes = [tuple(row["shape"]) for row in measured.values()]
     sizes = [rows * cols for rows, cols in shapes]
     fixed = [
         trellis.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
         for shape, row in zip(shapes, measured.values(), strict=True)
     ]
-    budget = settings.allocation.bits_per_value * sum(sizes) / 8
+    budget = settings.allocation.bits_per_value * values / 8 - in_8_bits
     if sum(fixed) > budget:
+        kept = f" and of {len(chosen)} layers in 8 bits" if chosen else ""
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
-            f"{8 * sum(fixed) / sum(sizes):.4f} bits per value of scales, rates and outliers; "
-            "raise it, or set trellis.outlier_limit=0"
+            f"{8 * (sum(fixed) + in_8_bits) / values:.4f} bits per value of scales, rates and "
+            f"outliers{kept}; raise it, or set trellis.outlier_limit=0"
+            + (f" or trellis.form={CODES}" if chosen else "")
         )
+    if not measured:
+        return chosen
     per_bit = [trellis.bytes_per_bit(rows) for rows, _ in shapes]
     widths = [cols for _, cols in shapes]
     rates = water_fill(
@@ -127,7 +149,7 @@ def plan(
     )
     of_layer = np.split(rates, np.cumsum(widths)[:-1])
     # A layer whose columns are all full would pass the most that one takes by its scales.
-    chosen = {
+    chosen |= {
         layer: dataclasses.replace(
             trellis, bits=min(8 * (base + cost * int(own.sum())) / size, MAX_RATE)
         )
@@ -147,6 +169,32 @@ def plan(
                 chosen[block, name].bits,
             )
     return chosen
+
+
+def _kept_in_8_bits(
+    settings: RunSettings, measured: Mapping[tuple[int, str], Mapping[str, Any]]
+) -> tuple[dict[tuple[int, str], TrellisSettings], int]:
+    """Settings of the layers that are not coded, and their bytes; says which they are."""
+    whole = dataclasses.replace(settings.trellis, form=INT8)
+    every = settings.trellis.form == INT8
+    chosen, num_bytes = {}, 0
+    for (block, name), row in measured.items():
+        if not (every or row.get("crowded")):
+            continue
+        own = whole.budget_bytes(*row["shape"])
+        chosen[block, name] = whole
+        num_bytes += own
+        if not every:
+            logging.warning(
+                "layers_%d/%s has more outliers than the %g %% of its weights that codes can have; "
+                "it is kept in 8 bits, %.3f bits per value, and the others share what it leaves of "
+                "allocation.bits_per_value",
+                block,
+                name,
+                100 * MOST_OUTLIERS,
+                8 * own / math.prod(row["shape"]),
+            )
+    return chosen, num_bytes
 
 
 def _of_mean(settings: RunSettings) -> TrellisSettings:

@@ -24,7 +24,7 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
-from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.methods.layer import (
     Objective,
     Problem,

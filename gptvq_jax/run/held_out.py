@@ -117,6 +117,14 @@ def run_windows(
     return Sums(fitted, held_out._replace(crosses={}))  # which nobody reads
 
 
+def with_judges(problem: Problem, judges: Sequence[Objective]) -> Problem:
+    """The problem, whose objectives know the Hessians of `judges`; as it is without any."""
+    if not judges:
+        return problem
+    pairs = zip(problem.objectives, judges, strict=True)
+    return problem._replace(objectives=[own._replace(judge=other.hessian) for own, other in pairs])
+
+
 def judges(
     problem: Problem,
     hessians: Mapping[Owner, jax.Array],

@@ -230,6 +230,11 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
         blocks = num_quantized(settings, source.config)
         statistics = Statistics(settings.calibration.statistics)
         statistics.check(source.name, source.fingerprint, blocks)
+        if getattr(settings.method_settings, "judged", False) and not statistics.has_held_out:
+            raise ValueError(
+                f"vq.polish_judge='held_out' needs windows that are held out, and "
+                f"{settings.calibration.statistics} has none; make it with calibration.held_out"
+            )
     else:
         check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)

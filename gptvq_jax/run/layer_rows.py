@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gptvq_jax.core import metrics
 from gptvq_jax.core.code_usage import code_metrics
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
-from gptvq_jax.methods.layer import Objective, Problem, relative_error
+from gptvq_jax.methods.layer import Objective, Problem, note, relative_error
 
 
 def layer_row(
@@ -29,6 +29,7 @@ def layer_row(
         **(
             _errors(problem, kernel, judges, "held_out_error", "held_out_sqnr_db") if judges else {}
         ),
+        **({"note": text} if (text := note(problem, tensor)) else {}),
         "bits_per_value": tensor.bits_per_value,
         "num_bytes": tensor.num_bytes,
         "num_values": problem.weight.size,

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
-from gptvq_jax.methods.gptvq import MAX_CODE_BITS, makes_codes
+from gptvq_jax.methods.gptvq_settings import MAX_CODE_BITS, makes_codes
 from gptvq_jax.methods.registry import METHODS
 
 _SECTIONS = {
@@ -136,7 +136,7 @@ def _vq(settings: RunSettings, when) -> None:
         "on conjugate gradients; set --config.vq.codebook_update=adam",
     )
     rounds = f"with vq.polish_rounds={vq.polish_rounds}; set --config.vq.polish_rounds="
-    when(vq.polish_rounds == 0, "vq.beam", rounds + "1 or more")
+    when(vq.polish_rounds == 0, "vq.beam vq.polish_judge", rounds + "1 or more")
     when(vq.polish_rounds <= 1, "vq.polish_tolerance", rounds + "2 or more")
 
 

@@ -43,7 +43,7 @@ from gptvq_jax.run.calibrate import (
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.run.float_moments import load_sums
-from gptvq_jax.run.held_out import NO_SUMS, Files, Sums, init_sums, judges, run_windows
+from gptvq_jax.run.held_out import NO_SUMS, Files, Sums, init_sums, judges, run_windows, with_judges
 from gptvq_jax.run.layer_rows import layer_row
 from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
@@ -169,13 +169,14 @@ class PackedBlock:
         with self._context.stopwatch.stage("quantize"):
             start = time.perf_counter()
             problems = self._problems(names, sums.fitted)
-            tensors = quantize_layers(problems)
-            kernels = parallel(dequantize_compiled, tensors)
             others = hessians(sums.held_out)
             judged_by = [
                 judges(problem, others, self._weights, name)
                 for problem, name in zip(problems, names, strict=True)
             ]
+            problems = [with_judges(*pair) for pair in zip(problems, judged_by, strict=True)]
+            tensors = quantize_layers(problems)
+            kernels = parallel(dequantize_compiled, tensors)
             measured = zip(problems, tensors, kernels, judged_by, strict=True)
             rows = parallel(lambda of_layer: layer_row(*of_layer), list(measured))
             self._context.stopwatch.flops(_flops(problems, sums.fitted, 1 + bool(others)))

@@ -18,7 +18,7 @@ from gptvq_jax.core import metrics
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.aqlm import AQLMSettings
-from gptvq_jax.methods.gptvq import GPTVQSettings
+from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.methods.layer import Objective, quantize_layer
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings

@@ -11,7 +11,12 @@ from float64 import decode
 from gptvq_jax.core.code_usage import code_metrics
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.core.trellis_table import gaussian_values, ranks
-from gptvq_jax.core.trellis_tensor import pack_outliers, pack_streams, unpack_streams
+from gptvq_jax.core.trellis_tensor import (
+    count_outliers,
+    pack_outliers,
+    pack_streams,
+    unpack_streams,
+)
 from gptvq_jax.study.sample_tensors import random_trellis
 
 
@@ -36,6 +41,7 @@ def test_outliers_of_any_gap_come_back(places):
     values = np.arange(1, len(places) + 1)
     gaps, stored = pack_outliers(np.array(places), values)
     assert gaps.dtype == np.uint16 and stored.dtype == np.float16
+    assert len(gaps) == count_outliers(np.array(places))
     at = np.cumsum(gaps, dtype=np.int64)
     assert at[stored != 0].tolist() == places
     assert stored[stored != 0].tolist() == values.tolist()

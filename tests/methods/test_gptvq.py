@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from gptvq_jax.console import compile_time
+from gptvq_jax.core.hessian import factorize
+from gptvq_jax.core.metrics import relative_error
 from gptvq_jax.core.vq_tensor import dequantize
 from gptvq_jax.methods.gptvq import GPTVQSettings, quantize
 
@@ -454,3 +456,34 @@ def test_smallest_group_keeps_the_codebook_overhead():
         stored = settings.codebook_size * settings.dim * settings.codebook_bits + 16
         size = settings.smallest_group()
         assert stored / size <= 0.25 < stored / (size - 1)
+
+
+def test_polish_keeps_the_round_that_other_inputs_call_the_best():
+    """Inputs so few that the codes come to fit them, judged by inputs of the same kind."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(32, 32)) * np.exp(rng.normal(size=32))
+    weight = jnp.asarray(rng.normal(size=(48, 32)), jnp.float32)
+    few, many = (rng.normal(size=(count, 32)) @ mixing for count in (12, 4000))
+    hessian, judge = (jnp.asarray(x.T @ x / len(x), jnp.float32) for x in (few, many))
+    chol = factorize(hessian, 0.01).hinv_chol
+    settings = dict(bits=2.0, group_size=512, em_iterations=3, polish_tolerance=0.0)
+
+    def errors(rounds, judge_of):
+        tensor = quantize(
+            weight, hessian, chol, jax.random.key(0),
+            GPTVQSettings(**settings, polish_rounds=rounds), judge=judge_of,
+        )  # fmt: skip
+        quantized = run_dequantize(tensor)
+        return [float(relative_error(weight, quantized, h)) for h in (hessian, judge)]
+
+    fitted = [errors(rounds, None) for rounds in range(7)]
+    of_judge = [error for _, error in fitted]
+    kept = errors(6, judge)
+    # Up to the round before the first that the judge calls worse.
+    rises = [n for n in range(1, 7) if of_judge[n] >= of_judge[n - 1]]
+    assert rises, "this problem must have a round that the judge calls worse"
+    np.testing.assert_allclose(kept, fitted[rises[0] - 1], rtol=1e-5)
+    assert fitted[-1][0] < kept[0] and kept[1] <= of_judge[-1]
+    # In any unit, and the fitted inputs as judges change nothing.
+    np.testing.assert_allclose(errors(6, 64 * judge), kept, rtol=1e-6)
+    np.testing.assert_allclose(errors(6, hessian), fitted[-1], rtol=1e-5)

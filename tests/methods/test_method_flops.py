@@ -54,6 +54,19 @@ def test_of_a_layer(method, settings, trips):
     assert settings.flops(ROWS, COLS) < counted < 1.02 * settings.flops(ROWS, COLS)
 
 
+def test_of_polish_that_other_inputs_judge():
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    square = floats(COLS, COLS)
+    settings = GPTVQSettings(**GPTVQ, polish_judge="held_out")
+    quantize = METHODS["gptvq"].quantize
+    arrays = floats(ROWS, COLS), square, square, key, square
+    judged = lambda *a: quantize(*a[:4], settings, judge=a[4])  # noqa: E731
+    counted = count(judged, *arrays, trips=ROUNDS)
+    assert settings.flops(ROWS, COLS) < counted < 1.02 * settings.flops(ROWS, COLS)
+    plain = GPTVQSettings(**GPTVQ).flops(ROWS, COLS)
+    assert settings.flops(ROWS, COLS) - plain == (ROUNDS + 1) * flops.unit(ROWS, COLS)
+
+
 def test_of_row_groups_and_their_shifts():
     settings = CASES["gptvq"][1]
     objective = Objective(floats(COLS, COLS), Factor(floats(COLS, COLS), 0.01))

@@ -9,6 +9,8 @@ from jaxpr_flops import count
 from gptvq_jax.core.check_tensor import check_tensor, check_values
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.metrics import relative_error
+from gptvq_jax.core.trellis_tensor import TrellisTensor
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.methods import gptvq, trellis, trellis_budget
 from gptvq_jax.methods.layer import Objective, quantize_layer
 from gptvq_jax.methods.trellis import TrellisSettings, quantize
@@ -98,7 +100,7 @@ def test_more_outliers_than_a_limit_leave_the_codes_their_bits():
     wild = jnp.asarray(0.001 * np.random.default_rng(0).standard_cauchy(weight.shape), jnp.float32)
     for limit in ("auto", "2"):
         settings = TrellisSettings(**SMALL, bits=2.5, outlier_limit=limit)
-        tensor = coded(wild, hessian, bits=2.5, outlier_limit=limit)
+        tensor = coded(wild, hessian, bits=2.5, outlier_limit=limit, form="codes")
         assert len(tensor.outlier_gaps) == settings.most_outliers(128, 48) == 61
         assert 2.4 < tensor.bits_per_value <= 2.5
         error(tensor, wild, hessian)
@@ -109,8 +111,35 @@ def test_more_outliers_than_a_limit_leave_the_codes_their_bits():
     assert np.sum(some.outliers) == 10 and np.sum(more.outliers) > 61
     assert np.all(np.asarray(more.outliers)[np.asarray(some.outliers)])
     # With one rate for all columns, outliers take what is left beyond a whole bit.
-    same = coded(wild, hessian, bits=2.7, column_rates=False)
+    same = coded(wild, hessian, bits=2.7, column_rates=False, form="codes")
     assert np.all(np.asarray(same.column_rates()) == 2) and len(same.outlier_gaps) > 0
+
+
+def test_a_layer_of_too_many_outliers_is_kept_in_8_bits_and_said(caplog):
+    weight, hessian = layer(128, 48)
+    objective = Objective(hessian, factorize(hessian, 0.01))
+    # Of 6144 weights 61 may be outliers; Gaussian ones have next to none.
+    places = np.random.default_rng(0).permutation(weight.size)
+    tensors = {}
+    for kept in (40, 150):
+        at = np.unravel_index(places[:kept], weight.shape)
+        spiked = weight.at[at].set(5.0)
+        settings = TrellisSettings(**SMALL, bits=2.5)
+        problem = (quantize, settings, spiked, [objective], jax.random.key(0))
+        tensors[kept] = quantize_layer(*problem, name="layer 7")
+        assert ("layer 7" in caplog.text) == (kept == 150)
+    assert isinstance(tensors[40], TrellisTensor) and tensors[40].bits_per_value <= 2.5
+    kept = tensors[150]
+    assert isinstance(kept, VQTensor) and kept.index_bits == 8
+    assert kept.num_bytes == settings.int8.bytes(128, 48)
+    assert f"it is kept in 8 bits, {kept.bits_per_value:.3f} bits per value" in caplog.text
+    codes, own = (coded(spiked, hessian, bits=2.5, form=form) for form in ("codes", "int8"))
+    assert isinstance(codes, TrellisTensor)
+    assert error(kept, spiked, hessian) < 0.1 * error(codes, spiked, hessian)
+    # A layer whose form is named is that, and so is one without outliers.
+    assert np.array_equal(own.codes, kept.codes) and own.num_bytes == kept.num_bytes
+    assert isinstance(coded(spiked, hessian, bits=2.5, outlier_limit="0"), TrellisTensor)
+    assert coded(weight, hessian, form="int8").index_bits == 8
 
 
 def test_fitted_levels_pay_where_weights_are_no_gaussian_and_count_as_bits():
@@ -234,6 +263,7 @@ def test_a_budget_below_its_own_scales_is_refused():
         ({"window_bits": 17}, "trellis.window_bits=17"),
         ({"stream_rows": 8}, "trellis.stream_rows=8 must be at least window_bits"),
         ({"outlier_limit": "1.0"}, "trellis.outlier_limit='1.0' must be 'auto', 0, or 2 up"),
+        ({"form": "int4"}, "trellis.form='int4' must be 'auto', 'codes' or 'int8'"),
         ({"outlier_limit": "some"}, "trellis.outlier_limit='some' must be 'auto', 0, or 2 up"),
         ({"outlier_limit": "nan"}, "trellis.outlier_limit='nan' must be"),
         (

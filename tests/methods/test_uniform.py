@@ -58,6 +58,8 @@ def test_rtn_is_plain_rounding(cols, group_size, width, symmetric):
     numbers = 1 if symmetric else 2
     groups = ROWS * -(-cols // width)
     assert tensor.num_bytes == ROWS * -(-cols * 3 // 8) + 2 * numbers * (groups + 8)
+    settings = UniformSettings(bits=3, group_size=group_size, symmetric=symmetric)
+    assert settings.bytes(ROWS, cols) == tensor.num_bytes
 
 
 @pytest.mark.parametrize("cols, group_size, width", SHAPES)

@@ -126,6 +126,12 @@ def test_the_kernel_finds_the_same_streams(bits, rows):
         own = losses(windows, target, weight, table), losses(expected, target, weight, table)
         np.testing.assert_allclose(*own, rtol=1e-5)
         assert np.mean(windows == expected) > 0.95  # of equal costs one or the other is kept
+        cuts = jnp.array([0, 1, 3]) % (len(table) >> rate)
+        windows, loss = search_streams(target, weight, table, jnp.int32(rate), cuts, native="cpu")
+        expected, least = viterbi(target, weight, table, rate, cuts)
+        np.testing.assert_allclose(loss, least, rtol=1e-5)
+        np.testing.assert_array_equal(windows[:, 0] % (len(table) >> rate), cuts)
+        assert np.mean(windows == expected) > 0.95
 
 
 @pytest.mark.skipif(not cpu_viterbi.available(), reason="no C++ compiler, or no CPU")

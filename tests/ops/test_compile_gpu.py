@@ -127,14 +127,22 @@ def test_xla_stores_no_decoded_weight(name):
 
 
 @pytest.mark.parametrize(
-    ("bits", "rows", "streams"),
-    [(12, 256, 16), (4, 8, 1), (8, 256, 112), (10, 1024, 11), (14, 256, 4)],
+    ("bits", "rows", "streams", "known"),
+    [
+        (12, 256, 16, False),
+        (4, 8, 1, False),
+        (8, 256, 112, False),
+        (10, 1024, 11, False),
+        (14, 256, 4, False),
+        (12, 256, 16, True),
+    ],
 )
-def test_viterbi_compiles_at_every_rate(bits, rows, streams):
+def test_viterbi_compiles_at_every_rate(bits, rows, streams, known):
     shapes = [(streams, rows)] * 2 + [(2**bits,)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(), (streams,)][: 1 + known]]
     search = functools.partial(search_streams, native="pallas_gpu")
-    program = compiled(search, *arrays, jax.ShapeDtypeStruct((), jnp.int32))
+    program = compiled(search, *arrays, *integers)
     assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == min(6, bits)
     # Costs stay on the chip; the way back takes a byte for each minimum, of the lowest rate most.
     way_back = streams * rows * 2 ** (bits - 1)

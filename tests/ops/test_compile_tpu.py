@@ -66,13 +66,22 @@ def test_pack_compiles(name):
 
 @pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize(
-    ("bits", "rows", "streams"),
-    [(12, 256, 16), (4, 8, 1), (8, 256, 112), (10, 1024, 11), (12, 3200, 2), (16, 256, 43)],
+    ("bits", "rows", "streams", "known"),
+    [
+        (12, 256, 16, False),
+        (4, 8, 1, False),
+        (8, 256, 112, False),
+        (10, 1024, 11, False),
+        (12, 3200, 2, False),
+        (16, 256, 43, False),
+        (12, 256, 16, True),
+    ],
 )
-def test_viterbi_compiles_at_every_rate(bits, rows, streams, name):
+def test_viterbi_compiles_at_every_rate(bits, rows, streams, known, name):
     shapes = [(streams, rows)] * 2 + [(2**bits,)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    args = placed((*arrays, jax.ShapeDtypeStruct((), jnp.int32)), chip(name))
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(), (streams,)][: 1 + known]]
+    args = placed((*arrays, *integers), chip(name))
     search = jax.jit(functools.partial(search_streams, native="pallas_tpu"))
     program = search.trace(*args).lower(lowering_platforms=("tpu",)).compile()
     kernels = min(6, bits)

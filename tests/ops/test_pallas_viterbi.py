@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptvq_jax.core.trellis_table import gaussian_values
-from gptvq_jax.moves.viterbi import search_streams, tail_biting
+from gptvq_jax.moves.viterbi import search_streams, tail_biting, viterbi
 from gptvq_jax.ops.cpu import viterbi as cpu
 from gptvq_jax.ops.gpu import viterbi as gpu
 from gptvq_jax.ops.tpu import viterbi as tpu
@@ -67,6 +67,16 @@ def test_at_every_rate_the_streams_are_those_of_the_search(native, bits, rows, s
         expected = defined(target, weight, table, jnp.int32(rate))
         assert_same(found, expected, target, weight, table)
         assert_a_stream_that_bites_its_tail(np.asarray(found[0]), bits, rate)
+
+
+def test_an_overlap_that_is_given_stays(native):
+    bits, rate = 4, 2
+    target, weight, table = problem(bits, 24, 9)
+    cuts = jnp.arange(9) % 2 ** (bits - rate)
+    found = search_streams(target, weight, table, jnp.int32(rate), cuts, native=native)
+    expected = viterbi(target, weight, table, rate, cuts)
+    assert_same(found, expected, target, weight, table)
+    np.testing.assert_array_equal(found[0][:, 0] % 2 ** (bits - rate), cuts)
 
 
 @pytest.mark.parametrize(

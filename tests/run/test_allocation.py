@@ -39,6 +39,7 @@ def allocating_config(model_dir, text_files, gradient_groups):
     config.allocation.dims, config.allocation.bits = (1, 2), (1.0, 1.5)
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.held_out = 2
     config.calibration.inputs, config.calibration.asymmetry = "float", 0.0
     config.true_sequential = False
     config.calibration.gradient_groups = gradient_groups

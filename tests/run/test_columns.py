@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_run import config_file
 
 from gptvq_jax.config import RunSettings, default_config, from_config
@@ -65,7 +67,7 @@ def test_the_plan_spends_the_budget_where_it_lowers_the_loss(budget):
     assert plan[0, "layer1"].bits > plan[0, "layer0"].bits
     assert {s.bits for s in plan.values()} != {budget}
     others = {dataclasses.replace(s, bits=2.0) for s in plan.values()}
-    assert others == {TrellisSettings(bits=2.0)}
+    assert others == {TrellisSettings(bits=2.0, form="codes")}
 
 
 def test_a_layer_may_get_all_the_bits_that_there_are():
@@ -111,6 +113,30 @@ def test_a_layer_of_too_many_outliers_is_named_with_the_bits_it_gets(caplog):
     assert f"{plan[0, 'layer0'].bits:.3f} bits per value" in line
 
 
+def test_a_crowded_layer_is_kept_in_8_bits_out_of_the_budget_of_all(caplog):
+    rows = layers()
+    before = plan_of(settings(4.0), rows)
+    rows[0, "layer0"]["crowded"] = True
+    plan = plan_of(settings(4.0), rows)
+    ((_, _, line),) = caplog.record_tuples
+    assert "layers_0/layer0 has more outliers than the 1 % of its weights" in line
+    taken = plan[0, "layer0"].budget_bytes(64, 48)
+    assert f"in 8 bits, {8 * taken / (64 * 48):.3f} bits per value" in line
+    assert plan[0, "layer0"].form == "int8" and plan[0, "layer1"].form == "codes"
+    left = 4.0 * (64 * 48 + 256 * 32) / 8 - taken
+    assert left - 32 <= plan[0, "layer1"].budget_bytes(256, 32) <= left
+    assert plan[0, "layer1"].bits < before[0, "layer1"].bits
+    with pytest.raises(ValueError, match="=2 is below .* 1 layers in 8 bits; .* form=codes"):
+        plan_of(settings(2.0), rows)
+
+
+def test_all_layers_in_8_bits_need_a_budget_of_so_many():
+    base = settings(8.5)
+    base = dataclasses.replace(base, trellis=dataclasses.replace(base.trellis, form="int8"))
+    plan = plan_of(base, layers())
+    assert {own.form for own in plan.values()} == {"int8"}
+
+
 @pytest.fixture(scope="module")
 def finished(model_dir, text_files, tmp_path_factory):
     """A run of method 'trellis' under a budget."""
@@ -121,6 +147,7 @@ def finished(model_dir, text_files, tmp_path_factory):
     config.allocation.bits_per_value = BUDGET
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = 6, 32
+    config.calibration.held_out = 2
     config.calibration.gradient_groups = 1
     config.evaluation.num_windows, config.evaluation.seqlen = 4, 32
     path = tmp_path_factory.mktemp("run") / "run"
@@ -305,3 +332,37 @@ def test_limits_and_levels_of_the_command_line_reach_the_layers(model_dir, text_
     tensors = [get_layer(block, name)["kernel"] for name in LINEAR_LAYERS]
     assert all(len(tensor.levels) == 16 for tensor in tensors)
     assert any(tensor.outlier_gaps is not None for tensor in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [0.0, 4.0])
+def test_a_run_keeps_a_crowded_layer_in_8_bits(model_dir, text_files, tmp_path, budget, caplog):
+    changed = tmp_path / "model"
+    shutil.copytree(model_dir, changed)
+    path, name = changed / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(path)
+    wild = np.random.default_rng(0).standard_cauchy(tensors[name].shape) / 30
+    save_file({**tensors, name: np.clip(wild, -3, 3).astype(tensors[name].dtype)}, path)
+    config = default_config()
+    config.model, config.method, config.num_blocks = str(changed), "trellis", 1
+    config.trellis.window_bits, config.trellis.stream_rows, config.trellis.bits = 6, 16, 3.5
+    config.allocation.bits_per_value = budget
+    config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
+    config.calibration.num_windows, config.calibration.seqlen = 4, 32
+    config.calibration.held_out = 2
+    config.evaluation.num_windows, config.evaluation.seqlen = 2, 32
+    summary = job.quantize(config, str(tmp_path / "run"))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = {row["layer"]: row for row in map(json.loads, lines) if row["kind"] == "layer"}
+    kept = rows.pop("mlp/up_proj")
+    assert kept["index_bits"] == 8 and "is kept in 8 bits" in kept["note"]
+    assert "layers_0/mlp/up_proj" in caplog.text
+    assert {row["index_bits"] for row in rows.values()} == {6}
+    if budget:  # of all layers together
+        assert 3.9 < summary["bits_per_value"] <= budget
+    packed = PackedCheckpoint(tmp_path / "run/checkpoint")
+    own, dense = (
+        generate(packed.config, params, [[5, 9, 11]], max_tokens=8).tokens
+        for params in (packed_params(packed), dense_params(packed))
+    )
+    assert own == dense

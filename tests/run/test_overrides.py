@@ -26,7 +26,8 @@ VALUES = {
         "seed": ("random", "kmeans++"), "exact_metric": (False, True), "block_size": (4, 2),
         "scale_block_size": (8, 0), "codebook_update": ("none", "adam"),
         "update_iterations": (3, 2), "learning_rate": (0.5, 0.25), "polish_rounds": (3, 2),
-        "polish_tolerance": (0.25, 0.5), "codebook_bits": (16, 8), "svd_rank": (2, 0),
+        "polish_tolerance": (0.25, 0.5), "polish_judge": ("held_out", "fitted"),
+        "codebook_bits": (16, 8), "svd_rank": (2, 0),
         "row_scales": (True, False), "beam": (2, 1),
     },
     "aqlm": {
@@ -77,7 +78,9 @@ def program(settings):
     square = jax.ShapeDtypeStruct((cols, cols), jnp.float32)
     weight = jax.ShapeDtypeStruct((rows, cols), jnp.float32)
     method = METHODS[settings.method].quantize
-    traced = partial(getattr(method, "__wrapped__", method), settings=settings.method_settings)
+    of_method = settings.method_settings
+    more = {"judge": square} if getattr(of_method, "judged", False) else {}
+    traced = partial(getattr(method, "__wrapped__", method), settings=of_method, **more)
     closed = jax.make_jaxpr(traced)(weight, square, square, jax.random.key(0))
     return str(closed)
 

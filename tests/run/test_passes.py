@@ -27,6 +27,7 @@ def config(model_dir, text_files):
     config.model = str(model_dir)
     config.calibration.datasets, config.evaluation.dataset = text_files[:1], text_files[1]
     config.calibration.num_windows, config.calibration.seqlen = WINDOWS, TIME
+    config.calibration.held_out = 2
     config.evaluation.num_windows, config.evaluation.seqlen = HELD_OUT, TIME
     config.vq.bits = 1.0
     return config

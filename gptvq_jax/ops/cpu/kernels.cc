@@ -123,13 +123,12 @@ ffi::Error TrellisMatmul(ffi::ThreadPool pool, Matrix x, Stream codes, IntVector
 }
 
 ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vector table,
-                   Scalar rate, int64_t trace_back,
-                   ffi::Result<Integers> windows,
-                         ffi::Result<Vector> loss) {
+                         Scalar rate, IntVector overlap, int64_t trace_back,
+                         ffi::Result<Integers> windows, ffi::Result<Vector> loss) {
   const auto z = target.dimensions(), w = weight.dimensions(), s = windows->dimensions();
   const int64_t bits = log2_of(table.dimensions()[0]), k = *rate.typed_data();
   if (z[0] != w[0] || z[1] != w[1] || s[0] != z[0] || s[1] != z[1] ||
-      loss->dimensions()[0] != z[0] || bits < 1 || k < 0 || k > 6 || k > bits ||
+      loss->dimensions()[0] != z[0] || overlap.dimensions()[0] != z[0] || bits < 1 || k < 0 || k > 6 || k > bits ||
       z[1] < bits)
     return ffi::Error::InvalidArgument(kMismatch);
   if (k == 0) {
@@ -138,7 +137,8 @@ ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vec
     return ffi::Error::Success();
   }
   tail_biting(target.typed_data(), weight.typed_data(), table.typed_data(), bits, k, z[0], z[1],
-              trace_back * divide_up(bits, k), pool, windows->typed_data(), loss->typed_data());
+              overlap.typed_data(), trace_back * divide_up(bits, k), pool, windows->typed_data(),
+              loss->typed_data());
   return ffi::Error::Success();
 }
 
@@ -184,6 +184,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(viterbi, ViterbiSearch,
                                   .Arg<Matrix>()
                                   .Arg<Vector>()
                                   .Arg<Scalar>()
+                                  .Arg<IntVector>()
                                   .Attr<int64_t>("trace_back")
                                   .Ret<Integers>()
                                   .Ret<Vector>());

@@ -118,16 +118,21 @@ inline float search(Trellis& t, const float* target, const float* weight, int64_
   return loss;
 }
 
-// `viterbi` of n streams of T rows, tail-biting by a search around the cut first.
+// `viterbi` of n streams of T rows, tail-biting with the overlap of each; where it is below 0, with
+// that of a search around the cut.
 template <class Pool>
 void tail_biting(const float* target, const float* weight, const float* table, int64_t bits,
-                 int64_t rate, int64_t streams, int64_t rows, int64_t reach, Pool& pool,
-                 int32_t* windows, float* loss) {
+                 int64_t rate, int64_t streams, int64_t rows, const int32_t* overlap,
+                 int64_t reach, Pool& pool, int32_t* windows, float* loss) {
   parallel(pool, streams, [&](int64_t i) {
     static thread_local Trellis t;
     t.table = table, t.bits = bits, t.rate = rate;
     const float *z = target + i * rows, *w = weight + i * rows;
     int32_t* out = windows + i * rows;
+    if (overlap[i] >= 0) {
+      loss[i] = search(t, z, w, rows, overlap[i] % t.rest(), out);
+      return;
+    }
     const int64_t after = std::min(reach, rows - rows / 2), before = std::min(reach, rows / 2);
     static thread_local std::vector<float> around;
     static thread_local std::vector<int32_t> trial;

@@ -19,7 +19,12 @@ def available() -> bool:
 
 
 def tail_biting(
-    target: jax.Array, weight: jax.Array, table: jax.Array, rate: jax.Array, trace_back: int
+    target: jax.Array,
+    weight: jax.Array,
+    table: jax.Array,
+    rate: jax.Array,
+    trace_back: int,
+    overlap: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`moves.viterbi.search_streams` by the kernel: windows (n, T) int32 and losses (n,).
 
@@ -28,6 +33,7 @@ def tail_biting(
       table: (2^L,).
       rate: () int32.
       trace_back: rows searched on both sides of the cut, times those of a window.
+      overlap: (n,) int32, of each stream; None: a search around the cut finds it.
     """
     library()
     shapes = (
@@ -35,4 +41,8 @@ def tail_biting(
         jax.ShapeDtypeStruct(target.shape[:1], jnp.float32),
     )
     call = jax.ffi.ffi_call("gptvq_viterbi", shapes)
-    return call(target, weight, table, rate.astype(jnp.int32), trace_back=np.int64(trace_back))
+    if overlap is None:
+        overlap = jnp.full(len(target), -1, jnp.int32)
+    return call(
+        target, weight, table, rate.astype(jnp.int32), overlap, trace_back=np.int64(trace_back)
+    )

@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from gptvq_jax.ops import viterbi_frame
+
 _MAX_BITS = 14  # costs and the table take 2^L registers each, of the 2^16 of a multiprocessor
 _WARP_WINDOWS = 512  # 16 costs for each thread
 
@@ -40,6 +42,7 @@ def tail_biting(
     table: jax.Array,
     rate: int,
     around: tuple[int, int],
+    overlap: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -50,11 +53,16 @@ def tail_biting(
       table: (2^L,) float32.
       rate: K, 1 to 6 and at most L.
       around: rows before and after the cut that are searched for the overlap.
+      overlap: (n,) int32, of each stream, where it is known.
       interpret: as of pl.pallas_call.
     """
     streams, rows = target.shape
     size = len(table)
     check(size.bit_length() - 1, rows, streams)
+    if overlap is None:
+        overlap = jnp.full(streams, -1, jnp.int32)
+    else:
+        around = None
     windows, loss, _ = pl.pallas_call(
         partial(_kernel, rate=rate, rows=rows, around=around, barrier=not interpret),
         grid=(streams,),
@@ -68,7 +76,7 @@ def tail_biting(
         ),
         interpret=interpret,
         name="viterbi",
-    )(target, weight, table)
+    )(target, weight, table, overlap)
     return windows, loss
 
 
@@ -76,19 +84,19 @@ def _kernel(
     target_ref,  # float32 (n, T)
     weight_ref,  # float32 (n, T)
     table_ref,  # float32 (2^L,)
+    overlap_ref,  # int32 (n,)
     windows_ref,  # int32 (n, T)
     loss_ref,  # float32 (n,)
     origin_ref,  # uint8 (n, T, 2^(L - K))
     *,
     rate: int,
     rows: int,
-    around: tuple[int, int],
+    around: tuple[int, int] | None,
     barrier: bool,
 ):
     stream = pl.program_id(0)
     size, fan = table_ref.shape[0], 2**rate
-    rest = size // fan
-    before, after = around
+    bits, rest = size.bit_length() - 1, size // fan
     table = table_ref[...]
     window = jnp.arange(size, dtype=jnp.int32)
 
@@ -97,15 +105,9 @@ def _kernel(
         if barrier:
             pltriton.debug_barrier()
 
-    def search(turn, overlap):
-        """Once around the cut with no overlap given (-1), then all rows with the one found."""
-        start = (1 - turn) * (rows - before)
-        count = before + after + turn * (rows - before - after)
-        follows = before + turn * (rows - 1 - before)
-
+    def cheapest(count, row_of, ends, starts):
         def distance(i):
-            row = start + i
-            row = jnp.where(row >= rows, row - rows, row)
+            row = row_of(i)
             return weight_ref[stream, row] * jnp.square(target_ref[stream, row] - table)
 
         def step(k, cost):
@@ -115,22 +117,18 @@ def _kernel(
             best = jnp.broadcast_to(jnp.min(groups, axis=0)[:, None], (rest, fan))
             return best.reshape(size) + distance(i)
 
-        ends = (overlap < 0) | (window >> rate == overlap)
-        cost = jnp.where(ends, distance(count - 1), jnp.inf)
+        cost = jnp.where(ends(window), distance(count - 1), jnp.inf)
         cost = lax.fori_loop(0, count - 1, step, cost)
-        starts = (overlap < 0) | ((window & (rest - 1)) == overlap)
-        cost = jnp.where(starts, cost, jnp.inf)
+        cost = jnp.where(starts(window), cost, jnp.inf)
         loss_ref[stream] = jnp.min(cost)
-        synchronize()
+        return jnp.argmin(cost).astype(jnp.int32)
 
-        def follow(i, at):
-            windows_ref[stream, i] = at
-            group = at >> rate
-            return origin_ref[stream, i, group].astype(jnp.int32) * rest + group
+    def write(i, at):
+        windows_ref[stream, i] = at
 
-        found = lax.fori_loop(0, follows, follow, jnp.argmin(cost).astype(jnp.int32))
-        windows_ref[stream, follows] = found
-        synchronize()
-        return found & (rest - 1)
+    def after(i, at):
+        group = at >> rate
+        return origin_ref[stream, i, group].astype(jnp.int32) * rest + group
 
-    lax.fori_loop(0, 2, search, jnp.int32(-1))
+    memory = viterbi_frame.Memory(cheapest, write, after, synchronize)
+    viterbi_frame.tail_biting(bits, rate, rows, around, overlap_ref[stream], memory)

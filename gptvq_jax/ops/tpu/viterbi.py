@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gptvq_jax.ops import viterbi_frame
 from gptvq_jax.ops.tpu.codes import pad_axis
 from gptvq_jax.ops.tpu.layout import LANE_BITS, LANES, SUBLANES
 
@@ -82,6 +83,7 @@ def tail_biting(
     table: jax.Array,
     rate: int,
     around: tuple[int, int],
+    overlap: jax.Array | None = None,
     *,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -92,6 +94,7 @@ def tail_biting(
       table: (2^L,) float32.
       rate: K, 1 to 6 and at most L.
       around: rows before and after the cut that are searched for the overlap.
+      overlap: (n,) int32, of each stream, where it is known.
       interpret: as of pl.pallas_call.
     """
     streams, rows = target.shape
@@ -101,14 +104,18 @@ def tail_biting(
     target, weight = (pad_axis(pad_axis(x, 0, padded[0]), 1, padded[1]) for x in (target, weight))
     if len(table) < LANES:
         table = jnp.tile(table, LANES // len(table))
+    known = overlap is not None
+    overlap = jnp.broadcast_to(overlap if known else -1, streams)
+    overlap = jnp.broadcast_to(pad_axis(overlap, 0, padded[0])[:, None], (padded[0], LANES))
     of_streams = pl.BlockSpec((SUBLANES, padded[1]), lambda i: (i, 0))
     windows, loss = pl.pallas_call(
-        partial(_kernel, sizes=sizes),
+        partial(_kernel, sizes=sizes, known=known),
         grid=(padded[0] // SUBLANES,),
         in_specs=[
             pl.BlockSpec((sizes.registers, LANES), lambda i: (0, 0)),
             of_streams,
             of_streams,
+            pl.BlockSpec(_TILE, lambda i: (i, 0)),
         ],
         out_specs=[of_streams, pl.BlockSpec(_TILE, lambda i: (i, 0))],
         out_shape=[
@@ -122,7 +129,7 @@ def tail_biting(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="viterbi",
-    )(table.reshape(-1, LANES), target, weight)
+    )(table.reshape(-1, LANES), target, weight, overlap)
     return windows[:streams, :rows], loss[:streams, 0]
 
 
@@ -130,14 +137,15 @@ def _kernel(
     table_ref,  # float32 (registers, 128)
     target_ref,  # float32 (8, T), padded
     weight_ref,  # float32 (8, T), padded
+    overlap_ref,  # int32 (8, 128), each in all lanes
     windows_ref,  # int32 (8, T), padded
     loss_ref,  # float32 (8, 128)
     cost_ref,  # float32 (2, registers, 8, 128): before and after a row, in turn
     origin_ref,  # int32 (T, words, 8, 128)
     *,
     sizes: _Trellis,
+    known: bool,
 ):
-    rest = sizes.rest
     lane = lax.broadcasted_iota(jnp.int32, _TILE, 1)
 
     def windows_of(register):
@@ -151,27 +159,18 @@ def _kernel(
         at, tile = jnp.full(_TILE, row & (LANES - 1)), _lanes_of(row)
         return _take(target_ref[:, tile], at), _take(weight_ref[:, tile], at)
 
-    def search(turn, overlap):
-        """Once around the cut with no overlap given (-1), then all rows with the one found."""
-        start = jnp.where(turn == 0, sizes.rows - sizes.before, 0)
-        count = jnp.where(turn == 0, sizes.before + sizes.after, sizes.rows)
-        follows = jnp.where(turn == 0, sizes.before, sizes.rows - 1)
-
-        def row_numbers(i):
-            row = start + i
-            return numbers(jnp.where(row >= sizes.rows, row - sizes.rows, row))
-
-        last = row_numbers(count - 1)
+    def cheapest(count, row_of, ends, starts):
+        last = numbers(row_of(count - 1))
 
         def begin(register, _):
-            ends = (overlap < 0) | (windows_of(register) >> sizes.rate == overlap)
-            cost_ref[0, register] = jnp.where(ends, distance(register, *last), jnp.inf)
+            cost = jnp.where(ends(windows_of(register)), distance(register, *last), jnp.inf)
+            cost_ref[0, register] = cost
 
         lax.fori_loop(0, sizes.registers, begin, None)
 
         def step(k, _):
             i = count - 2 - k
-            z, w = row_numbers(i)
+            z, w = numbers(row_of(i))
             _step(cost_ref, k & 1, origin_ref, i, partial(distance, z=z, w=w), sizes)
 
         lax.fori_loop(0, count - 1, step, None)
@@ -179,8 +178,7 @@ def _kernel(
         def least_of(register, found):
             least, at = found
             window = windows_of(register)
-            starts = (overlap < 0) | (window & (rest - 1) == overlap)
-            cost = jnp.where(starts, cost_ref[(count - 1) & 1, register], jnp.inf)
+            cost = jnp.where(starts(window), cost_ref[(count - 1) & 1, register], jnp.inf)
             return jnp.minimum(cost, least), jnp.where(cost < least, window, at)
 
         none = jnp.full(_TILE, jnp.inf), jnp.zeros(_TILE, jnp.int32)
@@ -188,21 +186,19 @@ def _kernel(
         loss = jnp.min(least, axis=1, keepdims=True)
         first = jnp.min(jnp.where(least == loss, at, 2**sizes.bits), axis=1, keepdims=True)
         loss_ref[...] = jnp.broadcast_to(loss, _TILE)
+        return jnp.broadcast_to(first, _TILE)
 
-        def write(i, window):
-            tile = _lanes_of(i)
-            here = lane == (i & (LANES - 1))
-            windows_ref[:, tile] = jnp.where(here, window, windows_ref[:, tile])
+    def write(i, window):
+        tile = _lanes_of(i)
+        here = lane == (i & (LANES - 1))
+        windows_ref[:, tile] = jnp.where(here, window, windows_ref[:, tile])
 
-        def follow(i, window):
-            write(i, window)
-            return _after(origin_ref, i, window, sizes)
+    def after(i, window):
+        return _after(origin_ref, i, window, sizes)
 
-        found = lax.fori_loop(0, follows, follow, jnp.broadcast_to(first, _TILE))
-        write(follows, found)
-        return found & (rest - 1)
-
-    lax.fori_loop(0, 2, search, jnp.full(_TILE, -1))
+    around = None if known else (sizes.before, sizes.after)
+    memory = viterbi_frame.Memory(cheapest, write, after)
+    viterbi_frame.tail_biting(sizes.bits, sizes.rate, sizes.rows, around, overlap_ref[...], memory)
 
 
 def _step(cost_ref, now, origin_ref, i, distance, sizes: _Trellis):
