@@ -15,6 +15,7 @@ from gptvq_jax.models.rope_scaling import (
     RopeScaling,
     YarnRopeScaling,
 )
+from gptvq_jax.models.stages import LINEAR_GROUPS, Group, LinearLayers, linear_layers
 
 __all__ = ["Llama3RopeScaling", "ModelConfig"]
 
@@ -122,6 +123,21 @@ class ModelConfig:
         own = BlockKind(*(getattr(self, name) for name in BlockKind._fields))
         return (own,) * self.num_hidden_layers
 
+    @property
+    def layers(self) -> LinearLayers:
+        """The linear layers of a block."""
+        return _layers()
+
+    @property
+    def linear_groups(self) -> tuple[Group, ...]:
+        """Names of the linear layers of a block that read the same array, in order."""
+        return self.layers.groups
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Names of all linear layers of a block, in order of evaluation."""
+        return self.layers.names
+
     def of_block(self, index: int) -> "ModelConfig":
         """The config of block `index`, with which it is run; the same for blocks of one kind."""
         return self if self.blocks is None else _of_kind(self, self.blocks[index])
@@ -147,6 +163,11 @@ class ModelConfig:
         is the inverse of `from_hf`.
         """
         return write_fields(self)
+
+
+@functools.cache
+def _layers() -> LinearLayers:
+    return linear_layers(tuple((group,) for group in LINEAR_GROUPS))
 
 
 @functools.cache

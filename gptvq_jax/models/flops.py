@@ -16,11 +16,12 @@ from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, STAGES
+from gptvq_jax.models.llama import HEAD_CHUNK
+from gptvq_jax.models.stages import STAGES
 
 
 def stage_weights(config: ModelConfig) -> tuple[int, ...]:
-    """Of the linear layers of each of llama.STAGES."""
+    """Of the linear layers of each of stages.STAGES."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = (
         count * config.head_dim
@@ -69,7 +70,7 @@ def blocks_forward(config: ModelConfig, batch: int, time: int) -> int:
 
 
 def stage_flops(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
-    """Some stages of a block (llama.STAGES) on (batch, time, hidden)."""
+    """Some stages of a block (stages.STAGES) on (batch, time, hidden)."""
     stages, weights = tuple(stages), stage_weights(config)
     layers = product(batch * time, sum(weights[stage] for stage in stages), 1)
     return layers + (0 in stages) * attention(config, batch, time)

@@ -19,30 +19,25 @@ as float32 on every kind of device (`layers.precision`).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from gptvq_jax.models.attention import Attention
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up, precision, soft_cap
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
+
+__all__ = ["LINEAR_GROUPS", "LINEAR_LAYERS", "STAGES"]
 
 Params = Mapping[str, Any]
 
-# Linear layers of a block that read the same input, in order of evaluation.
-LINEAR_GROUPS = (
-    ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
-    ("self_attn/o_proj",),
-    ("mlp/gate_proj", "mlp/up_proj"),
-    ("mlp/down_proj",),
-)
-LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
 HEAD_CHUNK = 128  # tokens whose logits are in memory at once while losses are computed
-STAGES = ("mix", "attend", "gate", "feed")  # of DecoderBlock; stage k runs LINEAR_GROUPS[k]
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
@@ -206,7 +201,7 @@ def run_stage(
         {"params": block_params}, *arguments, method=STAGES[stage], mutable=["intermediates"]
     )
     # sow collects a tuple with one element per call of the layer.
-    read = get_layer(state["intermediates"], LINEAR_GROUPS[stage][0])["inputs"][0]
+    read = get_layer(state["intermediates"], config.layers.stages[stage][0][0])["inputs"][0]
     return (x, result, read) if inner is None else (result, None, read)
 
 
@@ -230,7 +225,7 @@ def closing_outputs(
       float_block: parameters of the block that did it; needed where the family has a norm behind
         the layer, which is then run again.
     """
-    name = LINEAR_GROUPS[stage][0]
+    ((name,),) = config.layers.stages[stage]
     if config.family.norms[stage] is None:
         outputs = after - before
         if config.residual_scale != 1:
@@ -250,11 +245,11 @@ def block_forward_with_inputs(
 
     Returns:
       The next block's x, and {first name of the group: inputs (batch, time, in)} with one entry
-      per group of LINEAR_GROUPS, whose layers all read that same array. Iterate LINEAR_GROUPS for
+      per group of `config.linear_groups`, whose layers all read that same array. Iterate these for
       the order of evaluation: jit sorts the keys of a dict.
     """
     inner, reads = None, {}
-    for stage, group in enumerate(LINEAR_GROUPS):
+    for stage, (group,) in enumerate(config.layers.stages):
         x, inner, reads[group[0]] = run_stage(config, block_params, stage, x, inner)
     return x, reads
 
@@ -269,25 +264,33 @@ def get_layer(block: Params, name: str) -> Params:
     """Returns the sub-tree of a block's linear layer, e.g. get_layer(block, "mlp/down_proj").
 
     Raises:
-      ValueError: `name` is not one of LINEAR_LAYERS.
+      ValueError: the block has no such layer.
     """
-    module, layer = _split(name)
-    return block[module][layer]
+    found: Any = block
+    for part in name.split("/"):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or any(isinstance(v, Mapping) for v in found.values()):
+        raise _not_a_layer(block, name)
+    return found
 
 
 def with_layer(block: Params, name: str, kernel: Any) -> dict[str, Any]:
     """Returns a copy of a block whose linear layer `name` has another kernel; shares the rest.
 
     Raises:
-      ValueError: `name` is not one of LINEAR_LAYERS.
+      ValueError: the block has no such layer.
     """
-    module, layer = _split(name)
-    replaced = {**block[module][layer], "kernel": kernel}
-    return {**block, module: {**block[module], layer: replaced}}
+    get_layer(block, name)
+    return _with_kernel(block, name.split("/"), kernel)
 
 
-def _split(name: str) -> tuple[str, str]:
-    if name not in LINEAR_LAYERS:
-        raise ValueError(f"{name!r} is not a linear layer of a block; choose from {LINEAR_LAYERS}")
-    module, layer = name.split("/")
-    return module, layer
+def _with_kernel(tree: Params, path: Sequence[str], kernel: Any) -> dict[str, Any]:
+    if not path:
+        return {**tree, "kernel": kernel}
+    return {**tree, path[0]: _with_kernel(tree[path[0]], path[1:], kernel)}
+
+
+def _not_a_layer(block: Params, name: str) -> ValueError:
+    flat = flatten_dict(block, sep="/")
+    layers = [path.rpartition("/")[0] for path in flat if path.endswith("/kernel")]
+    return ValueError(f"{name!r} is not a linear layer of a block; choose from {layers}")

@@ -16,7 +16,6 @@ from flax import traverse_util
 
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.file_tensor import FileTensor
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.on_device import Loader, Stored
 from gptvq_jax.models.shapes import block_shapes, fused_place, outer_shapes
 
@@ -167,9 +166,9 @@ def _kind(leaf: Any) -> str:
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns {name of LINEAR_LAYERS: (out, in)} of one block."""
+    """Returns {name: (out, in)} of the linear layers of one block."""
     shapes = block_shapes(config)
-    return {name: shapes[name.replace("/", ".") + ".weight"] for name in LINEAR_LAYERS}
+    return {name: shapes[name.replace("/", ".") + ".weight"] for name in config.linear_layers}
 
 
 def tensor_names(config: ModelConfig) -> set[str]:

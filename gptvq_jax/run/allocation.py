@@ -12,7 +12,7 @@ import numpy as np
 from gptvq_jax.config import RunSettings
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Params
+from gptvq_jax.models.llama import Params
 from gptvq_jax.run import candidates, columns
 from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
@@ -46,7 +46,10 @@ def measure(
     context.progress.note(f"block {index} Hessians")
     found = objectives(moments, settings.damping, f"layers_{index}")
     context.stopwatch.flops(factor_flops(moments))
-    of_layers = {name: [found[o] for o in owners(name, weighted)] for name in LINEAR_LAYERS}
+    config = context.source.config.of_block(index)
+    of_layers = {
+        name: [found[o] for o in owners(config, name, weighted)] for name in config.linear_layers
+    }
     return _way(settings).measure(context, index, block, of_layers, token_weights)
 
 

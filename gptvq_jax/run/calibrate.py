@@ -2,7 +2,7 @@
 
 Activations are in files and pass through the device a batch at a time: x (n, T, hidden), the
 block's as far as it has come, and what a stage opens before the next one closes it, `inner`
-(models/llama.STAGES). With an asymmetric target the float model's are there as well, at the
+(models/stages.STAGES). With an asymmetric target the float model's are there as well, at the
 entrance of the block, in its middle and at its exit: what a layer that closes a half of the block
 outputs in the float model is their difference. With token weights (gradients.py) every layer has
 moments of its own, one for each group of its rows; without, layers that read the same array share
@@ -33,19 +33,11 @@ from gptvq_jax.core.hessian import (
 from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    STAGES,
-    Params,
-    closing_outputs,
-    get_layer,
-    run_stage,
-)
+from gptvq_jax.models.llama import Params, closing_outputs, get_layer, run_stage
+from gptvq_jax.models.stages import CLOSING, STAGES
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
-STAGE_OF = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
-_CLOSING = ("attend", "feed")  # stages whose layer adds its outputs to x
 LAST = len(STAGES)
 
 
@@ -68,14 +60,15 @@ class FloatStates(NamedTuple):
 STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
 
 
-def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
+def owners(config: ModelConfig, name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
     """Whose moments the row groups of a layer use, in their order."""
     if weights is None:
-        return [(LINEAR_GROUPS[STAGE_OF[name]][0], 0)]
+        return [(config.layers.first_of[name], 0)]
     return [(name, k) for k in range(weights[name].shape[-1])]
 
 
 def init_moments(
+    config: ModelConfig,
     block: Params,
     stages: Sequence[int],
     weights: Mapping[str, np.ndarray] | None = None,
@@ -84,6 +77,7 @@ def init_moments(
     """Zeros for the layers of some stages.
 
     Args:
+      config: of the block.
       block: parameters, for the shapes.
       stages: numbers of STAGES.
       weights: of the tokens {layer: (..., g)}, or None.
@@ -91,14 +85,13 @@ def init_moments(
     """
     inputs, crosses = {}, {}
     for stage in stages:
-        for name in LINEAR_GROUPS[stage]:
-            of_layer = owners(name, weights)
+        for name in itertools.chain(*config.layers.stages[stage]):
+            of_layer = owners(config, name, weights)
             for owner in of_layer:
                 cols, rows = get_layer(block, owner[0])["kernel"].shape
                 inputs[owner] = init_moment(cols)
                 if want_crosses:
-                    closes = STAGES[stage] in _CLOSING
-                    left = rows // len(of_layer) if closes else cols
+                    left = rows // len(of_layer) if stage in CLOSING else cols
                     crosses[owner] = init_moment(left, cols)
     return Moments(inputs, crosses)
 
@@ -145,14 +138,14 @@ def _add(config, block, stage, read, moments, weights, reference, float_block) -
     float_read = outputs = None
     for owner in inputs:
         name, group = owner
-        if STAGE_OF[name] != stage:
+        if config.layers.stage_of[name] != stage:
             continue
         weight = None if weights is None else weights[name][..., group]
         inputs[owner] = add_inputs(inputs[owner], read, weight)
         if owner not in crosses:
             continue
         states = [reference[number] for number in STATES[stage]]
-        if STAGES[stage] in _CLOSING:
+        if stage in CLOSING:
             rows = crosses[owner].total.shape[0]
             if outputs is None:
                 outputs = closing_outputs(config, block, stage, *states, float_block)
@@ -165,9 +158,9 @@ def _add(config, block, stage, read, moments, weights, reference, float_block) -
     return Moments(inputs, crosses)
 
 
-def crossed_stages(moments: Moments) -> set[int]:
+def crossed_stages(config: ModelConfig, moments: Moments) -> set[int]:
     """Those whose layers aim at the float model."""
-    return {STAGE_OF[name] for name, _ in moments.crosses}
+    return {config.layers.stage_of[name] for name, _ in moments.crosses}
 
 
 def moment_flops(moments: Moments, tokens: int) -> int:
@@ -205,11 +198,13 @@ def factor_flops(moments: Moments) -> float:
     return sum(flops.inverse_cholesky(m.total.shape[0]) for m in moments.inputs.values())
 
 
-def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array) -> jax.Array:
+def shift(
+    config: ModelConfig, moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array
+) -> jax.Array:
     """S of `hessian.asymmetric_target` for the rows (R, C) of an owner."""
     name, _ = owner
     cross = mean_product(moments.crosses[owner])
-    if STAGES[STAGE_OF[name]] in _CLOSING:
+    if config.layers.stage_of[name] in CLOSING:
         return cross - jnp.matmul(weight, hessian, precision="highest")
     return jnp.matmul(weight, cross - hessian, precision="highest")
 

@@ -12,7 +12,6 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.core import knapsack
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run.curves import measure
 from gptvq_jax.run.sizes import packed_bytes
@@ -23,8 +22,7 @@ _ROW_BYTES = 200  # of one candidate in a file of curves, at most
 
 def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
     """Most bytes of the file of curves of a block."""
-    del config
-    return len(LINEAR_LAYERS) * len(settings.candidates) * _ROW_BYTES
+    return len(config.linear_layers) * len(settings.candidates) * _ROW_BYTES
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:

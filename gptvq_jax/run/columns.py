@@ -26,7 +26,7 @@ from gptvq_jax.methods.layer import Objective
 from gptvq_jax.methods.trellis_budget import demand
 from gptvq_jax.methods.trellis_settings import OUTLIER_BYTES, TrellisSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
+from gptvq_jax.models.llama import Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
@@ -51,7 +51,7 @@ def measure(
     context.progress.note(f"block {index} columns")
     of_mean = _of_mean(settings)
     rows = []
-    for name in LINEAR_LAYERS:
+    for name in context.source.config.of_block(index).linear_layers:
         ((hessian, factor, _),) = objectives[name]
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         most = of_mean.most_outliers(*weight.shape)
@@ -71,7 +71,7 @@ def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
     """Most bytes of the file of what is measured of a block."""
     del settings
     inputs = sum(cols for _, cols in layer_shapes(config).values())
-    return len(LINEAR_LAYERS) * _ROW_BYTES + inputs * _NUMBER_BYTES
+    return len(config.linear_layers) * _ROW_BYTES + inputs * _NUMBER_BYTES
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:

@@ -36,7 +36,7 @@ from gptvq_jax.methods.layer import (
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
+from gptvq_jax.models.llama import Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.sizes import packed_bytes
@@ -63,7 +63,8 @@ def measure(
 
     problems: list[Problem] = []
     scales: list[np.ndarray] = []  # of the losses, from the rows that were taken to all of them
-    for name in LINEAR_LAYERS:
+    names = context.source.config.of_block(index).linear_layers
+    for name in names:
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         of_layer = objectives[name]
         whole = _sizes(weight, of_layer)
@@ -95,7 +96,7 @@ def measure(
     measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
     for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
         measured.setdefault(problem.name, []).append((problem.settings, loss))
-    return [row for name in LINEAR_LAYERS for row in _rows(context, block, name, measured[name])]
+    return [row for name in names for row in _rows(context, block, name, measured[name])]
 
 
 def _rows(context, block, name, measured) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from gptvq_jax.core.hessian import Moment
 from gptvq_jax.files import durable
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.flops import stage_flops
-from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, Params
+from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import forward
 from gptvq_jax.run.calibrate import (
@@ -72,7 +72,7 @@ class FloatMoments:
                 loaded, how = workdir.load_token_weights(index), (c.gradient_power, c.num_windows)
                 weights = {name: relative_weights(w, *how) for name, w in loaded.items()}
             x = self.files.read(forward.STREAM, index)
-            sums = init_sums(block, range(LAST), weights, held_out=c.held_out > 0)
+            sums = init_sums(config, block, range(LAST), weights, held_out=c.held_out > 0)
             stopwatch.flops(
                 stage_flops(config, range(LAST - 1), *x.shape[:2])
                 + moment_flops(sums.fitted, x.shape[0] * x.shape[1])
@@ -137,7 +137,7 @@ def moments_bytes(config: ModelConfig, settings: RunSettings) -> int:
     """Of the file of one block, without its headers."""
     shapes, c = layer_shapes(config), settings.calibration
     groups, kinds = c.gradient_groups, 1 + (c.held_out > 0)
-    firsts = LINEAR_LAYERS if groups else [group[0] for group in LINEAR_GROUPS]
+    firsts = config.linear_layers if groups else [group[0] for group in config.linear_groups]
     return kinds * sum(4 * shapes[name][1] ** 2 * (groups or 1) for name in firsts)
 
 

@@ -34,7 +34,7 @@ from jax import lax
 from gptvq_jax.core.hessian import add_inputs
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, get_layer
+from gptvq_jax.models.llama import HEAD_CHUNK, DecoderBlock, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import allocation, curves, forward
 from gptvq_jax.run.activations import file_bytes
@@ -64,18 +64,22 @@ def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> 
       num_groups: g.
     """
     stream = file_bytes((*shape, config.hidden_size))
-    return 3 * stream + config.num_hidden_layers * weight_bytes(shape, num_groups)
+    kept = (
+        weight_bytes(config.of_block(index), shape, num_groups)
+        for index in range(config.num_hidden_layers)
+    )
+    return 3 * stream + sum(kept)
 
 
-def weight_bytes(shape: tuple[int, int], num_groups: int) -> int:
+def weight_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> int:
     """Of the token weights of a block, at most; `shape` is that of the tokens (n, T)."""
-    return len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
+    return len(config.linear_layers) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
 
 
 class Backward:
     """A visitor of the blocks, downwards: token weights and, where asked for, error curves.
 
-    `workdir.load_token_weights(index)` then has {name of LINEAR_LAYERS: (n, T, g) float32}. The
+    `workdir.load_token_weights(index)` then has {linear layer: (n, T, g) float32}. The
     layers' inputs and the token weights meet here, so the Hessians of the curves are summed on the
     way.
 
@@ -150,11 +154,11 @@ class Backward:
         config, c = self._context.source.config.of_block(index), self._context.settings.calibration
         files, groups = self._context.files, self._num_groups
         x, gradient = files.read(forward.STREAM, index), files.read(STREAM, index + 1)
-        weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in LINEAR_LAYERS}
+        weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in config.linear_layers}
         # Where the layers are quantized without weights, their curves are measured without.
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
-        moments = init_moments(block, stages, of_tokens)
+        moments = init_moments(config, block, stages, of_tokens)
         fitted = c.num_windows, x.shape[1]
         sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:
@@ -208,7 +212,7 @@ def block_backward(
       counts: whether these tokens are added to the moments, which are as they were otherwise.
 
     Returns:
-      The gradient with respect to x, and {name of LINEAR_LAYERS: (batch, T, g) float32}, where
+      The gradient with respect to x, and {linear layer: (batch, T, g) float32}, where
       element (b, t, k) is the mean over the rows r of group k of (dL/dy_r)^2 at token t; and the
       moments.
 
@@ -233,7 +237,7 @@ def block_backward(
         squares = jnp.square(gradient.astype(jnp.float32))
         return jnp.mean(squares.reshape(*squares.shape[:2], num_groups, -1), axis=-1)
 
-    weights = {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
+    weights = {name: group_means(gradients[f"{name}/outputs"]) for name in config.linear_layers}
 
     def added(inputs):
         return {

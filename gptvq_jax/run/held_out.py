@@ -18,11 +18,11 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params
 from gptvq_jax.run.activations import Activations, Writer
 from gptvq_jax.run.calibrate import (
-    STAGE_OF,
     STATES,
     FloatStates,
     Moments,
     Owner,
+    crossed_stages,
     init_moments,
     on_device,
     owners,
@@ -42,6 +42,7 @@ NO_SUMS = Sums(Moments({}, {}), Moments({}, {}))
 
 
 def init_sums(
+    config: ModelConfig,
     block: Params,
     stages: Sequence[int],
     weights: Mapping[str, np.ndarray] | None = None,
@@ -52,7 +53,7 @@ def init_sums(
 
     The sums of both are alike, so that one compiled step adds to either.
     """
-    arguments = block, stages, weights, want_crosses
+    arguments = config, block, stages, weights, want_crosses
     kept = init_moments(*arguments) if held_out else Moments({}, {})
     return Sums(init_moments(*arguments), kept)
 
@@ -89,7 +90,7 @@ def run_windows(
       float_block: of `step`.
     """
     wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
-    states = {number for name, _ in sums.fitted.crosses for number in STATES[STAGE_OF[name]]}
+    states = {i for stage in crossed_stages(config, sums.fitted) for i in STATES[stage]}
     both = list(sums)
     for part in window_batches(calibration):
         which = int(part.start >= calibration.num_windows)
@@ -118,6 +119,7 @@ def run_windows(
 
 
 def judges(
+    config: ModelConfig,
     problem: Problem,
     hessians: Mapping[Owner, jax.Array],
     weights: Mapping[str, np.ndarray] | None,
@@ -126,6 +128,7 @@ def judges(
     """The objectives of a layer with the Hessians of the windows held out; none without any.
 
     Args:
+      config: of the block.
       problem: of the layer.
       hessians: of these windows.
       weights: of the tokens, as `run_windows` takes them.
@@ -135,5 +138,5 @@ def judges(
         return []
     return [
         objective._replace(hessian=hessians[owner])
-        for owner, objective in zip(owners(name, weights), problem.objectives, strict=True)
+        for owner, objective in zip(owners(config, name, weights), problem.objectives, strict=True)
     ]

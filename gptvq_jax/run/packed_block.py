@@ -7,6 +7,7 @@ stage or all at once, or from a file of statistics.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import jax
@@ -19,14 +20,8 @@ from gptvq_jax.methods.layer import Problem, most_flops, quantize_layers, row_gr
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.flops import closing_outputs, stage_flops
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    STAGES,
-    Params,
-    get_layer,
-    with_layer,
-)
+from gptvq_jax.models.llama import Params, get_layer, with_layer
+from gptvq_jax.models.stages import CLOSING, STAGES
 from gptvq_jax.run import forward
 from gptvq_jax.run.calibrate import (
     LAST,
@@ -90,7 +85,7 @@ class PackedBlock:
         settings = self._context.settings
         if settings.calibration.statistics:
             statistics = Statistics(settings.calibration.statistics)
-            self._quantize(LINEAR_LAYERS, statistics.sums(self._index, self._config))
+            self._quantize(self._config.linear_layers, statistics.sums(self._index, self._config))
             return self._packed, self._rows
         goes_on = goes_on and settings.calibration.inputs == "quantized"
         at = Files(self._files.read(self._stream, self._index), reference=self._reference)
@@ -103,7 +98,7 @@ class PackedBlock:
                 sums = load_sums(self._context.workdir, self._index)
             if sums is None:
                 sums = self._run(at, 0, LAST - 1, self._sums(range(LAST)))
-            self._quantize(LINEAR_LAYERS, sums)
+            self._quantize(self._config.linear_layers, sums)
         if settings.tune.block:
             drop_inside(self._files)
             start, at = 0, Files(self._files.read(self._stream, self._index))
@@ -116,8 +111,8 @@ class PackedBlock:
 
     def _stage_by_stage(self, at: Files) -> tuple[int, Files]:
         """Quantizes the layers of one stage after the other; where the last one starts from."""
-        for stage, group in enumerate(LINEAR_GROUPS):
-            opened = stage in (1, 3)
+        for stage, groups in enumerate(self._config.layers.stages):
+            opened, group = stage in CLOSING, list(chain(*groups))
             out, shape = nullcontext(), None
             if stage:
                 cols = get_layer(self._float, group[0])["kernel"].shape[0]
@@ -137,17 +132,18 @@ class PackedBlock:
     def _sums(self, stages: Sequence[int]) -> Sums:
         kept = self._context.settings.calibration.held_out > 0
         crosses = self._reference is not None
-        return init_sums(self._float, stages, self._weights, crosses, kept)
+        return init_sums(self._config, self._float, stages, self._weights, crosses, kept)
 
     def _run(self, at: Files, start: int, stop: int, sums: Sums, out=None) -> Sums:
         with self._context.stopwatch.stage("hessians" if sums.fitted.inputs else "advance"):
             self._context.progress.note(f"block {self._index} {STAGES[min(stop, LAST - 1)]}")
             shape = at.x.shape
             stages = range(start, stop)
+            crossed = crossed_stages(self._config, sums.fitted)
             self._context.stopwatch.flops(
                 stage_flops(self._config, stages, *shape[:2])
                 + moment_flops(sums.fitted, shape[0] * shape[1])
-                + closing_outputs(self._config, crossed_stages(sums.fitted), *shape[:2])
+                + closing_outputs(self._config, crossed, *shape[:2])
             )
             sums = run_windows(
                 self._config,
@@ -173,7 +169,7 @@ class PackedBlock:
             kernels = parallel(dequantize_compiled, tensors)
             others = hessians(sums.held_out)
             judged_by = [
-                judges(problem, others, self._weights, name)
+                judges(self._config, problem, others, self._weights, name)
                 for problem, name in zip(problems, names, strict=True)
             ]
             measured = zip(problems, tensors, kernels, judged_by, strict=True)
@@ -197,11 +193,11 @@ class PackedBlock:
         weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
 
         def problem(name: str) -> Problem:
-            groups, of_layer = owners(name, self._weights), []
+            groups, of_layer = owners(self._config, name, self._weights), []
             for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
                 objective = found[owner]
                 if owner in moments.crosses:
-                    shifted = shift(moments, owner, rows, objective.hessian)
+                    shifted = shift(self._config, moments, owner, rows, objective.hessian)
                     objective = objective._replace(shift=shifted)
                 of_layer.append(objective)
             key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
@@ -210,7 +206,7 @@ class PackedBlock:
                 self._plan.get((self._index, name), settings.method_settings),
                 weights[name],
                 of_layer,
-                jax.random.fold_in(key, LINEAR_LAYERS.index(name)),
+                jax.random.fold_in(key, self._config.linear_layers.index(name)),
                 settings.calibration.asymmetry,
                 f"layers_{self._index}/{name}",
             )

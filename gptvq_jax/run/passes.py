@@ -16,7 +16,6 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
@@ -133,7 +132,7 @@ def block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
     """The same for one block."""
     if index >= num_quantized(settings, config):
         return 0  # it stays dense
-    return len(LINEAR_LAYERS) + settings.tune.block * settings.tune.epochs
+    return len(config.of_block(index).linear_layers) + settings.tune.block * settings.tune.epochs
 
 
 def peak_bytes(

@@ -26,7 +26,6 @@ import numpy as np
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.files import durable
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run.float_moments import from_arrays
 from gptvq_jax.run.held_out import Sums
@@ -102,7 +101,7 @@ class Statistics:
         arrays = self.arrays(index)
         shapes, kinds = layer_shapes(config), ["fitted", "held_out"][: 1 + self.has_held_out]
         for kind in kinds:
-            for name in (group[0] for group in LINEAR_GROUPS):
+            for name in (group[0] for group in config.linear_groups):
                 total = arrays.get(f"{kind} {name} 0 total")
                 count = arrays.get(f"{kind} {name} 0 count")
                 cols = shapes[name][1]

@@ -79,7 +79,7 @@ def test_forward_for_moments(config, batch, time, start, stop, added, aims_at_fl
     x, inner = hidden(config, batch, time), None
     if start == 1:
         inner = array(batch, time, config.num_attention_heads * config.head_dim)
-    moments = jax.eval_shape(lambda b: init_moments(b, added, None, aims_at_float), block)
+    moments = jax.eval_shape(lambda b: init_moments(config, b, added, None, aims_at_float), block)
     reference = FloatStates(x, x, x) if aims_at_float else None
     counted = count(
         lambda b, x, inner, m, r: step(config, b, x, inner, start, stop, m, None, r),

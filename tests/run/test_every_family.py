@@ -152,8 +152,8 @@ def test_an_asymmetric_target_aims_at_what_the_float_layer_computed(name, tmp_pa
     block = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block)
     x, y = rng.standard_normal((2, 4, 16, config.hidden_size)).astype(np.float32)
     states = (y, *map(np.asarray, block_halves(config, float_block, y)))
-    files, sums = Files(x, reference=states), init_sums(block, range(LAST), None, True)
-    assert crossed_stages(sums.fitted) == set(range(LAST))
+    files, sums = Files(x, reference=states), init_sums(config, block, range(LAST), None, True)
+    assert crossed_stages(config, sums.fitted) == set(range(LAST))
     windows = CalibrationSettings(num_windows=4, held_out=0, batch_size=2)
     sums = run_windows(config, block, files, 0, LAST - 1, sums, windows, float_block=float_block)
     moments = sums.fitted
@@ -164,7 +164,7 @@ def test_an_asymmetric_target_aims_at_what_the_float_layer_computed(name, tmp_pa
         own, aimed = (get_layer(b, layer)["kernel"] for b in (block, float_block))
         inputs, outputs = read[layer], float_read[layer] @ aimed
         expected = jnp.einsum("bto,bti->oi", outputs - inputs @ own, inputs) / inputs[..., 0].size
-        actual = shift(moments, (layer, 0), own.T, found[layer, 0])
+        actual = shift(config, moments, (layer, 0), own.T, found[layer, 0])
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -173,7 +173,7 @@ def test_flops_of_an_asymmetric_target_behind_norms(tmp_path):
     source = open_source(str(write_model(tmp_path, "olmo2")))
     config, block = source.config, source.block(0)
     x = jnp.zeros((2, 16, config.hidden_size))
-    moments = init_moments(block, range(LAST), None, True)
+    moments = init_moments(config, block, range(LAST), None, True)
     reference = FloatStates(x, x, x)
     counted = count(
         lambda b, x, m, r, f: step(config, b, x, None, 0, LAST, m, None, r, f),

@@ -18,8 +18,8 @@ from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.stages import CLOSING
 from gptvq_jax.moves.viterbi import TRACE_BACK
 from gptvq_jax.run.curves import to_measure
 from gptvq_jax.run.passes import peak_bytes
@@ -115,12 +115,12 @@ def moments_flop(config: ModelConfig, settings: RunSettings, crosses: bool) -> f
     """Of the Hessians of a block and their factors."""
     c, shapes = settings.calibration, layer_shapes(config)
     tokens, groups, size = c.all_windows * c.seqlen, c.gradient_groups, 0.0
-    for stage, group in enumerate(LINEAR_GROUPS):
+    for group in config.linear_groups:
         for name in group if groups else group[:1]:
             rows, cols = shapes[name]
             own = second_moment(tokens, cols, tile_size(cols)) + inverse_cholesky(cols)
             if crosses:
-                closes = STAGES[stage] in ("attend", "feed")
+                closes = config.layers.stage_of[name] in CLOSING
                 own += cross_moment(tokens, rows // (groups or 1) if closes else cols, cols)
             size += own * (groups or 1)
     return size
@@ -146,7 +146,9 @@ def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str]
         return {}
     largest = max(_formats(settings), key=lambda of: of.bits)
     blocks = range(num_quantized(settings, config))
-    return {(index, name): largest for index in blocks for name in LINEAR_LAYERS}
+    return {
+        (index, name): largest for index in blocks for name in config.of_block(index).linear_layers
+    }
 
 
 class Seconds(NamedTuple):

@@ -118,5 +118,6 @@ def pass_bytes(of: Pass, config: ModelConfig) -> int:
     if of.kind == MOMENTS:
         return blocks * moments_bytes(config, of.settings)
     measured = blocks * (of.settings.allocation.bits_per_value > 0)
-    size = depth * gradients.weight_bytes(shape, of.settings.weight_groups)
+    groups = of.settings.weight_groups
+    size = sum(gradients.weight_bytes(config.of_block(i), shape, groups) for i in range(depth))
     return size + allocation.curve_bytes(config, of.settings, measured)
