@@ -1,22 +1,45 @@
 """The linear layers of a block: which there are, what they read, and which stage runs them.
 
 A block runs in four stages (llama.DecoderBlock). Layers of a group read one and the same array.
-These are the names of Llama; a config says those of its blocks (ModelConfig.stage_groups).
+These are the names of Llama; a config says those of its blocks (ModelConfig.layers). The layers of
+experts are called MODULE/experts_3/LAYER, and what belongs to all of them, by the slots of tokens
+(experts.py), MODULE/experts/LAYER.
 """
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Group = tuple[str, ...]
 
 STAGES = ("mix", "attend", "gate", "feed")  # of DecoderBlock
 CLOSING = (1, 3)  # stages whose layers add their outputs to x
-ATTENTION: tuple[Group, ...] = (
+EXPERT_STAGES = (2, 3)  # that experts may run
+LINEAR_GROUPS: tuple[Group, ...] = (  # of Llama: one a stage
     ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
     ("self_attn/o_proj",),
+    ("mlp/gate_proj", "mlp/up_proj"),
+    ("mlp/down_proj",),
 )
-FEED: tuple[Group, ...] = (("mlp/gate_proj", "mlp/up_proj"), ("mlp/down_proj",))
-LINEAR_GROUPS = ATTENTION + FEED  # of Llama: one a stage
 LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
+
+
+_EXPERT = re.compile(r"/experts_(\d+)/")
+
+
+def expert_groups(
+    module: str, layers: Sequence[str], count: int
+) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+    """The groups of both stages of experts; `layers` are the names of gate, up and down."""
+    gate, up, down = layers
+    each = [f"{module}/experts_{number}/" for number in range(count)]
+    return tuple((e + gate, e + up) for e in each), tuple((e + down,) for e in each)
+
+
+def expert_of(name: str) -> int | None:
+    """Number of the expert that a layer belongs to; None: all tokens meet it."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
 
 
 class LinearLayers(NamedTuple):

@@ -27,7 +27,7 @@ from gptvq_jax.methods.trellis_budget import demand
 from gptvq_jax.methods.trellis_settings import OUTLIER_BYTES, TrellisSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, get_layer
-from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.source import counted_shapes, layer_shapes
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
 from gptvq_jax.run.context import Context
@@ -41,7 +41,7 @@ def measure(
     index: int,
     block: Params,
     objectives: Mapping[str, Sequence[Objective]],
-    token_weights: dict[str, np.ndarray],
+    sensitivities: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block: what each of its columns adds to the loss at 0 bits.
 
@@ -56,7 +56,7 @@ def measure(
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         most = of_mean.most_outliers(*weight.shape)
         of_layer = demand(weight, factor.hinv_chol, of_mean, most)
-        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))
+        sensitivity = float(sensitivities[name].mean()) * float(unit(hessian))
         values = np.asarray(of_layer.values, np.float64) * sensitivity
         rows.append({
             "layer": name,
@@ -80,9 +80,10 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     Raises:
       ValueError: they do not; the message names the bits per value that they take.
     """
-    shapes = layer_shapes(config).values()
-    fixed = sum(settings.trellis.fixed_bytes(*shape) for shape in shapes)
-    values = sum(rows * cols for rows, cols in shapes)
+    depth = config.num_hidden_layers
+    counts = counted_shapes(config, min(settings.num_blocks or depth, depth)).items()
+    fixed = sum(count * settings.trellis.fixed_bytes(*shape) for shape, count in counts)
+    values = sum(count * rows * cols for (rows, cols), count in counts)
     if 8 * fixed > settings.allocation.bits_per_value * values:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: "

@@ -38,6 +38,7 @@ from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, get_layer
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.stages import expert_of
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.sizes import packed_bytes
 
@@ -47,7 +48,7 @@ def measure(
     index: int,
     block: Params,
     objectives: Mapping[str, Sequence[Objective]],
-    token_weights: dict[str, np.ndarray],
+    sensitivities: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block and every candidate.
 
@@ -56,11 +57,9 @@ def measure(
       index: of the block.
       block: parameters of the float model.
       objectives: of each layer's row groups there.
-      token_weights: {layer: (n, T, g)}, squared gradients, of the windows that are fitted.
+      sensitivities: {layer: (g,)}, means of the squared gradients, over the fitted tokens.
     """
     settings = context.settings
-    sensitivities = {n: w.mean(axis=(0, 1), dtype=np.float64) for n, w in token_weights.items()}
-
     problems: list[Problem] = []
     scales: list[np.ndarray] = []  # of the losses, from the rows that were taken to all of them
     names = context.source.config.of_block(index).linear_layers
@@ -127,17 +126,21 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
 def num_windows(settings: RunSettings, config: ModelConfig, shape: tuple[int, ...]) -> int:
     """How many of the fitted windows, from the first, are seen by the Hessians of the curves.
 
-    Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs.
+    Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs, and
+    an expert on average too.
 
     Args:
       settings: of the run.
-      config: of the model.
+      config: of the block.
       shape: of the tokens (n, T).
     """
     count, time = shape[:2]
     if not settings.allocation.sample:
         return count
-    widest = max(cols for _, cols in layer_shapes(config).values())
+    widest = max(
+        cols if expert_of(name) is None else cols * config.experts / config.experts_per_token
+        for name, (_, cols) in layer_shapes(config).items()
+    )
     return min(count, max(math.ceil(count / 4), math.ceil(2 * widest / time)))
 
 

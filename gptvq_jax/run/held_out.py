@@ -16,9 +16,9 @@ from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.methods.layer import Objective, Problem
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params
+from gptvq_jax.run import token_weights
 from gptvq_jax.run.activations import Activations, Writer
 from gptvq_jax.run.calibrate import (
-    STATES,
     FloatStates,
     Moments,
     Owner,
@@ -26,6 +26,7 @@ from gptvq_jax.run.calibrate import (
     init_moments,
     on_device,
     owners,
+    states,
     step,
     window_batches,
 )
@@ -85,19 +86,24 @@ def run_windows(
       files: at the entrance of stage `start`.
       sums: the moments wanted.
       calibration: says which windows are held out, and how many there are at a time.
-      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
+      weights: of the tokens, as token_weights.relative makes them; or None.
       out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
       float_block: of `step`.
     """
-    wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
-    states = {i for stage in crossed_stages(config, sums.fitted) for i in STATES[stage]}
+    wanted = token_weights.keys_of({name for name, _ in sums.fitted.inputs})
+    wanted_states = {
+        i for stage in crossed_stages(config, sums.fitted) for i in states(config, stage)
+    }
     both = list(sums)
     for part in window_batches(calibration):
         which = int(part.start >= calibration.num_windows)
         inner = None if files.inner is None else on_device(files.inner[part])
         reference = None
-        if states:
-            read = (on_device(files.reference[i][part]) if i in states else None for i in range(3))
+        if wanted_states:
+            read = (
+                on_device(files.reference[i][part]) if i in wanted_states else None
+                for i in range(3)
+            )
             reference = FloatStates(*read)
         of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
         x, inner, both[which] = step(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
@@ -21,18 +22,19 @@ from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.flops import closing_outputs, stage_flops
 from gptvq_jax.models.llama import Params, get_layer, with_layer
+from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.models.stages import CLOSING, STAGES
-from gptvq_jax.run import forward
+from gptvq_jax.run import expert_moments, forward, token_weights
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
     crossed_stages,
+    expert_shares,
     factor_flops,
     hessians,
     moment_flops,
     objectives,
     owners,
-    relative_weights,
     shift,
 )
 from gptvq_jax.run.context import Context
@@ -71,7 +73,7 @@ class PackedBlock:
         if c.gradient_groups:
             loaded = context.workdir.load_token_weights(index)
             how = c.gradient_power, c.num_windows
-            self._weights = {n: relative_weights(w, *how) for n, w in loaded.items()}
+            self._weights = token_weights.relative(self._config, loaded, *how)
         self._reference = None
         if forward.wants_middle(settings):
             self._reference = (
@@ -115,7 +117,7 @@ class PackedBlock:
             opened, group = stage in CLOSING, list(chain(*groups))
             out, shape = nullcontext(), None
             if stage:
-                cols = get_layer(self._float, group[0])["kernel"].shape[0]
+                cols = opened_width(self._config, stage - 1) if opened else at.x.shape[2]
                 name = _INNER if opened else _HALF
                 shape = (*at.x.shape[:2], cols)
                 out = self._files.pass_on(name, self._index, shape)
@@ -142,7 +144,7 @@ class PackedBlock:
             crossed = crossed_stages(self._config, sums.fitted)
             self._context.stopwatch.flops(
                 stage_flops(self._config, stages, *shape[:2])
-                + moment_flops(sums.fitted, shape[0] * shape[1])
+                + moment_flops(self._config, sums.fitted, shape[0] * shape[1])
                 + closing_outputs(self._config, crossed, *shape[:2])
             )
             sums = run_windows(
@@ -174,6 +176,7 @@ class PackedBlock:
             ]
             measured = zip(problems, tensors, kernels, judged_by, strict=True)
             rows = parallel(lambda of_layer: layer_row(*of_layer), list(measured))
+            rows = self._with_tokens(names, rows, sums.fitted)
             self._context.stopwatch.flops(_flops(problems, sums.fitted, 1 + bool(others)))
             seconds = time.perf_counter() - start
         total = sum(problem.weight.size for problem in problems)
@@ -189,7 +192,8 @@ class PackedBlock:
 
     def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
         settings = self._context.settings
-        found = objectives(moments, settings.damping, f"layers_{self._index}")
+        least = settings.calibration.expert_tokens
+        found = objectives(moments, settings.damping, f"layers_{self._index}", least)
         weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
 
         def problem(name: str) -> Problem:
@@ -197,7 +201,7 @@ class PackedBlock:
             for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
                 objective = found[owner]
                 if owner in moments.crosses:
-                    shifted = shift(self._config, moments, owner, rows, objective.hessian)
+                    shifted = shift(self._config, moments, owner, rows, objective.hessian, least)
                     objective = objective._replace(shift=shifted)
                 of_layer.append(objective)
             key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
@@ -212,6 +216,22 @@ class PackedBlock:
             )
 
         return [problem(name) for name in names]
+
+    def _with_tokens(
+        self, names: Sequence[str], rows: list[dict[str, Any]], moments: Moments
+    ) -> list[dict[str, Any]]:
+        """Rows of experts also say how many tokens these got, and what they took of others."""
+        part = expert_shares(moments, self._context.settings.calibration.expert_tokens)
+        if text := expert_moments.few_tokens(moments.tokens, part, f"layers_{self._index}"):
+            logging.warning(text)
+        found = []
+        for name, row in zip(names, rows, strict=True):
+            owner = owners(self._config, name, self._weights)[0]
+            if owner in part:
+                tokens = int(moments.tokens[owner])
+                row = {**row, "expert_tokens": tokens, "shared_hessian": part[owner]}
+            found.append(row)
+        return found
 
     def _tune(self) -> None:
         """Tunes what is continuous in the block."""

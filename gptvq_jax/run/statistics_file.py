@@ -7,7 +7,9 @@ A file is a .npz, which numpy.load reads:
                                            text.calibration_protocol for each run that was added
     00007 KIND LAYER 0 total               of block 7 (C, C) float32, the sum over tokens of x x^T,
                                            of which the upper triangle counts
-    00007 KIND LAYER 0 count               () float32, the tokens
+    00007 KIND LAYER 0 count               () float32, the tokens; of an expert, where both weigh
+                                           tokens by their squared router weights, the sum of these
+    00007 KIND LAYER 0 tokens              () int32, of an expert, the tokens that it got
 
 KIND is "fitted" or "held_out", LAYER the first of the layers that read the same x. Sums of
 different texts add up, and so do those of what is held out, which stands at the same places of a

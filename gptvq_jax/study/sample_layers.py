@@ -15,6 +15,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, block_forward_with_inputs, embed, get_layer
 from gptvq_jax.models.open import PACKAGED_SMOLLM2, open_source
 from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.models.stages import expert_of
 
 # From the first, middle and last block of SmolLM2-135M; together every kind of input and shape.
 SAMPLED_LAYERS = {
@@ -91,11 +92,17 @@ def make_layers(
     depth = source.config.num_hidden_layers
     if not wanted or not 0 <= min(wanted) <= max(wanted) < depth:
         raise ValueError(f"blocks {sorted(wanted)} must be some of 0 to {depth - 1}")
-    known = source.config.linear_layers
-    for name in {name for names in wanted.values() for name in names} - set(known):
-        raise ValueError(f"{name!r} is not a linear layer of a block; choose from {known}")
-    shapes = layer_shapes(source.config)
-    weights = [shapes[name] for names in wanted.values() for name in names]
+    weights = []
+    for index, names in wanted.items():
+        shapes = layer_shapes(source.config.of_block(index))
+        for name in names:
+            if name not in shapes or expert_of(name) is not None:
+                known = tuple(name for name in shapes if expert_of(name) is None)
+                raise ValueError(
+                    f"{name!r} is not a linear layer of a block that all tokens meet; choose from "
+                    f"{known}"
+                )
+            weights.append(shapes[name])
     texts = {"hessian": tokens} if held_out is None else {"hessian": tokens, "held_out": held_out}
     num_bytes = sum(4 * cols * (rows + len(texts) * cols) for rows, cols in weights)
     with new_directory(directory, num_bytes) as partial:

@@ -45,7 +45,7 @@ from gptvq_jax.serve.params import packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 # In the default suite those that between them have everything that Llama has not.
-FAST = ("qwen2", "phi3", "gemma3_text")
+FAST = ("qwen3_moe", "phi3", "gemma3_text")
 PARAMS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in CONFIGS
@@ -92,7 +92,11 @@ def test_every_layer_is_packed(finished, tmp_path):
     source, summary, packed = finished
     layers = packed.manifest["layers"]
     depth = source.config.num_hidden_layers
-    assert layers.keys() == {f"layers_{i}/{name}" for i in range(depth) for name in LINEAR_LAYERS}
+    assert layers.keys() == {
+        f"layers_{i}/{name}"
+        for i in range(depth)
+        for name in source.config.of_block(i).linear_layers
+    }
     assert packed.config == source.config
     assert 2 < summary["bits_per_value"] < 4
     if source.config.family.fused:  # other formats have one name for what we have two of
@@ -102,6 +106,14 @@ def test_every_layer_is_packed(finished, tmp_path):
         hf = json.dumps(source.config.to_hf() | quantization)
         (tmp_path / "config.json").write_text(hf)
         with pytest.raises(NotImplementedError, match="config.json: .*'phi3'.* fused; quantize"):
+            AQLMSource(HFDirectory(tmp_path))
+    if source.config.family.experts:
+        with pytest.raises(NotImplementedError, match="has experts, .* --format=hf-dense"):
+            hf_aqlm(packed, tmp_path / "out")
+        quantization = {"quantization_config": {"quant_method": "aqlm"}}
+        hf = json.dumps(source.config.to_hf() | quantization)
+        (tmp_path / "config.json").write_text(hf)
+        with pytest.raises(NotImplementedError, match="config.json: .*has experts; quantize"):
             AQLMSource(HFDirectory(tmp_path))
 
 
@@ -183,6 +195,6 @@ def test_flops_of_an_asymmetric_target_behind_norms(tmp_path):
         reference,
         block,
     )
-    expected = flops.block_forward(config, 2, 16) + moment_flops(moments, 32)
+    expected = flops.block_forward(config, 2, 16) + moment_flops(config, moments, 32)
     expected += flops.closing_outputs(config, range(LAST), 2, 16)
     assert counted == expected
