@@ -65,6 +65,7 @@ class PackedBlock:
         self._context, self._plan, self._index = context, plan, index
         self._float = self._dense = self._packed = block
         self._rows: list[dict[str, Any]] = []
+        self._said_few = False  # that experts got few tokens
         settings, files = context.settings, context.files
         c = settings.calibration
         self._config, self._files = context.source.config.of_block(index), files
@@ -222,8 +223,10 @@ class PackedBlock:
     ) -> list[dict[str, Any]]:
         """Rows of experts also say how many tokens these got, and what they took of others."""
         part = expert_shares(moments, self._context.settings.calibration.expert_tokens)
-        if text := expert_moments.few_tokens(moments.tokens, part, f"layers_{self._index}"):
+        text = expert_moments.few_tokens(moments.tokens, part, f"layers_{self._index}")
+        if text and not self._said_few:
             logging.warning(text)
+        self._said_few = self._said_few or bool(text)
         found = []
         for name, row in zip(names, rows, strict=True):
             owner = owners(self._config, name, self._weights)[0]

@@ -45,7 +45,7 @@ from gptvq_jax.serve.params import packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 # In the default suite those that between them have everything that Llama has not.
-FAST = ("qwen3_moe", "phi3", "gemma3_text")
+FAST = ("qwen2", "phi3", "gemma3_text")
 PARAMS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in CONFIGS
