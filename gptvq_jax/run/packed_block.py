@@ -29,19 +29,21 @@ from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
     crossed_stages,
-    expert_shares,
-    factor_flops,
-    hessians,
     moment_flops,
-    objectives,
     owners,
-    shift,
 )
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.run.float_moments import load_sums
 from gptvq_jax.run.held_out import NO_SUMS, Files, Sums, init_sums, judges, run_windows
 from gptvq_jax.run.layer_rows import layer_row
+from gptvq_jax.run.objectives import (
+    expert_shares,
+    factor_flops,
+    hessians,
+    objectives,
+    shift,
+)
 from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import dequantize_block

