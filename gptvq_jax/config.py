@@ -39,6 +39,8 @@ class CalibrationSettings:
     asymmetry: float = 0.25  # 0 to 1: how far to aim at what the float model outputs
     gradient_groups: int = 0  # row groups of a layer, each with its own token weights; 0: none
     gradient_power: float = 0.5  # token weight = squared gradient to this power (GuidedQuant: 1)
+    expert_tokens: int = 0  # an expert that gets fewer has a part of the Hessian of all experts of
+    # its block; 0: as many as its layer has inputs
     statistics: str = ""  # a file of scripts/calibrate.py with the Hessians, in place of a text
 
     @property
@@ -183,6 +185,7 @@ class RunSettings:
             "calibration.gradient_groups",
             "0 or 1 with method 'trellis', whose columns have one rate for all rows",
         )
+        check(c.expert_tokens >= 0, "calibration.expert_tokens", "0 or a number of tokens")
         check(c.num_windows >= 1, "calibration.num_windows", "at least 1")
         check(c.seqlen >= 2, "calibration.seqlen", "at least 2")
         check(c.seed >= 0, "calibration.seed", "at least 0")

@@ -46,8 +46,22 @@ CONFIGS = {
         "rope_parameters": {**_YARN, **_YARN_MORE, "rope_theta": 5e3},
     },
     "mistral": {"model_type": "mistral", "sliding_window": 20},
+    "mixtral": {
+        "model_type": "mixtral",
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "qwen2": {"model_type": "qwen2", **_WINDOWS, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "attention_bias": True, "head_dim": 24},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 32,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "granite": {
         "model_type": "granite",
@@ -111,7 +125,8 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     tensors = {name: tensor(name, shape) for name, shape in sorted(outer_shapes(config).items())}
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        shapes = {prefix + name: shape for name, shape in sorted(block_shapes(config).items())}
+        of_block = sorted(block_shapes(config.of_block(index)).items())
+        shapes = {prefix + name: shape for name, shape in of_block}
         named = [(name, tensor(name, shape)) for name, shape in shapes.items()]
         tensors |= dict(fused(config, named))
     return tensors

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.console.plot_style import log_ticks, style
 from gptvq_jax.files.durable import replacing
 
@@ -50,7 +51,7 @@ def codes_differ(rows: Rows) -> bool:
 def by_depth(
     axes: Any, rows: Rows, field: str, label: str, scale: str = "linear", count: bool = False
 ) -> None:
-    """One line for each kind of layer: a field of its rows against the block.
+    """One line for each kind of layer: a field of its rows against the block, mean over experts.
 
     Args:
       axes: of matplotlib.
@@ -61,12 +62,13 @@ def by_depth(
       count: whether it is a whole number, between which the axis has no ticks.
     """
     log = scale == "log"
-    for index, name in enumerate(dict.fromkeys(row["layer"] for row in rows)):
-        points = [
-            (row["block"], row[field])
-            for row in rows
-            if row["layer"] == name and (row[field] > 0 or not log)
-        ]
+    kinds: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        of_block = kinds.setdefault(layer_kind(row["layer"]), {}).setdefault(row["block"], [])
+        if row[field] > 0 or not log:
+            of_block.append(row[field])
+    for index, (name, blocks) in enumerate(kinds.items()):
+        points = [(block, sum(of) / len(of)) for block, of in blocks.items() if of]
         axes.plot(*zip(*points, strict=True) if points else ([], []), label=name, **style(index))
     axes.set(yscale=scale, ylabel=label)
     if count:

@@ -8,9 +8,8 @@ import numpy as np
 from gptvq_jax.console.comparison_text import comparison_lines, figure_text, protocol_text
 from gptvq_jax.console.stopwatch import stages_of
 
-_COLUMNS = (
-    "block  layer              rel. error   held out   SQNR dB    code   bits/value   seconds"
-)
+_COLUMNS = "  rel. error   held out   SQNR dB    code   bits/value   seconds"
+_NAME_WIDTH = 17  # of layers, at least
 
 
 def json_numbers(value: Any) -> Any:
@@ -33,19 +32,24 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
 
     Errors and SQNR are on the windows that the layer was fitted to, "held out" is the error on the
     others. A code of 2x8/8 stands for two codes of 8 bits for 8 weights, L12/256 for windows of 12
-    bits in streams of 256 rows.
+    bits in streams of 256 rows. Of an expert with too few tokens their number follows, and how much
+    of its Hessian is that of all experts.
     """
-    lines = [_COLUMNS]
+    width = max([_NAME_WIDTH, *(len(row["layer"]) for row in rows)])
+    lines = [f"block  {'layer':<{width}s}{_COLUMNS}"]
     for row in rows:
         sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
         held_out = f"{row['held_out_error']:.5f}" if "held_out_error" in row else "none"
         code = f"{row['num_codebooks']}x{row['index_bits']}/{row['dim']}"
         if "stream_rows" in row:
             code = f"L{row['index_bits']}/{row['stream_rows']}"
+        few = ""
+        if row.get("shared_hessian"):
+            few = f"  {row['expert_tokens']} tokens, {row['shared_hessian']:.0%} shared"
         lines.append(
-            f"{row['block']:5d}  {row['layer']:<17s} {row['relative_error']:11.5f} "
+            f"{row['block']:5d}  {row['layer']:<{width}s} {row['relative_error']:11.5f} "
             f"{held_out:>10s} {sqnr:>9s} "
-            f"{code:>7s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}"
+            f"{code:>7s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}{few}"
         )
     return "\n".join(lines)
 

@@ -47,6 +47,11 @@ class AQLMSource(DirectorySource):
                 f"{directory.config_path}: codes of model_type {self.config.model_type!r} are not "
                 "supported: its layers are stored fused; quantize the float model instead"
             )
+        if self.config.family.experts is not None:
+            raise NotImplementedError(
+                f"{directory.config_path}: codes of model_type {self.config.model_type!r} are not "
+                "supported: it has experts; quantize the float model instead"
+            )
         self.fingerprint = directory.fingerprint
         expected = set()
         for name in tensor_names(self.config):

@@ -59,6 +59,11 @@ def _common_format(layers: Mapping[str, Any], family: Family) -> AQLMFormat:
             f"model_type {family.model_type!r} stores {', '.join(fused)} as one layer each, which "
             "the format cannot hold once they are quantized apart; export with --format=hf-dense"
         )
+    if family.experts is not None:
+        raise NotImplementedError(
+            f"model_type {family.model_type!r} has experts, whose layers transformers keeps in one "
+            "array, which the format cannot hold; export with --format=hf-dense"
+        )
     formats: dict[str, AQLMFormat] = {}
     for name, meta in layers.items():
         try:

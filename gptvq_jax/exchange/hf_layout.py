@@ -14,7 +14,7 @@ from gptvq_jax.exchange.aqlm_format import aqlm_format, to_aqlm
 from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.files.new_directory import new_directory
 from gptvq_jax.models.companions import write_companions
-from gptvq_jax.models.shapes import Named, fused
+from gptvq_jax.models.shapes import Named, fused, stored_module
 from gptvq_jax.models.tokenizer_files import make_portable
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.storage.shards import write_shards
@@ -53,7 +53,7 @@ def hf_tensors(params: Params, prefix: str = "", dtype: str = "float32") -> Iter
 
 def module_name(path: str) -> str:
     """layers_0/mlp/up_proj/kernel -> model.layers.0.mlp.up_proj."""
-    module = re.sub(r"^layers_(\d+)", r"layers/\1", path.rpartition("/")[0]).replace("/", ".")
+    module = stored_module(re.sub(r"^layers_(\d+)", r"layers/\1", path.rpartition("/")[0]))
     return module if module == "lm_head" else f"model.{module}"
 
 

@@ -52,7 +52,7 @@ def _num_bytes(source: AQLMSource, dense_dtype: str) -> int:
     item = DENSE_DTYPES[dense_dtype].itemsize
     size = sum(map(math.prod, outer_shapes(config).values())) * item
     for index in range(config.num_hidden_layers):
-        for name, shape in block_shapes(config).items():
+        for name, shape in block_shapes(config.of_block(index)).items():
             if source.is_quantized(f"model.layers.{index}.{name}"):
                 rows, cols = shape
                 size += books * (rows * -(-cols // dim * bits // 8) + 2**bits * dim * 2) + rows * 2

@@ -2,18 +2,26 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from gptvq_jax.models.families import find_family
-from gptvq_jax.models.families.base import BlockKind, Family
-from gptvq_jax.models.fields import ROPE_BASE, SIZE, number
+from gptvq_jax.models.families.base import MOST_EXPERTS, BlockKind, Family
+from gptvq_jax.models.fields import ROPE_BASE, SIZE, integer, number
 from gptvq_jax.models.hf_config import ACTIVATIONS, COMMON, read_fields, write_fields
 from gptvq_jax.models.rope_scaling import (
     DynamicRopeScaling,
     Llama3RopeScaling,
     RopeScaling,
     YarnRopeScaling,
+)
+from gptvq_jax.models.stages import (
+    LINEAR_GROUPS,
+    Group,
+    LinearLayers,
+    expert_groups,
+    linear_layers,
 )
 
 __all__ = ["Llama3RopeScaling", "ModelConfig"]
@@ -30,8 +38,8 @@ class ModelConfig:
     `sliding_window` counts the positions a token sees, itself included (None: all earlier ones).
     `eos_token_id` is a tuple where a model has several.
 
-    Where blocks differ, `blocks` says how, and sliding_window, rope_theta, rope_scaling and rotary
-    are defaults that count for none of them: `of_block` gives the config of one block, which is
+    Where blocks differ, `blocks` says how, and the fields of BlockKind here are defaults that count
+    for none of them: `of_block` gives the config of one block, which is
     what code that runs a block wants.
 
     Raises:
@@ -67,6 +75,10 @@ class ModelConfig:
     logit_divisor: float = 1.0
     attention_softcap: float | None = None  # c: scores s become c tanh(s / c)
     logit_softcap: float | None = None
+    num_experts: int = 0  # in place of a feed-forward layer that all tokens share
+    experts_per_token: int = 0
+    expert_size: int = 0  # what intermediate_size is to a feed-forward layer
+    normalize_experts: bool = True  # whether the weights of a token's experts sum to 1
     blocks: tuple[BlockKind, ...] | None = None
 
     def __post_init__(self):
@@ -97,6 +109,7 @@ class ModelConfig:
             )
         for kind in set(self.kinds):
             self._check_kind(kind, dim)
+            self._check_experts(kind.num_experts)
 
     def _check_kind(self, kind: BlockKind, dim: int) -> None:
         ROPE_BASE.check("rope_theta", kind.rope_theta)
@@ -108,6 +121,15 @@ class ModelConfig:
             raise ValueError(
                 f"sliding_window must be null for model_type {self.model_type!r}, which has none"
             )
+
+    def _check_experts(self, count: int) -> None:
+        if not count:
+            return
+        if self.family.experts is None:
+            raise ValueError(f"model_type {self.model_type!r} has no experts: num_experts={count}")
+        MOST_EXPERTS.check("num_experts", count)
+        integer(1, count).check("experts_per_token", self.experts_per_token)
+        SIZE.check("expert_size", self.expert_size)
 
     @property
     def family(self) -> Family:
@@ -121,6 +143,40 @@ class ModelConfig:
             return self.blocks
         own = BlockKind(*(getattr(self, name) for name in BlockKind._fields))
         return (own,) * self.num_hidden_layers
+
+    def block_counts(self, first: int | None = None) -> Counter["ModelConfig"]:
+        """How many of the `first` blocks, or of all, have which config."""
+        depth = self.num_hidden_layers
+        return Counter(self.of_block(i) for i in range(depth if first is None else first))
+
+    @property
+    def experts(self) -> int:
+        """Of a block.
+
+        Raises:
+          ValueError: this is a model some of whose blocks have other layers than others.
+        """
+        if self.blocks is None:
+            return self.num_experts
+        counts = {kind.num_experts for kind in self.blocks}
+        if len(counts) > 1:
+            raise ValueError("blocks of this model differ in layers: pass config.of_block(index)")
+        return counts.pop()
+
+    @property
+    def layers(self) -> LinearLayers:
+        """The linear layers of a block; raises what `experts` does."""
+        return _layers(self.model_type, self.experts)
+
+    @property
+    def linear_groups(self) -> tuple[Group, ...]:
+        """Names of the linear layers of a block that read the same array, in order."""
+        return self.layers.groups
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Names of all linear layers of a block, in order of evaluation."""
+        return self.layers.names
 
     def of_block(self, index: int) -> "ModelConfig":
         """The config of block `index`, with which it is run; the same for blocks of one kind."""
@@ -147,6 +203,15 @@ class ModelConfig:
         is the inverse of `from_hf`.
         """
         return write_fields(self)
+
+
+@functools.cache
+def _layers(model_type: str, experts: int) -> LinearLayers:
+    names = find_family(model_type).experts
+    stages = tuple((group,) for group in LINEAR_GROUPS)
+    if experts:
+        stages = stages[:2] + expert_groups(names.module, names.layers, experts)
+    return linear_layers(stages)
 
 
 @functools.cache

@@ -11,26 +11,34 @@ A driver adds a call where it makes one, in the stage that its thread is in:
     stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
 """
 
-from collections import Counter
 from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, STAGES
+from gptvq_jax.models.llama import HEAD_CHUNK
+from gptvq_jax.models.shapes import opened_width
+from gptvq_jax.models.stages import STAGES
 
 
 def stage_weights(config: ModelConfig) -> tuple[int, ...]:
-    """Of the linear layers of each of llama.STAGES."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    """Of the linear layers of each of stages.STAGES that a token meets.
+
+    Of experts those are the ones it goes to, and the router, which both stages ask. Rows that fill
+    up the blocks of an expert (models/experts.py) are left out: how many there are depends on the
+    tokens, at most half as many as there are tokens times experts of each.
+    """
+    hidden, inner = config.hidden_size, opened_width(config, 2)
     q, kv = (
         count * config.head_dim
         for count in (config.num_attention_heads, config.num_key_value_heads)
     )
-    return hidden * (q + 2 * kv), q * hidden, 2 * hidden * inner, inner * hidden
+    router = hidden * config.experts
+    attention = hidden * (q + 2 * kv), q * hidden
+    return *attention, 2 * hidden * inner + router, inner * hidden + router
 
 
 def linear_weights(config: ModelConfig) -> int:
-    """P, the weights of the linear layers of a block."""
+    """P, the weights of the linear layers of a block that a token meets."""
     return sum(stage_weights(config))
 
 
@@ -64,12 +72,12 @@ def block_forward(config: ModelConfig, batch: int, time: int) -> int:
 
 def blocks_forward(config: ModelConfig, batch: int, time: int) -> int:
     """All blocks of a model."""
-    blocks = Counter(config.of_block(index) for index in range(config.num_hidden_layers))
-    return sum(count * block_forward(block, batch, time) for block, count in blocks.items())
+    blocks = config.block_counts().items()
+    return sum(count * block_forward(block, batch, time) for block, count in blocks)
 
 
 def stage_flops(config: ModelConfig, stages: Iterable[int], batch: int, time: int) -> int:
-    """Some stages of a block (llama.STAGES) on (batch, time, hidden)."""
+    """Some stages of a block (stages.STAGES) on (batch, time, hidden)."""
     stages, weights = tuple(stages), stage_weights(config)
     layers = product(batch * time, sum(weights[stage] for stage in stages), 1)
     return layers + (0 in stages) * attention(config, batch, time)

@@ -1,11 +1,14 @@
 """Layers with weights: norm, linear layer, embedding. The last two take packed leaves."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 def precision(*dtypes: Any) -> str | None:
@@ -38,6 +41,42 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
 
 
+def is_dense(weight: Any) -> bool:
+    """Whether a weight is an array, not one that multiplies by itself."""
+    return isinstance(weight, (jax.Array, np.ndarray))
+
+
+def multiply(
+    x: jax.Array, kernel: Any, features: int, out_dtype: Any = None, name: str | None = None
+) -> jax.Array:
+    """x (..., in) @ kernel, an array (in, features) or a pytree that implements it.
+
+    Args:
+      x: inputs.
+      kernel: of the layer.
+      features: of the outputs.
+      out_dtype: of the outputs; None: the dtype of x.
+      name: of the layer, for the message.
+
+    Raises:
+      ValueError: the kernel is an array of another shape.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if not is_dense(kernel):
+        return x.astype(out_dtype) @ kernel
+    if kernel.shape != (x.shape[-1], features):
+        raise ValueError(
+            f"kernel of {name} has shape {kernel.shape}, but (in, out) must be "
+            f"{(x.shape[-1], features)}"
+        )
+    return jnp.matmul(
+        x,
+        kernel.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=out_dtype,
+    )
+
+
 class Linear(nn.Module):
     """Dense layer, (..., in) -> (..., features), which sows its input as "inputs".
 
@@ -64,29 +103,13 @@ class Linear(nn.Module):
         else:
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = self._matmul(x, kernel)
+        y = multiply(x, kernel, self.features, self.out_dtype, self.name)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         # Not self.perturb, with which init would return a collection of zeros.
         if self.has_variable("perturbations", "outputs"):
             y = y + self.get_variable("perturbations", "outputs")
         return y
-
-    def _matmul(self, x: jax.Array, kernel: Any) -> jax.Array:
-        out_dtype = x.dtype if self.out_dtype is None else self.out_dtype
-        if isinstance(kernel, (jax.Array, np.ndarray)):
-            if kernel.shape != (x.shape[-1], self.features):
-                raise ValueError(
-                    f"kernel of {self.name} has shape {kernel.shape}, but (in, out) must be "
-                    f"{(x.shape[-1], self.features)}"
-                )
-            return jnp.matmul(
-                x,
-                kernel.astype(x.dtype),
-                precision=precision(x.dtype),
-                preferred_element_type=out_dtype,
-            )
-        return x.astype(out_dtype) @ kernel
 
 
 class Embedding(nn.Module):
@@ -112,7 +135,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Scores of all tokens, (batch, time, features) -> (batch, time, vocab) float32."""
-        if isinstance(self.embedding, (jax.Array, np.ndarray)):
+        if is_dense(self.embedding):
             table = self.embedding.astype(x.dtype)
             return jnp.einsum(
                 "bth,vh->btv",
@@ -126,6 +149,6 @@ class Embedding(nn.Module):
 
 def look_up(table: Any, tokens: jax.Array) -> jax.Array:
     """Rows of an embedding; NaN for a token outside the vocabulary, not another token's vector."""
-    if isinstance(table, (jax.Array, np.ndarray)):
+    if is_dense(table):
         return jnp.take(table, tokens, axis=0)
     return table.take(tokens)

@@ -11,7 +11,10 @@ as everywhere in Flax:
              "mlp": {"gate_proj": {"kernel"}, "up_proj": .., "down_proj": ..}}
 
 Those are Llama's; a family may have other norms (`Family.norms`, under their own names), "q_norm"
-and "k_norm" in "self_attn", and a "bias" beside a kernel.
+and "k_norm" in "self_attn", and a "bias" beside a kernel. In place of "mlp" a block with experts
+has what `Family.experts` names (experts.py):
+
+    {"gate": {"kernel"}, "experts_0": {"w1": {"kernel"}, "w3": .., "w2": ..}, "experts_1": ..}
 
 `outer` below is this tree without its layers_i. Computation runs in the dtype of the activations;
 norm statistics, rotary tables, softmax and logits are float32. Float32 activations are multiplied
@@ -19,31 +22,34 @@ as float32 on every kind of device (`layers.precision`).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from gptvq_jax.models.attention import Attention
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.experts import Experts, Routed, Routes
 from gptvq_jax.models.kv_cache import LayerCache
-from gptvq_jax.models.layers import Embedding, Linear, RMSNorm, look_up, precision, soft_cap
+from gptvq_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RMSNorm,
+    look_up,
+    precision,
+    soft_cap,
+)
+from gptvq_jax.models.stages import EXPERT_STAGES, LINEAR_GROUPS, LINEAR_LAYERS, STAGES
+
+__all__ = ["LINEAR_GROUPS", "LINEAR_LAYERS", "STAGES"]
 
 Params = Mapping[str, Any]
 
-# Linear layers of a block that read the same input, in order of evaluation.
-LINEAR_GROUPS = (
-    ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
-    ("self_attn/o_proj",),
-    ("mlp/gate_proj", "mlp/up_proj"),
-    ("mlp/down_proj",),
-)
-LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
 HEAD_CHUNK = 128  # tokens whose logits are in memory at once while losses are computed
-STAGES = ("mix", "attend", "gate", "feed")  # of DecoderBlock; stage k runs LINEAR_GROUPS[k]
-_ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 class MLP(nn.Module):
@@ -59,7 +65,7 @@ class MLP(nn.Module):
 
     def gated(self, x: jax.Array) -> jax.Array:
         """What down_proj reads (..., intermediate)."""
-        return _ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x)
+        return ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x)
 
 
 class DecoderBlock(nn.Module):
@@ -85,7 +91,14 @@ class DecoderBlock(nn.Module):
         for name in filter(None, config.family.norms):
             setattr(self, name, RMSNorm(config.rms_norm_eps, config.family.norm_offset))
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        if config.experts:
+            setattr(self, config.family.experts.module, Experts(config))
+        else:
+            self.mlp = MLP(config)
+
+    @property
+    def _experts(self) -> Experts:
+        return getattr(self, self.config.family.experts.module)
 
     def _norm(self, where: str, x: jax.Array) -> jax.Array:
         """x after one of `Norms`, if the block has it."""
@@ -116,13 +129,18 @@ class DecoderBlock(nn.Module):
         """Stage 1: x after attention."""
         return self._add(x, self._norm("after_attention", self.self_attn.o_proj(mixed)))
 
-    def gate(self, x: jax.Array) -> jax.Array:
-        """Stage 2: what down_proj reads."""
-        return self.mlp.gated(self._norm("before_feed", x))
+    def gate(self, x: jax.Array, routes: Routes | None = None) -> jax.Array:
+        """Stage 2: what down_proj reads; `routes` are by default those of x."""
+        x = self._norm("before_feed", x)
+        return self._experts.gated(x, routes) if self.config.experts else self.mlp.gated(x)
 
     def feed(self, x: jax.Array, gated: jax.Array) -> jax.Array:
         """Stage 3: x after the block."""
-        return self._add(x, self._norm("after_feed", self.mlp.down_proj(gated)))
+        if self.config.experts:
+            output = self._experts.output(self._norm("before_feed", x), gated)
+        else:
+            output = self.mlp.down_proj(gated)
+        return self._add(x, self._norm("after_feed", output))
 
 
 class Decoder(nn.Module):
@@ -188,7 +206,7 @@ def block_step(
 
 def run_stage(
     config: ModelConfig, block_params: Params, stage: int, x: jax.Array, inner: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array | Routed]:
     """Runs one of STAGES.
 
     Args:
@@ -205,9 +223,41 @@ def run_stage(
     result, state = DecoderBlock(config).apply(
         {"params": block_params}, *arguments, method=STAGES[stage], mutable=["intermediates"]
     )
-    # sow collects a tuple with one element per call of the layer.
-    read = get_layer(state["intermediates"], LINEAR_GROUPS[stage][0])["inputs"][0]
+    read = stage_inputs(config, state["intermediates"], stage)
     return (x, result, read) if inner is None else (result, None, read)
+
+
+def stage_inputs(config: ModelConfig, intermediates: Params, stage: int) -> jax.Array | Routed:
+    """What the linear layers of a stage read, as a block that ran has sown it."""
+    # sow collects a tuple with one element per call of the layer.
+    if stage in EXPERT_STAGES and config.experts:
+        sown = intermediates[config.family.experts.module]
+        return Routed(sown[f"{STAGES[stage]}_inputs"][0], sown["routes"][0])
+    return get_layer(intermediates, config.layers.stages[stage][0][0])["inputs"][0]
+
+
+def routed_inputs(
+    config: ModelConfig, block_params: Params, stage: int, x: jax.Array, routes: Routes
+) -> jax.Array:
+    """What a stage of experts would read if the tokens of x went these ways.
+
+    Args:
+      config: of the block.
+      block_params: of the block.
+      stage: 2 or 3.
+      x: (batch, time, hidden), after attention.
+      routes: of x, or of the same tokens elsewhere.
+
+    Returns:
+      As `Routed.inputs`.
+    """
+    block = DecoderBlock(config)
+    gated, state = block.apply(
+        {"params": block_params}, x, routes, method="gate", mutable=["intermediates"]
+    )
+    if stage == 2:
+        return stage_inputs(config, state["intermediates"], stage).inputs
+    return gated.reshape(*routes.experts.shape, config.expert_size)
 
 
 def closing_outputs(
@@ -230,7 +280,7 @@ def closing_outputs(
       float_block: parameters of the block that did it; needed where the family has a norm behind
         the layer, which is then run again.
     """
-    name = LINEAR_GROUPS[stage][0]
+    ((name,),) = config.layers.stages[stage]
     if config.family.norms[stage] is None:
         outputs = after - before
         if config.residual_scale != 1:
@@ -250,12 +300,13 @@ def block_forward_with_inputs(
 
     Returns:
       The next block's x, and {first name of the group: inputs (batch, time, in)} with one entry
-      per group of LINEAR_GROUPS, whose layers all read that same array. Iterate LINEAR_GROUPS for
-      the order of evaluation: jit sorts the keys of a dict.
+      per group of `config.linear_groups`, whose layers all read that same array. Iterate these for
+      the order of evaluation: jit sorts the keys of a dict. Experts have one `Routed` for all of
+      them, under the name of the first.
     """
     inner, reads = None, {}
-    for stage, group in enumerate(LINEAR_GROUPS):
-        x, inner, reads[group[0]] = run_stage(config, block_params, stage, x, inner)
+    for stage, groups in enumerate(config.layers.stages):
+        x, inner, reads[groups[0][0]] = run_stage(config, block_params, stage, x, inner)
     return x, reads
 
 
@@ -269,25 +320,33 @@ def get_layer(block: Params, name: str) -> Params:
     """Returns the sub-tree of a block's linear layer, e.g. get_layer(block, "mlp/down_proj").
 
     Raises:
-      ValueError: `name` is not one of LINEAR_LAYERS.
+      ValueError: the block has no such layer.
     """
-    module, layer = _split(name)
-    return block[module][layer]
+    found: Any = block
+    for part in name.split("/"):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or any(isinstance(v, Mapping) for v in found.values()):
+        raise _not_a_layer(block, name)
+    return found
 
 
 def with_layer(block: Params, name: str, kernel: Any) -> dict[str, Any]:
     """Returns a copy of a block whose linear layer `name` has another kernel; shares the rest.
 
     Raises:
-      ValueError: `name` is not one of LINEAR_LAYERS.
+      ValueError: the block has no such layer.
     """
-    module, layer = _split(name)
-    replaced = {**block[module][layer], "kernel": kernel}
-    return {**block, module: {**block[module], layer: replaced}}
+    get_layer(block, name)
+    return _with_kernel(block, name.split("/"), kernel)
 
 
-def _split(name: str) -> tuple[str, str]:
-    if name not in LINEAR_LAYERS:
-        raise ValueError(f"{name!r} is not a linear layer of a block; choose from {LINEAR_LAYERS}")
-    module, layer = name.split("/")
-    return module, layer
+def _with_kernel(tree: Params, path: Sequence[str], kernel: Any) -> dict[str, Any]:
+    if not path:
+        return {**tree, "kernel": kernel}
+    return {**tree, path[0]: _with_kernel(tree[path[0]], path[1:], kernel)}
+
+
+def _not_a_layer(block: Params, name: str) -> ValueError:
+    flat = flatten_dict(block, sep="/")
+    layers = [path.rpartition("/")[0] for path in flat if path.endswith("/kernel")]
+    return ValueError(f"{name!r} is not a linear layer of a block; choose from {layers}")

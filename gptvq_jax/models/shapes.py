@@ -1,5 +1,6 @@
 """Names and shapes of the tensors of a model, as checkpoints in Hugging Face's layout have them."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -7,6 +8,16 @@ import numpy as np
 from gptvq_jax.models.config import ModelConfig
 
 Named = tuple[str, np.ndarray]
+
+
+def module_path(module: str) -> str:
+    """mlp.up_proj -> mlp/up_proj, mlp.experts.3.up_proj -> mlp/experts_3/up_proj."""
+    return re.sub(r"\bexperts\.(\d+)", r"experts_\1", module).replace(".", "/")
+
+
+def stored_module(path: str) -> str:
+    """The inverse of `module_path`."""
+    return re.sub(r"\bexperts_(\d+)", r"experts.\1", path).replace("/", ".")
 
 
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -24,7 +35,8 @@ def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns {name below "model.layers.N.": shape as stored, (out, in)} of one block.
 
-    Weights that the family stores fused have a name each here; see `fused_place`.
+    `config` is that of the block where blocks differ in layers. Weights that the family stores
+    fused have a name each here; see `fused_place`.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -35,10 +47,17 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (keys, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
     }
+    if config.experts:
+        names, inner = family.experts, config.expert_size
+        shapes[f"{names.module}.{names.router}.weight"] = (config.experts, hidden)
+        feeds = [f"{names.module}.experts.{i}" for i in range(config.experts)]
+    else:
+        feeds, names = ["mlp"], None
+    gate, up, down = names.layers if names else ("gate_proj", "up_proj", "down_proj")
+    for feed in feeds:
+        shapes[f"{feed}.{gate}.weight"] = shapes[f"{feed}.{up}.weight"] = (inner, hidden)
+        shapes[f"{feed}.{down}.weight"] = (hidden, inner)
     with_bias = ["q_proj", "k_proj", "v_proj"] if config.attention_bias else []
     with_bias += ["o_proj"] if config.attention_bias and family.output_bias else []
     with_bias += ["gate_proj", "up_proj", "down_proj"] if config.mlp_bias else []
@@ -53,6 +72,17 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         widths = (queries, keys) if family.qk_norm == "whole" else (config.head_dim,) * 2
         shapes |= {f"self_attn.{n}_norm.weight": (w,) for n, w in zip("qk", widths, strict=True)}
     return shapes
+
+
+def opened_width(config: ModelConfig, stage: int) -> int:
+    """Width of what stage 0 or 2 opens, and the next one closes (llama.run_stage)."""
+    if stage == 0:
+        return config.num_attention_heads * config.head_dim
+    return (
+        config.experts_per_token * config.expert_size
+        if config.experts
+        else (config.intermediate_size)
+    )
 
 
 def fused_place(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[str, int, int]:

@@ -7,6 +7,7 @@ on the device, so that memory holds one block whatever the depth of the model.
 import dataclasses
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,14 @@ from flax import traverse_util
 
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.file_tensor import FileTensor
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.on_device import Loader, Stored
-from gptvq_jax.models.shapes import block_shapes, fused_place, outer_shapes
+from gptvq_jax.models.shapes import (
+    block_shapes,
+    fused_place,
+    module_path,
+    outer_shapes,
+    stored_module,
+)
 
 _SAMPLE_BYTES = 4096
 
@@ -109,7 +115,7 @@ class CheckpointSource:
             raise ValueError(
                 f"block {index} does not exist: the model has {self.config.num_hidden_layers}"
             )
-        shapes = block_shapes(self.config)
+        shapes = block_shapes(self.config.of_block(index))
         return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
     def _read_host(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -145,8 +151,9 @@ def block_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat = {}
     for name, leaf in leaves.items():
-        *module, kind = name.split(".")[3:]
-        flat[(*module, "bias" if kind == "bias" else _kind(leaf))] = leaf
+        module, _, kind = name.split(".", 3)[3].rpartition(".")
+        path = module_path(module).split("/")
+        flat[(*path, "bias" if kind == "bias" else _kind(leaf))] = leaf
     return traverse_util.unflatten_dict(flat)
 
 
@@ -167,16 +174,25 @@ def _kind(leaf: Any) -> str:
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns {name of LINEAR_LAYERS: (out, in)} of one block."""
+    """Returns {name: (out, in)} of the linear layers of one block."""
     shapes = block_shapes(config)
-    return {name: shapes[name.replace("/", ".") + ".weight"] for name in LINEAR_LAYERS}
+    return {name: shapes[stored_module(name) + ".weight"] for name in config.linear_layers}
+
+
+def counted_shapes(config: ModelConfig, blocks: int) -> Counter[tuple[int, int]]:
+    """How many linear layers of the first blocks have which shape (out, in)."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for block, count in config.block_counts(blocks).items():
+        for shape in layer_shapes(block).values():
+            counts[shape] += count
+    return counts
 
 
 def tensor_names(config: ModelConfig) -> set[str]:
     """Returns the Hugging Face names of every tensor of the model."""
     names = set(outer_shapes(config))
     for index in range(config.num_hidden_layers):
-        for name, shape in block_shapes(config).items():
+        for name, shape in block_shapes(config.of_block(index)).items():
             names.add(fused_place(config, f"model.layers.{index}.{name}", shape)[0])
     return names
 

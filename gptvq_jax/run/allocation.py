@@ -12,17 +12,22 @@ import numpy as np
 from gptvq_jax.config import RunSettings
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Params
+from gptvq_jax.models.llama import Params
 from gptvq_jax.run import candidates, columns
-from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
+from gptvq_jax.run.calibrate import Moments, owners
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.objectives import expert_shares, factor_flops, objectives
 from gptvq_jax.run.packed_block import Plan
+from gptvq_jax.run.token_weights import means as layer_means
 from gptvq_jax.run.workdir import WorkDir
 
 
 def curve_bytes(config: ModelConfig, settings: RunSettings, num_blocks: int) -> int:
     """Most bytes of the files of curves of so many blocks."""
-    return num_blocks * _way(settings).block_bytes(config, settings) if num_blocks else 0
+    if not num_blocks:
+        return 0
+    counts, way = config.block_counts(num_blocks).items(), _way(settings)
+    return sum(count * way.block_bytes(block, settings) for block, count in counts)
 
 
 def measure(
@@ -39,15 +44,24 @@ def measure(
       index: of the block.
       block: parameters of the float model.
       moments: of what its layers read there.
-      token_weights: {layer: (n, T, g)}, squared gradients.
+      token_weights: squared gradients, as token_weights.py has them.
     """
     settings = context.settings
     weighted = token_weights if settings.calibration.gradient_groups else None
     context.progress.note(f"block {index} Hessians")
-    found = objectives(moments, settings.damping, f"layers_{index}")
+    least = settings.calibration.expert_tokens
+    found = objectives(moments, settings.damping, f"layers_{index}", least)
     context.stopwatch.flops(factor_flops(moments))
-    of_layers = {name: [found[o] for o in owners(name, weighted)] for name in LINEAR_LAYERS}
-    return _way(settings).measure(context, index, block, of_layers, token_weights)
+    config = context.source.config.of_block(index)
+    of_layers = {
+        name: [found[o] for o in owners(config, name, weighted)] for name in config.linear_layers
+    }
+    part = expert_shares(moments, least)
+    means = {}
+    for name in config.linear_layers:
+        share = part.get(owners(config, name, weighted)[0], 0.0)
+        means[name] = layer_means(config, token_weights, name, share)
+    return _way(settings).measure(context, index, block, of_layers, means)
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:

@@ -2,15 +2,16 @@
 
 Activations are in files and pass through the device a batch at a time: x (n, T, hidden), the
 block's as far as it has come, and what a stage opens before the next one closes it, `inner`
-(models/llama.STAGES). With an asymmetric target the float model's are there as well, at the
+(models/stages.STAGES). With an asymmetric target the float model's are there as well, at the
 entrance of the block, in its middle and at its exit: what a layer that closes a half of the block
-outputs in the float model is their difference. With token weights (gradients.py) every layer has
-moments of its own, one for each group of its rows; without, layers that read the same array share
-one.
+outputs in the float model is their difference. Experts have moments of the tokens that they get
+(expert_moments.py), and aim at what they would read in the float model. With token weights
+(gradients.py) every layer has moments of its own, one for each group of its rows; without, layers
+that read the same array share one.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,28 +25,23 @@ from gptvq_jax.core.hessian import (
     Moment,
     add_inputs,
     add_products,
-    factorize,
     init_moment,
-    mean,
-    mean_product,
     tile_size,
 )
-from gptvq_jax.methods.layer import Objective
-from gptvq_jax.methods.pool import parallel
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.experts import Routed
 from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    STAGES,
     Params,
     closing_outputs,
     get_layer,
+    routed_inputs,
     run_stage,
 )
+from gptvq_jax.models.stages import CLOSING, STAGES, expert_of
+from gptvq_jax.run import expert_moments, token_weights
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
-STAGE_OF = {name: stage for stage, group in enumerate(LINEAR_GROUPS) for name in group}
-_CLOSING = ("attend", "feed")  # stages whose layer adds its outputs to x
 LAST = len(STAGES)
 
 
@@ -55,6 +51,7 @@ class Moments(NamedTuple):
     inputs: dict[Owner, Moment]  # (C, C) w y y^T of the inputs y that a layer will get
     crosses: dict[Owner, Moment]  # w z y^T: (R, C) of its outputs in the float model, or of its
     # inputs there (C, C) where it does not close a half of the block; or empty
+    tokens: dict[Owner, jax.Array] = {}  # () int32, how many each expert got
 
 
 class FloatStates(NamedTuple):
@@ -65,17 +62,28 @@ class FloatStates(NamedTuple):
     exit: jax.Array | None
 
 
-STATES = ((0,), (0, 1), (1,), (1, 2))  # of FloatStates, that the crosses of a stage want
+_STATES = ((0,), (0, 1), (1,), (1, 2))
 
 
-def owners(name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
+def states(config: ModelConfig, stage: int) -> tuple[int, ...]:
+    """Which of FloatStates the crosses of a stage want."""
+    return _STATES[stage] if closes(config, stage) or stage != 3 else (1,)
+
+
+def closes(config: ModelConfig, stage: int) -> bool:
+    """Whether the layers of a stage, each for itself, make what is added to x."""
+    return stage in CLOSING and not (stage == 3 and config.experts)
+
+
+def owners(config: ModelConfig, name: str, weights: Mapping[str, np.ndarray] | None) -> list[Owner]:
     """Whose moments the row groups of a layer use, in their order."""
     if weights is None:
-        return [(LINEAR_GROUPS[STAGE_OF[name]][0], 0)]
-    return [(name, k) for k in range(weights[name].shape[-1])]
+        return [(config.layers.first_of[name], 0)]
+    return [(name, k) for k in range(token_weights.num_groups(weights, name))]
 
 
 def init_moments(
+    config: ModelConfig,
     block: Params,
     stages: Sequence[int],
     weights: Mapping[str, np.ndarray] | None = None,
@@ -84,23 +92,25 @@ def init_moments(
     """Zeros for the layers of some stages.
 
     Args:
+      config: of the block.
       block: parameters, for the shapes.
       stages: numbers of STAGES.
-      weights: of the tokens {layer: (..., g)}, or None.
+      weights: of the tokens, as token_weights.py has them, or None.
       want_crosses: whether the float model's states will be there.
     """
-    inputs, crosses = {}, {}
+    inputs, crosses, tokens = {}, {}, {}
     for stage in stages:
-        for name in LINEAR_GROUPS[stage]:
-            of_layer = owners(name, weights)
+        for name in itertools.chain(*config.layers.stages[stage]):
+            of_layer = owners(config, name, weights)
             for owner in of_layer:
                 cols, rows = get_layer(block, owner[0])["kernel"].shape
                 inputs[owner] = init_moment(cols)
+                if expert_of(name) is not None:
+                    tokens[owner] = jnp.zeros((), jnp.int32)
                 if want_crosses:
-                    closes = STAGES[stage] in _CLOSING
-                    left = rows // len(of_layer) if closes else cols
+                    left = rows // len(of_layer) if closes(config, stage) else cols
                     crosses[owner] = init_moment(left, cols)
-    return Moments(inputs, crosses)
+    return Moments(inputs, crosses, tokens)
 
 
 @partial(jax.jit, static_argnames=("config", "start", "stop"), donate_argnames="moments")
@@ -124,9 +134,10 @@ def step(
       x, inner: at the entrance of stage `start`.
       start, stop: numbers of STAGES; LAST is the exit of the block.
       moments: those wanted of layers in stages `start` to `stop`; others are not computed.
-      weights: of the tokens, {layer: (batch, T, g)}, or None.
+      weights: of the tokens, as token_weights.py has them, or None.
       reference: the float model's states, where crosses are wanted.
-      float_block: its parameters, likewise; only families with a norm behind a layer need them.
+      float_block: its parameters, likewise; only families with a norm behind a layer need them, and
+        experts.
 
     Returns:
       x and inner at the entrance of stage `stop`, and the moments.
@@ -141,95 +152,98 @@ def step(
 
 def _add(config, block, stage, read, moments, weights, reference, float_block) -> Moments:
     """Adds what the layers of a stage read."""
+    if isinstance(read, Routed):
+        other = None
+        if stage in crossed_stages(config, moments):
+            of_float = float_block, stage, reference.middle, read.routes
+            other = routed_inputs(config, *of_float)
+        squares = jnp.square(read.routes.weights)
+
+        def weight_of(name: str, group: int) -> jax.Array:
+            if weights is None:
+                return squares
+            return token_weights.of_slots(weights, name, group, read.routes)
+
+        return add_routed(config, stage, read, moments, weight_of, other)
     inputs, crosses = dict(moments.inputs), dict(moments.crosses)
     float_read = outputs = None
     for owner in inputs:
         name, group = owner
-        if STAGE_OF[name] != stage:
+        if config.layers.stage_of[name] != stage:
             continue
         weight = None if weights is None else weights[name][..., group]
         inputs[owner] = add_inputs(inputs[owner], read, weight)
         if owner not in crosses:
             continue
-        states = [reference[number] for number in STATES[stage]]
-        if STAGES[stage] in _CLOSING:
+        of_float = [reference[number] for number in states(config, stage)]
+        if stage in CLOSING:
             rows = crosses[owner].total.shape[0]
             if outputs is None:
-                outputs = closing_outputs(config, block, stage, *states, float_block)
+                outputs = closing_outputs(config, block, stage, *of_float, float_block)
             other = outputs[..., group * rows : (group + 1) * rows]
         else:
             if float_read is None:
-                *_, float_read = run_stage(config, block, stage, *states, None)
+                *_, float_read = run_stage(config, block, stage, *of_float, None)
             other = float_read
         crosses[owner] = add_products(crosses[owner], other, read, weight)
-    return Moments(inputs, crosses)
+    return Moments(inputs, crosses, moments.tokens)
 
 
-def crossed_stages(moments: Moments) -> set[int]:
+def add_routed(
+    config: ModelConfig,
+    stage: int,
+    read: Routed,
+    moments: Moments,
+    weight_of: Callable[[str, int], jax.Array],
+    other: jax.Array | None = None,
+) -> Moments:
+    """Adds what the experts of a stage read.
+
+    Args:
+      config: of the block.
+      stage: 2 or 3.
+      read: by them.
+      moments: of which those of experts of this stage are wanted.
+      weight_of: weights (batch, T, k) of the slots, for a layer and a group of its rows.
+      other: what they read in the float model, for crosses.
+    """
+    found = Moments(dict(moments.inputs), dict(moments.crosses), dict(moments.tokens))
+    slots = expert_moments.sort_slots(read.routes.experts.reshape(-1), config.experts)
+    for owner in moments.inputs:
+        name, group = owner
+        if config.layers.stage_of[name] != stage:
+            continue
+        number = expert_of(name)
+        found.inputs[owner], cross = expert_moments.add_slots(
+            slots,
+            number,
+            moments.inputs[owner],
+            read.inputs,
+            weight_of(name, group),
+            moments.crosses.get(owner),
+            other,
+        )
+        if cross is not None:
+            found.crosses[owner] = cross
+        found.tokens[owner] += slots.sizes[number].astype(jnp.int32)
+    return found
+
+
+def crossed_stages(config: ModelConfig, moments: Moments) -> set[int]:
     """Those whose layers aim at the float model."""
-    return {STAGE_OF[name] for name, _ in moments.crosses}
+    return {config.layers.stage_of[name] for name, _ in moments.crosses}
 
 
-def moment_flops(moments: Moments, tokens: int) -> int:
-    """Of adding so many tokens."""
+def moment_flops(config: ModelConfig, moments: Moments, tokens: int) -> int:
+    """Of adding so many tokens, of which an expert gets its part on average."""
     size = 0
-    for moment in moments.inputs.values():
-        cols = moment.total.shape[0]
-        size += flops.second_moment(tokens, cols, tile_size(cols))
-    for moment in moments.crosses.values():
-        size += flops.cross_moment(tokens, *moment.total.shape)
+    part = tokens * config.experts_per_token // max(1, config.experts)
+    for owner, moment in moments.inputs.items():
+        cols, seen = moment.total.shape[0], part if owner in moments.tokens else tokens
+        size += flops.second_moment(seen, cols, tile_size(cols))
+        if owner in moments.crosses:
+            size += flops.cross_moment(seen, *moments.crosses[owner].total.shape)
     return size
-
-
-def hessians(moments: Moments) -> dict[Owner, jax.Array]:
-    """Mean w y y^T by owner, (C, C)."""
-    return {owner: mean(moment) for owner, moment in moments.inputs.items()}
-
-
-def objectives(moments: Moments, damping: float, name: str) -> dict[Owner, Objective]:
-    """By owner, its Hessian and the factor; without a shift.
-
-    Args:
-      moments: of all windows.
-      damping: of `hessian.factorize`.
-      name: of the block, for messages.
-    """
-    found = hessians(moments)
-    factors = parallel(lambda owner: factorize(found[owner], damping, f"{name}/{owner[0]}"), found)
-    pairs = zip(found.values(), factors, strict=True)
-    return dict(zip(found, itertools.starmap(Objective, pairs), strict=True))
-
-
-def factor_flops(moments: Moments) -> float:
-    """Of `objectives`."""
-    return sum(flops.inverse_cholesky(m.total.shape[0]) for m in moments.inputs.values())
-
-
-def shift(moments: Moments, owner: Owner, weight: jax.Array, hessian: jax.Array) -> jax.Array:
-    """S of `hessian.asymmetric_target` for the rows (R, C) of an owner."""
-    name, _ = owner
-    cross = mean_product(moments.crosses[owner])
-    if STAGES[STAGE_OF[name]] in _CLOSING:
-        return cross - jnp.matmul(weight, hessian, precision="highest")
-    return jnp.matmul(weight, cross - hessian, precision="highest")
-
-
-def relative_weights(
-    weights: np.ndarray, power: float = 1.0, num_fitted: int | None = None
-) -> np.ndarray:
-    """weights^power over their mean in each row group; 1 where all are 0.
-
-    Squared gradients have long tails: in SmolLM2 half of their sum is often on 1 % of the tokens,
-    fewer than a layer has inputs. A power below 1 keeps such a Hessian from being that of noise.
-
-    Args:
-      weights: of the tokens (n, T, g).
-      power: above 0.
-      num_fitted: the mean is of so many windows, from the first; None: of all.
-    """
-    weights = np.power(weights, power, dtype=np.float64)
-    means = weights[:num_fitted].mean(axis=(0, 1))
-    return np.where(means > 0, weights / np.where(means > 0, means, 1.0), 1.0).astype(np.float32)
 
 
 def finite(array: jax.Array, what: str) -> np.ndarray:

@@ -12,8 +12,7 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.core import knapsack
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS
-from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.source import counted_shapes
 from gptvq_jax.run.curves import measure
 from gptvq_jax.run.sizes import packed_bytes
 
@@ -22,9 +21,8 @@ _ROW_BYTES = 200  # of one candidate in a file of curves, at most
 
 
 def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
-    """Most bytes of the file of curves of a block."""
-    del config
-    return len(LINEAR_LAYERS) * len(settings.candidates) * _ROW_BYTES
+    """Most bytes of the file of curves of a block with this config."""
+    return len(config.linear_layers) * len(settings.candidates) * _ROW_BYTES
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
@@ -37,14 +35,16 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """
     groups = settings.calibration.gradient_groups or 1
     fewest, most, values = 0, 0, 0
-    for rows, cols in layer_shapes(config).values():
+    depth = config.num_hidden_layers
+    counts = counted_shapes(config, min(settings.num_blocks or depth, depth))
+    for (rows, cols), count in counts.items():
         sizes = [
             packed_bytes(settings.method, candidate, rows, cols, groups)
             for candidate in settings.candidates
         ]
-        fewest += min(sizes)
-        most += max(sizes)
-        values += rows * cols
+        fewest += count * min(sizes)
+        most += count * max(sizes)
+        values += count * rows * cols
     if 8 * fewest > settings.allocation.bits_per_value * values:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: the "

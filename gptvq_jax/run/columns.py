@@ -34,8 +34,8 @@ from gptvq_jax.methods.trellis_settings import (
     TrellisSettings,
 )
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
-from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.llama import Params, get_layer
+from gptvq_jax.models.source import counted_shapes, layer_shapes
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
 from gptvq_jax.run.context import Context
@@ -49,7 +49,7 @@ def measure(
     index: int,
     block: Params,
     objectives: Mapping[str, Sequence[Objective]],
-    token_weights: dict[str, np.ndarray],
+    sensitivities: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block: what each of its columns adds to the loss at 0 bits.
 
@@ -59,15 +59,12 @@ def measure(
     context.progress.note(f"block {index} columns")
     of_mean = _of_mean(settings)
     rows = []
-    for name in LINEAR_LAYERS:
+    for name in context.source.config.of_block(index).linear_layers:
         (objective,) = objectives[name]
-        hinv_chol = objective.factor.hinv_chol
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         most = of_mean.most_outliers(*weight.shape)
-        of_layer = demand(weight, hinv_chol, of_mean, most)
-        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(
-            unit(objective.hessian)
-        )
+        of_layer = demand(weight, objective.factor.hinv_chol, of_mean, most)
+        sensitivity = float(sensitivities[name].mean()) * float(unit(objective.hessian))
         values = np.asarray(of_layer.values, np.float64) * sensitivity
         rows.append({
             "layer": name,
@@ -83,7 +80,7 @@ def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
     """Most bytes of the file of what is measured of a block."""
     del settings
     inputs = sum(cols for _, cols in layer_shapes(config).values())
-    return len(LINEAR_LAYERS) * _ROW_BYTES + inputs * _NUMBER_BYTES
+    return len(config.linear_layers) * _ROW_BYTES + inputs * _NUMBER_BYTES
 
 
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
@@ -92,11 +89,12 @@ def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     Raises:
       ValueError: they do not; the message names the bits per value that they take.
     """
-    shapes, trellis = layer_shapes(config).values(), settings.trellis
+    depth, trellis = config.num_hidden_layers, settings.trellis
     in_8_bits = trellis.form == INT8
     of_layer = trellis.budget_bytes if in_8_bits else trellis.fixed_bytes
-    fixed = sum(of_layer(*shape) for shape in shapes)
-    values = sum(rows * cols for rows, cols in shapes)
+    counts = counted_shapes(config, min(settings.num_blocks or depth, depth)).items()
+    fixed = sum(count * of_layer(*shape) for shape, count in counts)
+    values = sum(count * rows * cols for (rows, cols), count in counts)
     if 8 * fixed > settings.allocation.bits_per_value * values:
         what = f"trellis.form={INT8} takes" if in_8_bits else "scales and rates alone take"
         raise ValueError(

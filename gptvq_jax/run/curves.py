@@ -36,8 +36,9 @@ from gptvq_jax.methods.layer import (
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
+from gptvq_jax.models.llama import Params, get_layer
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.stages import expert_of
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.sizes import packed_bytes
 
@@ -47,7 +48,7 @@ def measure(
     index: int,
     block: Params,
     objectives: Mapping[str, Sequence[Objective]],
-    token_weights: dict[str, np.ndarray],
+    sensitivities: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block and every candidate.
 
@@ -56,14 +57,13 @@ def measure(
       index: of the block.
       block: parameters of the float model.
       objectives: of each layer's row groups there.
-      token_weights: {layer: (n, T, g)}, squared gradients, of the windows that are fitted.
+      sensitivities: {layer: (g,)}, means of the squared gradients, over the fitted tokens.
     """
     settings = context.settings
-    sensitivities = {n: w.mean(axis=(0, 1), dtype=np.float64) for n, w in token_weights.items()}
-
     problems: list[Problem] = []
     scales: list[np.ndarray] = []  # of the losses, from the rows that were taken to all of them
-    for name in LINEAR_LAYERS:
+    names = context.source.config.of_block(index).linear_layers
+    for name in names:
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         of_layer = objectives[name]
         whole = _sizes(weight, of_layer)
@@ -95,7 +95,7 @@ def measure(
     measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
     for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
         measured.setdefault(problem.name, []).append((problem.settings, loss))
-    return [row for name in LINEAR_LAYERS for row in _rows(context, block, name, measured[name])]
+    return [row for name in names for row in _rows(context, block, name, measured[name])]
 
 
 def _rows(context, block, name, measured) -> list[dict[str, Any]]:
@@ -126,17 +126,21 @@ def _rows(context, block, name, measured) -> list[dict[str, Any]]:
 def num_windows(settings: RunSettings, config: ModelConfig, shape: tuple[int, ...]) -> int:
     """How many of the fitted windows, from the first, are seen by the Hessians of the curves.
 
-    Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs.
+    Of a sample a quarter, at least so many that they have twice the tokens of a layer's inputs, and
+    an expert on average too.
 
     Args:
       settings: of the run.
-      config: of the model.
+      config: of the block.
       shape: of the tokens (n, T).
     """
     count, time = shape[:2]
     if not settings.allocation.sample:
         return count
-    widest = max(cols for _, cols in layer_shapes(config).values())
+    widest = max(
+        cols if expert_of(name) is None else cols * config.experts / config.experts_per_token
+        for name, (_, cols) in layer_shapes(config).items()
+    )
     return min(count, max(math.ceil(count / 4), math.ceil(2 * widest / time)))
 
 

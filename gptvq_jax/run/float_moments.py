@@ -19,15 +19,15 @@ from gptvq_jax.core.hessian import Moment
 from gptvq_jax.files import durable
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.flops import stage_flops
-from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, Params
+from gptvq_jax.models.llama import Params
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.run import forward
+from gptvq_jax.models.stages import expert_of
+from gptvq_jax.run import forward, token_weights
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
     Owner,
     moment_flops,
-    relative_weights,
 )
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.held_out import Files, Sums, init_sums, run_windows
@@ -70,12 +70,12 @@ class FloatMoments:
         with stopwatch.stage("hessians"):
             if c.gradient_groups:
                 loaded, how = workdir.load_token_weights(index), (c.gradient_power, c.num_windows)
-                weights = {name: relative_weights(w, *how) for name, w in loaded.items()}
+                weights = token_weights.relative(config, loaded, *how)
             x = self.files.read(forward.STREAM, index)
-            sums = init_sums(block, range(LAST), weights, held_out=c.held_out > 0)
+            sums = init_sums(config, block, range(LAST), weights, held_out=c.held_out > 0)
             stopwatch.flops(
                 stage_flops(config, range(LAST - 1), *x.shape[:2])
-                + moment_flops(sums.fitted, x.shape[0] * x.shape[1])
+                + moment_flops(config, sums.fitted, x.shape[0] * x.shape[1])
             )
             parts = config, block, Files(x), 0, LAST - 1, sums, c, weights
             save_sums(workdir, index, jax.block_until_ready(run_windows(*parts)))
@@ -88,6 +88,9 @@ def to_arrays(sums: Sums) -> dict[str, np.ndarray]:
         for (name, group), moment in moments.inputs.items():
             arrays[f"{kind} {name} {group} total"] = np.asarray(moment.total)
             arrays[f"{kind} {name} {group} count"] = np.asarray(moment.count)
+            if (name, group) in moments.tokens:
+                tokens = moments.tokens[name, group]
+                arrays[f"{kind} {name} {group} tokens"] = np.asarray(tokens)
     return arrays
 
 
@@ -98,11 +101,15 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Sums:
       ValueError, KeyError: they are others.
     """
     inputs: dict[str, dict[Owner, Moment]] = {kind: {} for kind in Sums._fields}
+    tokens: dict[str, dict[Owner, jax.Array]] = {kind: {} for kind in Sums._fields}
     for key in [key for key in arrays if key.endswith(" total")]:
         kind, name, group, _ = key.split(" ")
         parts = arrays[key], arrays[f"{kind} {name} {group} count"]
         inputs[kind][name, int(group)] = Moment(*map(jnp.asarray, parts))
-    return Sums(*(Moments(of_kind, {}) for of_kind in inputs.values()))
+        if expert_of(name) is not None:
+            count = jnp.asarray(arrays[f"{kind} {name} {group} tokens"])
+            tokens[kind][name, int(group)] = count
+    return Sums(*(Moments(inputs[kind], {}, tokens[kind]) for kind in Sums._fields))
 
 
 def save_sums(workdir: WorkDir, index: int, sums: Sums) -> None:
@@ -134,10 +141,10 @@ def load_sums(workdir: WorkDir, index: int) -> Sums | None:
 
 
 def moments_bytes(config: ModelConfig, settings: RunSettings) -> int:
-    """Of the file of one block, without its headers."""
+    """Of the file of one block with this config, without its headers."""
     shapes, c = layer_shapes(config), settings.calibration
     groups, kinds = c.gradient_groups, 1 + (c.held_out > 0)
-    firsts = LINEAR_LAYERS if groups else [group[0] for group in LINEAR_GROUPS]
+    firsts = config.linear_layers if groups else [group[0] for group in config.linear_groups]
     return kinds * sum(4 * shapes[name][1] ** 2 * (groups or 1) for name in firsts)
 
 

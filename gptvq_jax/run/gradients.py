@@ -16,7 +16,8 @@ Costs:
     activations; gradients of parameters are never formed. For the curves, 5/8 of 2 C^2 for every
     token and layer with C inputs.
   memory: device: a block, or the embedding and head, and what one batch keeps for its backward
-    pass, and the moments. Host: a block, and its token weights, 28 bytes * g per token.
+    pass, and the moments. Host: a block, and its token weights, 28 bytes * g per token; with k
+    experts a token, 16 + 12 k.
   disk: three streams of n * T * hidden * 2 bytes, beside those of the forward pass; whether there
     is room is checked first (`peak_bytes`). What stays is blocks * 7 * n * T * g * 4 bytes. For
     SmolLM2-135M on 32 x 1024 tokens: 28 MB * g. For Llama-2-7B on 128 x 2048 tokens: 0.23 GB * g.
@@ -31,16 +32,19 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
+from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.core.hessian import add_inputs
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, LINEAR_LAYERS, DecoderBlock, Params, get_layer
+from gptvq_jax.models.llama import HEAD_CHUNK, DecoderBlock, Params, stage_inputs
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.run import allocation, curves, forward
+from gptvq_jax.models.stages import EXPERT_STAGES, expert_of
+from gptvq_jax.run import allocation, curves, forward, token_weights
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
+    add_routed,
     finite,
     init_moments,
     moment_flops,
@@ -64,19 +68,24 @@ def peak_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> 
       num_groups: g.
     """
     stream = file_bytes((*shape, config.hidden_size))
-    return 3 * stream + config.num_hidden_layers * weight_bytes(shape, num_groups)
+    kept = (
+        weight_bytes(config.of_block(index), shape, num_groups)
+        for index in range(config.num_hidden_layers)
+    )
+    return 3 * stream + sum(kept)
 
 
-def weight_bytes(shape: tuple[int, int], num_groups: int) -> int:
+def weight_bytes(config: ModelConfig, shape: tuple[int, int], num_groups: int) -> int:
     """Of the token weights of a block, at most; `shape` is that of the tokens (n, T)."""
-    return len(LINEAR_LAYERS) * (math.prod(shape) * num_groups * 4 + _HEADER_BYTES)
+    shapes = token_weights.shapes(config, shape, num_groups).values()
+    return sum(4 * math.prod(of) + _HEADER_BYTES for of in shapes)
 
 
 class Backward:
     """A visitor of the blocks, downwards: token weights and, where asked for, error curves.
 
-    `workdir.load_token_weights(index)` then has {name of LINEAR_LAYERS: (n, T, g) float32}. The
-    layers' inputs and the token weights meet here, so the Hessians of the curves are summed on the
+    `workdir.load_token_weights(index)` then has them as token_weights.py says, float32. The layers'
+    inputs and the token weights meet here, so the Hessians of the curves are summed on the
     way.
 
     Args:
@@ -150,11 +159,14 @@ class Backward:
         config, c = self._context.source.config.of_block(index), self._context.settings.calibration
         files, groups = self._context.files, self._num_groups
         x, gradient = files.read(forward.STREAM, index), files.read(STREAM, index + 1)
-        weights = {n: np.empty((*x.shape[:2], groups), np.float32) for n in LINEAR_LAYERS}
+        weights = {
+            name: np.empty(shape, np.int32 if name == token_weights.ROUTES else np.float32)
+            for name, shape in token_weights.shapes(config, x.shape[:2], groups).items()
+        }
         # Where the layers are quantized without weights, their curves are measured without.
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
-        moments = init_moments(block, stages, of_tokens)
+        moments = init_moments(config, block, stages, of_tokens)
         fitted = c.num_windows, x.shape[1]
         sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:
@@ -181,7 +193,7 @@ class Backward:
 def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...], counts) -> int:
     """Of `block_backward` on x (batch, T, hidden)."""
     added = math.prod(shape[:2]) if counts else 0
-    return flops.block_backward(config, *shape[:2]) + moment_flops(moments, added)
+    return flops.block_backward(config, *shape[:2]) + moment_flops(config, moments, added)
 
 
 @partial(jax.jit, static_argnames=("config", "num_groups"), donate_argnames="moments")
@@ -204,22 +216,24 @@ def block_backward(
       dy: gradient with respect to its outputs, in the shape and dtype of x.
       num_groups: g, contiguous groups of equal size that the rows of every layer are split into.
       moments: those wanted of what the layers read, by owner (layer, row group).
-      power: of the weights, with which tokens count there.
+      power: of the weights, with which tokens count there; 0: all alike, or those of an expert by
+        its squared router weights.
       counts: whether these tokens are added to the moments, which are as they were otherwise.
 
     Returns:
-      The gradient with respect to x, and {name of LINEAR_LAYERS: (batch, T, g) float32}, where
-      element (b, t, k) is the mean over the rows r of group k of (dL/dy_r)^2 at token t; and the
-      moments.
+      The gradient with respect to x, and token weights (batch, T, g), as token_weights.py has them:
+      element (b, t, k) of a layer is the mean over the rows r of group k of (dL/dy_r)^2 at token t;
+      and the moments.
 
     Raises:
       ValueError: the rows of a layer do not split into g groups.
     """
     check_groups(config, num_groups)
-    outputs = {
-        f"{name}/outputs": jnp.zeros((*x.shape[:2], rows), x.dtype)
-        for name, rows in _layer_rows(config).items()
-    }
+    slots = config.experts_per_token
+    outputs = {}
+    for name, rows in _layer_rows(config).items():
+        shape = x.shape[:2] if expert_of(name) is None else (*x.shape[:2], slots)
+        outputs[f"{layer_kind(name)}/outputs"] = jnp.zeros((*shape, rows), x.dtype)
 
     def run(x, perturbations):
         variables = {"params": block, "perturbations": unflatten_dict(perturbations, sep="/")}
@@ -231,20 +245,36 @@ def block_backward(
 
     def group_means(gradient):
         squares = jnp.square(gradient.astype(jnp.float32))
-        return jnp.mean(squares.reshape(*squares.shape[:2], num_groups, -1), axis=-1)
+        return jnp.mean(squares.reshape(*squares.shape[:-1], num_groups, -1), axis=-1)
 
-    weights = {name: group_means(gradients[f"{name}/outputs"]) for name in LINEAR_LAYERS}
+    weights = {
+        name.removesuffix("/outputs"): group_means(gradient) for name, gradient in gradients.items()
+    }
 
-    def added(inputs):
-        return {
-            (name, k): add_inputs(
-                moment, get_layer(read, name)["inputs"][0], jnp.power(weights[name][..., k], power)
-            )
-            for (name, k), moment in inputs.items()
+    def weight_of(name, k):
+        return jnp.power(weights[layer_kind(name)][..., k], power)
+
+    def of_slots(name, k):
+        squares = jnp.square(routed.routes.weights)
+        return jnp.where(power > 0, weight_of(name, k), squares)
+
+    def added(moments):
+        for stage in EXPERT_STAGES if config.experts else ():
+            moments = add_routed(config, stage, by_stage[stage], moments, of_slots)
+        inputs = {
+            (name, k): moment
+            if (name, k) in moments.tokens
+            else add_inputs(moment, by_stage[stage_of[name]], weight_of(name, k))
+            for (name, k), moment in moments.inputs.items()
         }
+        return moments._replace(inputs=inputs)
 
-    inputs = lax.cond(counts, added, lambda inputs: inputs, moments.inputs)
-    return dx, weights, Moments(inputs, moments.crosses)
+    stage_of = config.layers.stage_of
+    by_stage = [stage_inputs(config, read, stage) for stage in range(LAST)]
+    if config.experts:
+        routed = by_stage[LAST - 1]
+        weights[token_weights.ROUTES] = routed.routes.experts
+    return dx, weights, lax.cond(counts, added, lambda moments: moments, moments)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -288,7 +318,7 @@ def check_groups(config: ModelConfig, num_groups: int) -> None:
     Raises:
       ValueError: those of a layer do not.
     """
-    rows = _layer_rows(config)
+    rows = {n: count for block in config.block_counts() for n, count in _layer_rows(block).items()}
     for name, count in rows.items():
         if num_groups < 1 or count % num_groups:
             raise ValueError(

@@ -16,16 +16,17 @@ from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.methods.layer import Objective, Problem
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params
+from gptvq_jax.run import token_weights
 from gptvq_jax.run.activations import Activations, Writer
 from gptvq_jax.run.calibrate import (
-    STAGE_OF,
-    STATES,
     FloatStates,
     Moments,
     Owner,
+    crossed_stages,
     init_moments,
     on_device,
     owners,
+    states,
     step,
     window_batches,
 )
@@ -42,6 +43,7 @@ NO_SUMS = Sums(Moments({}, {}), Moments({}, {}))
 
 
 def init_sums(
+    config: ModelConfig,
     block: Params,
     stages: Sequence[int],
     weights: Mapping[str, np.ndarray] | None = None,
@@ -52,7 +54,7 @@ def init_sums(
 
     The sums of both are alike, so that one compiled step adds to either.
     """
-    arguments = block, stages, weights, want_crosses
+    arguments = config, block, stages, weights, want_crosses
     kept = init_moments(*arguments) if held_out else Moments({}, {})
     return Sums(init_moments(*arguments), kept)
 
@@ -84,19 +86,24 @@ def run_windows(
       files: at the entrance of stage `start`.
       sums: the moments wanted.
       calibration: says which windows are held out, and how many there are at a time.
-      weights: of the tokens, {layer: (n, T, g)}, as `relative_weights` makes them; or None.
+      weights: of the tokens, as token_weights.relative makes them; or None.
       out: receives what stage `stop` - 1 made: inner where it opened one, otherwise x.
       float_block: of `step`.
     """
-    wanted = dict.fromkeys(name for name, _ in sums.fitted.inputs)
-    states = {number for name, _ in sums.fitted.crosses for number in STATES[STAGE_OF[name]]}
+    wanted = token_weights.keys_of({name for name, _ in sums.fitted.inputs})
+    wanted_states = {
+        i for stage in crossed_stages(config, sums.fitted) for i in states(config, stage)
+    }
     both = list(sums)
     for part in window_batches(calibration):
         which = int(part.start >= calibration.num_windows)
         inner = None if files.inner is None else on_device(files.inner[part])
         reference = None
-        if states:
-            read = (on_device(files.reference[i][part]) if i in states else None for i in range(3))
+        if wanted_states:
+            read = (
+                on_device(files.reference[i][part]) if i in wanted_states else None
+                for i in range(3)
+            )
             reference = FloatStates(*read)
         of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
         x, inner, both[which] = step(
@@ -126,6 +133,7 @@ def with_judges(problem: Problem, judges: Sequence[Objective]) -> Problem:
 
 
 def judges(
+    config: ModelConfig,
     problem: Problem,
     hessians: Mapping[Owner, jax.Array],
     weights: Mapping[str, np.ndarray] | None,
@@ -134,6 +142,7 @@ def judges(
     """The objectives of a layer with the Hessians of the windows held out; none without any.
 
     Args:
+      config: of the block.
       problem: of the layer.
       hessians: of these windows.
       weights: of the tokens, as `run_windows` takes them.
@@ -143,5 +152,5 @@ def judges(
         return []
     return [
         objective._replace(hessian=hessians[owner])
-        for owner, objective in zip(owners(name, weights), problem.objectives, strict=True)
+        for owner, objective in zip(owners(config, name, weights), problem.objectives, strict=True)
     ]

@@ -238,10 +238,16 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
     else:
         check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
+    kinds = source.config.block_counts()
+    if settings.calibration.expert_tokens and not any(block.experts for block in kinds):
+        raise ValueError(
+            "calibration.expert_tokens has no effect: the model has no experts; leave it out"
+        )
+    shapes = {name: shape for block in kinds for name, shape in layer_shapes(block).items()}
     groups, of_layer = settings.weight_groups, settings.method_settings
     allocated = settings.allocation.bits_per_value > 0
     if not allocated and hasattr(of_layer, "check_budget"):
-        for name, shape in layer_shapes(source.config).items():
+        for name, shape in shapes.items():
             try:
                 of_layer.check_budget(*shape)
             except ValueError as error:
@@ -250,6 +256,6 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
         return
     gradients.check_groups(source.config, groups)
     used = settings.candidates if allocated else [of_layer]
-    check_row_groups(layer_shapes(source.config), used, groups)
+    check_row_groups(shapes, used, groups)
     if allocated:
         allocation.check_budget(source.config, settings)

@@ -7,11 +7,13 @@ stage or all at once, or from a file of statistics.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
@@ -19,32 +21,29 @@ from gptvq_jax.methods.layer import Problem, most_flops, quantize_layers, row_gr
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.flops import closing_outputs, stage_flops
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    STAGES,
-    Params,
-    get_layer,
-    with_layer,
-)
-from gptvq_jax.run import forward
+from gptvq_jax.models.llama import Params, get_layer, with_layer
+from gptvq_jax.models.shapes import opened_width
+from gptvq_jax.models.stages import CLOSING, STAGES
+from gptvq_jax.run import expert_moments, forward, token_weights
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
     crossed_stages,
-    factor_flops,
-    hessians,
     moment_flops,
-    objectives,
     owners,
-    relative_weights,
-    shift,
 )
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.run.float_moments import load_sums
 from gptvq_jax.run.held_out import NO_SUMS, Files, Sums, init_sums, judges, run_windows, with_judges
 from gptvq_jax.run.layer_rows import layer_row
+from gptvq_jax.run.objectives import (
+    expert_shares,
+    factor_flops,
+    hessians,
+    objectives,
+    shift,
+)
 from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import dequantize_block
@@ -68,6 +67,7 @@ class PackedBlock:
         self._context, self._plan, self._index = context, plan, index
         self._float = self._dense = self._packed = block
         self._rows: list[dict[str, Any]] = []
+        self._said_few = False  # that experts got few tokens
         settings, files = context.settings, context.files
         c = settings.calibration
         self._config, self._files = context.source.config.of_block(index), files
@@ -76,7 +76,7 @@ class PackedBlock:
         if c.gradient_groups:
             loaded = context.workdir.load_token_weights(index)
             how = c.gradient_power, c.num_windows
-            self._weights = {n: relative_weights(w, *how) for n, w in loaded.items()}
+            self._weights = token_weights.relative(self._config, loaded, *how)
         self._reference = None
         if forward.wants_middle(settings):
             self._reference = (
@@ -90,7 +90,7 @@ class PackedBlock:
         settings = self._context.settings
         if settings.calibration.statistics:
             statistics = Statistics(settings.calibration.statistics)
-            self._quantize(LINEAR_LAYERS, statistics.sums(self._index, self._config))
+            self._quantize(self._config.linear_layers, statistics.sums(self._index, self._config))
             return self._packed, self._rows
         goes_on = goes_on and settings.calibration.inputs == "quantized"
         at = Files(self._files.read(self._stream, self._index), reference=self._reference)
@@ -103,7 +103,7 @@ class PackedBlock:
                 sums = load_sums(self._context.workdir, self._index)
             if sums is None:
                 sums = self._run(at, 0, LAST - 1, self._sums(range(LAST)))
-            self._quantize(LINEAR_LAYERS, sums)
+            self._quantize(self._config.linear_layers, sums)
         if settings.tune.block:
             drop_inside(self._files)
             start, at = 0, Files(self._files.read(self._stream, self._index))
@@ -116,11 +116,11 @@ class PackedBlock:
 
     def _stage_by_stage(self, at: Files) -> tuple[int, Files]:
         """Quantizes the layers of one stage after the other; where the last one starts from."""
-        for stage, group in enumerate(LINEAR_GROUPS):
-            opened = stage in (1, 3)
+        for stage, groups in enumerate(self._config.layers.stages):
+            opened, group = stage in CLOSING, list(chain(*groups))
             out, shape = nullcontext(), None
             if stage:
-                cols = get_layer(self._float, group[0])["kernel"].shape[0]
+                cols = opened_width(self._config, stage - 1) if opened else at.x.shape[2]
                 name = _INNER if opened else _HALF
                 shape = (*at.x.shape[:2], cols)
                 out = self._files.pass_on(name, self._index, shape)
@@ -137,17 +137,18 @@ class PackedBlock:
     def _sums(self, stages: Sequence[int]) -> Sums:
         kept = self._context.settings.calibration.held_out > 0
         crosses = self._reference is not None
-        return init_sums(self._float, stages, self._weights, crosses, kept)
+        return init_sums(self._config, self._float, stages, self._weights, crosses, kept)
 
     def _run(self, at: Files, start: int, stop: int, sums: Sums, out=None) -> Sums:
         with self._context.stopwatch.stage("hessians" if sums.fitted.inputs else "advance"):
             self._context.progress.note(f"block {self._index} {STAGES[min(stop, LAST - 1)]}")
             shape = at.x.shape
             stages = range(start, stop)
+            crossed = crossed_stages(self._config, sums.fitted)
             self._context.stopwatch.flops(
                 stage_flops(self._config, stages, *shape[:2])
-                + moment_flops(sums.fitted, shape[0] * shape[1])
-                + closing_outputs(self._config, crossed_stages(sums.fitted), *shape[:2])
+                + moment_flops(self._config, sums.fitted, shape[0] * shape[1])
+                + closing_outputs(self._config, crossed, *shape[:2])
             )
             sums = run_windows(
                 self._config,
@@ -171,7 +172,7 @@ class PackedBlock:
             problems = self._problems(names, sums.fitted)
             others = hessians(sums.held_out)
             judged_by = [
-                judges(problem, others, self._weights, name)
+                judges(self._config, problem, others, self._weights, name)
                 for problem, name in zip(problems, names, strict=True)
             ]
             problems = [with_judges(*pair) for pair in zip(problems, judged_by, strict=True)]
@@ -179,6 +180,7 @@ class PackedBlock:
             kernels = parallel(dequantize_compiled, tensors)
             measured = zip(problems, tensors, kernels, judged_by, strict=True)
             rows = parallel(lambda of_layer: layer_row(*of_layer), list(measured))
+            rows = self._with_tokens(names, rows, sums.fitted)
             self._context.stopwatch.flops(_flops(problems, sums.fitted, 1 + bool(others)))
             seconds = time.perf_counter() - start
         total = sum(problem.weight.size for problem in problems)
@@ -194,15 +196,16 @@ class PackedBlock:
 
     def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
         settings = self._context.settings
-        found = objectives(moments, settings.damping, f"layers_{self._index}")
+        least = settings.calibration.expert_tokens
+        found = objectives(moments, settings.damping, f"layers_{self._index}", least)
         weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
 
         def problem(name: str) -> Problem:
-            groups, of_layer = owners(name, self._weights), []
+            groups, of_layer = owners(self._config, name, self._weights), []
             for owner, rows in zip(groups, row_groups(weights[name], len(groups)), strict=True):
                 objective = found[owner]
                 if owner in moments.crosses:
-                    shifted = shift(moments, owner, rows, objective.hessian)
+                    shifted = shift(self._config, moments, owner, rows, objective.hessian, least)
                     objective = objective._replace(shift=shifted)
                 of_layer.append(objective)
             key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
@@ -211,12 +214,30 @@ class PackedBlock:
                 self._plan.get((self._index, name), settings.method_settings),
                 weights[name],
                 of_layer,
-                jax.random.fold_in(key, LINEAR_LAYERS.index(name)),
+                jax.random.fold_in(key, self._config.linear_layers.index(name)),
                 settings.calibration.asymmetry,
                 f"layers_{self._index}/{name}",
             )
 
         return [problem(name) for name in names]
+
+    def _with_tokens(
+        self, names: Sequence[str], rows: list[dict[str, Any]], moments: Moments
+    ) -> list[dict[str, Any]]:
+        """Rows of experts also say how many tokens these got, and what they took of others."""
+        part = expert_shares(moments, self._context.settings.calibration.expert_tokens)
+        text = expert_moments.few_tokens(moments.tokens, part, f"layers_{self._index}")
+        if text and not self._said_few:
+            logging.warning(text)
+        self._said_few = self._said_few or bool(text)
+        found = []
+        for name, row in zip(names, rows, strict=True):
+            owner = owners(self._config, name, self._weights)[0]
+            if owner in part:
+                tokens = int(moments.tokens[owner])
+                row = {**row, "expert_tokens": tokens, "shared_hessian": part[owner]}
+            found.append(row)
+        return found
 
     def _tune(self) -> None:
         """Tunes what is continuous in the block."""

@@ -16,7 +16,7 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS
+from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
@@ -133,7 +133,7 @@ def block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:
     """The same for one block."""
     if index >= num_quantized(settings, config):
         return 0  # it stays dense
-    return len(LINEAR_LAYERS) + settings.tune.block * settings.tune.epochs
+    return len(config.of_block(index).linear_layers) + settings.tune.block * settings.tune.epochs
 
 
 def peak_bytes(
@@ -170,7 +170,8 @@ def peak_bytes(
         count += min(2, inputs) if whole is None else whole
     if settings.true_sequential:
         count += 1
-        width = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+        blocks = config.block_counts(last)
+        width = max(opened_width(block, stage) for block in blocks for stage in (0, 2))
         size += file_bytes((*shape, width))
     return size + count * stream
 

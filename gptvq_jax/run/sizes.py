@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from gptvq_jax.config import RunSettings
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.source import block_shapes, layer_shapes, outer_shapes
 from gptvq_jax.storage.overhead import checkpoint_overhead
 from gptvq_jax.storage.tree_io import DENSE_DTYPES
@@ -35,15 +34,16 @@ def stored_bytes(
     for name, shape in outer_shapes(config).items():
         int8 = settings.embeddings == "int8" and name.endswith(_EMBEDDINGS)
         size += math.prod(shape) + 4 * shape[0] if int8 else math.prod(shape) * item
-    layers = layer_shapes(config)
     groups = settings.calibration.gradient_groups or 1
     depth = config.num_hidden_layers
     for index in range(depth):
-        size += sum(math.prod(shape) for shape in block_shapes(config).values()) * item
-        for name in LINEAR_LAYERS if index < (settings.num_blocks or depth) else ():
+        block = config.of_block(index)
+        size += sum(math.prod(shape) for shape in block_shapes(block).values()) * item
+        layers = layer_shapes(block) if index < (settings.num_blocks or depth) else {}
+        for name, shape in layers.items():
             chosen = plan.get((index, name), settings.method_settings)
-            size += packed_bytes(settings.method, chosen, *layers[name], groups)
-            size -= math.prod(layers[name]) * item
+            size += packed_bytes(settings.method, chosen, *shape, groups)
+            size -= math.prod(shape) * item
     return size
 
 

@@ -76,7 +76,7 @@ def calibrate(config: Any, output: str, given: Collection[str] = ()) -> dict[str
     key["calibration"] = {n: getattr(settings.calibration, n) for n in CALIBRATION_TEXT}
     with WorkDir(work, key) as workdir:
         _make(source, settings, workdir, record["blocks"])
-        size = record["blocks"] * moments_bytes(source.config, _unweighted(settings))
+        size = _all_moments_bytes(source, _unweighted(settings), record["blocks"])
         check_room(path.absolute().parent, size)
         with Progress(record["blocks"], "write", "block") as progress:
             write(path, record, _counted(_sums_of(workdir, record["blocks"]), progress), size)
@@ -132,11 +132,16 @@ def _make(source: ModelSource, settings: RunSettings, workdir: WorkDir, blocks: 
     moments = FloatMoments(context, blocks, keep_float=False)
     done = moments.position(range(blocks))
     stream = file_bytes((*tokens.shape, source.config.hidden_size))
-    room = min(3, blocks - done + 1) * stream + blocks * moments_bytes(source.config, settings)
+    room = min(3, blocks - done + 1) * stream + _all_moments_bytes(source, settings, blocks)
     workdir.check_room(room, "moments/*", "activations/*")
     forward = Forward(context, tokens, blocks, done, want_middle=False)
     with Progress(blocks, "statistics", "block") as progress:
         walk(source, [forward, moments], range(blocks), stopwatch, progress)
+
+
+def _all_moments_bytes(source: ModelSource, settings: RunSettings, blocks: int) -> int:
+    counts = source.config.block_counts(blocks).items()
+    return sum(count * moments_bytes(block, settings) for block, count in counts)
 
 
 def _unweighted(settings: RunSettings) -> RunSettings:

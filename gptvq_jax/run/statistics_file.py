@@ -7,7 +7,9 @@ A file is a .npz, which numpy.load reads:
                                            text.calibration_protocol for each run that was added
     00007 KIND LAYER 0 total               of block 7 (C, C) float32, the sum over tokens of x x^T,
                                            of which the upper triangle counts
-    00007 KIND LAYER 0 count               () float32, the tokens
+    00007 KIND LAYER 0 count               () float32, the tokens; of an expert, where both weigh
+                                           tokens by their squared router weights, the sum of these
+    00007 KIND LAYER 0 tokens              () int32, of an expert, the tokens that it got
 
 KIND is "fitted" or "held_out", LAYER the first of the layers that read the same x. Sums of
 different texts add up, and so do those of what is held out, which stands at the same places of a
@@ -26,7 +28,6 @@ import numpy as np
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.files import durable
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run.float_moments import from_arrays
 from gptvq_jax.run.held_out import Sums
@@ -102,7 +103,7 @@ class Statistics:
         arrays = self.arrays(index)
         shapes, kinds = layer_shapes(config), ["fitted", "held_out"][: 1 + self.has_held_out]
         for kind in kinds:
-            for name in (group[0] for group in LINEAR_GROUPS):
+            for name in (group[0] for group in config.linear_groups):
                 total = arrays.get(f"{kind} {name} 0 total")
                 count = arrays.get(f"{kind} {name} 0 count")
                 cols = shapes[name][1]

@@ -79,8 +79,8 @@ def float32_bytes(config: ModelConfig) -> int:
     def values(shapes: Mapping[str, tuple[int, ...]]) -> int:
         return sum(int(np.prod(shape)) for shape in shapes.values())
 
-    blocks = config.num_hidden_layers * values(block_shapes(config))
-    return 4 * (values(outer_shapes(config)) + blocks)
+    blocks = (count * values(block_shapes(of)) for of, count in config.block_counts().items())
+    return 4 * (values(outer_shapes(config)) + sum(blocks))
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -275,7 +275,7 @@ class PackedCheckpoint:
         Raises:
           ValueError: they are damaged; the message names the array.
         """
-        return self._load(self.directory / "outer", "")
+        return self._load(self.directory / "outer", "", leaf_shapes(self.config, outer=True))
 
     def block(self, index: int) -> Tree:
         """Block `index` in float32, kernels (in, out): the model that the packed one stands for.
@@ -295,12 +295,13 @@ class PackedCheckpoint:
         """
         if not 0 <= index < self.config.num_hidden_layers:
             raise ValueError(f"block {index=} must be in 0..{self.config.num_hidden_layers - 1}")
-        return self._load(_block_path(self.directory, index), f"layers_{index}/")
+        of_block = leaf_shapes(self.config.of_block(index), outer=False)
+        return self._load(_block_path(self.directory, index), f"layers_{index}/", of_block)
 
-    def _load(self, path: Path, prefix: str) -> Tree:
+    def _load(self, path: Path, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Tree:
         record = finished_record(path)
         try:
-            check_shapes(record, leaf_shapes(self.config, outer=not prefix))
+            check_shapes(record, shapes)
         except ValueError as error:
             raise ValueError(
                 f"{path} is not of the model in {self.directory / _MANIFEST}: {error}; restore the "

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.shapes import block_shapes, outer_shapes
+from gptvq_jax.models.shapes import block_shapes, module_path, outer_shapes
 from gptvq_jax.storage.tree_record import Record, check_fields, check_metas, same
 
 _FIELDS = (
@@ -84,7 +84,10 @@ def check_shapes(record: Record, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def leaf_shapes(config: ModelConfig, outer: bool) -> dict[str, tuple[int, ...]]:
-    """{name of a leaf of outer/, or of a block: its shape, (out, in) of a kernel}."""
+    """{name of a leaf of outer/, or of a block: its shape, (out, in) of a kernel}.
+
+    `config` is that of the block.
+    """
     if not outer:
         return {_leaf_name(name): shape for name, shape in block_shapes(config).items()}
     shapes = {name.removeprefix("model."): shape for name, shape in outer_shapes(config).items()}
@@ -93,13 +96,16 @@ def leaf_shapes(config: ModelConfig, outer: bool) -> dict[str, tuple[int, ...]]:
 
 def _check_leaves(sections: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> None:
     """Compares a manifest's sections with the model, as one record of all its leaves."""
-    outer, block = leaf_shapes(config, outer=True), leaf_shapes(config, outer=False)
+    outer, of_blocks = leaf_shapes(config, outer=True), config.block_counts()
+    shapes_of = {block: leaf_shapes(block, outer=False) for block in of_blocks}
     depth, count = config.num_hidden_layers, sum(map(len, sections.values()))
-    if count != len(outer) + depth * len(block):  # first: a depth can be any number
+    wanted = sum(number * len(shapes_of[block]) for block, number in of_blocks.items())
+    if count != len(outer) + wanted:  # first: a depth can be any number
         raise ValueError(f"{count} weights are listed, which {depth} blocks do not have")
     check_metas({**sections["layers"], **sections["embeddings"]}, sections["dense"])
     shapes = dict(outer)
     for index in range(depth):
+        block = shapes_of[config.of_block(index)]
         shapes |= {f"layers_{index}/{name}": shape for name, shape in block.items()}
 
     def leaf(name: str) -> str:
@@ -123,7 +129,7 @@ def _leaf_name(name: str) -> str:
     """Of a Hugging Face name: self_attn.q_proj.weight -> self_attn/q_proj/kernel."""
     if name.endswith(".bias"):
         return name.replace(".", "/")
-    path = name.removesuffix(".weight").replace(".", "/")
+    path = module_path(name.removesuffix(".weight"))
     last = path.rpartition("/")[2]
     kind = "embedding" if last == "embed_tokens" else "scale" if last.endswith("norm") else "kernel"
     return f"{path}/{kind}"

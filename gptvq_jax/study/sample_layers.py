@@ -12,16 +12,10 @@ from gptvq_jax.core.hessian import Moment, add_inputs, init_moment, mean
 from gptvq_jax.data import calibration_windows, documents, evaluation_windows
 from gptvq_jax.files.new_directory import new_directory
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    Params,
-    block_forward_with_inputs,
-    embed,
-    get_layer,
-)
+from gptvq_jax.models.llama import Params, block_forward_with_inputs, embed, get_layer
 from gptvq_jax.models.open import PACKAGED_SMOLLM2, open_source
 from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.models.stages import expert_of
 
 # From the first, middle and last block of SmolLM2-135M; together every kind of input and shape.
 SAMPLED_LAYERS = {
@@ -85,7 +79,7 @@ def make_layers(
     Args:
       source: the model.
       tokens: windows (n, T) int32.
-      wanted: {block: names in LINEAR_LAYERS}.
+      wanted: {block: names of its linear layers}.
       directory: to be made.
       progress: advanced by one per block up to the last one wanted.
       held_out: windows (n, T) int32 of the second text.
@@ -98,10 +92,17 @@ def make_layers(
     depth = source.config.num_hidden_layers
     if not wanted or not 0 <= min(wanted) <= max(wanted) < depth:
         raise ValueError(f"blocks {sorted(wanted)} must be some of 0 to {depth - 1}")
-    for name in {name for names in wanted.values() for name in names} - set(LINEAR_LAYERS):
-        raise ValueError(f"{name!r} is not a linear layer of a block; choose from {LINEAR_LAYERS}")
-    shapes = layer_shapes(source.config)
-    weights = [shapes[name] for names in wanted.values() for name in names]
+    weights = []
+    for index, names in wanted.items():
+        shapes = layer_shapes(source.config.of_block(index))
+        for name in names:
+            if name not in shapes or expert_of(name) is not None:
+                known = tuple(name for name in shapes if expert_of(name) is None)
+                raise ValueError(
+                    f"{name!r} is not a linear layer of a block that all tokens meet; choose from "
+                    f"{known}"
+                )
+            weights.append(shapes[name])
     texts = {"hessian": tokens} if held_out is None else {"hessian": tokens, "held_out": held_out}
     num_bytes = sum(4 * cols * (rows + len(texts) * cols) for rows, cols in weights)
     with new_directory(directory, num_bytes) as partial:
@@ -116,7 +117,7 @@ def make_layers(
             for text, x in activations.items():
                 activations[text], moments[text] = _forward(config, block, x, names)
             for name in names:
-                group = _group_of(name)
+                group = config.layers.first_of[name]
                 np.savez(
                     partial / f"block{index:02d}.{name.rpartition('/')[2]}.npz",
                     weight=np.asarray(get_layer(block, name)["kernel"]).T,
@@ -129,18 +130,14 @@ def _forward(
     config: ModelConfig, block: Params, activations: np.ndarray, names: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, Moment]]:
     """Outputs (n, T, hidden) on the host, and the moments of what the layers named read."""
-    moments = {_group_of(n): init_moment(get_layer(block, n)["kernel"].shape[0]) for n in names}
+    first_of = config.layers.first_of
+    moments = {first_of[n]: init_moment(get_layer(block, n)["kernel"].shape[0]) for n in names}
     outputs = np.empty_like(activations)
     for start in range(0, len(activations), _BATCH_SIZE):
         part = slice(start, start + _BATCH_SIZE)
         outputs[part], inputs = block_forward_with_inputs(config, block, activations[part])
         moments = {group: add_inputs(m, inputs[group]) for group, m in moments.items()}
     return outputs, moments
-
-
-def _group_of(name: str) -> str:
-    """First name of the group that reads the same input as layer `name`."""
-    return next(group[0] for group in LINEAR_GROUPS if name in group)
 
 
 def random_layer(rows: int, cols: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -79,7 +79,7 @@ def test_forward_for_moments(config, batch, time, start, stop, added, aims_at_fl
     x, inner = hidden(config, batch, time), None
     if start == 1:
         inner = array(batch, time, config.num_attention_heads * config.head_dim)
-    moments = jax.eval_shape(lambda b: init_moments(b, added, None, aims_at_float), block)
+    moments = jax.eval_shape(lambda b: init_moments(config, b, added, None, aims_at_float), block)
     reference = FloatStates(x, x, x) if aims_at_float else None
     counted = count(
         lambda b, x, inner, m, r: step(config, b, x, inner, start, stop, m, None, r),
@@ -90,10 +90,10 @@ def test_forward_for_moments(config, batch, time, start, stop, added, aims_at_fl
         reference,
     )
     stages = flops.stage_flops(config, range(start, stop), batch, time)
-    assert counted == stages + moment_flops(moments, batch * time)
+    assert counted == stages + moment_flops(config, moments, batch * time)
     cols = [layer_shapes(config)[LINEAR_GROUPS[stage][0]][1] for stage in added]
     of_inputs = sum(second_moment(batch * time, c, tile_size(c)) for c in cols)
-    assert moment_flops(moments._replace(crosses={}), batch * time) == of_inputs
+    assert moment_flops(config, moments._replace(crosses={}), batch * time) == of_inputs
 
 
 def test_gradient_of_activations(config, batch, time):

@@ -32,14 +32,13 @@ from gptvq_jax.run.calibrate import (
     LAST,
     FloatStates,
     crossed_stages,
-    hessians,
     init_moments,
     moment_flops,
-    shift,
     step,
 )
 from gptvq_jax.run.forward import block_halves
 from gptvq_jax.run.held_out import Files, init_sums, run_windows
+from gptvq_jax.run.objectives import hessians, shift
 from gptvq_jax.serve.generate import generate
 from gptvq_jax.serve.params import packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -92,7 +91,11 @@ def test_every_layer_is_packed(finished, tmp_path):
     source, summary, packed = finished
     layers = packed.manifest["layers"]
     depth = source.config.num_hidden_layers
-    assert layers.keys() == {f"layers_{i}/{name}" for i in range(depth) for name in LINEAR_LAYERS}
+    assert layers.keys() == {
+        f"layers_{i}/{name}"
+        for i in range(depth)
+        for name in source.config.of_block(i).linear_layers
+    }
     assert packed.config == source.config
     assert 2 < summary["bits_per_value"] < 4
     if source.config.family.fused:  # other formats have one name for what we have two of
@@ -102,6 +105,14 @@ def test_every_layer_is_packed(finished, tmp_path):
         hf = json.dumps(source.config.to_hf() | quantization)
         (tmp_path / "config.json").write_text(hf)
         with pytest.raises(NotImplementedError, match="config.json: .*'phi3'.* fused; quantize"):
+            AQLMSource(HFDirectory(tmp_path))
+    if source.config.family.experts:
+        with pytest.raises(NotImplementedError, match="has experts, .* --format=hf-dense"):
+            hf_aqlm(packed, tmp_path / "out")
+        quantization = {"quantization_config": {"quant_method": "aqlm"}}
+        hf = json.dumps(source.config.to_hf() | quantization)
+        (tmp_path / "config.json").write_text(hf)
+        with pytest.raises(NotImplementedError, match="config.json: .*has experts; quantize"):
             AQLMSource(HFDirectory(tmp_path))
 
 
@@ -152,8 +163,8 @@ def test_an_asymmetric_target_aims_at_what_the_float_layer_computed(name, tmp_pa
     block = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block)
     x, y = rng.standard_normal((2, 4, 16, config.hidden_size)).astype(np.float32)
     states = (y, *map(np.asarray, block_halves(config, float_block, y)))
-    files, sums = Files(x, reference=states), init_sums(block, range(LAST), None, True)
-    assert crossed_stages(sums.fitted) == set(range(LAST))
+    files, sums = Files(x, reference=states), init_sums(config, block, range(LAST), None, True)
+    assert crossed_stages(config, sums.fitted) == set(range(LAST))
     windows = CalibrationSettings(num_windows=4, held_out=0, batch_size=2)
     sums = run_windows(config, block, files, 0, LAST - 1, sums, windows, float_block=float_block)
     moments = sums.fitted
@@ -164,7 +175,7 @@ def test_an_asymmetric_target_aims_at_what_the_float_layer_computed(name, tmp_pa
         own, aimed = (get_layer(b, layer)["kernel"] for b in (block, float_block))
         inputs, outputs = read[layer], float_read[layer] @ aimed
         expected = jnp.einsum("bto,bti->oi", outputs - inputs @ own, inputs) / inputs[..., 0].size
-        actual = shift(moments, (layer, 0), own.T, found[layer, 0])
+        actual = shift(config, moments, (layer, 0), own.T, found[layer, 0])
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -173,7 +184,7 @@ def test_flops_of_an_asymmetric_target_behind_norms(tmp_path):
     source = open_source(str(write_model(tmp_path, "olmo2")))
     config, block = source.config, source.block(0)
     x = jnp.zeros((2, 16, config.hidden_size))
-    moments = init_moments(block, range(LAST), None, True)
+    moments = init_moments(config, block, range(LAST), None, True)
     reference = FloatStates(x, x, x)
     counted = count(
         lambda b, x, m, r, f: step(config, b, x, None, 0, LAST, m, None, r, f),
@@ -183,6 +194,6 @@ def test_flops_of_an_asymmetric_target_behind_norms(tmp_path):
         reference,
         block,
     )
-    expected = flops.block_forward(config, 2, 16) + moment_flops(moments, 32)
+    expected = flops.block_forward(config, 2, 16) + moment_flops(config, moments, 32)
     expected += flops.closing_outputs(config, range(LAST), 2, 16)
     assert counted == expected

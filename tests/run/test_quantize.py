@@ -17,7 +17,7 @@ from gptvq_jax.models.llama import (
     with_layer,
 )
 from gptvq_jax.models.open import open_source
-from gptvq_jax.run import calibrate, evaluate_job, job, packed_block
+from gptvq_jax.run import evaluate_job, job, objectives, packed_block
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
 
 
@@ -128,13 +128,13 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
 
     Activations between two stages are bfloat16. A tuned block changes again once it is quantized.
     """
-    found, hessians = [], calibrate.hessians
+    found, hessians = [], objectives.hessians
 
-    def keeping(moments):
-        found.append(hessians(moments))
+    def keeping(moments, least):
+        found.append(hessians(moments, least))
         return found[-1]
 
-    monkeypatch.setattr(calibrate, "hessians", keeping)
+    monkeypatch.setattr(objectives, "hessians", keeping)
     blocks, tune_block = [], packed_block.tune_block
 
     def before_tuning(config, block, *arguments, **options):

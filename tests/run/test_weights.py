@@ -19,12 +19,11 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,
-    hessians,
-    relative_weights,
-    shift,
 )
 from gptvq_jax.run.forward import block_halves
 from gptvq_jax.run.held_out import NO_SUMS, Files, init_sums, run_windows
+from gptvq_jax.run.objectives import hessians, shift
+from gptvq_jax.run.token_weights import relative_weights
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -92,7 +91,7 @@ def test_moments_of_every_layer_and_row_group_in_float64(source, stages):
     relative = {name: relative_weights(weight, 0.5) for name, weight in weights.items()}
     float_y = jnp.asarray(y, jnp.float32)
     states = (y, *map(np.asarray, block_halves(source.config, other, float_y)))
-    sums = init_sums(block, stages, relative, want_crosses=True, held_out=False)
+    sums = init_sums(source.config, block, stages, relative, want_crosses=True, held_out=False)
     arguments = sums, ALL_FITTED, relative
     files = Files(x, reference=states)
     moments = run_windows(source.config, block, files, 0, max(stages), *arguments).fitted
@@ -113,7 +112,9 @@ def test_moments_of_every_layer_and_row_group_in_float64(source, stages):
             for b in (model, block)
         )
         expected = weighted_mean(float_inputs @ aimed.T, inputs, weight) - own @ hessian
-        actual = shift(moments, (name, k), jnp.asarray(own, jnp.float32), found[name, k])
+        actual = shift(
+            source.config, moments, (name, k), jnp.asarray(own, jnp.float32), found[name, k]
+        )
         assert_close(actual, expected)
 
 
@@ -123,7 +124,7 @@ def test_equal_weights_give_the_moments_without_weights(source):
 
     def run(weights):
         relative = weights and {name: relative_weights(w) for name, w in weights.items()}
-        sums, out = init_sums(block, range(LAST), relative), np.empty_like(x)
+        sums, out = init_sums(source.config, block, range(LAST), relative), np.empty_like(x)
         arguments = sums, ALL_FITTED, relative, out
         sums = run_windows(source.config, block, Files(x), 0, LAST, *arguments)
         return hessians(sums.fitted), out

@@ -13,6 +13,7 @@ from gptvq_jax.models.fields import FLAG, SIZE, integer, number
 from gptvq_jax.models.rope_scaling import ROPE_TYPES, RopeScaling
 
 Fields = dict[str, Any]
+MOST_EXPERTS = integer(1, 1024)  # twice as many as the largest; names of all are made first
 _CAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
 
 
@@ -32,6 +33,15 @@ class BlockKind(NamedTuple):
     rope_theta: float
     rope_scaling: RopeScaling | None
     rotary: bool = True
+    num_experts: int = 0
+
+
+class ExpertNames(NamedTuple):
+    """Names of what a block with experts has in place of "mlp", as stored."""
+
+    module: str  # holds the router, and "experts.0", "experts.1", ...
+    layers: tuple[str, str, str]  # of each expert: what gate_proj, up_proj and down_proj are
+    router: str = "gate"
 
 
 PRE_NORMS = Norms("input_layernorm", None, "post_attention_layernorm", None)
@@ -57,6 +67,7 @@ class Family:
       qk_norm: whether queries and keys have a norm: over a "head", over the "whole" width, or None.
       norm_offset: added to the stored scales of all norms.
       rope_types: that transformers has for it.
+      experts: of blocks that have some; None: there are no such blocks.
       fused: {module as stored: our modules whose rows it holds, in order}.
       read: (dict of a config.json, fields of ModelConfig so far) -> further ones. It may name
         fields that it `handles`.
@@ -75,6 +86,7 @@ class Family:
     qk_norm: str | None = None
     norm_offset: float = 0.0
     rope_types: tuple[str, ...] = ROPE_TYPES
+    experts: ExpertNames | None = None
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     read: Callable[[Mapping[str, Any], Fields], Fields] = nothing
     write: Callable[[Any], Fields] = nothing

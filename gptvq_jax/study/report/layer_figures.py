@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.console.layer_plot import by_depth, codes_differ, tuning_by_depth
 from gptvq_jax.console.plot_style import log_ticks, style
 from gptvq_jax.study.report.drawing import INK, Figure, shortened
@@ -90,6 +91,20 @@ def unused_line(cell: Cell) -> str | None:
     )
 
 
+def experts_line(cell: Cell) -> str | None:
+    """A sentence on layers of experts that share a Hessian with others; None: there are none."""
+    of_experts = [row for row in cell.layers if row.get("expert_tokens") is not None]
+    shared = [row for row in of_experts if row.get("shared_hessian")]
+    if not shared:
+        return None
+    none = sum(not row["expert_tokens"] for row in shared)
+    return (
+        f"{len(shared)} of {len(of_experts)} layers of experts got too few calibration tokens for "
+        f"a Hessian of their own, {none} of them none, and share in that of all experts of their "
+        "block."
+    )
+
+
 def _counted(rows: Sequence[Row]) -> list[Row]:
     """Rows that say how many centroids are unused, as those of old runs do not."""
     return [row for row in rows if row.get("unused_centroids") is not None]
@@ -103,13 +118,15 @@ def _enough_unused(rows: Sequence[Row]) -> bool:
 def side_by_side(cells: Sequence[Cell], notes: list[str]) -> list[Figure]:
     """Errors of several cells by kind of layer and by depth."""
     cells = [cell for cell in cells if cell.layers]
-    kinds = list(dict.fromkeys(row["layer"] for cell in cells for row in cell.layers))
+    kinds = list(dict.fromkeys(layer_kind(row["layer"]) for cell in cells for row in cell.layers))
     figures = [
         Figure(
             "error_layers",
             "Error by layer",
-            "Geometric mean over the depth, where there are several blocks.",
-            _lines(cells, kinds, lambda row: row["layer"], "layer", names=_short(kinds)),
+            "Geometric mean over the depth, where there are several blocks, and over experts.",
+            _lines(
+                cells, kinds, lambda row: layer_kind(row["layer"]), "layer", names=_short(kinds)
+            ),
         )
     ]
     deep = [cell for cell in cells if all("block" in row for row in cell.layers)]

@@ -8,7 +8,13 @@ from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.study.report.dimension_figures import against_dimension
 from gptvq_jax.study.report.drawing import render
-from gptvq_jax.study.report.layer_figures import code_usage, of_one, side_by_side, unused_line
+from gptvq_jax.study.report.layer_figures import (
+    code_usage,
+    experts_line,
+    of_one,
+    side_by_side,
+    unused_line,
+)
 from gptvq_jax.study.report.page import Section, page
 from gptvq_jax.study.report.quality_figures import against_bits
 from gptvq_jax.study.report.results import Cell, named, read_results
@@ -82,8 +88,7 @@ def _each_once(directories: Sequence[Path]) -> list[Path]:
 
 
 def _lines(cell: Cell) -> list[str]:
-    line = unused_line(cell)
-    return [] if line is None else [line]
+    return [line for line in (unused_line(cell), experts_line(cell)) if line is not None]
 
 
 def _sections(cells: Sequence[Cell], notes: list[str]) -> list[Section]:

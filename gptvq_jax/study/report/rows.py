@@ -18,7 +18,13 @@ _LAYER = {
 _BLOCK = {"block": int, "tune_error_before": float, "tune_error_after": float}
 _SUMMARY = {"bits_per_value": float, "perplexity_float": float, "perplexity_quantized": float}
 _OF_LAYERS = {"bits_per_value": float, "relative_error": float}
-_OPTIONAL = {"code_entropy": float, "unused_centroids": int, "held_out_error": float}  # of a layer
+_OPTIONAL = {  # of a layer
+    "code_entropy": float,
+    "unused_centroids": int,
+    "held_out_error": float,
+    "expert_tokens": int,
+    "shared_hessian": float,
+}
 _PROTOCOL = {
     "dataset": str,
     "split": str,

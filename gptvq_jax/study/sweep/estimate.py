@@ -18,9 +18,10 @@ from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.stages import expert_of
 from gptvq_jax.moves.viterbi import TRACE_BACK
+from gptvq_jax.run.calibrate import closes
 from gptvq_jax.run.curves import to_measure
 from gptvq_jax.run.passes import peak_bytes
 from gptvq_jax.run.quantize import num_quantized
@@ -31,7 +32,14 @@ from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
 def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     """Of a run that finds its passes over the float model made; a held-out text of unknown length
     is left out, and rounds that may stop early count in full."""
-    c, blocks = settings.calibration, num_quantized(settings, config)
+    blocks = config.block_counts(num_quantized(settings, config)).items()
+    size = sum(count * _block_flop(block, settings) for block, count in blocks)
+    return size + evaluation_flop(config, settings)
+
+
+def _block_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of quantizing a block with this config."""
+    c = settings.calibration
     shape = c.all_windows, c.seqlen
     walks = 1 if settings.true_sequential else 2
     size = walks * flops.block_forward(config, *shape)
@@ -47,7 +55,7 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
         size += sum(per_layer) / len(per_layer) + units * unit(rows, cols)
     if settings.tune.block:
         size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
-    return blocks * size + evaluation_flop(config, settings)
+    return size
 
 
 def _formats(settings: RunSettings) -> list[Any]:
@@ -85,17 +93,25 @@ def search_steps(settings: Any, rows: int, cols: int) -> int:
 
 def pass_flop(config: ModelConfig, of: Pass) -> float:
     """Of a pass that cells share."""
-    settings, depth = of.settings, config.num_hidden_layers
+    settings = of.settings
     shape = settings.calibration.all_windows, settings.calibration.seqlen
     blocks = num_quantized(settings, config)
     if of.kind == FLOAT:
-        return of.points * flops.block_forward(config, *shape) + evaluation_flop(config, settings)
+        points = config.block_counts(of.points).items()
+        size = sum(count * flops.block_forward(block, *shape) for block, count in points)
+        return size + evaluation_flop(config, settings)
+    quantized = config.block_counts(blocks).items()
     if of.kind == GRADIENTS:
-        size = depth * flops.block_backward(config, *shape) + flops.head_backward(config, *shape)
-        curves = settings.allocation.bits_per_value > 0
-        return size + curves * blocks * _curves_flop(config, settings)
-    of_block = flops.block_inputs(config, *shape) + moments_flop(config, settings, False)
-    return blocks * of_block
+        every = config.block_counts().items()
+        size = sum(count * flops.block_backward(block, *shape) for block, count in every)
+        size += flops.head_backward(config, *shape)
+        if settings.allocation.bits_per_value > 0:
+            size += sum(count * _curves_flop(block, settings) for block, count in quantized)
+        return size
+    return sum(
+        count * (flops.block_inputs(block, *shape) + moments_flop(block, settings, False))
+        for block, count in quantized
+    )
 
 
 def _curves_flop(config: ModelConfig, settings: RunSettings) -> float:
@@ -114,14 +130,16 @@ def _curves_flop(config: ModelConfig, settings: RunSettings) -> float:
 def moments_flop(config: ModelConfig, settings: RunSettings, crosses: bool) -> float:
     """Of the Hessians of a block and their factors."""
     c, shapes = settings.calibration, layer_shapes(config)
-    tokens, groups, size = c.all_windows * c.seqlen, c.gradient_groups, 0.0
-    for stage, group in enumerate(LINEAR_GROUPS):
+    groups, size = c.gradient_groups, 0.0
+    for group in config.linear_groups:
         for name in group if groups else group[:1]:
-            rows, cols = shapes[name]
+            (rows, cols), tokens = shapes[name], c.all_windows * c.seqlen
+            if expert_of(name) is not None:
+                tokens = tokens * config.experts_per_token // config.experts
             own = second_moment(tokens, cols, tile_size(cols)) + inverse_cholesky(cols)
             if crosses:
-                closes = STAGES[stage] in ("attend", "feed")
-                own += cross_moment(tokens, rows // (groups or 1) if closes else cols, cols)
+                closing = closes(config, config.layers.stage_of[name])
+                own += cross_moment(tokens, rows // (groups or 1) if closing else cols, cols)
             size += own * (groups or 1)
     return size
 
@@ -129,8 +147,7 @@ def moments_flop(config: ModelConfig, settings: RunSettings, crosses: bool) -> f
 def evaluation_flop(config: ModelConfig, settings: RunSettings) -> float:
     """Of the perplexity of a model; 0 where the length of the text is not known."""
     shape = settings.evaluation.num_windows, settings.evaluation.seqlen
-    blocks = config.num_hidden_layers * flops.block_forward(config, *shape)
-    return blocks + flops.head_forward(config, *shape)
+    return flops.blocks_forward(config, *shape) + flops.head_forward(config, *shape)
 
 
 def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
@@ -146,7 +163,9 @@ def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str]
         return {}
     largest = max(_formats(settings), key=lambda of: of.bits)
     blocks = range(num_quantized(settings, config))
-    return {(index, name): largest for index in blocks for name in LINEAR_LAYERS}
+    return {
+        (index, name): largest for index in blocks for name in config.of_block(index).linear_layers
+    }
 
 
 class Seconds(NamedTuple):

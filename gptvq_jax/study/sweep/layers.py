@@ -123,8 +123,17 @@ class Layers:
 
     def _shapes(self, cell: Cell) -> list[tuple[int, int]]:
         config = self._sources.of(cell).config
-        shapes = layer_shapes(config)
-        return [shapes[name] for names in wanted_layers(config).values() for name in names]
+        found = []
+        for index, names in wanted_layers(config).items():
+            shapes = layer_shapes(config.of_block(index))
+            for name in names:
+                if name not in shapes:
+                    raise ValueError(
+                        f"block {index} of {cell.settings.model} has no {name}: a sweep of kind "
+                        "'layers' cannot measure it; use kind 'models'"
+                    )
+                found.append(shapes[name])
+        return found
 
 
 def wanted_layers(config: ModelConfig) -> dict[int, tuple[str, ...]]:

@@ -116,7 +116,9 @@ def pass_bytes(of: Pass, config: ModelConfig) -> int:
         return count * file_bytes((*shape, config.hidden_size))
     blocks = num_quantized(of.settings, config)
     if of.kind == MOMENTS:
-        return blocks * moments_bytes(config, of.settings)
+        counts = config.block_counts(blocks).items()
+        return sum(count * moments_bytes(block, of.settings) for block, count in counts)
     measured = blocks * (of.settings.allocation.bits_per_value > 0)
-    size = depth * gradients.weight_bytes(shape, of.settings.weight_groups)
+    groups = of.settings.weight_groups
+    size = sum(gradients.weight_bytes(config.of_block(i), shape, groups) for i in range(depth))
     return size + allocation.curve_bytes(config, of.settings, measured)
