@@ -5,6 +5,7 @@ without their 1 are written with it, and the halves of heads interleaved where `
 """
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,34 @@ class GGUFSource(CheckpointSource):
 
 
 class _Reader(gguf.GGUFReader):
-    """Notices the end of the file, after which the library goes on with empty arrays."""
+    """Notices the end of the file, after which the library goes on with empty arrays.
+
+    It also reads an array of numbers at once, and one of strings without a view of each length:
+    a vocabulary of 262,144 tokens has three such arrays.
+    """
+
+    def _get_field_parts(self, offset, raw_type):
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(offset, raw_type)
+        head = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+        kind, count = gguf.GGUFValueType(head[0][0]), int(head[1][0])
+        start = offset + 12
+        if dtype := self.gguf_scalar_to_np.get(kind):
+            values = self._get(start, dtype, count)
+            return 12 + values.nbytes, [*head, values], [2], [gguf.GGUFValueType.ARRAY, kind]
+        if kind != gguf.GGUFValueType.STRING:
+            return super()._get_field_parts(offset, raw_type)
+        native = self.byte_order == "I"
+        order = sys.byteorder if native else {"little": "big", "big": "little"}[sys.byteorder]
+        data, strings = np.asarray(self.data), []
+        for _ in range(count):
+            stop = start + 8 + int.from_bytes(data[start : start + 8].tobytes(), order)
+            if stop > len(data):
+                raise ValueError(f"it ends before byte {stop}")
+            strings.append(data[start + 8 : stop])
+            start = stop
+        places = list(range(2, 2 + count))
+        return start - offset, [*head, *strings], places, [gguf.GGUFValueType.ARRAY, kind]
 
     def _get(self, offset, dtype, count=1, *args, **kwargs):
         array = super()._get(offset, dtype, count, *args, **kwargs)

@@ -41,7 +41,6 @@ LINEAR_GROUPS = (
     ("mlp/down_proj",),
 )
 LINEAR_LAYERS = tuple(name for group in LINEAR_GROUPS for name in group)
-HEAD_CHUNK = 128  # tokens whose logits are in memory at once while losses are computed
 STAGES = ("mix", "attend", "gate", "feed")  # of DecoderBlock; stage k runs LINEAR_GROUPS[k]
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True)}
 
