@@ -272,8 +272,7 @@ def head_backward(config: ModelConfig, outer: Params, x: jax.Array, tokens: jax.
 
     def chunk(start):
         part, targets = (
-            lax.dynamic_slice_in_dim(a, start, size + 1, axis=1)
-            for a in (padded_x, padded_tokens)
+            lax.dynamic_slice_in_dim(a, start, size + 1, axis=1) for a in (padded_x, padded_tokens)
         )
         dx = jax.grad(lambda part: jnp.sum(token_nll(config, outer, part, targets)))(part)
         return dx[:, :-1]
