@@ -29,9 +29,7 @@ _NAMES = {
     "gate_up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-_POST_ATTENTION = dict.fromkeys(
-    ("gemma2", "gemma3_text", "olmo2", "seed_oss"), "post_attention_norm"
-)
+_AFTER_ATTENTION = ("gemma2", "gemma3_text", "olmo2", "seed_oss")  # the others have it before feed
 
 
 def write_gguf(path: Path, directory: Path, model_type: str, more: dict | None = None) -> Path:

@@ -48,6 +48,7 @@ _TOKENS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
 }
+_ANYTHING = Field("anything", lambda _: True, None)  # what reads it checks it
 _STOP_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 FREQUENCIES = "rope_freqs.weight"  # what the wavelengths of Llama 3.1 and later are multiplied by
 _YARN_DEFAULTS = {"ext_factor": 1, "attn_factor": 1, "log_multiplier": 0}
@@ -101,6 +102,7 @@ def read_metadata(field: Read, tensors: Mapping[str, Any]) -> tuple[ModelConfig,
         only(f"{architecture}.attention.sliding_window", 0)
     hf |= {name: _has_bias(tensors, name) for name in family.biases}
     hf["rope_scaling"] = _stretch(metadata, architecture, hf, tensors)
+    own = {name: metadata(key, _ANYTHING) for name, key in family.gguf.keys.items()}
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("lacks the tensor token_embd.weight, of two axes")
@@ -109,6 +111,7 @@ def read_metadata(field: Read, tensors: Mapping[str, Any]) -> tuple[ModelConfig,
         # Not the field vocab_size, which older files lack; ggml lists the inner axis first.
         "vocab_size": int(embedding.shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
+        **{name: value for name, value in own.items() if value is not None},
         **family.gguf.read(metadata, hf),
     }
     return ModelConfig.from_hf(hf), tuple(token for token in ends if token is not None)
@@ -140,8 +143,8 @@ def _stretch(metadata, architecture: str, hf: Mapping[str, Any], tensors) -> dic
     Raises:
       NotImplementedError: llama.cpp would stretch the rotary embeddings as the decoder cannot.
     """
-    anything, zero_or_factor = Field("anything", lambda _: True, None), number(0, 1e9).optional()
-    kind = metadata("rope.scaling.type", anything)
+    zero_or_factor = number(0, 1e9).optional()
+    kind = metadata("rope.scaling.type", _ANYTHING)
     factors = {
         key: metadata(f"rope.{key}", zero_or_factor)
         for key in ("scaling.factor", "scale_linear", "scaling.attn_factor")
@@ -169,7 +172,7 @@ def _stretch(metadata, architecture: str, hf: Mapping[str, Any], tensors) -> dic
     if kind != "yarn":
         return {"rope_type": "linear", "factor": factor}
     for key, usual in _YARN_DEFAULTS.items():
-        value = metadata(f"rope.scaling.yarn_{key}", anything)
+        value = metadata(f"rope.scaling.yarn_{key}", _ANYTHING)
         if value not in (None, usual):
             raise NotImplementedError(
                 f"{architecture}.rope.scaling.yarn_{key} = {brief(value)} is not supported; "

@@ -42,13 +42,15 @@ class GGUFForm(NamedTuple):
       architecture: `general.architecture` of its files.
       interleaved: whether rows of q and k are in the order of pairs that turn together.
       window: whether a sliding window is written.
+      keys: {field of a config.json: metadata key below the architecture's name} beside the usual.
       read: (metadata, fields of a config.json so far) -> further ones; metadata(key, Field) gives
-        the value below the architecture's name, checked, or None.
+        the value below the architecture's name, checked, or the Field's default.
     """
 
     architecture: str
     interleaved: bool = False
     window: bool = False
+    keys: Mapping[str, str] = {}  # noqa: RUF012 - a NamedTuple's default
     read: Callable[[Callable[[str, Field], Any], Fields], Fields] = lambda *_: {}
 
 

@@ -21,10 +21,6 @@ def _write(config):
     return {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
 
 
-def _read_gguf(metadata, _):
-    return {field: metadata(key, _MULTIPLIER) for field, key in zip(_FIELDS, _GGUF, strict=True)}
-
-
 FAMILY = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
@@ -32,5 +28,5 @@ FAMILY = Family(
     biases=("attention_bias", "mlp_bias"),
     read=_read,
     write=_write,
-    gguf=GGUFForm("granite", interleaved=True, read=_read_gguf),
+    gguf=GGUFForm("granite", interleaved=True, keys=dict(zip(_FIELDS, _GGUF, strict=True))),
 )
