@@ -33,6 +33,7 @@ class CalibrationSettings:
     held_out: int = 4  # windows beside them, about a tenth of all, at fixed places of the text that
     # no other reaches into: nothing is fitted to them, and errors are reported on them; 0: none
     seqlen: int = 512  # tokens per window
+    bos: bool = False  # the tokenizer's BOS token takes the place of each window's first token
     seed: int = 0  # of the random windows
     batch_size: int = 2  # windows per forward pass, at most; held_out has batches of its own
     inputs: str = "quantized"  # of a block: outputs of the 'quantized' or 'float' blocks before it
@@ -59,6 +60,7 @@ class CalibrationSettings:
 # Of a calibration: what its windows depend on, and how many are in a batch.
 CALIBRATION_TEXT = (
     *("datasets", "dataset_weights", "num_windows", "held_out", "seqlen", "seed", "batch_size"),
+    "bos",
 )
 
 
@@ -111,6 +113,7 @@ class EvaluationSettings:
     num_windows: int = 12  # 0: all of the text
     seqlen: int = 1024
     batch_size: int = 4
+    bos: bool = False  # the tokenizer's BOS token takes the place of each window's first token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptvq_jax.config import RunSettings, evaluation_settings
 from gptvq_jax.data.vocabulary import check_tokens
-from gptvq_jax.data.windows import evaluation_windows
+from gptvq_jax.data.windows import begun, evaluation_windows
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import head_logits
 from gptvq_jax.ops.vq_matmul import check_implementation
@@ -108,6 +108,8 @@ class QuantizedModel:
             seqlen=min(settings.seqlen, limit),
             vocab_size=self.config.vocab_size,
         )
+        if settings.bos:
+            windows = begun(self.tokenizer, windows, "evaluation.bos")
         return evaluate.perplexity(self.checkpoint, windows, settings.batch_size)
 
     def generate(

@@ -31,6 +31,7 @@ _DATASET = flags.DEFINE_string(
 )
 _SEQLEN = flags.DEFINE_integer("seqlen", None, "Tokens per window.")
 _NUM_WINDOWS = flags.DEFINE_integer("num_windows", None, "Windows; 0: all of the text.")
+_BOS = flags.DEFINE_bool("bos", None, "Whether each window begins with the BOS token.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows per forward pass.")
 
 
@@ -42,6 +43,7 @@ def main(_) -> None:
         seqlen=_SEQLEN.value,
         num_windows=_NUM_WINDOWS.value,
         batch_size=_BATCH_SIZE.value,
+        bos=_BOS.value,
     )
     if _AGAINST.value is None:
         evaluate(_CHECKPOINT.value, _MODEL.value, **text)

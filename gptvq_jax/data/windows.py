@@ -1,7 +1,8 @@
 """Windows of tokens for calibration and evaluation, after the protocol of the GPTQ paper.
 
 The texts are joined by a blank line and tokenized once, with the tokenizer's default settings: a
-tokenizer that adds a BOS adds one, at the very start, and none to the windows. Windows that are
+tokenizer that adds a BOS adds one, at the very start, and none to the windows, unless `begun` puts
+one there. Windows that are
 held out of calibration stand at fixed places, evenly spread, and no other window comes near them:
 what is said a page on is much alike.
 """
@@ -103,6 +104,23 @@ def evaluation_windows(
     return tokens[: count * seqlen].reshape(count, seqlen)[:max_windows]
 
 
+def begun(tokenizer: Any, windows: np.ndarray, field: str) -> np.ndarray:
+    """Windows with the BOS token in place of their first token, which nothing predicts.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      windows: int32 (n, seqlen).
+      field: that asks for it, for the error.
+
+    Raises:
+      ValueError: the tokenizer has no BOS token.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        raise ValueError(f"the tokenizer has no BOS token; set {field}=False")
+    return np.concatenate([np.full_like(windows[:, :1], bos), windows[:, 1:]], axis=1)
+
+
 def bos_of(tokenizer: Any, windows: np.ndarray) -> str:
     """Where the token that begins a text stands in evaluation windows.
 
@@ -111,9 +129,11 @@ def bos_of(tokenizer: Any, windows: np.ndarray) -> str:
       windows: int32 (n, seqlen), the first one included.
 
     Returns:
-      "none", or "first token of the text".
+      "none", "first token of the text", or, of several, "first token of each window".
     """
     bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and len(windows) > 1 and (windows[:, 0] == bos).all():
+        return "first token of each window"
     return "first token of the text" if bos is not None and windows[0, 0] == bos else "none"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from gptvq_jax.console.errors import brief
 
 _MAX_INT = 2**31 - 1
-_REQUIRED = object()
+REQUIRED = object()  # in place of a default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Field:
 
     text: str
     accepts: Callable[[Any], bool]
-    default: Any = _REQUIRED
+    default: Any = REQUIRED
     null: bool = False
 
     def optional(self, default: Any = None, null: bool = True) -> "Field":
@@ -46,7 +46,7 @@ class Field:
         Raises:
           ValueError: it is required and absent, or holds what it cannot hold.
         """
-        if self.default is _REQUIRED and fields.get(name) is None:
+        if self.default is REQUIRED and fields.get(name) is None:
             raise ValueError(f"lacks the field {name!r}")
         return self.check(name, fields[name]) if name in fields else self.default
 

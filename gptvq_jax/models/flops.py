@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK
+from gptvq_jax.models.head_chunk import head_chunk
 from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.models.stages import STAGES
 
@@ -109,21 +109,23 @@ def block_tuning(config: ModelConfig, batch: int, time: int) -> int:
     return 3 * block_forward(config, batch, time)
 
 
-def head_forward(
-    config: ModelConfig, batch: int, time: int, chunk_size: int | None = HEAD_CHUNK
-) -> int:
-    """Logits of windows (batch, time).
+def logits(config: ModelConfig, batch: int, time: int) -> int:
+    """llama.head_logits of (batch, time, hidden)."""
+    return product(batch * time, config.hidden_size, config.vocab_size)
+
+
+def head_forward(config: ModelConfig, batch: int, time: int, chunk_size: int | None = None) -> int:
+    """Logits of all tokens but the last of each window, in whole chunks.
 
     Args:
       config: of the model.
       batch, time: of the windows.
-      chunk_size: run/token_losses.py needs time - 1 logits, and pads to whole chunks; None: all
-        `time`, as llama.head_logits.
+      chunk_size: tokens of each window at once; None: as run.token_losses.token_nll.
     """
-    count = time if chunk_size is None else -(-(time - 1) // chunk_size) * chunk_size
-    return product(batch * count, config.hidden_size, config.vocab_size)
+    size = head_chunk(config, batch) if chunk_size is None else chunk_size
+    return logits(config, batch, -(-(time - 1) // size) * size)
 
 
-def head_backward(config: ModelConfig, batch: int, time: int, chunk_size: int = HEAD_CHUNK) -> int:
+def head_backward(config: ModelConfig, batch: int, time: int) -> int:
     """run.gradients.head_backward: `head_forward` again, and the gradient of activations."""
-    return 2 * head_forward(config, batch, time, chunk_size)
+    return 2 * head_forward(config, batch, time)

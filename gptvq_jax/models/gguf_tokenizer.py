@@ -15,6 +15,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
 )
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.console.errors import brief, first_line
 from gptvq_jax.models.fields import TEXT, TOKEN_ID, Field, is_integer
+from gptvq_jax.models.gguf_sentencepiece import sentencepiece
 
 # The token types of GGUF that the text may spell literally.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -45,9 +47,16 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# llama.cpp's names of the rules that cut text into words.
+_DIGITS_APART = ("smollm", "refact", "starcoder")
+_SPLITS = {
+    **dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx"), _LLAMA3_SPLIT),
+    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
+
 
 def build_tokenizer(field: Callable[[str], Any], path: Path) -> PreTrainedTokenizerFast:
-    """Builds the byte-level BPE tokenizer described by GGUF metadata.
+    """Builds the tokenizer described by GGUF metadata: byte-level BPE, or SentencePiece.
 
     Args:
       field: returns the value of a metadata key, or None if the file does not have it.
@@ -58,7 +67,7 @@ def build_tokenizer(field: Callable[[str], Any], path: Path) -> PreTrainedTokeni
 
     Raises:
       ValueError: a field is missing, of another type, or contradicts another.
-      NotImplementedError: not a byte-level BPE, or an unknown splitting rule.
+      NotImplementedError: another kind of vocabulary, or an unknown splitting rule.
     """
     try:
         return _build(field)
@@ -70,28 +79,16 @@ def build_tokenizer(field: Callable[[str], Any], path: Path) -> PreTrainedTokeni
 
 def _build(field: Callable[[str], Any]) -> PreTrainedTokenizerFast:
     model = field("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in _MODELS:
         raise NotImplementedError(
-            f"tokenizer.ggml.model = {brief(model)} is not supported, only 'gpt2'; use the "
-            "model's safetensors checkpoint instead"
+            f"tokenizer.ggml.model = {brief(model)} is not supported, only 'gpt2' and 'llama'; "
+            "use the model's safetensors checkpoint instead"
         )
     tokens = _STRINGS.check("tokenizer.ggml.tokens", field("tokenizer.ggml.tokens"))
     types = _INTEGERS.check("tokenizer.ggml.token_type", field("tokenizer.ggml.token_type"))
     if not tokens or len(types) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens and tokenizer.ggml.token_type are inconsistent")
-
-    split = field("tokenizer.ggml.pre") or "default"
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_merges(field("tokenizer.ggml.merges"), vocab),
-            # Llama 3 emits a word that is a token whole, even if merges cannot reach it.
-            ignore_merges=split == "llama-bpe",
-        )
-    )
-    tokenizer.pre_tokenizer = _pre_tokenizer(split)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _MODELS[model](field, tokens, types)
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
             AddedToken(token, special=special, normalized=False)
@@ -109,7 +106,9 @@ def _build(field: Callable[[str], Any]) -> PreTrainedTokenizerFast:
             raise ValueError(f"the id {index} of {name} is not in the vocabulary")
         special_ids[name], special_tokens[name] = index, tokens[index]
 
-    tokenizer.post_processor = _post_processor(field, split, special_tokens, special_ids)
+    processor = _post_processor(field, model, special_tokens, special_ids)
+    if processor is not None:
+        tokenizer.post_processor = processor
     template = field("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -117,6 +116,28 @@ def _build(field: Callable[[str], Any]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
+
+
+def _byte_level(field, tokens, types) -> Tokenizer:
+    """Byte-level BPE, as GPT-2 and most models since have; without added tokens."""
+    split = field("tokenizer.ggml.pre") or "default"
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(field("tokenizer.ggml.merges"), vocab),
+            # Llama 3 emits a word that is a token whole, even if merges cannot reach it.
+            ignore_merges=split == "llama-bpe",
+        )
+    )
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+_MODELS = {"gpt2": _byte_level, "llama": sentencepiece}
 
 
 def _merges(merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -138,29 +159,30 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if split in ("gpt-2", "default"):
         return byte_level
-    if split == "smollm":
+    if split in _DIGITS_APART:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if split == "llama-bpe":
+    if split in _SPLITS:
         return pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+                pre_tokenizers.Split(Regex(_SPLITS[split]), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
     raise NotImplementedError(
-        f"tokenizer.ggml.pre = {brief(split)} is not supported, only 'smollm', 'llama-bpe' and "
-        "'gpt-2'; use the model's safetensors checkpoint instead"
+        f"tokenizer.ggml.pre = {brief(split)} is not supported, only gpt-2, "
+        f"{', '.join((*_DIGITS_APART, *_SPLITS))}; use the model's safetensors checkpoint instead"
     )
 
 
-def _post_processor(field, split, tokens, ids) -> processors.PostProcessor:
+def _post_processor(field, model, tokens, ids) -> processors.PostProcessor | None:
     """Adds BOS and EOS where the file asks for them."""
     add_bos, add_eos = (
         _FLAG.check(key, field(key))
         for key in ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
     )
     if add_bos is None:
-        add_bos = split == "llama-bpe"  # llama.cpp's default for this vocabulary
+        # llama.cpp's default: SentencePiece, and Llama 3's vocabulary.
+        add_bos = model == "llama" or field("tokenizer.ggml.pre") == "llama-bpe"
     wrapped = {"bos_token": bool(add_bos), "eos_token": bool(add_eos)}
     used = {}
     for name, wanted in wrapped.items():
@@ -169,7 +191,7 @@ def _post_processor(field, split, tokens, ids) -> processors.PostProcessor:
                 raise ValueError(f"it asks for a {name} but does not name one")
             used[tokens[name]] = ids[name]
     if not used:
-        return processors.ByteLevel(trim_offsets=False)
+        return processors.ByteLevel(trim_offsets=False) if model == "gpt2" else None
     bos = [tokens["bos_token"]] if wrapped["bos_token"] else []
     eos = [tokens["eos_token"]] if wrapped["eos_token"] else []
     return processors.TemplateProcessing(

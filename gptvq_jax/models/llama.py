@@ -49,7 +49,6 @@ __all__ = ["LINEAR_GROUPS", "LINEAR_LAYERS", "STAGES"]
 
 Params = Mapping[str, Any]
 
-HEAD_CHUNK = 128  # tokens whose logits are in memory at once while losses are computed
 
 
 class MLP(nn.Module):

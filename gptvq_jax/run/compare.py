@@ -12,8 +12,9 @@ from gptvq_jax.console.progress import Progress
 from gptvq_jax.core import standard_error
 from gptvq_jax.core.divergence import FIGURES
 from gptvq_jax.models import flops
+from gptvq_jax.models.head_chunk import pair_chunk
 from gptvq_jax.run.evaluate import Evaluation, perplexity_of
-from gptvq_jax.run.token_losses import PAIR_CHUNK, token_figures
+from gptvq_jax.run.token_losses import token_figures
 
 Figure = dict[str, float | None]  # "value", "standard_error"
 _LEVELS = {"kl_median": 0.5, "kl_99": 0.99}
@@ -40,7 +41,8 @@ def write_figures(
         for part in model.batches():
             tokens = model.windows[part]
             for config in (model.config, reference.config):
-                model.stopwatch.flops(flops.head_forward(config, *tokens.shape, PAIR_CHUNK))
+                size = pair_chunk(config, len(tokens))
+                model.stopwatch.flops(flops.head_forward(config, *tokens.shape, size))
             out[part] = np.asarray(
                 token_figures(
                     model.config,

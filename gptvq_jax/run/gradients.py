@@ -36,7 +36,8 @@ from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.core.hessian import add_inputs
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, DecoderBlock, Params, stage_inputs
+from gptvq_jax.models.head_chunk import head_chunk
+from gptvq_jax.models.llama import DecoderBlock, Params, stage_inputs
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.models.stages import EXPERT_STAGES, expert_of
 from gptvq_jax.run import allocation, curves, forward, token_weights
@@ -293,21 +294,20 @@ def head_backward(config: ModelConfig, outer: Params, x: jax.Array, tokens: jax.
     Returns:
       (batch, T, hidden) in the dtype of x; 0 at the last token, after which nothing is predicted.
     """
-    time = x.shape[1]
+    time, size = x.shape[1], head_chunk(config, len(x))
     # The last token of a chunk is only a target, and the first token of the next one.
-    pad = -(time - 1) % HEAD_CHUNK
+    pad = -(time - 1) % size
     padded_x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
     padded_tokens = jnp.pad(tokens, ((0, 0), (0, pad)))
 
     def chunk(start):
         part, targets = (
-            lax.dynamic_slice_in_dim(a, start, HEAD_CHUNK + 1, axis=1)
-            for a in (padded_x, padded_tokens)
+            lax.dynamic_slice_in_dim(a, start, size + 1, axis=1) for a in (padded_x, padded_tokens)
         )
         dx = jax.grad(lambda part: jnp.sum(token_nll(config, outer, part, targets)))(part)
         return dx[:, :-1]
 
-    dx = lax.map(chunk, jnp.arange(0, time - 1, HEAD_CHUNK))
+    dx = lax.map(chunk, jnp.arange(0, time - 1, size))
     dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : time - 1]
     return jnp.pad(dx, ((0, 0), (0, 1), (0, 0)))
 

@@ -7,7 +7,7 @@ import numpy as np
 from gptvq_jax.config import CalibrationSettings, RunSettings
 from gptvq_jax.data.corpora import documents, held_out
 from gptvq_jax.data.mixture import interleaved
-from gptvq_jax.data.windows import bos_of, calibration_windows, evaluation_windows
+from gptvq_jax.data.windows import begun, bos_of, calibration_windows, evaluation_windows
 from gptvq_jax.models.source import ModelSource
 
 
@@ -34,19 +34,21 @@ def calibration_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray
         )
         fitted.append(windows[:count])
         held_out.append(windows[count:])
-    return np.concatenate([interleaved(fitted), interleaved(held_out)])
+    windows = np.concatenate([interleaved(fitted), interleaved(held_out)])
+    return begun(source.tokenizer, windows, "config.calibration.bos") if c.bos else windows
 
 
 def evaluation_tokens(source: ModelSource, settings: RunSettings) -> np.ndarray:
     """Consecutive windows (n, T) of the held-out text."""
     e = settings.evaluation
-    return evaluation_windows(
+    windows = evaluation_windows(
         source.tokenizer,
         documents(e.dataset, "test"),
         seqlen=e.seqlen,
         max_windows=e.num_windows or None,
         vocab_size=source.config.vocab_size,
     )
+    return begun(source.tokenizer, windows, "config.evaluation.bos") if e.bos else windows
 
 
 def protocol(source: ModelSource, dataset: str, windows: np.ndarray) -> dict[str, Any]:
@@ -87,13 +89,13 @@ def calibration_protocol(c: CalibrationSettings) -> dict[str, Any]:
 
     Returns:
       "context", tokens of a window; "seed"; "texts", of each its "dataset", and its "windows" that
-      are fitted and "held_out_windows".
+      are fitted and "held_out_windows"; "bos", where each window begins with that token.
     """
     texts = [
         {"dataset": name, "windows": fitted, "held_out_windows": held_out}
         for name, (fitted, held_out) in c.mixture.items()
     ]
-    return {"context": c.seqlen, "seed": c.seed, "texts": texts}
+    return {"context": c.seqlen, "seed": c.seed, "texts": texts, **({"bos": True} if c.bos else {})}
 
 
 def calibration_text(protocol: dict[str, Any]) -> str:
@@ -102,7 +104,8 @@ def calibration_text(protocol: dict[str, Any]) -> str:
     for text in protocol["texts"]:
         parts.append(f"{text['windows']} {size} of {text['dataset']}")
     kept = sum(text["held_out_windows"] for text in protocol["texts"])
-    return " and ".join(parts) + (f"; {kept} {size} held out" if kept else "")
+    bos = "; each begins with BOS" if protocol.get("bos") else ""
+    return " and ".join(parts) + (f"; {kept} {size} held out" if kept else "") + bos
 
 
 def describe(dataset: str, windows: np.ndarray) -> str:

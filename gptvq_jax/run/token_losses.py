@@ -9,9 +9,8 @@ from jax import lax
 
 from gptvq_jax.core import divergence
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, Params, head_logits
-
-PAIR_CHUNK = HEAD_CHUNK // 4  # tokens at once where two models' logits, and their logarithms, are
+from gptvq_jax.models.head_chunk import head_chunk, pair_chunk
+from gptvq_jax.models.llama import Params, head_logits
 
 
 @partial(jax.jit, static_argnames="config")
@@ -33,7 +32,7 @@ def token_nll(config: ModelConfig, outer: Params, x: jax.Array, tokens: jax.Arra
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
-    return _by_chunk(chunk, HEAD_CHUNK, tokens, x)
+    return _by_chunk(chunk, head_chunk(config, len(tokens)), tokens, x)
 
 
 @partial(jax.jit, static_argnames=("config", "reference_config"))
@@ -62,7 +61,7 @@ def token_figures(
         reference = head_logits(reference_config, reference_outer, reference_x)
         return divergence.token_figures(logits, reference, targets)
 
-    return _by_chunk(chunk, PAIR_CHUNK, tokens, x, reference_x)
+    return _by_chunk(chunk, pair_chunk(config, len(tokens)), tokens, x, reference_x)
 
 
 def _by_chunk(

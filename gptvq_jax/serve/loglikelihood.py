@@ -2,7 +2,7 @@
 
 Texts are sorted by length, and go through the blocks in batches of one size, padded on the right to
 few lengths (lengths.py). Behind the last block only the outputs that predict a token of a
-continuation are multiplied by the head, HEAD_CHUNK at a time: no other logits are ever made.
+continuation are multiplied by the head, a chunk of them at a time: no other logits are ever made.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import numpy as np
 
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import HEAD_CHUNK, block_forward, embed, head_logits
+from gptvq_jax.models.head_chunk import head_chunk
+from gptvq_jax.models.llama import block_forward, embed, head_logits
 from gptvq_jax.serve.lengths import padded_length
 from gptvq_jax.serve.params import outer_params
 
@@ -46,9 +47,10 @@ class Batch:
 
     def flops(self, config: ModelConfig) -> int:
         """Of `score_batch`."""
-        heads = -(-len(self.rows) // HEAD_CHUNK)
+        size = head_chunk(config, 1)
+        heads = -(-len(self.rows) // size)
         blocks = flops.blocks_forward(config, *self.tokens.shape)
-        return blocks + flops.head_forward(config, heads, HEAD_CHUNK, None)
+        return blocks + flops.logits(config, heads, size)
 
 
 def plan_batches(pairs: Sequence[Pair], batch_size: int, max_length: int) -> list[Batch]:
@@ -98,10 +100,11 @@ def score_batch(
     x = last_hidden(config, params, batch.tokens, dtype)
     outer = outer_params(params)
     logprobs, greedy = [], []
-    for start in range(0, len(batch.rows), HEAD_CHUNK):
-        part = slice(start, start + HEAD_CHUNK)
-        chunk = [np.resize(a[part], HEAD_CHUNK) for a in (batch.rows, batch.positions)]
-        targets = np.resize(batch.targets[part], HEAD_CHUNK)
+    size = head_chunk(config, 1)
+    for start in range(0, len(batch.rows), size):
+        part = slice(start, start + size)
+        chunk = [np.resize(a[part], size) for a in (batch.rows, batch.positions)]
+        targets = np.resize(batch.targets[part], size)
         of_chunk = _score(config, outer, x, *chunk, targets)
         count = len(batch.rows[part])
         logprobs.append(np.asarray(of_chunk[0], np.float64)[:count])

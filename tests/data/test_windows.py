@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.data import calibration_windows, evaluation_windows
-from gptvq_jax.data.windows import bos_of
+from gptvq_jax.data.windows import begun, bos_of
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz\n"
@@ -44,6 +44,18 @@ def test_the_token_that_begins_a_text_is_told(tokenizer):
     windows = evaluation_windows(tokenizer, ["abcdefgh"], 4)
     assert bos_of(tokenizer, windows) == "first token of the text"
     assert bos_of(tokenizer, windows[1:]) == bos_of(object(), windows) == "none"
+
+
+def test_each_window_may_begin_with_bos(tokenizer):
+    plain = evaluation_windows(tokenizer, ["abcdefgh"], 4)
+    windows = begun(tokenizer, plain, "evaluation.bos")
+    assert windows.dtype == np.int32
+    assert windows.tolist() == [[BOS, *ids("abc")], [BOS, *ids("efg")]]
+    assert plain[1, 0] != BOS  # which is left alone
+    assert bos_of(tokenizer, windows) == "first token of each window"
+    assert bos_of(tokenizer, windows[:1]) == "first token of the text"
+    with pytest.raises(ValueError, match=r"no BOS token; set evaluation\.bos=False"):
+        begun(object(), plain, "evaluation.bos")
 
 
 def test_calibration_windows_are_random_slices(tokenizer):

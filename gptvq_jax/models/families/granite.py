@@ -1,6 +1,6 @@
 """Granite: Llama with a multiplier wherever one can be, and logits that are divided."""
 
-from gptvq_jax.models.families.base import Family
+from gptvq_jax.models.families.base import Family, GGUFForm
 from gptvq_jax.models.fields import number
 
 _FIELDS = {
@@ -9,6 +9,7 @@ _FIELDS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_divisor",
 }
+_GGUF = ("embedding_scale", "attention.scale", "residual_scale", "logit_scale")
 _MULTIPLIER = number(1e-9, 1e9).optional(1.0, null=False)
 
 
@@ -27,4 +28,5 @@ FAMILY = Family(
     biases=("attention_bias", "mlp_bias"),
     read=_read,
     write=_write,
+    gguf=GGUFForm("granite", interleaved=True, keys=dict(zip(_FIELDS, _GGUF, strict=True))),
 )

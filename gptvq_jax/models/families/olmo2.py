@@ -1,6 +1,6 @@
 """OLMo 2: Llama with norms behind attention and feed-forward layer, and of all queries and keys."""
 
-from gptvq_jax.models.families.base import Family, Norms
+from gptvq_jax.models.families.base import Family, GGUFForm, Norms
 
 FAMILY = Family(
     model_type="olmo2",
@@ -10,4 +10,5 @@ FAMILY = Family(
     biases=("attention_bias",),
     norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     qk_norm="whole",
+    gguf=GGUFForm("olmo2"),
 )

@@ -1,6 +1,7 @@
 """Phi-3 and 4: Llama whose q, k, v are stored as one weight, and gate and up as another."""
 
-from gptvq_jax.models.families.base import Family
+from gptvq_jax.models.families.base import Family, GGUFForm
+from gptvq_jax.models.fields import SIZE
 
 
 def _write(config):
@@ -10,6 +11,12 @@ def _write(config):
     if int(config.head_dim * share) < config.rotary_dim:  # as it is read again
         share = (config.rotary_dim + 0.5) / config.head_dim
     return {"partial_rotary_factor": share}
+
+
+def _read_gguf(metadata, fields):
+    dim = metadata("rope.dimension_count", SIZE.optional()) or fields["head_dim"]
+    # As `_write`: the share is cut to whole values when it is read.
+    return {"partial_rotary_factor": min(1.0, (dim + 0.25) / fields["head_dim"])}
 
 
 FAMILY = Family(
@@ -25,4 +32,5 @@ FAMILY = Family(
     },
     write=_write,
     handles=("sliding_window", "partial_rotary_factor"),
+    gguf=GGUFForm("phi3", window=True, read=_read_gguf),
 )

@@ -1,6 +1,6 @@
 """Qwen2 and 2.5: Llama with biases of q, k and v; blocks from an index on may have a window."""
 
-from gptvq_jax.models.families.base import Family, late_windows, write_late_windows
+from gptvq_jax.models.families.base import Family, GGUFForm, late_windows, write_late_windows
 
 
 def _read(hf, fields):
@@ -21,4 +21,5 @@ FAMILY = Family(
     read=_read,
     write=write_late_windows,
     handles=("sliding_window", "layer_types"),
+    gguf=GGUFForm("qwen2"),
 )

@@ -1,6 +1,6 @@
 """Qwen3: Llama with norms of each head's queries and keys; see also qwen2.py."""
 
-from gptvq_jax.models.families.base import Family, late_windows, write_late_windows
+from gptvq_jax.models.families.base import Family, GGUFForm, late_windows, write_late_windows
 
 FAMILY = Family(
     model_type="qwen3",
@@ -18,4 +18,5 @@ FAMILY = Family(
     read=late_windows,
     write=write_late_windows,
     handles=("sliding_window", "layer_types"),
+    gguf=GGUFForm("qwen3"),
 )

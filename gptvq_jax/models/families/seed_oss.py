@@ -1,6 +1,6 @@
 """Seed-OSS: Llama with biases of q, k and v, not of o."""
 
-from gptvq_jax.models.families.base import Family
+from gptvq_jax.models.families.base import Family, GGUFForm
 from gptvq_jax.models.fields import FLAG
 
 
@@ -29,4 +29,5 @@ FAMILY = Family(
     output_bias=False,
     read=_read,
     write=_write,
+    gguf=GGUFForm("seed_oss"),
 )

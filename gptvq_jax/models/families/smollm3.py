@@ -4,6 +4,7 @@ from gptvq_jax.console.errors import brief
 from gptvq_jax.models.families.base import (
     BlockKind,
     Family,
+    GGUFForm,
     by_block,
     sliding_layers,
     write_late_windows,
@@ -49,4 +50,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     handles=("sliding_window", "layer_types"),
+    gguf=GGUFForm("smollm3", interleaved=True),  # every fourth block without rotation
 )
