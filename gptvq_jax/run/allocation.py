@@ -16,7 +16,7 @@ from gptvq_jax.models.llama import LINEAR_LAYERS, Params
 from gptvq_jax.run import candidates, columns
 from gptvq_jax.run.calibrate import Moments, factor_flops, objectives, owners
 from gptvq_jax.run.context import Context
-from gptvq_jax.run.packed_block import Plan
+from gptvq_jax.run.formats import Plan
 from gptvq_jax.run.workdir import WorkDir
 
 

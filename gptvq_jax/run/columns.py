@@ -12,6 +12,7 @@ bit is worth there is what it is worth in all layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,10 @@ from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
+from gptvq_jax.recipe import is_open
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.formats import layer_format, linear_layers, of_recipe
+from gptvq_jax.run.sizes import dense_item, format_bytes
 
 _ROW_BYTES = 200  # of a layer in a file of columns, at most, ...
 _NUMBER_BYTES = 26  # ... and of one of its columns
@@ -45,15 +49,23 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block: what each of its columns adds to the loss at 0 bits.
 
+    A layer whose bits a rule of a recipe has settled has one with its bytes instead.
+
     Arguments are those of `curves.measure`; layers have one row group.
     """
     settings = context.settings
     context.progress.note(f"block {index} columns")
-    of_mean = _of_mean(settings)
+    bits = _open_bits(settings, *_sizes(settings, context.source.config))
     rows = []
     for name in LINEAR_LAYERS:
-        ((hessian, factor, _),) = objectives[name]
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+        of = layer_format(settings, index, name)
+        if not is_open(settings, of.rule):
+            size = format_bytes(of, *weight.shape, dense_item(settings))
+            rows.append({"layer": name, "shape": list(weight.shape), "settled_bytes": size})
+            continue
+        ((hessian, factor, _),) = objectives[name]
+        of_mean = _with_bits(of.settings, bits)
         most = of_mean.most_outliers(*weight.shape)
         of_layer = demand(weight, factor.hinv_chol, of_mean, most)
         sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(unit(hessian))
@@ -77,16 +89,22 @@ def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """Checks, before any work, that scales and rates leave some of the budget.
 
+    The budget is of all layers: what rules of a recipe have settled is a part of it.
+
     Raises:
       ValueError: they do not; the message names the bits per value that they take.
     """
-    shapes = layer_shapes(config).values()
-    fixed = sum(settings.trellis.fixed_bytes(*shape) for shape in shapes)
-    values = sum(rows * cols for rows, cols in shapes)
-    if 8 * fixed > settings.allocation.bits_per_value * values:
+    values, settled, _ = _sizes(settings, config)
+    fixed = 0
+    for layer, shape in linear_layers(settings, config).items():
+        of = layer_format(settings, *layer)
+        if is_open(settings, of.rule):
+            fixed += of.settings.fixed_bytes(*shape)
+    if 8 * (fixed + settled) > settings.allocation.bits_per_value * values:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: "
-            f"scales and rates alone take {8 * fixed / values:.4f} bits per value; raise it"
+            f"scales and rates alone take {8 * (fixed + settled) / values:.4f} bits per value"
+            f"{of_recipe(settled, values)}; raise it"
         )
 
 
@@ -102,42 +120,48 @@ def plan(
     Raises:
       ValueError: scales, rates and outliers take more than the budget.
     """
-    trellis = settings.trellis
-    measured = {layer: row for layer, (row,) in layers.items()}
+    rows = {layer: row for layer, (row,) in layers.items()}
+    total = sum(math.prod(row["shape"]) for row in rows.values())
+    settled = sum(row.get("settled_bytes", 0) for row in rows.values())
+    measured = {layer: row for layer, row in rows.items() if "values" in row}
+    of_layers = {layer: layer_format(settings, *layer).settings for layer in measured}
     shapes = [tuple(row["shape"]) for row in measured.values()]
-    sizes = [rows * cols for rows, cols in shapes]
     fixed = [
-        trellis.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
-        for shape, row in zip(shapes, measured.values(), strict=True)
+        of.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
+        for of, shape, row in zip(of_layers.values(), shapes, measured.values(), strict=True)
     ]
-    budget = settings.allocation.bits_per_value * sum(sizes) / 8
-    if sum(fixed) > budget:
+    budget = settings.allocation.bits_per_value * total / 8
+    least = sum(fixed) + settled
+    if least > budget:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
-            f"{8 * sum(fixed) / sum(sizes):.4f} bits per value of scales, rates and outliers; "
-            "raise it, or set trellis.outlier_limit=0"
+            f"{8 * least / total:.4f} bits per value of scales, rates and outliers"
+            f"{of_recipe(settled, total)}; raise it, or set trellis.outlier_limit=0"
         )
-    per_bit = [trellis.bytes_per_bit(rows) for rows, _ in shapes]
+    per_bit = [
+        of.bytes_per_bit(rows) for of, (rows, _) in zip(of_layers.values(), shapes, strict=True)
+    ]
     widths = [cols for _, cols in shapes]
     rates = water_fill(
         np.concatenate([row["values"] for row in measured.values()]),
         np.repeat(per_bit, widths),
-        budget - sum(fixed),
-        distortion(trellis.window_bits),
+        budget - least,
+        distortion(settings.trellis.window_bits),
     )
-    of_layer = np.split(rates, np.cumsum(widths)[:-1])
+    of_columns = np.split(rates, np.cumsum(widths)[:-1])
     # A layer whose columns are all full would pass the most that one takes by its scales.
     chosen = {
         layer: dataclasses.replace(
-            trellis, bits=min(8 * (base + cost * int(own.sum())) / size, MAX_RATE)
+            of, bits=min(8 * (base + cost * int(own.sum())) / math.prod(shape), MAX_RATE)
         )
-        for layer, base, cost, own, size in zip(
-            measured, fixed, per_bit, of_layer, sizes, strict=True
+        for (layer, of), base, cost, own, shape in zip(
+            of_layers.items(), fixed, per_bit, of_columns, shapes, strict=True
         )
     }
-    of_mean = _of_mean(settings)
+    bits = _open_bits(settings, total, settled, sum(map(math.prod, shapes)))
     for (block, name), row in measured.items():
-        if row["outliers"] and row["outliers"] >= of_mean.most_outliers(*row["shape"]):
+        most = _with_bits(of_layers[block, name], bits).most_outliers(*row["shape"])
+        if row["outliers"] and row["outliers"] >= most:
             logging.warning(
                 "layers_%d/%s has more outliers than the %d that are kept beside codes; it gets "
                 "%.3f bits per value instead",
@@ -149,7 +173,32 @@ def plan(
     return chosen
 
 
-def _of_mean(settings: RunSettings) -> TrellisSettings:
-    """Of a layer that gets the mean bits."""
-    bits = min(settings.allocation.bits_per_value, MAX_RATE)
-    return dataclasses.replace(settings.trellis, bits=bits)
+def _sizes(settings: RunSettings, config: ModelConfig) -> tuple[int, int, int]:
+    """Of a model, what `_open_bits` takes."""
+    values, settled, open_values = 0, 0, 0
+    for layer, shape in linear_layers(settings, config).items():
+        of = layer_format(settings, *layer)
+        values += math.prod(shape)
+        if is_open(settings, of.rule):
+            open_values += math.prod(shape)
+        else:
+            settled += format_bytes(of, *shape, dense_item(settings))
+    return values, settled, open_values
+
+
+def _open_bits(settings: RunSettings, values: int, settled: int, open_values: int) -> float:
+    """Bits per value that the budget leaves layers that no rule has settled.
+
+    Args:
+      settings: of the run.
+      values: weights of all layers.
+      settled: bytes of those that rules have settled.
+      open_values: weights of the others.
+    """
+    budget = settings.allocation.bits_per_value
+    return (budget * values - 8 * settled) / open_values if settled else budget
+
+
+def _with_bits(of: TrellisSettings, bits: float) -> TrellisSettings:
+    """Of a layer that gets so many bits."""
+    return dataclasses.replace(of, bits=min(bits, MAX_RATE))

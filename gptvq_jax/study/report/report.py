@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptvq_jax.console.progress import Progress
+from gptvq_jax.console.recipe_text import rule_lines
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.study.report.dimension_figures import against_dimension
@@ -82,8 +83,10 @@ def _each_once(directories: Sequence[Path]) -> list[Path]:
 
 
 def _lines(cell: Cell) -> list[str]:
+    """Sentences before the figures of a run: what its recipe did, and what its codes leave."""
+    rules = [f"Rule {line}." for line in rule_lines([*cell.layers, *cell.outer])]
     line = unused_line(cell)
-    return [] if line is None else [line]
+    return rules if line is None else [*rules, line]
 
 
 def _sections(cells: Sequence[Cell], notes: list[str]) -> list[Section]:

@@ -15,10 +15,12 @@ _LAYER = {
     "seconds": float,
     "num_values": int,
 }
+_OUTER = {"layer": str, "relative_error": float, "bits_per_value": float, "num_values": int}
 _BLOCK = {"block": int, "tune_error_before": float, "tune_error_after": float}
 _SUMMARY = {"bits_per_value": float, "perplexity_float": float, "perplexity_quantized": float}
 _OF_LAYERS = {"bits_per_value": float, "relative_error": float}
 _OPTIONAL = {"code_entropy": float, "unused_centroids": int, "held_out_error": float}  # of a layer
+_OPTIONAL |= {"rule": str, "method": str}
 _PROTOCOL = {
     "dataset": str,
     "split": str,
@@ -27,7 +29,7 @@ _PROTOCOL = {
     "context": int,
     "tokens": int,
 }
-_FIELDS = {"layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY}
+_FIELDS = {"outer": _OUTER, "layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY}
 
 
 def check_row(row: dict[str, Any], where: str) -> None:

@@ -18,12 +18,19 @@ from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
+from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.viterbi import TRACE_BACK
+from gptvq_jax.recipe import DENSE, INT8, Format, choices, is_open
 from gptvq_jax.run.curves import to_measure
 from gptvq_jax.run.passes import peak_bytes
-from gptvq_jax.run.quantize import num_quantized
+from gptvq_jax.run.formats import (
+    layer_format,
+    linear_layers,
+    num_quantized,
+    outer_formats,
+    outer_matrices,
+)
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
 
@@ -39,24 +46,33 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     if c.asymmetry > 0:  # what the first layers of both halves read in the float model
         size += flops.stage_flops(config, (0, 2), *shape)
     groups = c.gradient_groups or 1
-    used = _formats(settings)
     # Errors, also on what is held out, and the asymmetric target.
     units = 2 + 2 * (c.held_out > 0) + 3 * (c.asymmetry > 0)
-    for rows, cols in layer_shapes(config).values():
-        per_layer = [groups * method_flop(of, rows // groups, cols) for of in used]
-        size += sum(per_layer) / len(per_layer) + units * unit(rows, cols)
+    size += units * sum(unit(*shape) for shape in layer_shapes(config).values())
     if settings.tune.block:
         size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
-    return blocks * size + evaluation_flop(config, settings)
+    size = blocks * size + evaluation_flop(config, settings)
+    for layer, (rows, cols) in linear_layers(settings, config).items():
+        used = _formats(settings, layer_format(settings, *layer))
+        per_layer = [groups * method_flop(of, rows // groups, cols) for of in used]
+        size += sum(per_layer) / max(len(per_layer), 1)
+    matrices = outer_matrices(config)
+    for name, of in outer_formats(settings, config).items():
+        if of.method not in (DENSE, INT8):
+            size += method_flop(of.settings, *matrices[name])
+    return size
 
 
-def _formats(settings: RunSettings) -> list[Any]:
-    """What a layer may be quantized with; a budget that fills columns is that of the mean layer."""
+def _formats(settings: RunSettings, of: Format) -> list[Any]:
+    """What a layer may be quantized with, nothing where it stays dense.
+
+    A budget that fills columns is that of the mean layer.
+    """
     budget = settings.allocation.bits_per_value
-    if not budget:
-        return [settings.method_settings]
-    return settings.candidates or [
-        dataclasses.replace(settings.method_settings, bits=min(budget, MAX_RATE))
+    if not budget or not is_open(settings, of.rule):
+        return [of.settings] if of.coder else []
+    return choices(settings, of.rule) or [
+        dataclasses.replace(of.settings, bits=min(budget, MAX_RATE))
     ]
 
 
@@ -93,16 +109,19 @@ def pass_flop(config: ModelConfig, of: Pass) -> float:
     if of.kind == GRADIENTS:
         size = depth * flops.block_backward(config, *shape) + flops.head_backward(config, *shape)
         curves = settings.allocation.bits_per_value > 0
-        return size + curves * blocks * _curves_flop(config, settings)
+        of_blocks = blocks * moments_flop(config, settings, False)
+        return size + (of_blocks + _curves_flop(config, settings) if curves else 0)
     of_block = flops.block_inputs(config, *shape) + moments_flop(config, settings, False)
     return blocks * of_block
 
 
 def _curves_flop(config: ModelConfig, settings: RunSettings) -> float:
-    """Of the error curves of a block."""
-    groups, size = settings.calibration.gradient_groups or 1, moments_flop(config, settings, False)
-    for rows, cols in layer_shapes(config).values():
-        for candidate in to_measure(settings.candidates, settings.allocation.measured):
+    """Of the error curves of all blocks, but for their Hessians."""
+    groups, size = settings.calibration.gradient_groups or 1, 0.0
+    for layer, (rows, cols) in linear_layers(settings, config).items():
+        rule = layer_format(settings, *layer).rule
+        of_layer = choices(settings, rule) if is_open(settings, rule) else []
+        for candidate in to_measure(of_layer, settings.allocation.measured):
             quick = dataclasses.replace(candidate, polish_rounds=0)
             part = rows // groups
             if settings.allocation.sample:
@@ -144,9 +163,12 @@ def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str]
     """A plan in which every layer has its largest candidate: more than a budget allows."""
     if not settings.allocation.bits_per_value:
         return {}
-    largest = max(_formats(settings), key=lambda of: of.bits)
-    blocks = range(num_quantized(settings, config))
-    return {(index, name): largest for index in blocks for name in LINEAR_LAYERS}
+    largest = {}
+    for layer in linear_layers(settings, config):
+        of = layer_format(settings, *layer)
+        if is_open(settings, of.rule):
+            largest[layer] = max(_formats(settings, of), key=lambda settings: settings.bits)
+    return largest
 
 
 class Seconds(NamedTuple):
