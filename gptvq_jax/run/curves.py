@@ -53,7 +53,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block and every candidate.
 
-    A layer whose format a rule of a recipe has settled has one, with its bytes, and is not measured.
+    A layer whose format a rule of a recipe has settled has one, with its bytes, not measured.
 
     Args:
       context: of the run.

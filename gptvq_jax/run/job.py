@@ -19,9 +19,9 @@ from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
+from gptvq_jax.run.formats import check_formats, num_quantized
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
-from gptvq_jax.run.formats import check_formats, num_quantized
 from gptvq_jax.run.statistics_file import Statistics, statistics_text
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.text import (

@@ -21,8 +21,8 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
-from gptvq_jax.run.forward import Forward, wants_float, wants_middle
 from gptvq_jax.run.formats import Plan, num_quantized
+from gptvq_jax.run.forward import Forward, wants_float, wants_middle
 from gptvq_jax.run.gradients import Backward
 from gptvq_jax.run.outer import outer_steps
 from gptvq_jax.run.packed_block import STREAM

@@ -23,7 +23,6 @@ from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.viterbi import TRACE_BACK
 from gptvq_jax.recipe import DENSE, INT8, Format, choices, is_open
 from gptvq_jax.run.curves import to_measure
-from gptvq_jax.run.passes import peak_bytes
 from gptvq_jax.run.formats import (
     layer_format,
     linear_layers,
@@ -31,6 +30,7 @@ from gptvq_jax.run.formats import (
     outer_formats,
     outer_matrices,
 )
+from gptvq_jax.run.passes import peak_bytes
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
 

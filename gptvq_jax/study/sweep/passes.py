@@ -20,8 +20,8 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.float_moments import moments_bytes
-from gptvq_jax.run.forward import wants_float, wants_middle
 from gptvq_jax.run.formats import num_quantized
+from gptvq_jax.run.forward import wants_float, wants_middle
 
 FLOAT, GRADIENTS, MOMENTS = "float", "gradients", "moments"
 
