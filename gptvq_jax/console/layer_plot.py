@@ -35,7 +35,8 @@ def plot(rows: Rows, title: str, path: Path, tuned: Rows = ()) -> None:
     if of_rules:
         axes = all_axes[len(panels), 0]
         by_rule(axes, rows)
-        for text in axes.legend(fontsize="small").get_texts():
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}
+        for text in axes.legend(fontsize="small", **below).get_texts():
             text.set_parse_math(False)  # a pattern may have a $ in it
     if tuned:
         tuning_by_depth(all_axes[-1, 0], tuned)

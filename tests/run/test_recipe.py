@@ -34,26 +34,24 @@ from gptvq_jax.study.report.report import report
 from gptvq_jax.study.sweep.estimate import cell_bytes, cell_flop
 from gptvq_jax.study.sweep.passes import GRADIENTS, passes_of
 
-TRELLIS = {"method": "trellis", "bits": 3.5, "window_bits": 4, "recode_passes": 0}
+GPTQ = {"method": "gptq", "bits": 3, "group_size": 16}
 RECIPE = (
     ("layers_0/self_attn/[qk]_proj", "int8"),
     ("layers_0/mlp/down_proj", "dense"),
-    (".*/o_proj", {"method": "gptq", "bits": 3, "group_size": 16}),
-    ("layers_1/mlp/up_proj", TRELLIS),
-    (".*/v_proj", {"bits": 2.0}),
-    (".*/gate_proj", {"update_iterations": 1}),
-    ("embed_tokens", {"bits": 3.0, "row_scales": True}),
-    ("lm_head", {"method": "gptq", "bits": 4}),
+    (".*/o_proj", GPTQ),
+    (".*/v_proj", {"bits": 1.0}),
+    (".*/gate_proj", {"block_size": 64}),
+    ("embed_tokens", {"bits": 1.0}),
+    ("lm_head", GPTQ),
 )
-BUDGET = 4.2
+BUDGET = 4.5
 
 
 def recipe_config(directory, text_files):
     config = quick_config(directory, text_files)
     config.recipe, config.calibration.gradient_groups = RECIPE, 1
-    config.vq.group_size, config.vq.codebook_update = 0, "least_squares"
-    config.vq.codebook_overhead = 0.5
-    config.allocation.bits_per_value, config.allocation.bits = BUDGET, (1.0, 1.5, 2.0, 2.5)
+    config.vq.group_size, config.vq.codebook_overhead = 0, 0.5
+    config.allocation.bits_per_value, config.allocation.bits = BUDGET, (1.0, 2.0)
     config.allocation.em_iterations = 1
     return config
 
@@ -114,9 +112,7 @@ def test_every_layer_is_what_its_rule_says(finished):
         tensor = kernel(finished, index, "self_attn/o_proj")
         assert isinstance(tensor.codebook, FactoredCodebook) and tensor.index_bits == 3
         v_proj = finished.layers[index, "self_attn/v_proj"]
-        assert (v_proj["dim"], v_proj["index_bits"]) == (2, 4)
-    assert isinstance(kernel(finished, 1, "mlp/up_proj"), TrellisTensor)
-    assert finished.layers[1, "mlp/up_proj"]["bits_per_value"] <= 3.5
+        assert (v_proj["dim"], v_proj["index_bits"]) == (2, 2)
 
 
 def test_rows_name_the_rule_that_took_them(finished):
@@ -125,8 +121,8 @@ def test_rows_name_the_rule_that_took_them(finished):
         own = layer_format(finished.settings, index, name).rule
         assert row["rule"] == (rule_text(rules, own) if own else None)
     assert finished.layers[1, "self_attn/q_proj"]["rule"] is None
-    assert finished.layers[0, "mlp/gate_proj"]["rule"] == "6. .*/gate_proj: update_iterations=1"
-    assert finished.outer["lm_head"]["rule"] == "8. lm_head: gptq, bits=4"
+    assert finished.layers[0, "mlp/gate_proj"]["rule"] == "5. .*/gate_proj: block_size=64"
+    assert finished.outer["lm_head"]["rule"] == "7. lm_head: gptq, bits=3, group_size=16"
 
 
 def test_the_budget_is_of_all_layers_and_is_spent_on_what_is_open(finished):
@@ -145,23 +141,20 @@ def test_the_budget_is_of_all_layers_and_is_spent_on_what_is_open(finished):
             measured.setdefault((index, row["layer"]), []).append(row)
     for layer, own in measured.items():
         rule = layer_format(finished.settings, *layer).rule
-        assert len(own) == (4 if is_open(finished.settings, rule) else 1)
-        taken = [row for row in own if row["num_bytes"] == finished.layers[layer]["num_bytes"]]
-        # Trellis codes keep to their bytes and need not use them up.
-        assert taken or own[0]["num_bytes"] >= finished.layers[layer]["num_bytes"]
+        assert len(own) == (2 if is_open(finished.settings, rule) else 1)
+        assert finished.layers[layer]["num_bytes"] in {row["num_bytes"] for row in own}
     assert sum(row["num_values"] for row, *_ in measured.values()) == values
     free = [layer for layer, own in measured.items() if len(own) > 1]
     assert len({finished.layers[layer]["index_bits"] for layer in free}) > 1
     gate = layer_format(finished.settings, 0, "mlp/gate_proj").rule
-    assert {c.update_iterations for c in choices(finished.settings, gate)} == {1}
+    assert {c.block_size for c in choices(finished.settings, gate)} == {64}
 
 
 def test_embedding_and_head_are_packed_apart_from_the_budget(finished):
     outer, sections = finished.packed.packed_outer(), finished.packed.manifest
     table, head = outer["embed_tokens"]["embedding"], outer["lm_head"]["kernel"]
-    assert isinstance(table, VQTensor) and table.row_scales is not None
-    assert (table.grid.dim, table.index_bits) == (2, 6)
-    assert isinstance(head.codebook, FactoredCodebook) and head.index_bits == 4
+    assert isinstance(table, VQTensor) and (table.grid.dim, table.index_bits) == (2, 2)
+    assert isinstance(head.codebook, FactoredCodebook) and head.index_bits == 3
     assert sections["embeddings"].keys() == {"embed_tokens/embedding", "lm_head"}
     assert sections["embedding_bytes"] == table.num_bytes + head.num_bytes
     for name, tensor in (("embed_tokens", table), ("lm_head", head)):
@@ -169,7 +162,7 @@ def test_embedding_and_head_are_packed_apart_from_the_budget(finished):
         own = finished.source.outer()[name]
         weight = own["embedding"] if name == "embed_tokens" else own["kernel"].T
         error = np.sum(np.square(weight - np.asarray(tensor.dequantize()))) / np.sum(weight**2)
-        assert row["relative_error"] == pytest.approx(error, rel=1e-4) and 0 < error < 0.1
+        assert row["relative_error"] == pytest.approx(error, rel=1e-4) and 0 < error < 0.5
         assert row["bits_per_value"] == tensor.bits_per_value
 
 
@@ -213,9 +206,9 @@ def test_the_end_of_a_run_says_which_rule_took_what(finished):
     assert header.endswith("   rule")
     cells = {tuple(line.split()[:2]): line.split() for line in lines if line}
     assert cells["0", "mlp/down_proj"][-1] == "2" and "dense" in cells["0", "mlp/down_proj"]
-    assert cells["1", "self_attn/q_proj"][-1] == "-" and cells["-", "lm_head"][-1] == "8"
-    assert "1. layers_0/self_attn/[qk]_proj: int8 (2 layers; 8." in finished.out
-    assert "8. lm_head: gptq, bits=4 (lm_head; " in finished.out
+    assert cells["1", "self_attn/q_proj"][-1] == "-" and cells["-", "lm_head"][-1] == "7"
+    assert "1. layers_0/self_attn/[qk]_proj: int8 (2 layers; 10." in finished.out
+    assert "7. lm_head: gptq, bits=3, group_size=16 (lm_head; " in finished.out
     assert "of 13 layers, and 1 that a recipe keeps dense" in finished.out
     assert "packed embeddings" in finished.out
     assert (finished.path / "report.png").stat().st_size > 10_000
@@ -226,7 +219,7 @@ def test_the_page_says_so_too(finished, tmp_path, monkeypatch):
     page = report([finished.path], tmp_path / "page", [], False).read_text()
     assert "Rule 2. layers_0/mlp/down_proj: dense (1 layer; 16.0000 bits per value)." in page
     assert "Rules of the recipe" in page and (tmp_path / "page/figures/rules.svg").exists()
-    assert "trellis.outlier_limit" not in page and "recipe" in page
+    assert "No rule (5 layers; " in page and "recipe" in page
 
 
 def test_the_room_that_is_asked_for_is_that_of_the_formats(finished):
@@ -242,10 +235,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_formats(finished):
     config, manifest = finished.source.config, finished.packed.manifest
     asked = stored_bytes(config, finished.settings, plan) - checkpoint_overhead(config)
     stored = sum(manifest[f"{part}_bytes"] for part in ("quantized", "embedding", "dense"))
-    trellis = finished.settings.recipe[3], finished.layers[1, "mlp/up_proj"]
-    budget = layer_format(finished.settings, 1, "mlp/up_proj").settings.budget_bytes(80, 48)
-    assert trellis[0].pattern == "layers_1/mlp/up_proj"
-    assert asked - stored == budget - trellis[1]["num_bytes"]
+    assert asked == stored
 
 
 def test_estimates_and_shared_passes_know_the_recipe(finished):
@@ -298,7 +288,7 @@ def test_a_stopped_run_goes_on_and_another_recipe_is_refused(finished, tmp_path,
     [
         ((("layers_2/.*", "int8"),), BUDGET, r"rule 1 \('layers_2/.*'\) has no layer"),
         (((".*", "dense"), ("lm_head", "int8")), 0.0, "rule 1 takes lm_head first; move it up"),
-        (((".*_proj", "int8"),), BUDGET, "bits_per_value=4.2 has no effect: the rules .* every"),
+        (((".*_proj", "int8"),), BUDGET, "bits_per_value=4.5 has no effect: the rules .* every"),
         (((".*[qkv]_proj", "int8"),), 2.0, "cannot be met: .* of which layers that config.recipe"),
         ((("embed_tokens", "trellis"),), BUDGET, "embed_tokens cannot have method 'trellis'"),
         ((("lm_head", {"method": "trellis", "bits": 0.1}),), BUDGET, "lm_head: trellis.bits=0.1"),
@@ -316,6 +306,7 @@ def test_what_the_model_does_not_allow_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_columns_of_a_trellis_share_what_rules_leave(model, text_files, tmp_path):
     config = recipe_config(model, text_files)
     config.method, config.trellis.window_bits, config.trellis.recode_passes = "trellis", 6, 0
@@ -324,6 +315,7 @@ def test_columns_of_a_trellis_share_what_rules_leave(model, text_files, tmp_path
         ("layers_0/mlp/.*", "int8"),
         (".*/q_proj", {"bits": 4}),
         (".*/k_proj", {"outlier_limit": "0"}),
+        ("layers_1/self_attn/o_proj", {"method": "aqlm", "code_bits": 4, "rounds": 1}),
     )
     config.allocation.bits_per_value = 5.0
     job.quantize(config, str(tmp_path / "run"))
@@ -332,7 +324,10 @@ def test_columns_of_a_trellis_share_what_rules_leave(model, text_files, tmp_path
     bits = {name: meta["bits_per_value"] for name, meta in packed.manifest["layers"].items()}
     assert all(bits[f"layers_0/mlp/{name}_proj"] > 8 for name in ("gate", "up", "down"))
     assert all(bits[f"layers_{i}/self_attn/q_proj"] <= 4 for i in range(2))
-    assert all(kernel(SimpleNamespace(packed=packed), i, "self_attn/k_proj").outlier_gaps is None
+    run = SimpleNamespace(packed=packed)
+    assert isinstance(kernel(run, 0, "self_attn/o_proj"), TrellisTensor)
+    assert kernel(run, 1, "self_attn/o_proj").codes.shape[0] == 2  # codebooks
+    assert all(kernel(run, i, "self_attn/k_proj").outlier_gaps is None
                for i in range(2))  # fmt: skip
 
 

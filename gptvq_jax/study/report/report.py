@@ -84,7 +84,10 @@ def _each_once(directories: Sequence[Path]) -> list[Path]:
 
 def _lines(cell: Cell) -> list[str]:
     """Sentences before the figures of a run: what its recipe did, and what its codes leave."""
-    rules = [f"Rule {line}." for line in rule_lines([*cell.layers, *cell.outer])]
+    rules = [
+        f"Rule {line}." if line[0].isdigit() else f"{line[0].upper()}{line[1:]}."
+        for line in rule_lines([*cell.layers, *cell.outer])
+    ]
     line = unused_line(cell)
     return rules if line is None else [*rules, line]
 
