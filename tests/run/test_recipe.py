@@ -51,6 +51,7 @@ def recipe_config(directory, text_files):
     config = quick_config(directory, text_files)
     config.recipe, config.calibration.gradient_groups = RECIPE, 1
     config.vq.group_size, config.vq.codebook_overhead = 0, 0.5
+    config.vq.seed = "mahalanobis"  # which compiles soon
     config.allocation.bits_per_value, config.allocation.bits = BUDGET, (1.0, 2.0)
     config.allocation.em_iterations = 1
     return config
@@ -64,6 +65,8 @@ def model(tmp_path_factory):
         "llama",
         vocab_size=256,
         num_hidden_layers=2,
+        num_attention_heads=3,  # equal shapes: fewer programs
+        num_key_value_heads=3,
         tie_word_embeddings=False,
     )
     byte_tokenizer().save_pretrained(directory)
@@ -174,18 +177,13 @@ def decode(source, tokens):
 
 
 def test_it_runs_from_codes_as_the_dequantized_model_does(finished):
-    packed, prompts = finished.packed, [[5, 9, 11], [7, 3, 2, 8]]
-    coded, dense = packed_params(packed, "xla"), dense_params(packed)
-    tokens = jnp.array([prompts[1]])
+    packed, tokens = finished.packed, jnp.array([[7, 3, 2, 8]])
+    coded = packed_params(packed, "xla")
     np.testing.assert_allclose(
         jax.jit(Decoder(packed.config).apply)({"params": coded}, tokens),
         decode(packed, tokens),
         atol=1e-4,
     )
-    own, other = (
-        generate(packed.config, params, prompts, max_tokens=8).tokens for params in (coded, dense)
-    )
-    assert own == other
     # Norms, biases and the one dense kernel are all that is not packed.
     manifest = packed.manifest
     in_codes, others = memory_bytes(coded)
