@@ -1,10 +1,12 @@
 """How each layer of a model is quantized: the method of the run, a rule's, or what a plan says."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.methods.layer import check_row_groups
+from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import outer_shapes
 from gptvq_jax.models.source import layer_shapes
@@ -111,6 +113,45 @@ def check_formats(settings: RunSettings, config: ModelConfig) -> None:
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} has no effect: the "
             "rules of config.recipe say the bits of every layer; set it to 0, or leave some open"
         )
+
+
+def check_given(settings: RunSettings, config: ModelConfig, given: Collection[str]) -> None:
+    """Checks that what the command line names reaches a layer that no rule has settled otherwise.
+
+    Args:
+      settings: of the run.
+      config: of the model.
+      given: fields named, such as "vq.bits".
+
+    Raises:
+      ValueError: a field does not.
+    """
+    if not settings.recipe:
+        return
+    names = [layer_name(*layer) for layer in linear_layers(settings, config)]
+    matrices = outer_matrices(config)
+    reached = set()
+    if not all(rule_of(settings.recipe, name) for name in matrices):
+        reached.add("embeddings")
+    ruled = {format_of(settings, n) for n in (*names, *matrices) if rule_of(settings.recipe, n)}
+    if not all(rule_of(settings.recipe, name) for name in names):
+        ruled.add(Format(settings.method, settings.method_settings))
+    for found in ruled:
+        overrides = dict(found.rule.overrides) if found.rule else {}
+        if "method" not in overrides:
+            reached.add("method")
+        if found.method in METHODS:
+            section = METHODS[found.method].section
+            fields = (field.name for field in dataclasses.fields(found.settings))
+            reached |= {f"{section}.{name}" for name in fields if name not in overrides}
+    sections = {method.section for method in METHODS.values()}
+    for field in given:
+        of_layers = field in ("method", "embeddings") or field.partition(".")[0] in sections
+        if of_layers and field not in reached:
+            raise ValueError(
+                f"--config.{field} has no effect: rules of config.recipe say otherwise for every "
+                "layer that it is of; leave it out, or mend the rules"
+            )
 
 
 def _check_bytes(found: Format, name: str, shape: tuple[int, int]) -> None:

@@ -19,7 +19,7 @@ from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
-from gptvq_jax.run.formats import check_formats, num_quantized
+from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
 from gptvq_jax.run.statistics_file import Statistics, statistics_text
@@ -72,6 +72,7 @@ def quantize(
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
     check_plan(source, settings)
+    check_given(settings, source.config, given)
     key = {**to_dict(settings), "weights": source.fingerprint}
     if settings.calibration.statistics:
         key["statistics"] = Statistics(settings.calibration.statistics).digest

@@ -16,7 +16,7 @@ from flax import traverse_util
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.hessian import Factor
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
-from gptvq_jax.methods.layer import Objective, Problem, quantize_layers
+from gptvq_jax.methods.layer import Objective, Problem, most_flops, quantize_layers
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.recipe import DENSE, EMBEDDING, HEAD, INT8, Format, rule_text
@@ -87,6 +87,7 @@ def _ruled(
         stored = int8_matrix(name, weight)
     else:
         context.progress.note(name)
+        context.stopwatch.flops(most_flops(problem))
         (stored,) = quantize_layers([problem])
         context.progress.advance(name)
     kernel = dequantize_compiled(stored) if isinstance(stored, QuantizedTensor) else stored

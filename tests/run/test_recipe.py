@@ -14,7 +14,7 @@ import pytest
 from tiny_families import write_model
 from tiny_run import byte_tokenizer, config_file, quick_config
 
-from gptvq_jax.config import from_config
+from gptvq_jax.config import default_config, from_config
 from gptvq_jax.core.int8_rows import is_int8_rows
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
@@ -23,7 +23,7 @@ from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, get_layer
 from gptvq_jax.models.open import open_source
 from gptvq_jax.recipe import choices, is_open, parse, rule_text
 from gptvq_jax.run import job
-from gptvq_jax.run.formats import layer_format, linear_layers
+from gptvq_jax.run.formats import check_given, layer_format, linear_layers
 from gptvq_jax.run.packed_block import PackedBlock
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.serve.generate import generate
@@ -302,6 +302,31 @@ def test_what_the_model_does_not_allow_is_refused_before_any_work(
     with pytest.raises(ValueError, match=message):
         job.quantize(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe, field, value, reached",
+    [
+        (((".*_proj", {"bits": 2.0, "dim": 2}),), "vq.bits", 1.0, False),
+        (((".*_proj", {"bits": 2.0, "dim": 2}),), "vq.em_iterations", 2, True),
+        (((".*_proj", "int8"),), "method", "gptq", False),
+        ((("layers_0/.*", "int8"),), "method", "gptq", True),
+        (((".*embed.*|lm_head", "dense"),), "embeddings", "int8", False),
+        ((("lm_head", "dense"),), "embeddings", "int8", True),
+        (((".*_proj", "aqlm"), ("lm_head", "int8")), "vq.dim", 2, False),
+        (((".*_proj", "aqlm"), ("lm_head", {"bits": 2.0})), "vq.dim", 2, True),
+    ],
+)
+def test_what_the_command_line_names_reaches_a_layer(model, recipe, field, value, reached):
+    config = default_config()
+    config.recipe = recipe
+    config.update_from_flattened_dict({field: value})
+    arguments = from_config(config), open_source(str(model)).config, [field, "damping"]
+    if reached:
+        check_given(*arguments)
+        return
+    with pytest.raises(ValueError, match=f"--config.{field} has no effect: rules of config.recipe"):
+        check_given(*arguments)
 
 
 @pytest.mark.slow
