@@ -12,7 +12,6 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from gptvq_jax import recipe as recipes
 from gptvq_jax.console.config_file import is_sweep
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.data.mixture import shares
@@ -21,6 +20,8 @@ from gptvq_jax.methods.gptvq import MAX_CODE_BITS, GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
+from gptvq_jax.recipe import Rule, parse, plain
+from gptvq_jax.rule_settings import check_rules, methods_of, rule_settings
 from gptvq_jax.storage.checkpoint import EMBEDDINGS
 
 
@@ -124,7 +125,7 @@ class RunSettings:
     dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
     embeddings: str = "dense"  # the embedding and an untied head: 'dense', or 'int8' rows
     seed: int = 0  # of the codebook seeds, and of the order of windows in tuning
-    recipe: tuple[recipes.Rule, ...] = ()  # layers by name that get other settings: recipe.py
+    recipe: tuple[Rule, ...] = ()  # layers by name that get other settings: recipe.py
     vq: GPTVQSettings = GPTVQSettings()
     aqlm: AQLMSettings = AQLMSettings()
     trellis: TrellisSettings = TrellisSettings()
@@ -164,9 +165,9 @@ class RunSettings:
             check(
                 self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"
             )
-        recipes.check_rules(self)
+        check_rules(self)
         # The default is left alone: it means "where there are codebooks".
-        polish, methods = self.vq.polish_rounds, recipes.methods_of(self)
+        polish, methods = self.vq.polish_rounds, methods_of(self)
         check(
             "gptvq" in methods or polish in (0, GPTVQSettings.polish_rounds),
             "vq.polish_rounds",
@@ -175,7 +176,7 @@ class RunSettings:
         )
         check(0 < c.gradient_power <= 1, "calibration.gradient_power", "above 0, to 1")
         check(c.gradient_groups >= 0, "calibration.gradient_groups", "0 or the groups of rows")
-        used = [self.method_settings, *(recipes.rule_settings(self, r) for r in self.recipe)]
+        used = [self.method_settings, *(rule_settings(self, r) for r in self.recipe)]
         shared = any(
             isinstance(of, GPTVQSettings) and (of.svd_rank or of.scale_block_size) for of in used
         )
@@ -325,7 +326,7 @@ def checked_field(field: str, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         raise ValueError(f"config.{field} is a section; name one of its fields, {field}.FIELD")
     value = _checked(kind, value, field)
-    return recipes.plain(value) if field == "recipe" else value
+    return plain(value) if field == "recipe" else value
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -339,7 +340,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def to_dict(settings: RunSettings) -> dict[str, Any]:
     """Plain nested dict, for JSON."""
-    return {**dataclasses.asdict(settings), "recipe": recipes.plain(settings.recipe)}
+    return {**dataclasses.asdict(settings), "recipe": plain(settings.recipe)}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -373,8 +374,8 @@ def _checked(expected: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"config.{name}={value!r} must be a section of fields")
         return _build(expected, value, f"{name}.")
-    if expected == tuple[recipes.Rule, ...]:
-        return recipes.parse(value)
+    if expected == tuple[Rule, ...]:
+        return parse(value)
     if typing.get_origin(expected) is tuple:
         return _build_tuple(typing.get_args(expected)[0], value, name)
     if expected is float and type(value) is int:

@@ -21,7 +21,7 @@ from documented import (
 from gptvq_jax.__main__ import as_commands
 from gptvq_jax.config import RunSettings, from_config
 from gptvq_jax.console import cli
-from gptvq_jax.recipe import format_of
+from gptvq_jax.rule_settings import format_of
 from gptvq_jax.run.overrides import settle
 
 # By ml_collections, which loads a config file so.

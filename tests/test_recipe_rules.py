@@ -7,17 +7,8 @@ import pytest
 
 from gptvq_jax.config import RunSettings, default_config, from_config, to_dict
 from gptvq_jax.methods.uniform import UniformSettings
-from gptvq_jax.recipe import (
-    check_used,
-    choices,
-    format_of,
-    is_open,
-    methods_of,
-    parse,
-    plain,
-    rule_of,
-    rule_text,
-)
+from gptvq_jax.recipe import check_used, parse, plain, rule_of, rule_text
+from gptvq_jax.rule_settings import choices, format_of, is_open, methods_of
 from gptvq_jax.run.overrides import ignored, settle
 
 LAYERS = ("self_attn/q_proj", "mlp/down_proj")

@@ -13,7 +13,7 @@ from gptvq_jax.core import knapsack
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.recipe import choices, is_open
+from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run.curves import measure
 from gptvq_jax.run.formats import layer_format, linear_layers, of_recipe
 from gptvq_jax.run.sizes import dense_item, format_bytes, packed_bytes

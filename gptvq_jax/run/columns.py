@@ -31,7 +31,7 @@ from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
-from gptvq_jax.recipe import is_open
+from gptvq_jax.rule_settings import is_open
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.formats import layer_format, linear_layers, of_recipe
 from gptvq_jax.run.sizes import dense_item, format_bytes

@@ -38,7 +38,7 @@ from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_LAYERS, Params, get_layer
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.recipe import choices, is_open
+from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.formats import layer_format
 from gptvq_jax.run.sizes import dense_item, format_bytes, packed_bytes

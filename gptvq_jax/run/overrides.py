@@ -18,7 +18,7 @@ from ml_collections import config_dict
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
 from gptvq_jax.methods.gptvq import MAX_CODE_BITS, makes_codes
 from gptvq_jax.methods.registry import METHODS
-from gptvq_jax.recipe import is_open, methods_of, rule_settings
+from gptvq_jax.rule_settings import is_open, methods_of, rule_settings
 
 _SECTIONS = {
     "vq": "--config.method=gptvq",
@@ -242,7 +242,9 @@ def _allocation(settings: RunSettings, when) -> None:
         value = getattr(vq, field)
         listed = f"allocation.{field.removesuffix('s')}s"
         when(
-            bool(settings.candidates) and a.bits_per_value > 0 and set(candidates) != {value},
+            a.bits_per_value > 0
+            and METHODS[settings.method].allocation == "candidates"
+            and set(candidates) != {value},
             f"vq.{field}",
             f"under allocation.bits_per_value={a.bits_per_value:g}, which chooses from {listed}; "
             f"set --config.{listed}={value}, or {_WITHOUT_BUDGET} for one format in all layers",

@@ -21,7 +21,8 @@ from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
 from gptvq_jax.exchange.hf_dense import hf_dense
 from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, get_layer
 from gptvq_jax.models.open import open_source
-from gptvq_jax.recipe import choices, is_open, parse, rule_text
+from gptvq_jax.recipe import parse, rule_text
+from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run import job
 from gptvq_jax.run.formats import check_given, layer_format, linear_layers
 from gptvq_jax.run.packed_block import PackedBlock

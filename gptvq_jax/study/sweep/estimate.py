@@ -21,7 +21,8 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import LINEAR_GROUPS, STAGES
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.viterbi import TRACE_BACK
-from gptvq_jax.recipe import DENSE, INT8, Format, choices, is_open
+from gptvq_jax.recipe import DENSE, INT8
+from gptvq_jax.rule_settings import Format, choices, is_open
 from gptvq_jax.run.curves import to_measure
 from gptvq_jax.run.formats import (
     layer_format,
