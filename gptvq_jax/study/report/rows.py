@@ -29,7 +29,7 @@ _PROTOCOL = {
     "context": int,
     "tokens": int,
 }
-_FIELDS = {"outer": _OUTER, "layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY}
+_FIELDS = {"layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY, "outer": _OUTER}
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
