@@ -20,6 +20,8 @@ from gptvq_jax.methods.gptvq_settings import FITTED, MAX_CODE_BITS, GPTVQSetting
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
+from gptvq_jax.recipe import Rule, parse, plain
+from gptvq_jax.rule_settings import check_rules, methods_of, rule_settings
 from gptvq_jax.storage.checkpoint import EMBEDDINGS
 
 
@@ -128,6 +130,7 @@ class RunSettings:
     dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
     embeddings: str = "dense"  # the embedding and an untied head: 'dense', or 'int8' rows
     seed: int = 0  # of the codebook seeds, and of the order of windows in tuning
+    recipe: tuple[Rule, ...] = ()  # layers by name that get other settings: recipe.py
     vq: GPTVQSettings = GPTVQSettings()
     aqlm: AQLMSettings = AQLMSettings()
     trellis: TrellisSettings = TrellisSettings()
@@ -167,24 +170,28 @@ class RunSettings:
             check(
                 self.vq.group_size == 0, "vq.group_size", "0 unless allocation.bits_per_value is 0"
             )
+        check_rules(self)
         # The default is left alone: it means "where there are codebooks".
-        polish = self.vq.polish_rounds
+        polish, methods = self.vq.polish_rounds, methods_of(self)
         check(
-            METHODS[self.method].section == "vq" or polish in (0, GPTVQSettings.polish_rounds),
+            "gptvq" in methods or polish in (0, GPTVQSettings.polish_rounds),
             "vq.polish_rounds",
             f"left out with method {self.method!r}, which does not polish; use method 'gptvq', "
             "or aqlm.rounds with method 'aqlm'",
         )
         check(0 < c.gradient_power <= 1, "calibration.gradient_power", "above 0, to 1")
         check(c.gradient_groups >= 0, "calibration.gradient_groups", "0 or the groups of rows")
-        shared = self.method == "gptvq" and (self.vq.svd_rank or self.vq.scale_block_size)
+        used = [self.method_settings, *(rule_settings(self, r) for r in self.recipe)]
+        shared = any(
+            isinstance(of, GPTVQSettings) and (of.svd_rank or of.scale_block_size) for of in used
+        )
         check(
             c.gradient_groups <= 1 or not shared,
             "calibration.gradient_groups",
             "0 or 1 with vq.svd_rank or vq.scale_block_size, which all rows of a layer share",
         )
         check(
-            c.gradient_groups <= 1 or self.method != "trellis",
+            c.gradient_groups <= 1 or "trellis" not in methods,
             "calibration.gradient_groups",
             "0 or 1 with method 'trellis', whose columns have one rate for all rows",
         )
@@ -329,7 +336,8 @@ def checked_field(field: str, value: Any) -> Any:
         kind, prefix = types[name], f"{prefix}{name}."
     if dataclasses.is_dataclass(kind):
         raise ValueError(f"config.{field} is a section; name one of its fields, {field}.FIELD")
-    return _checked(kind, value, field)
+    value = _checked(kind, value, field)
+    return plain(value) if field == "recipe" else value
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -343,7 +351,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def to_dict(settings: RunSettings) -> dict[str, Any]:
     """Plain nested dict, for JSON."""
-    return dataclasses.asdict(settings)
+    return {**dataclasses.asdict(settings), "recipe": plain(settings.recipe)}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -377,6 +385,8 @@ def _checked(expected: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"config.{name}={value!r} must be a section of fields")
         return _build(expected, value, f"{name}.")
+    if expected == tuple[Rule, ...]:
+        return parse(value)
     if typing.get_origin(expected) is tuple:
         return _build_tuple(typing.get_args(expected)[0], value, name)
     if expected is float and type(value) is int:

@@ -191,6 +191,8 @@ def test_every_config_file_builds():
             assert settings.method == "aqlm" and settings.tune.block
         elif file.stem.endswith("_trellis"):
             assert settings.method == "trellis" and settings.allocation.bits_per_value == 2.125
+        elif file.stem.endswith("_mixed"):
+            assert [rule.pattern for rule in settings.recipe][1:] == ["embed_tokens"]
         else:
             assert settings.method == "gptvq" and settings.vq.dim == int(file.stem[-2])
         with pytest.raises(ValueError, match="9b"):

@@ -21,6 +21,7 @@ from documented import (
 from gptvq_jax.__main__ import as_commands
 from gptvq_jax.config import RunSettings, from_config
 from gptvq_jax.console import cli
+from gptvq_jax.rule_settings import format_of
 from gptvq_jax.run.overrides import settle
 
 # By ml_collections, which loads a config file so.
@@ -81,6 +82,19 @@ def is_gptvq_tuned(call):
     assert budget(call.settings) == 3.085
 
 
+def has_a_recipe(call):
+    assert call.command == f"{Q}smollm2_135m_2d.py {shlex.quote(f'--config.recipe={RECIPE}')}"
+    settings = call.settings
+    assert budget(settings) == 3.085  # nothing of it gives way
+    down, v, q = (
+        format_of(settings, f"layers_{name}")
+        for name in ("29/mlp/down_proj", "3/self_attn/v_proj", "3/self_attn/q_proj")
+    )
+    assert (down.method, v.settings.bits, q.rule) == ("int8", 4.0, None)
+    table = format_of(settings, "embed_tokens")
+    assert (table.method, table.settings.bits) == ("gptq", 6)
+
+
 def is_llama_from_a_directory(call):
     settings = call.settings
     assert settings.model == "/models/Llama-2-7b-hf"
@@ -98,6 +112,10 @@ def has(*args, **options):
     return check
 
 
+RECIPE = (
+    "(('layers_(0|29)/mlp/down_proj','int8'),('.*/v_proj',{'bits':4}),"
+    "('embed_tokens',{'method':'gptq','bits':6}))"
+)
 PROMPT = "Once upon a time"
 RATE = 1e11  # FLOP/s
 # Command -> what holds of the call of its job.
@@ -109,6 +127,7 @@ EFFECTS = {
     f"{Q}smollm2_135m_aqlm.py": is_aqlm_tuned,
     f"{Q}smollm2_135m_trellis.py:2.5b": is_trellis,
     f"{Q}smollm2_135m_2d.py --config.tune.block=True": is_gptvq_tuned,
+    f"{Q}smollm2_135m_2d.py {shlex.quote(f'--config.recipe={RECIPE}')}": has_a_recipe,
     f"{Q}llama2_7b_2d.py:2.25b --config.model=/models/Llama-2-7b-hf": is_llama_from_a_directory,
     f"python scripts/generate.py --checkpoint={RUN}/checkpoint '--prompt={PROMPT}'": has(
         f"{RUN}/checkpoint", None, [PROMPT], chat=False, dense=False, seed=0

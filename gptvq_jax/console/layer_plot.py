@@ -6,6 +6,7 @@ from typing import Any
 
 from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.console.plot_style import log_ticks, style
+from gptvq_jax.console.recipe_text import by_rule, rules_of
 from gptvq_jax.files.durable import replacing
 
 Rows = Sequence[dict[str, Any]]  # of a work directory's metrics.jsonl
@@ -14,23 +15,30 @@ Rows = Sequence[dict[str, Any]]  # of a work directory's metrics.jsonl
 def plot(rows: Rows, title: str, path: Path, tuned: Rows = ()) -> None:
     """Relative output error against depth, one line per kind of layer.
 
-    Further panels show the bits of the layers if they differ, and the errors of whole blocks before
-    and after their tuning, `tuned`, if there was one.
+    Further panels show the bits of the layers if they differ, the rules of a recipe that took them,
+    and the errors of whole blocks before and after their tuning, `tuned`, if there were these.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    of_rules = bool(rules_of(rows))
     panels = [("relative_error", "relative output error", "log")]
     if codes_differ(rows):
         panels.append(("bits_per_value", "bits per value", "linear"))
-    count = len(panels) + bool(tuned)
+    count = len(panels) + of_rules + bool(tuned)
     figure, all_axes = plt.subplots(
         count, 1, figsize=(8, 4.2 * count), layout="constrained", squeeze=False
     )
     for axes, panel in zip(all_axes[:, 0], panels, strict=False):
         by_depth(axes, rows, *panel)
+    if of_rules:
+        axes = all_axes[len(panels), 0]
+        by_rule(axes, rows)
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}
+        for text in axes.legend(fontsize="small", **below).get_texts():
+            text.set_parse_math(False)  # a pattern may have a $ in it
     if tuned:
         tuning_by_depth(all_axes[-1, 0], tuned)
         all_axes[-1, 0].legend(fontsize="small")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gptvq_jax.console.comparison_text import comparison_lines, figure_text, protocol_text
+from gptvq_jax.console.recipe_text import rule_lines, rule_number
 from gptvq_jax.console.stopwatch import stages_of
 
 _COLUMNS = "  rel. error   held out   SQNR dB    code   bits/value   seconds"
@@ -33,37 +34,53 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
     Errors and SQNR are on the windows that the layer was fitted to, "held out" is the error on the
     others. A code of 2x8/8 stands for two codes of 8 bits for 8 weights, L12/256 for windows of 12
     bits in streams of 256 rows. Of an expert with too few tokens their number follows, and how much
-    of its Hessian is that of all experts.
+    of its Hessian is that of all experts; with a recipe, the number of the rule that took a layer.
     """
+    ruled = any("rule" in row for row in rows)
     width = max([_NAME_WIDTH, *(len(row["layer"]) for row in rows)])
-    lines = [f"block  {'layer':<{width}s}{_COLUMNS}"]
+    lines = [f"block  {'layer':<{width}s}{_COLUMNS}" + "   rule" * ruled]
     for row in rows:
         sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
         held_out = f"{row['held_out_error']:.5f}" if "held_out_error" in row else "none"
         code = f"{row['num_codebooks']}x{row['index_bits']}/{row['dim']}"
         if "stream_rows" in row:
             code = f"L{row['index_bits']}/{row['stream_rows']}"
+        if not row["num_codebooks"]:
+            code = "dense"
+        rule = f" {rule_number(row):>6s}" if ruled else ""
         few = ""
         if row.get("shared_hessian"):
             few = f"  {row['expert_tokens']} tokens, {row['shared_hessian']:.0%} shared"
         lines.append(
-            f"{row['block']:5d}  {row['layer']:<{width}s} {row['relative_error']:11.5f} "
+            f"{row.get('block', '-'):>5}  {row['layer']:<{width}s} {row['relative_error']:11.5f} "
             f"{held_out:>10s} {sqnr:>9s} "
-            f"{code:>7s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}{few}"
+            f"{code:>7s} {row['bits_per_value']:12.4f} {row['seconds']:9.2f}{rule}{few}"
         )
     return "\n".join(lines)
 
 
-def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) -> str:
-    """The last lines of a run; `tuned` are the rows of its blocks, if they were tuned."""
+def summary_text(
+    summary: dict[str, Any],
+    tuned: Sequence[dict[str, Any]] = (),
+    layers: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The last lines of a run.
+
+    Args:
+      summary: of the run.
+      tuned: rows of its blocks, if they were tuned.
+      layers: rows of its layers, for what a recipe did; none: nothing is said of one.
+    """
     mib = 1 / 2**20
     embedding_bytes = summary["embedding_bytes"]
-    embeddings = f"int8 embeddings {embedding_bytes * mib:.1f} MiB, " if embedding_bytes else ""
+    kind = "packed" if any(row["kind"] == "outer" for row in layers) else "int8"
+    embeddings = f"{kind} embeddings {embedding_bytes * mib:.1f} MiB, " if embedding_bytes else ""
     resumed = summary.get("resumed_at") is not None
     stopped = "; the run was stopped before, which is not in it" if resumed else ""
     lines = [
         ("bits per value", f"{summary['bits_per_value']:.4f}  (codes, codebooks and scales of "
-         f"{summary['num_layers']} layers)"),
+         f"{summary['num_layers']} layers{_kept_dense(layers)})"),
+        *(("recipe" * (not i), line) for i, line in enumerate(rule_lines(layers))),
         ("bytes on disk", f"{summary['checkpoint_bytes'] * mib:.1f} MiB, compressed; before that "
          f"quantized layers {summary['quantized_bytes'] * mib:.1f} MiB, {embeddings}dense leaves "
          f"{summary['dense_bytes'] * mib:.1f} MiB"),
@@ -77,6 +94,12 @@ def summary_text(summary: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) 
         ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:>15s}  {text}" for name, text in lines)
+
+
+def _kept_dense(layers: Sequence[dict[str, Any]]) -> str:
+    """Of layers of blocks that a recipe keeps dense, which count."""
+    count = sum(row["kind"] == "layer" and not row["num_codebooks"] for row in layers)
+    return f", and {count} that a recipe keeps dense" if count else ""
 
 
 def _perplexity_text(summary: dict[str, Any]) -> str:

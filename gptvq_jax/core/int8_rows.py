@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gptvq_jax.core.quantized_tensor import dequantize_compiled
+from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.core.uniform_grid import basis, uniform_grid
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
 
@@ -46,9 +46,9 @@ def int8_rows(weight: np.ndarray) -> VQTensor:
     return VQTensor(codes, FactoredCodebook(scale, None, right), None, 8, grid)
 
 
-def check_int8_rows(tensor: VQTensor) -> None:
+def check_int8_rows(tensor: QuantizedTensor) -> None:
     """Raises NotImplementedError for a tensor of host arrays that `int8_rows` does not make."""
-    book = tensor.codebook
+    book = getattr(tensor, "codebook", None)
     if (
         not isinstance(book, FactoredCodebook)
         or tensor.index_bits != 8
@@ -58,7 +58,16 @@ def check_int8_rows(tensor: VQTensor) -> None:
         or book.left.shape != (1, 1, tensor.grid.rows, 1)
         or not np.array_equal(book.right, basis(256, symmetric=True))
     ):
-        raise NotImplementedError("an embedding must be dense or int8 rows (uniform.int8_rows)")
+        raise NotImplementedError("it is not what int8_rows makes")
+
+
+def is_int8_rows(tensor: QuantizedTensor) -> bool:
+    """Whether `int8_rows` makes such tensors."""
+    try:
+        check_int8_rows(tensor)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def dequantize_rows(tensor: VQTensor) -> np.ndarray:

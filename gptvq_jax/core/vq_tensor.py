@@ -137,6 +137,30 @@ def dequantize(tensor: VQTensor) -> jax.Array:
     return weight.reshape(grid.rows, -1)[:, : grid.cols]
 
 
+def take_rows(tensor: VQTensor, rows: jax.Array) -> jax.Array:
+    """Rows (n,) of the weight by index, all of which it has: (n, C) float32.
+
+    No more is decoded than these rows, with the codebooks of their groups.
+    """
+    grid, strips = tensor.grid, rows // tensor.grid.strip_rows
+
+    def of_groups(array):  # axis 2 of (M, S, G, ...)
+        return jnp.take(array, strips, axis=2) if array.ndim > 2 else array
+
+    scales = tensor.block_scales
+    if scales is not None:
+        scales = dataclasses.replace(scales, codes=jnp.take(scales.codes, rows, axis=0))
+    part = dataclasses.replace(
+        tensor,
+        codes=jnp.take(tensor.codes, rows, axis=1),
+        codebook=jax.tree.map(of_groups, tensor.codebook),
+        block_scales=scales,
+        row_scales=None if tensor.row_scales is None else jnp.take(tensor.row_scales, rows),
+        grid=dataclasses.replace(grid, rows=len(rows), strip_rows=1),
+    )
+    return dequantize(part)
+
+
 def _check_lookup(tensor: VQTensor, codebook_shape: tuple[int, ...]) -> None:
     """Keeps the promise that every lookup makes: that it is in bounds."""
     grid, books = tensor.grid, tensor.codes.shape[0]

@@ -74,7 +74,8 @@ def _common_format(layers: Mapping[str, Any], family: Family) -> AQLMFormat:
         if formats[name] != fmt:
             raise NotImplementedError(
                 f"{name} has codebooks of {formats[name]}, {first} of {fmt}, and the format allows "
-                f"one kind; quantize without allocation.bits_per_value, {way_out}"
+                "one kind; quantize without allocation.bits_per_value and with one method for all "
+                f"layers, {way_out}"
             )
     if not formats:
         raise NotImplementedError("no layer is quantized; export with --format=hf-dense")

@@ -34,8 +34,8 @@ class Objective(NamedTuple):
 class Problem(NamedTuple):
     """A layer, and how it is to be quantized."""
 
-    quantize: Callable[..., QuantizedTensor]  # of a method, and its settings
-    settings: Any  # hashable
+    quantize: Callable[..., QuantizedTensor] | None  # of a method; None: it stays dense
+    settings: Any  # of that method, hashable
     weight: jax.Array  # (R, C)
     objectives: Sequence[Objective]  # of g contiguous groups of R / g rows
     key: jax.Array  # random, of the seeding

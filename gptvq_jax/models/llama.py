@@ -50,7 +50,6 @@ __all__ = ["LINEAR_GROUPS", "LINEAR_LAYERS", "STAGES"]
 Params = Mapping[str, Any]
 
 
-
 class MLP(nn.Module):
     """The gated feed-forward layer down(act(gate(x)) * up(x)), (..., hidden) -> same."""
 

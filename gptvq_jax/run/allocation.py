@@ -16,8 +16,8 @@ from gptvq_jax.models.llama import Params
 from gptvq_jax.run import candidates, columns
 from gptvq_jax.run.calibrate import Moments, owners
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.formats import Plan
 from gptvq_jax.run.objectives import expert_shares, factor_flops, objectives
-from gptvq_jax.run.packed_block import Plan
 from gptvq_jax.run.token_weights import means as layer_means
 from gptvq_jax.run.workdir import WorkDir
 

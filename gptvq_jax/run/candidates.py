@@ -12,9 +12,10 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.core import knapsack
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.source import counted_shapes
+from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run.curves import measure
-from gptvq_jax.run.sizes import packed_bytes
+from gptvq_jax.run.formats import layer_format, linear_layers, of_recipe
+from gptvq_jax.run.sizes import dense_item, format_bytes, packed_bytes
 
 __all__ = ["block_bytes", "check_budget", "measure", "plan"]
 _ROW_BYTES = 200  # of one candidate in a file of curves, at most
@@ -28,28 +29,33 @@ def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """Checks, before any work, that the smallest candidates are within the budget.
 
+    The budget is of all layers: what rules of a recipe have settled is a part of it.
+
     Says so where the largest ones leave some of it: every layer gets these, whatever the budget.
 
     Raises:
       ValueError: they are not; the message names the bits per value that they take.
     """
     groups = settings.calibration.gradient_groups or 1
-    fewest, most, values = 0, 0, 0
-    depth = config.num_hidden_layers
-    counts = counted_shapes(config, min(settings.num_blocks or depth, depth))
-    for (rows, cols), count in counts.items():
+    fewest, most, values, settled = 0, 0, 0, 0
+    for layer, (rows, cols) in linear_layers(settings, config).items():
+        of = layer_format(settings, *layer)
+        values += rows * cols
+        if not is_open(settings, of.rule):
+            settled += format_bytes(of, rows, cols, dense_item(settings), groups)
+            continue
         sizes = [
             packed_bytes(settings.method, candidate, rows, cols, groups)
-            for candidate in settings.candidates
+            for candidate in choices(settings, of.rule)
         ]
-        fewest += count * min(sizes)
-        most += count * max(sizes)
-        values += count * rows * cols
+        fewest += min(sizes)
+        most += max(sizes)
+    fewest, most = fewest + settled, most + settled
     if 8 * fewest > settings.allocation.bits_per_value * values:
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: the "
-            f"smallest candidates take {8 * fewest / values:.4f} bits per value; raise it, or add "
-            "smaller ones to allocation.bits"
+            f"smallest candidates take {8 * fewest / values:.4f} bits per value"
+            f"{of_recipe(settled, values)}; raise it, or add smaller ones to allocation.bits"
         )
     if 8 * most < settings.allocation.bits_per_value * values:
         logging.warning(
@@ -75,4 +81,9 @@ def plan(
         [[row["num_bytes"] for row in rows] for rows in layers.values()],
         int(settings.allocation.bits_per_value * values / 8),
     )
-    return {layer: settings.candidates[k] for layer, k in zip(layers, chosen, strict=True)}
+    plan = {}
+    for layer, k in zip(layers, chosen, strict=True):
+        rule = layer_format(settings, *layer).rule
+        if is_open(settings, rule):  # otherwise its one row says what a rule has settled
+            plan[layer] = choices(settings, rule)[k]
+    return plan

@@ -35,10 +35,13 @@ from gptvq_jax.methods.trellis_settings import (
 )
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, get_layer
-from gptvq_jax.models.source import counted_shapes, layer_shapes
+from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import water_fill
+from gptvq_jax.rule_settings import is_open
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.formats import layer_format, linear_layers, of_recipe
+from gptvq_jax.run.sizes import dense_item, format_bytes
 
 _ROW_BYTES = 200  # of a layer in a file of columns, at most, ...
 _NUMBER_BYTES = 26  # ... and of one of its columns
@@ -53,15 +56,23 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block: what each of its columns adds to the loss at 0 bits.
 
+    A layer whose bits a rule of a recipe has settled has one with its bytes instead.
+
     Arguments are those of `curves.measure`; layers have one row group.
     """
     settings = context.settings
     context.progress.note(f"block {index} columns")
-    of_mean = _of_mean(settings)
+    bits = _open_bits(settings, *_sizes(settings, context.source.config))
     rows = []
     for name in context.source.config.of_block(index).linear_layers:
-        (objective,) = objectives[name]
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
+        of = layer_format(settings, index, name)
+        if not is_open(settings, of.rule):
+            size = format_bytes(of, *weight.shape, dense_item(settings))
+            rows.append({"layer": name, "shape": list(weight.shape), "settled_bytes": size})
+            continue
+        (objective,) = objectives[name]
+        of_mean = _with_bits(of.settings, bits)
         most = of_mean.most_outliers(*weight.shape)
         of_layer = demand(weight, objective.factor.hinv_chol, of_mean, most)
         sensitivity = float(sensitivities[name].mean()) * float(unit(objective.hessian))
@@ -86,20 +97,23 @@ def block_bytes(config: ModelConfig, settings: RunSettings) -> int:
 def check_budget(config: ModelConfig, settings: RunSettings) -> None:
     """Checks, before any work, that scales and rates leave some of the budget.
 
+    The budget is of all layers: what rules of a recipe have settled is a part of it.
+
     Raises:
       ValueError: they do not; the message names the bits per value that they take.
     """
-    depth, trellis = config.num_hidden_layers, settings.trellis
-    in_8_bits = trellis.form == INT8
-    of_layer = trellis.budget_bytes if in_8_bits else trellis.fixed_bytes
-    counts = counted_shapes(config, min(settings.num_blocks or depth, depth)).items()
-    fixed = sum(count * of_layer(*shape) for shape, count in counts)
-    values = sum(count * rows * cols for (rows, cols), count in counts)
-    if 8 * fixed > settings.allocation.bits_per_value * values:
+    values, settled, _ = _sizes(settings, config)
+    fixed, in_8_bits = 0, settings.trellis.form == INT8
+    for layer, shape in linear_layers(settings, config).items():
+        of, rule = layer_format(settings, *layer)[1:]
+        if is_open(settings, rule):
+            fixed += (of.budget_bytes if of.form == INT8 else of.fixed_bytes)(*shape)
+    if 8 * (fixed + settled) > settings.allocation.bits_per_value * values:
         what = f"trellis.form={INT8} takes" if in_8_bits else "scales and rates alone take"
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} cannot be met: "
-            f"{what} {8 * fixed / values:.4f} bits per value; raise it"
+            f"{what} {8 * (fixed + settled) / values:.4f} bits per value"
+            f"{of_recipe(settled, values)}; raise it"
         )
 
 
@@ -115,49 +129,57 @@ def plan(
     Raises:
       ValueError: scales, rates and outliers take more than the budget.
     """
-    trellis = dataclasses.replace(settings.trellis, form=CODES)
-    every = {layer: row for layer, (row,) in layers.items()}
-    values = sum(math.prod(row["shape"]) for row in every.values())
-    chosen, in_8_bits = _kept_in_8_bits(settings, every)
-    measured = {layer: row for layer, row in every.items() if layer not in chosen}
+    rows = {layer: row for layer, (row,) in layers.items()}
+    total = sum(math.prod(row["shape"]) for row in rows.values())
+    settled = sum(row.get("settled_bytes", 0) for row in rows.values())
+    open_rows = {layer: row for layer, row in rows.items() if "values" in row}
+    chosen, in_8_bits = _kept_in_8_bits(settings, open_rows)
+    measured = {layer: row for layer, row in open_rows.items() if layer not in chosen}
+    of_layers = {
+        layer: dataclasses.replace(layer_format(settings, *layer).settings, form=CODES)
+        for layer in measured
+    }
     shapes = [tuple(row["shape"]) for row in measured.values()]
-    sizes = [rows * cols for rows, cols in shapes]
     fixed = [
-        trellis.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
-        for shape, row in zip(shapes, measured.values(), strict=True)
+        of.fixed_bytes(*shape) + OUTLIER_BYTES * row["outliers"]
+        for of, shape, row in zip(of_layers.values(), shapes, measured.values(), strict=True)
     ]
-    budget = settings.allocation.bits_per_value * values / 8 - in_8_bits
-    if sum(fixed) > budget:
+    budget = settings.allocation.bits_per_value * total / 8
+    least = sum(fixed) + settled + in_8_bits
+    if least > budget:
         kept = f" and of {len(chosen)} layers in 8 bits" if chosen else ""
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
-            f"{8 * (sum(fixed) + in_8_bits) / values:.4f} bits per value of scales, rates and "
-            f"outliers{kept}; raise it, or set trellis.outlier_limit=0"
+            f"{8 * least / total:.4f} bits per value of scales, rates and outliers{kept}"
+            f"{of_recipe(settled, total)}; raise it, or set trellis.outlier_limit=0"
             + (f" or trellis.form={CODES}" if chosen else "")
         )
     if not measured:
         return chosen
-    per_bit = [trellis.bytes_per_bit(rows) for rows, _ in shapes]
+    per_bit = [
+        of.bytes_per_bit(rows) for of, (rows, _) in zip(of_layers.values(), shapes, strict=True)
+    ]
     widths = [cols for _, cols in shapes]
     rates = water_fill(
         np.concatenate([row["values"] for row in measured.values()]),
         np.repeat(per_bit, widths),
-        budget - sum(fixed),
-        distortion(trellis.window_bits),
+        budget - least,
+        distortion(settings.trellis.window_bits),
     )
-    of_layer = np.split(rates, np.cumsum(widths)[:-1])
+    of_columns = np.split(rates, np.cumsum(widths)[:-1])
     # A layer whose columns are all full would pass the most that one takes by its scales.
     chosen |= {
         layer: dataclasses.replace(
-            trellis, bits=min(8 * (base + cost * int(own.sum())) / size, MAX_RATE)
+            of, bits=min(8 * (base + cost * int(own.sum())) / math.prod(shape), MAX_RATE)
         )
-        for layer, base, cost, own, size in zip(
-            measured, fixed, per_bit, of_layer, sizes, strict=True
+        for (layer, of), base, cost, own, shape in zip(
+            of_layers.items(), fixed, per_bit, of_columns, shapes, strict=True
         )
     }
-    of_mean = _of_mean(settings)
+    bits = _open_bits(settings, total, settled, sum(map(math.prod, shapes)))
     for (block, name), row in measured.items():
-        if row["outliers"] and row["outliers"] >= of_mean.most_outliers(*row["shape"]):
+        most = _with_bits(of_layers[block, name], bits).most_outliers(*row["shape"])
+        if row["outliers"] and row["outliers"] >= most:
             logging.warning(
                 "layers_%d/%s has more outliers than the %d that are kept beside codes; it gets "
                 "%.3f bits per value instead",
@@ -195,7 +217,32 @@ def _kept_in_8_bits(
     return chosen, num_bytes
 
 
-def _of_mean(settings: RunSettings) -> TrellisSettings:
-    """Of a layer that gets the mean bits."""
-    bits = min(settings.allocation.bits_per_value, MAX_RATE)
-    return dataclasses.replace(settings.trellis, bits=bits)
+def _sizes(settings: RunSettings, config: ModelConfig) -> tuple[int, int, int]:
+    """Of a model, what `_open_bits` takes."""
+    values, settled, open_values = 0, 0, 0
+    for layer, shape in linear_layers(settings, config).items():
+        of = layer_format(settings, *layer)
+        values += math.prod(shape)
+        if is_open(settings, of.rule):
+            open_values += math.prod(shape)
+        else:
+            settled += format_bytes(of, *shape, dense_item(settings))
+    return values, settled, open_values
+
+
+def _open_bits(settings: RunSettings, values: int, settled: int, open_values: int) -> float:
+    """Bits per value that the budget leaves layers that no rule has settled.
+
+    Args:
+      settings: of the run.
+      values: weights of all layers.
+      settled: bytes of those that rules have settled.
+      open_values: weights of the others.
+    """
+    budget = settings.allocation.bits_per_value
+    return (budget * values - 8 * settled) / open_values if settled else budget
+
+
+def _with_bits(of: TrellisSettings, bits: float) -> TrellisSettings:
+    """Of a layer that gets so many bits."""
+    return dataclasses.replace(of, bits=min(bits, MAX_RATE))

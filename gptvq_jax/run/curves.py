@@ -39,8 +39,10 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, get_layer
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.models.stages import expert_of
+from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run.context import Context
-from gptvq_jax.run.sizes import packed_bytes
+from gptvq_jax.run.formats import layer_format
+from gptvq_jax.run.sizes import dense_item, format_bytes, packed_bytes
 
 
 def measure(
@@ -51,6 +53,8 @@ def measure(
     sensitivities: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """One row for every layer of a block and every candidate.
+
+    A layer whose format a rule of a recipe has settled has one, with its bytes, not measured.
 
     Args:
       context: of the run.
@@ -63,11 +67,12 @@ def measure(
     problems: list[Problem] = []
     scales: list[np.ndarray] = []  # of the losses, from the rows that were taken to all of them
     names = context.source.config.of_block(index).linear_layers
-    for name in names:
+    rules = {name: layer_format(settings, index, name).rule for name in names}
+    for name in (name for name in names if is_open(settings, rules[name])):
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         of_layer = objectives[name]
         whole = _sizes(weight, of_layer)
-        for candidate in to_measure(settings.candidates, settings.allocation.measured):
+        for candidate in to_measure(choices(settings, rules[name]), settings.allocation.measured):
             quick = dataclasses.replace(
                 candidate, em_iterations=settings.allocation.em_iterations, polish_rounds=0
             )
@@ -95,16 +100,22 @@ def measure(
     measured: dict[str, list[tuple[GPTVQSettings, float]]] = {}
     for problem, loss in zip(problems, parallel(loss_of, range(len(problems))), strict=True):
         measured.setdefault(problem.name, []).append((problem.settings, loss))
-    return [row for name in names for row in _rows(context, block, name, measured[name])]
+    rows = (_rows(context, index, block, name, measured.get(name)) for name in names)
+    return [row for of_layer in rows for row in of_layer]
 
 
-def _rows(context, block, name, measured) -> list[dict[str, Any]]:
+def _rows(context, index, block, name, measured) -> list[dict[str, Any]]:
     """What is saved of a layer: every candidate, its loss measured or on the curve, its bytes."""
     settings = context.settings
     cols, rows = get_layer(block, name)["kernel"].shape
     groups = settings.calibration.gradient_groups or 1
+    of = layer_format(settings, index, name)
+    if measured is None:
+        size = format_bytes(of, rows, cols, dense_item(settings), groups)
+        settled = {"layer": name, "loss": 0.0, "measured": False}
+        return [{**settled, "num_bytes": size, "num_values": rows * cols}]
     table = []
-    for candidate in settings.candidates:
+    for candidate in choices(settings, of.rule):
         points = [(s.bits, loss) for s, loss in measured if s.dim == candidate.dim]
         bits, values = zip(*points, strict=True)
         own = candidate.bits in bits

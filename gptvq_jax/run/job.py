@@ -13,16 +13,15 @@ from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.core.divergence import FIGURES
 from gptvq_jax.files.disk_space import directory_bytes
-from gptvq_jax.methods.layer import check_row_groups
 from gptvq_jax.models.open import open_source
-from gptvq_jax.models.source import ModelSource, layer_shapes
+from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
+from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
-from gptvq_jax.run.quantize import num_quantized
 from gptvq_jax.run.statistics_file import Statistics, statistics_text
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.text import (
@@ -73,6 +72,7 @@ def quantize(
     with stopwatch.stage("open model"):
         source = open_source(settings.model)
     check_plan(source, settings)
+    check_given(settings, source.config, given)
     key = {**to_dict(settings), "weights": source.fingerprint}
     if settings.calibration.statistics:
         key["statistics"] = Statistics(settings.calibration.statistics).digest
@@ -91,12 +91,14 @@ def quantize(
         summary[name] = float(summary[name])
     for figure in summary.get("comparison", {}).values():
         figure.update({k: None if v is None else float(v) for k, v in figure.items()})
-    rows, tuned = ([row for row in metrics if row["kind"] == kind] for kind in ("layer", "block"))
+    rows, tuned, outer = (
+        [row for row in metrics if row["kind"] == kind] for kind in ("layer", "block", "outer")
+    )
     title = f"{source.name}, {summary['bits_per_value']:.3f} bits per value"
     layer_plot.plot(rows, title, workdir.path / "report.png", tuned)
-    print(report.layer_table(rows))
+    print(report.layer_table([*outer, *rows]))
     print()
-    print(report.summary_text(summary, tuned))
+    print(report.summary_text(summary, tuned, [*outer, *rows]))
     print(f"{'written to':>15s}  {workdir.path}")
     return summary
 
@@ -223,8 +225,8 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
     """Refuses, before anything is made, what the model does not allow.
 
     Raises:
-      ValueError: windows beyond its positions, statistics of another model, or token weights or a
-        budget that cannot be.
+      ValueError: windows beyond its positions, statistics of another model, a recipe that does not
+        fit it, or token weights or a budget that cannot be.
     """
     if settings.calibration.statistics:
         blocks = num_quantized(settings, source.config)
@@ -238,24 +240,15 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
     else:
         check_seqlen(source, "calibration", settings.calibration.seqlen)
     check_seqlen(source, "evaluation", settings.evaluation.seqlen)
-    kinds = source.config.block_counts()
-    if settings.calibration.expert_tokens and not any(block.experts for block in kinds):
+    if settings.calibration.expert_tokens and not any(
+        block.experts for block in source.config.block_counts()
+    ):
         raise ValueError(
             "calibration.expert_tokens has no effect: the model has no experts; leave it out"
         )
-    shapes = {name: shape for block in kinds for name, shape in layer_shapes(block).items()}
-    groups, of_layer = settings.weight_groups, settings.method_settings
-    allocated = settings.allocation.bits_per_value > 0
-    if not allocated and hasattr(of_layer, "check_budget"):
-        for name, shape in shapes.items():
-            try:
-                of_layer.check_budget(*shape)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-    if not groups:
-        return
-    gradients.check_groups(source.config, groups)
-    used = settings.candidates if allocated else [of_layer]
-    check_row_groups(shapes, used, groups)
+    groups, allocated = settings.weight_groups, settings.allocation.bits_per_value > 0
+    if groups:
+        gradients.check_groups(source.config, groups)
+    check_formats(settings, source.config)
     if allocated:
         allocation.check_budget(source.config, settings)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptvq_jax.core import metrics
 from gptvq_jax.core.code_usage import code_metrics
@@ -13,29 +14,40 @@ from gptvq_jax.methods.layer import Objective, Problem, note, relative_error
 
 
 def layer_row(
-    problem: Problem, tensor: QuantizedTensor, kernel: jax.Array, judges: Sequence[Objective]
+    problem: Problem,
+    stored: QuantizedTensor | np.ndarray,
+    kernel: jax.Array,
+    judges: Sequence[Objective],
 ) -> dict[str, Any]:
     """Metrics of a layer.
 
     Args:
       problem: that was solved.
-      tensor: by this.
-      kernel: the tensor dequantized (R, C).
+      stored: by this; the weight (R, C) itself where the layer stays dense.
+      kernel: the same dequantized (R, C).
       judges: objectives of the windows that nothing was fitted to; none: there are no such windows.
     """
     return {
-        **code_metrics(tensor),
+        **_stored_metrics(stored),
         **_errors(problem, kernel, problem.objectives, "relative_error", "sqnr_db"),
         **(
             _errors(problem, kernel, judges, "held_out_error", "held_out_sqnr_db") if judges else {}
         ),
-        **({"note": text} if (text := note(problem, tensor)) else {}),
-        "bits_per_value": tensor.bits_per_value,
-        "num_bytes": tensor.num_bytes,
+        **({"note": text} if (text := note(problem, stored)) else {}),
         "num_values": problem.weight.size,
         "dead_inputs": int(jnp.sum(jnp.diagonal(problem.objectives[0].hessian) <= 0)),
         "damping": max(objective.factor.damping for objective in problem.objectives),
     }
+
+
+def _stored_metrics(stored: QuantizedTensor | np.ndarray) -> dict[str, Any]:
+    """Its codes and bytes; a dense weight has no codebook, and numbers of `index_bits` bits."""
+    if isinstance(stored, QuantizedTensor):
+        bits, size = stored.bits_per_value, stored.num_bytes
+        return {**code_metrics(stored), "bits_per_value": bits, "num_bytes": size}
+    bits = 8 * stored.dtype.itemsize
+    dense = {"num_codebooks": 0, "dim": 1, "index_bits": bits}
+    return {**dense, "bits_per_value": float(bits), "num_bytes": stored.nbytes}
 
 
 def _errors(problem, kernel, objectives, error: str, sqnr_db: str) -> dict[str, float | None]:

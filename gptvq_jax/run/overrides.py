@@ -8,6 +8,7 @@ One conflict is settled instead, because only one reading makes sense: a budget 
 in the file gives way to a method, or to one format for all layers, that the command line names.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -17,6 +18,7 @@ from ml_collections import config_dict
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
 from gptvq_jax.methods.gptvq_settings import MAX_CODE_BITS, makes_codes
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.rule_settings import is_open, methods_of, rule_settings
 
 _SECTIONS = {
     "vq": "--config.method=gptvq",
@@ -43,11 +45,44 @@ def settle(
       ValueError: as `from_config`; or a field that was named has no effect.
     """
     config, note = settle_budget(config, given)
-    reasons = ignored(from_config(config))
+    settings = from_config(config)
+    reasons = ignored(settings)
     for field in given:
         if field in reasons:
             raise ValueError(f"--config.{field} has no effect {reasons[field]}")
+    check_rules(settings)
     return config, note
+
+
+def check_rules(settings: RunSettings) -> None:
+    """Checks that all that rules of the recipe name counts.
+
+    Raises:
+      ValueError: a field has no effect beside the others of its rule.
+    """
+    for number, rule in enumerate(settings.recipe, 1):
+        overrides = dict(rule.overrides)
+        method = overrides.pop("method", settings.method)
+        if not overrides:
+            continue
+        section, allocation = METHODS[method].section, settings.allocation
+        if not is_open(settings, rule):
+            allocation = dataclasses.replace(allocation, bits_per_value=0.0)
+        as_run = dataclasses.replace(
+            settings,
+            recipe=(),
+            method=method,
+            allocation=allocation,
+            **{section: rule_settings(settings, rule)},
+        )
+        reasons = ignored(as_run)
+        for field in overrides:
+            reason = reasons.get(f"{section}.{field}")
+            if reason and not (field in ("dim", "bits") and is_open(settings, rule)):
+                raise ValueError(
+                    f"config.recipe: {field} of rule {number} ({rule.pattern!r}) has no effect "
+                    f"{reason}"
+                )
 
 
 def settle_budget(
@@ -94,9 +129,10 @@ def ignored(settings: RunSettings) -> dict[str, str]:
             reasons.setdefault(field, reason)
 
     section = METHODS[settings.method].section
+    used = {METHODS[method].section for method in methods_of(settings)}
     for other, instead in _SECTIONS.items():
         when(
-            other != section,
+            other not in used,
             " ".join(f"{other}.{field}" for field in _fields(getattr(settings, other))),
             f"with method {settings.method!r}, which takes {section}.*; set {instead}",
         )
@@ -166,7 +202,7 @@ def _allocation(settings: RunSettings, when) -> None:
         f"with method {settings.method!r}, which measures no candidates; set --config.method=gptvq",
     )
     when(
-        a.bits_per_value > 0,
+        a.bits_per_value > 0 and METHODS[settings.method].allocation == "columns",
         "trellis.bits",
         f"under allocation.bits_per_value={a.bits_per_value:g}, which gives every layer its own; "
         f"set {_WITHOUT_BUDGET} for the same bits in all layers",
@@ -206,7 +242,9 @@ def _allocation(settings: RunSettings, when) -> None:
         value = getattr(vq, field)
         listed = f"allocation.{field.removesuffix('s')}s"
         when(
-            a.bits_per_value > 0 and set(candidates) != {value},
+            a.bits_per_value > 0
+            and METHODS[settings.method].allocation == "candidates"
+            and set(candidates) != {value},
             f"vq.{field}",
             f"under allocation.bits_per_value={a.bits_per_value:g}, which chooses from {listed}; "
             f"set --config.{listed}={value}, or {_WITHOUT_BUDGET} for one format in all layers",
@@ -247,18 +285,18 @@ def _calibration(c: CalibrationSettings, when) -> None:
 def _method(settings: RunSettings, when) -> None:
     """Of what all methods are given, what this one does not use."""
     drawn = ("kmeans++", "random")
-    seeds = {"vq": settings.vq.seed, "aqlm": settings.aqlm.seed}
     section = METHODS[settings.method].section
+    used = [settings.method_settings, *(rule_settings(settings, r) for r in settings.recipe)]
     instead = "--config.tune.block=True, which shuffles windows"
-    if section in seeds:
+    if hasattr(settings.method_settings, "seed"):
         instead = f"--config.{section}.seed={' or '.join(drawn)}, or {instead}"
     when(
-        seeds.get(section) not in drawn and not settings.tune.block,
+        not any(getattr(of, "seed", None) in drawn for of in used) and not settings.tune.block,
         "seed",
         f"where nothing is drawn at random; set {instead}",
     )
     when(
-        settings.method == "rtn" and settings.calibration.asymmetry == 0,
+        methods_of(settings) == ["rtn"] and settings.calibration.asymmetry == 0,
         "damping",
         "with method 'rtn' and a symmetric target, which invert no Hessian; set "
         "--config.method=gptq, or calibration.asymmetry above 0",

@@ -5,7 +5,7 @@ stage or all at once, or from a file of statistics.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from gptvq_jax.core import flops
-from gptvq_jax.core.quantized_tensor import dequantize_compiled
+from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.layer import Problem, most_flops, quantize_layers, row_groups
 from gptvq_jax.methods.pool import parallel
 from gptvq_jax.methods.registry import METHODS
@@ -24,6 +24,7 @@ from gptvq_jax.models.flops import closing_outputs, stage_flops
 from gptvq_jax.models.llama import Params, get_layer, with_layer
 from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.models.stages import CLOSING, STAGES
+from gptvq_jax.recipe import rule_text
 from gptvq_jax.run import expert_moments, forward, token_weights
 from gptvq_jax.run.calibrate import (
     LAST,
@@ -35,6 +36,7 @@ from gptvq_jax.run.calibrate import (
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.run.float_moments import load_sums
+from gptvq_jax.run.formats import Plan, layer_format
 from gptvq_jax.run.held_out import NO_SUMS, Files, Sums, init_sums, judges, run_windows, with_judges
 from gptvq_jax.run.layer_rows import layer_row
 from gptvq_jax.run.objectives import (
@@ -47,8 +49,8 @@ from gptvq_jax.run.objectives import (
 from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.storage.checkpoint import dequantize_block
+from gptvq_jax.storage.tree_io import cast_dense
 
-Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the method
 STREAM = "quantized"
 _HALF, _INNER = "half", "inner"  # x and what a stage has opened, inside the block at work
 
@@ -58,7 +60,7 @@ class PackedBlock:
 
     Args:
       context: of the run.
-      plan: settings of layers that differ from `settings.method_settings`.
+      plan: settings of layers that a budget had a say in.
       index: of the block.
       block: its parameters.
     """
@@ -176,8 +178,8 @@ class PackedBlock:
                 for problem, name in zip(problems, names, strict=True)
             ]
             problems = [with_judges(*pair) for pair in zip(problems, judged_by, strict=True)]
-            tensors = quantize_layers(problems)
-            kernels = parallel(dequantize_compiled, tensors)
+            tensors = self._stored(problems)
+            kernels = parallel(_values, tensors)
             measured = zip(problems, tensors, kernels, judged_by, strict=True)
             rows = parallel(lambda of_layer: layer_row(*of_layer), list(measured))
             rows = self._with_tokens(names, rows, sums.fitted)
@@ -187,12 +189,29 @@ class PackedBlock:
         for name, problem, tensor, kernel, row in zip(
             names, problems, tensors, kernels, rows, strict=True
         ):
-            self._packed = with_layer(self._packed, name, tensor)
+            packed = tensor if isinstance(tensor, QuantizedTensor) else kernel.T
+            self._packed = with_layer(self._packed, name, packed)
             self._dense = with_layer(self._dense, name, kernel.T)
             share = problem.weight.size / total  # they are quantized side by side
             where = {"kind": "layer", "block": self._index, "layer": name}
-            self._rows.append({**where, **row, "seconds": seconds * share})
+            self._rows.append({**where, **row, **self._rule(name), "seconds": seconds * share})
             progress.advance(f"block {self._index} {name}")
+
+    def _rule(self, name: str) -> dict[str, Any]:
+        """What a layer's row says of the recipe, if there is one."""
+        settings = self._context.settings
+        of = layer_format(settings, self._index, name)
+        text = rule_text(settings.recipe, of.rule) if of.rule else None
+        return {"method": of.method, "rule": text} if settings.recipe else {}
+
+    def _stored(self, problems: Sequence[Problem]) -> list[QuantizedTensor | np.ndarray]:
+        """What layers are stored as: the weight (R, C) itself of one that stays dense."""
+        tensors = iter(quantize_layers([p for p in problems if p.quantize is not None]))
+        dtype = self._context.settings.dense_dtype
+        return [
+            cast_dense(p.weight, dtype, p.name) if p.quantize is None else next(tensors)
+            for p in problems
+        ]
 
     def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
         settings = self._context.settings
@@ -209,9 +228,10 @@ class PackedBlock:
                     objective = objective._replace(shift=shifted)
                 of_layer.append(objective)
             key = jax.random.fold_in(jax.random.key(settings.seed), self._index)
+            of = layer_format(settings, self._index, name, self._plan)
             return Problem(
-                METHODS[settings.method].quantize,
-                self._plan.get((self._index, name), settings.method_settings),
+                METHODS[of.coder].quantize if of.coder else None,
+                of.settings,
                 weights[name],
                 of_layer,
                 jax.random.fold_in(key, self._config.linear_layers.index(name)),
@@ -270,8 +290,15 @@ def drop_inside(files: StreamStore) -> None:
         files.drop(stream)
 
 
+def _values(stored: QuantizedTensor | np.ndarray) -> jax.Array:
+    """The weight (R, C) that is multiplied, float32."""
+    if isinstance(stored, QuantizedTensor):
+        return dequantize_compiled(stored)
+    return jnp.asarray(stored, jnp.float32)
+
+
 def _flops(problems: Sequence[Problem], moments: Moments, measured: int) -> float:
     """Of quantizing layers and measuring their errors so many times."""
-    return factor_flops(moments) + sum(
-        most_flops(p) + 2 * measured * flops.unit(*p.weight.shape) for p in problems
-    )
+    coded = [p for p in problems if p.quantize is not None]
+    measuring = sum(2 * measured * flops.unit(*p.weight.shape) for p in problems)
+    return factor_flops(moments) + sum(map(most_flops, coded)) + measuring

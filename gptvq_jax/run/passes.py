@@ -21,10 +21,12 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.formats import Plan, num_quantized
 from gptvq_jax.run.forward import Forward, wants_float, wants_middle
 from gptvq_jax.run.gradients import Backward
-from gptvq_jax.run.packed_block import STREAM, Plan
-from gptvq_jax.run.quantize import Quantize, num_quantized
+from gptvq_jax.run.outer import outer_steps
+from gptvq_jax.run.packed_block import STREAM
+from gptvq_jax.run.quantize import Quantize
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.walk import Visitor, walk
 from gptvq_jax.run.workdir import WorkDir
@@ -105,9 +107,8 @@ def quantize_blocks(
     with Progress(steps(source.config, settings), "quantize", "step") as progress:
         own = context._replace(progress=progress)
         quantize = Quantize(own, tokens, plan)
-        progress.skip(
-            sum(block_steps(source.config, settings, i) for i in range(quantize.finished))
-        )
+        done = sum(block_steps(source.config, settings, i) for i in range(quantize.finished))
+        progress.skip(done + outer_steps(settings, source.config) * (quantize.finished > 0))
         visitors, made = [quantize], False
         if wants_float(settings):
             last, first = num_quantized(settings, source.config), quantize.finished
@@ -126,7 +127,8 @@ def quantize_blocks(
 
 def steps(config: ModelConfig, settings: RunSettings) -> int:
     """By how much `Quantize` advances the progress: layers it quantizes, and epochs of tuning."""
-    return sum(block_steps(config, settings, i) for i in range(config.num_hidden_layers))
+    of_blocks = sum(block_steps(config, settings, i) for i in range(config.num_hidden_layers))
+    return outer_steps(settings, config) + of_blocks
 
 
 def block_steps(config: ModelConfig, settings: RunSettings, index: int) -> int:

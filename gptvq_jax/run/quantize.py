@@ -13,13 +13,14 @@ on disk. Memory grows neither with depth nor with the calibration tokens.
 
 import numpy as np
 
-from gptvq_jax.config import RunSettings, to_dict
-from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.config import to_dict
 from gptvq_jax.models.llama import Params
 from gptvq_jax.run import forward
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
-from gptvq_jax.run.packed_block import STREAM, PackedBlock, Plan, drop_inside
+from gptvq_jax.run.formats import Plan, dense_layers, num_quantized
+from gptvq_jax.run.outer import stored_outer
+from gptvq_jax.run.packed_block import STREAM, PackedBlock, drop_inside
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_tree
 
 
@@ -29,7 +30,7 @@ class Quantize:
     Args:
       context: of the run.
       tokens: calibration windows (n, T).
-      plan: settings of layers that differ from `settings.method_settings`.
+      plan: settings of layers that a budget had a say in.
     """
 
     def __init__(self, context: Context, tokens: np.ndarray, plan: Plan):
@@ -48,18 +49,20 @@ class Quantize:
         files.drop(STREAM, keep=range(self.finished + 1))
         drop_inside(files)
         workdir = self._context.workdir
-        rows = [row for row in workdir.metrics() if row["kind"] in ("layer", "block")]
-        workdir.keep_metrics([row for row in rows if row["block"] < self.finished])
+        rows = [row for row in workdir.metrics() if row["kind"] in ("outer", "layer", "block")]
+        # Those of the embedding and the head come before block 0, which counts when it is written.
+        workdir.keep_metrics([row for row in rows if row.get("block", 0) < self.finished])
         if self.finished:
             self._mend()
         return self.finished
 
     def begin(self) -> None:
         """Stores what is outside the blocks, and embeds the tokens as the model will."""
-        source, settings, _, _, stopwatch = self._context
+        source, _, workdir, _, stopwatch = self._context
         with stopwatch.stage("embed"):
-            outer = source.outer()
-            stored = self.writer.write_outer(outer, settings.embeddings)
+            stored, rows = stored_outer(self._context, source.outer())
+            self.writer.write_outer(stored)
+            workdir.append_metrics(rows)
             self.writer.write_tokenizer(source.tokenizer, source.companions())
             if self._float_inputs:
                 return
@@ -75,6 +78,7 @@ class Quantize:
             model_config=source.config,
             source_name=source.name,
             source_fingerprint=source.fingerprint,
+            kept_dense=dense_layers(self._context.settings, source.config),
         )
 
     def _mend(self) -> None:
@@ -82,7 +86,7 @@ class Quantize:
         source = self._context.source
         self.writer.write_tokenizer(source.tokenizer, source.companions())
         if not self.writer.has_outer():
-            self.writer.write_outer(source.outer(), self._context.settings.embeddings)
+            self.writer.write_outer(stored_outer(self._context, source.outer())[0])
 
     def visit(self, index: int, block: Params) -> None:
         """Writes the block last."""
@@ -97,9 +101,3 @@ class Quantize:
         with stopwatch.stage("save"):
             workdir.append_metrics(rows)
             self.writer.write_block(index, packed)
-
-
-def num_quantized(settings: RunSettings, config: ModelConfig) -> int:
-    """Blocks that are quantized; those after them stay dense."""
-    depth = config.num_hidden_layers
-    return min(settings.num_blocks or depth, depth)

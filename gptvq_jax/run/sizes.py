@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from gptvq_jax.config import RunSettings
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.source import block_shapes, layer_shapes, outer_shapes
+from gptvq_jax.models.source import block_shapes, outer_shapes
+from gptvq_jax.recipe import DENSE, INT8
+from gptvq_jax.rule_settings import Format
+from gptvq_jax.run.formats import layer_format, linear_layers, outer_formats, outer_matrices
 from gptvq_jax.storage.overhead import checkpoint_overhead
 from gptvq_jax.storage.tree_io import DENSE_DTYPES
-
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
 
 def stored_bytes(
@@ -27,24 +28,35 @@ def stored_bytes(
     Args:
       config: of the model.
       settings: of the run.
-      plan: settings of layers that differ from `settings.method_settings`, by (block, layer).
+      plan: settings of layers that a budget had a say in, by (block, layer).
     """
-    item = DENSE_DTYPES[settings.dense_dtype].itemsize
+    item = dense_item(settings)
     size = checkpoint_overhead(config)
-    for name, shape in outer_shapes(config).items():
-        int8 = settings.embeddings == "int8" and name.endswith(_EMBEDDINGS)
-        size += math.prod(shape) + 4 * shape[0] if int8 else math.prod(shape) * item
+    size += sum(math.prod(shape) for shape in outer_shapes(config).values()) * item
+    matrices = outer_matrices(config)
+    for name, of in outer_formats(settings, config).items():
+        rows, cols = matrices[name]
+        size -= rows * cols * item
+        size += rows * cols + 4 * rows if of.method == INT8 else format_bytes(of, rows, cols, item)
+    for block, count in config.block_counts().items():
+        size += count * sum(math.prod(shape) for shape in block_shapes(block).values()) * item
     groups = settings.calibration.gradient_groups or 1
-    depth = config.num_hidden_layers
-    for index in range(depth):
-        block = config.of_block(index)
-        size += sum(math.prod(shape) for shape in block_shapes(block).values()) * item
-        layers = layer_shapes(block) if index < (settings.num_blocks or depth) else {}
-        for name, shape in layers.items():
-            chosen = plan.get((index, name), settings.method_settings)
-            size += packed_bytes(settings.method, chosen, *shape, groups)
-            size -= math.prod(shape) * item
+    for layer, shape in linear_layers(settings, config).items():
+        size += format_bytes(layer_format(settings, *layer, plan), *shape, item, groups)
+        size -= math.prod(shape) * item
     return size
+
+
+def format_bytes(of: Format, rows: int, cols: int, item: int, groups: int = 1) -> int:
+    """Of a layer in a format, as `packed_bytes`; one that stays dense has `item` bytes a value."""
+    if of.method == DENSE:
+        return rows * cols * item
+    return packed_bytes(of.coder, of.settings, rows, cols, groups)
+
+
+def dense_item(settings: RunSettings) -> int:
+    """Bytes of a value of what stays dense."""
+    return DENSE_DTYPES[settings.dense_dtype].itemsize
 
 
 @functools.cache

@@ -19,8 +19,8 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.float_moments import FloatMoments, load_sums, moments_bytes, to_arrays
+from gptvq_jax.run.formats import num_quantized
 from gptvq_jax.run.forward import Forward
-from gptvq_jax.run.quantize import num_quantized
 from gptvq_jax.run.statistics_file import FORMAT, Statistics, statistics_text, write
 from gptvq_jax.run.text import (
     calibration_protocol,

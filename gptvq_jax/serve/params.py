@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from gptvq_jax.core.int8_rows import is_int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.models.source import ModelSource
+from gptvq_jax.ops.coded_rows import CodedRows
 from gptvq_jax.ops.vq_matmul import VQKernel, make_kernel
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -34,8 +36,11 @@ def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") ->
     def leaf(name: str, stored: Any) -> Any:
         if not isinstance(stored, QuantizedTensor):
             return _dense_leaf(name, stored)
-        if name in ("embed_tokens/embedding", "lm_head/kernel"):
+        if is_int8_rows(stored):
             return RowWeight.from_int8_rows(stored)
+        if name == "embed_tokens/embedding":
+            tied = checkpoint.config.tie_word_embeddings
+            return CodedRows.make(stored, tied, implementation)
         return make_kernel(stored, implementation)
 
     return _load(checkpoint.config, checkpoint.packed_outer, checkpoint.packed_block, leaf)
@@ -70,7 +75,8 @@ def memory_bytes(params: Params) -> tuple[int, int]:
 def implementations(params: Params) -> list[str]:
     """Those of `ops.vq_matmul` that the packed layers of a tree run on, sorted."""
     leaves = jax.tree.leaves(params, is_leaf=_is_weight)
-    return sorted({leaf.implementation for leaf in leaves if isinstance(leaf, VQKernel)})
+    kernels = [leaf.kernel if isinstance(leaf, CodedRows) else leaf for leaf in leaves]
+    return sorted({leaf.implementation for leaf in kernels if isinstance(leaf, VQKernel)})
 
 
 def float32_bytes(config: ModelConfig) -> int:
@@ -84,11 +90,11 @@ def float32_bytes(config: ModelConfig) -> int:
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, (VQKernel, RowWeight))
+    return isinstance(leaf, (VQKernel, RowWeight, CodedRows))
 
 
 def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, VQKernel) or (isinstance(leaf, RowWeight) and leaf.scale is not None)
+    return _is_weight(leaf) and not (isinstance(leaf, RowWeight) and leaf.scale is None)
 
 
 def _dense_leaf(name: str, array: np.ndarray) -> Any:

@@ -4,7 +4,7 @@
     tokenizer/       and the other files that transformers reads beside weights, as the source has
                      them, so that export can hand them on
     outer/           a stored tree (tree_io.py): embeddings, final norm and head; the embedding
-                     and the head dense, or rounded to int8 rows
+                     and the head dense, rounded to int8 rows, or quantized as a layer is
     blocks/00000/    one for each transformer block, quantized kernels packed
 
 The manifest holds no dates, so the same run on the same machine writes the same bytes.
@@ -13,7 +13,7 @@ The manifest holds no dates, so the same run on the same machine writes the same
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,22 @@ from flax import traverse_util
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import read_own_object
-from gptvq_jax.core.int8_rows import check_int8_rows, dequantize_rows, int8_rows
+from gptvq_jax.core.int8_rows import dequantize_rows, int8_rows, is_int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
+from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError, naming_full_disk
 from gptvq_jax.models.companions import read_companions, read_stop_tokens
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.tokenizer_files import load_tokenizer, save_tokenizer
-from gptvq_jax.storage.manifest import check_manifest, check_shapes, counts, leaf_shapes, listed
+from gptvq_jax.storage.manifest import (
+    KEPT_DENSE,
+    check_manifest,
+    check_shapes,
+    counts,
+    leaf_shapes,
+    listed,
+)
 from gptvq_jax.storage.tensor_io import FORMAT_VERSION, check_format_version
 from gptvq_jax.storage.tree_io import (
     Tree,
@@ -86,7 +94,8 @@ class CheckpointWriter:
         """Stores the parameters outside the blocks.
 
         Args:
-          outer: nested dict, float32, as a ModelSource returns it.
+          outer: nested dict, float32, as a ModelSource returns it; or with a QuantizedTensor of
+            the (vocab, hidden) matrix in place of the embedding or the head.
           embeddings: of the embedding and an untied head: 'dense' (in `dense_dtype`, as the norm
             is) or 'int8' (`uniform.int8_rows` of the (vocab, hidden) matrix).
 
@@ -156,6 +165,7 @@ class CheckpointWriter:
         model_config: ModelConfig,
         source_name: str,
         source_fingerprint: str,
+        kept_dense: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Writes and returns the manifest, which makes the checkpoint complete.
 
@@ -163,6 +173,8 @@ class CheckpointWriter:
           config: the run's settings, JSON types only.
           model_config: of the quantized model.
           source_name, source_fingerprint: of the float model.
+          kept_dense: names of dense layers that count among the bits per value, as in
+            "layers_0/mlp/up_proj".
 
         Raises:
           ValueError: a part is missing, or `config` is not JSON.
@@ -173,12 +185,12 @@ class CheckpointWriter:
             "config": config,
             "model": model_config.to_hf(),
             "source": {"name": source_name, "fingerprint": source_fingerprint},
-            **self._inventory(model_config.num_hidden_layers),
+            **self._inventory(model_config.num_hidden_layers, list(kept_dense)),
         }
         write_json(self.directory / _MANIFEST, manifest)
         return manifest
 
-    def _inventory(self, num_blocks: int) -> dict[str, Any]:
+    def _inventory(self, num_blocks: int, kept_dense: list[str]) -> dict[str, Any]:
         """What is stored, counted from the descriptions beside the arrays."""
         if not (self.directory / "tokenizer").is_dir():
             raise ValueError(f"{self.directory} lacks the tokenizer: call write_tokenizer first")
@@ -194,7 +206,8 @@ class CheckpointWriter:
             for section, metas in listed(record, prefix).items():
                 sections[section] |= metas
 
-        return {**counts(sections), **sections}
+        kept = {KEPT_DENSE: kept_dense} if kept_dense else {}
+        return {**counts(sections, kept_dense), **kept, **sections}
 
     def _reopen(self) -> None:
         """A directory that is being written is not complete."""
@@ -270,7 +283,8 @@ class PackedCheckpoint:
         return dequantize_tree(self.packed_outer())
 
     def packed_outer(self) -> Tree:
-        """Parameters outside the blocks as stored: an int8 embedding or head is a VQTensor.
+        """Parameters outside the blocks as stored, with a QuantizedTensor (vocab, hidden) in
+        place of an embedding or head that is not dense.
 
         Raises:
           ValueError: they are damaged; the message names the array.
@@ -332,7 +346,7 @@ def dequantize_tree(tree: Mapping[str, Any]) -> Tree:
     def dense(name, leaf):
         if not isinstance(leaf, QuantizedTensor):
             return np.asarray(leaf, np.float32)
-        by_rows = name in _EMBEDDING_MATRICES
+        by_rows = name in _EMBEDDING_MATRICES and is_int8_rows(leaf)
         weight = dequantize_rows(leaf) if by_rows else np.asarray(dequantize_compiled(leaf))
         return weight.T if name.endswith("kernel") else weight
 
@@ -351,14 +365,19 @@ def dequantize_block(block: Mapping[str, Any]) -> Tree:
     return jax.tree.map(dense, block, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
+def int8_matrix(name: str, weight: np.ndarray) -> QuantizedTensor:
+    """`int8_rows` of an embedding or head (vocab, hidden); errors begin with its name."""
+    try:
+        return int8_rows(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; use embeddings='dense' instead") from error
+
+
 def _int8_outer(outer: Mapping[str, Any]) -> Tree:
     """`outer` with its embedding, and its head if it has one, as int8 rows (vocab, hidden)."""
     flat = traverse_util.flatten_dict(outer, sep="/")
     for name in (name for name in _EMBEDDING_MATRICES if name in flat):
-        try:
-            flat[name] = int8_rows(flat[name].T if name.endswith("kernel") else flat[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; use embeddings='dense' instead") from error
+        flat[name] = int8_matrix(name, flat[name].T if name.endswith("kernel") else flat[name])
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -376,12 +395,12 @@ def _model_config(model: Any, path: Path) -> ModelConfig:
 
 
 def _check_embeddings(outer: Tree, path: Path) -> None:
-    for name, leaf in traverse_util.flatten_dict(outer, sep="/").items():
-        if isinstance(leaf, QuantizedTensor):
-            try:
-                check_int8_rows(leaf)
-            except NotImplementedError as error:
-                raise NotImplementedError(f"{path}: {name}: {error}") from None
+    embedding = outer["embed_tokens"]["embedding"]
+    if isinstance(embedding, QuantizedTensor) and not isinstance(embedding, VQTensor):
+        raise NotImplementedError(
+            f"{path}: embed_tokens/embedding: trellis codes have no rows that can be looked up; an "
+            "embedding must be dense, int8 rows or have codebooks"
+        )
 
 
 def _why_no_manifest(directory: Path) -> str:

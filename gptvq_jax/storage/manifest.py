@@ -1,7 +1,7 @@
 """What manifest.json says of a checkpoint, and whether it fits the model that it names."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptvq_jax.console.errors import brief
@@ -22,6 +22,7 @@ _FIELDS = (
     "dense",
 )
 _LATER_FIELDS = ("embedding_bytes", "embeddings")  # since embeddings can be int8
+KEPT_DENSE = "kept_dense"  # names of dense layers that count in bits_per_value; absent: none do
 
 
 def listed(record: Record, prefix: str) -> dict[str, dict[str, Any]]:
@@ -31,15 +32,25 @@ def listed(record: Record, prefix: str) -> dict[str, dict[str, Any]]:
     return {"layers" if prefix else "embeddings": quantized, "dense": dense}
 
 
-def counts(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Bytes and bits of the three sections of a manifest: layers, embeddings and dense."""
+def counts(
+    sections: Mapping[str, Mapping[str, Any]], kept_dense: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Bytes and bits of the three sections of a manifest: layers, embeddings and dense.
+
+    Args:
+      sections: of the manifest.
+      kept_dense: names of layers in section dense that count among the bits per value.
+    """
     sizes = {
         section: sum(meta["num_bytes"] for meta in metas.values())
         for section, metas in sections.items()
     }
-    weights = sum(math.prod(meta["shape"]) for meta in sections["layers"].values())
+    counted = [*sections["layers"].values()]
+    counted += [sections["dense"][f"{name}/kernel"] for name in kept_dense]
+    weights = sum(math.prod(meta["shape"]) for meta in counted)
+    num_bytes = sum(meta["num_bytes"] for meta in counted)
     return {
-        "bits_per_value": 8 * sizes["layers"] / weights if weights else None,
+        "bits_per_value": 8 * num_bytes / weights if weights else None,
         "quantized_bytes": sizes["layers"],
         "embedding_bytes": sizes["embeddings"],
         "dense_bytes": sizes["dense"],
@@ -53,7 +64,8 @@ def check_manifest(manifest: Mapping[str, Any], config: ModelConfig) -> None:
     caller names the file.
     """
     later = _LATER_FIELDS if any(name in manifest for name in _LATER_FIELDS) else ()
-    check_fields(manifest, (*_FIELDS, *later))
+    kept = (KEPT_DENSE,) if KEPT_DENSE in manifest else ()
+    check_fields(manifest, (*_FIELDS, *later, *kept))
     for name in ("config", "source", "layers", "dense", *later[1:]):
         if not isinstance(manifest[name], dict):
             raise ValueError(f"{name}={brief(manifest[name])} must be an object")
@@ -63,7 +75,9 @@ def check_manifest(manifest: Mapping[str, Any], config: ModelConfig) -> None:
             raise ValueError(f"source.{name}={brief(value)} must be a string")
     sections = {name: manifest.get(name, {}) for name in ("layers", "embeddings", "dense")}
     _check_leaves(sections, config)
-    for name, value in counts(sections).items():
+    kept_dense = manifest.get(KEPT_DENSE, [])
+    _check_kept_dense(kept_dense, sections["dense"])
+    for name, value in counts(sections, kept_dense).items():
         if name in manifest and not same(manifest[name], value):
             raise ValueError(f"{name} is {brief(manifest[name])}, but what is listed makes {value}")
 
@@ -118,6 +132,16 @@ def _check_leaves(sections: Mapping[str, Mapping[str, Any]], config: ModelConfig
     quantized = {**sections["layers"], **sections["embeddings"]}
     leaves = {leaf(name): meta for name, meta in quantized.items()}
     check_shapes({"quantized": leaves, "dense": sections["dense"]}, shapes)
+
+
+def _check_kept_dense(names: Any, dense: Mapping[str, Any]) -> None:
+    """Raises ValueError unless these are names of dense layers of blocks, each once."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{KEPT_DENSE}={brief(names)} must be a list of names")
+    layers = {name.removesuffix("/kernel") for name in dense if name.startswith("layers_")}
+    for name in names:
+        if name not in layers or f"{name}/kernel" not in dense or names.count(name) > 1:
+            raise ValueError(f"{KEPT_DENSE}: {brief(name)} is no dense layer, or named twice")
 
 
 def _check_shape(name: str, meta: Mapping[str, Any], shape: tuple[int, ...]) -> None:

@@ -204,11 +204,27 @@ def test_a_layer_of_another_shape_is_named_where_the_manifest_is_right(copy):
     refused(copy, r"00000 is not of the model .*mlp/down_proj/kernel has shape \[36, 53\]")
 
 
-def test_an_embedding_is_dense_or_int8_rows(copy):
+def test_an_embedding_has_rows_that_can_be_looked_up(copy):
     name, shape = "embed_tokens/embedding", (40, 36)
-    for kind in ("int8", "svd float16", "aqlm"):
-        store_layer(copy, tiny.random_tensor(kind, *shape), name=name, tree="outer")
-        refused(copy, "embed_tokens/embedding: an embedding must be dense or int8 rows")
+    store_layer(copy, tiny.random_tensor("trellis", *shape), name=name, tree="outer")
+    refused(copy, "embed_tokens/embedding: trellis codes have no rows that can be looked up")
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("layers_0/mlp/up_proj", "kept_dense='layers_0/mlp/up_proj' must be a list of names"),
+        ([3], r"kept_dense=\[3\] must be a list of names"),
+        (["layers_0/mlp/up_proj"], "kept_dense: 'layers_0/mlp/up_proj' is no dense layer"),
+        (["layers_0/input_layernorm/scale"], "is no dense layer"),
+        (["lm_head"], "kept_dense: 'lm_head' is no dense layer"),
+    ],
+)
+def test_layers_that_count_as_dense_are_dense_layers(copy, names, message):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "kept_dense": names}))
+    refused(copy, message)
 
 
 # --- arrays ---

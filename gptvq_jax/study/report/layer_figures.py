@@ -7,6 +7,7 @@ from typing import Any
 from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.console.layer_plot import by_depth, codes_differ, tuning_by_depth
 from gptvq_jax.console.plot_style import log_ticks, style
+from gptvq_jax.console.recipe_text import by_rule, rules_of
 from gptvq_jax.study.report.drawing import INK, Figure, shortened
 from gptvq_jax.study.report.results import Cell, named
 
@@ -48,6 +49,17 @@ def of_one(cell: Cell, stem: str) -> list[Figure]:
                 "Bits by layer",
                 "True bits of each layer, codebooks and scales included.",
                 lambda axes: by_depth(axes, rows, "bits_per_value", "bits per value"),
+            )
+        )
+    if rules_of(rows):
+        kinds = len({row["layer"] for row in rows})
+        figures.append(
+            Figure(
+                f"{stem}rules",
+                "Rules of the recipe",
+                "Which rule took each layer, by block.",
+                lambda axes: by_rule(axes, rows),
+                rows=kinds,
             )
         )
     counted = _counted(rows)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptvq_jax.console.progress import Progress
+from gptvq_jax.console.recipe_text import rule_lines
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError
 from gptvq_jax.study.report.dimension_figures import against_dimension
@@ -88,7 +89,12 @@ def _each_once(directories: Sequence[Path]) -> list[Path]:
 
 
 def _lines(cell: Cell) -> list[str]:
-    return [line for line in (unused_line(cell), experts_line(cell)) if line is not None]
+    """Sentences before the figures of a run: what its recipe did, and what its layers had."""
+    rules = [
+        f"Rule {line}." if line[0].isdigit() else f"{line[0].upper()}{line[1:]}."
+        for line in rule_lines([*cell.layers, *cell.outer])
+    ]
+    return rules + [line for line in (unused_line(cell), experts_line(cell)) if line is not None]
 
 
 def _sections(cells: Sequence[Cell], notes: list[str]) -> list[Section]:

@@ -33,6 +33,7 @@ class Cell:
       summary: of a finished one, see run/job.py; of a sweep over layers, bits and errors alone.
       layers: rows of layers; those of a sweep over layers have no block.
       blocks: rows of tuned blocks.
+      outer: rows of the embedding and the head, where a recipe has rules for them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Cell:
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: Sequence[dict[str, Any]] = ()
     blocks: Sequence[dict[str, Any]] = ()
+    outer: Sequence[dict[str, Any]] = ()
 
     def number(self, name: str) -> float | None:
         """A number of the summary; of its comparison with the float model where that has it."""
@@ -128,7 +130,9 @@ def _run(directory: Path, name: str = "") -> Cell:
     rows = read_json_lines(path) if path.is_file() else []
     for number, row in enumerate(rows, 1):
         check_row(row, f"{path}, line {number}")
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("layer", "block")}
+    kinds = {
+        kind: [row for row in rows if row["kind"] == kind] for kind in ("layer", "block", "outer")
+    }
     summary = next((row for row in rows if row["kind"] == "summary"), {})
     config, command = directory / "config.json", directory / "command.txt"
     return Cell(
@@ -140,6 +144,7 @@ def _run(directory: Path, name: str = "") -> Cell:
         summary=summary,
         layers=kinds["layer"],
         blocks=kinds["block"],
+        outer=kinds["outer"],
     )
 
 

@@ -15,6 +15,7 @@ _LAYER = {
     "seconds": float,
     "num_values": int,
 }
+_OUTER = {"layer": str, "relative_error": float, "bits_per_value": float, "num_values": int}
 _BLOCK = {"block": int, "tune_error_before": float, "tune_error_after": float}
 _SUMMARY = {"bits_per_value": float, "perplexity_float": float, "perplexity_quantized": float}
 _OF_LAYERS = {"bits_per_value": float, "relative_error": float}
@@ -24,6 +25,8 @@ _OPTIONAL = {  # of a layer
     "held_out_error": float,
     "expert_tokens": int,
     "shared_hessian": float,
+    "rule": str,
+    "method": str,
 }
 _PROTOCOL = {
     "dataset": str,
@@ -33,7 +36,7 @@ _PROTOCOL = {
     "context": int,
     "tokens": int,
 }
-_FIELDS = {"layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY}
+_FIELDS = {"layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY, "outer": _OUTER}
 
 
 def check_row(row: dict[str, Any], where: str) -> None:

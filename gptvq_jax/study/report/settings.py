@@ -7,6 +7,7 @@ from typing import Any
 
 from gptvq_jax.config import default_config, flat
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.recipe import parse
 from gptvq_jax.study.report.results import Cell
 from gptvq_jax.study.report.rows import printable
 
@@ -29,12 +30,23 @@ def settings_of(cell: Cell) -> dict[str, str]:
     method = METHODS.get(str(cell.settings.get("method")))
     left_out = {*_NOT_SETTINGS}
     if method is not None:
-        left_out |= {other.section for other in METHODS.values()} - {method.section}
+        used = {method.section, *_sections_of_rules(cell.settings.get("recipe"))}
+        left_out |= {other.section for other in METHODS.values()} - used
     return {
         name: _text(value)
         for name, value in cell.settings.items()
         if name.partition(".")[0] not in left_out
     }
+
+
+def _sections_of_rules(recipe: Any) -> set[str]:
+    """Sections of the config that rules of a recipe take."""
+    try:
+        rules = parse(recipe or ())
+    except ValueError:  # of a file that anyone may have written
+        return set()
+    named = [str(dict(rule.overrides).get("method")) for rule in rules]
+    return {METHODS[name].section for name in named if name in METHODS}
 
 
 def differing(cells: Sequence[Cell]) -> list[str]:

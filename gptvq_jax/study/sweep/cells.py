@@ -175,6 +175,11 @@ def _check_axes(config: config_dict.ConfigDict, named: Collection[str]) -> None:
         raise ValueError(
             "allocation.bits_per_value of a sweep of layers must be 0: a budget is of a whole model"
         )
+    if config.base.recipe:
+        raise ValueError(
+            "recipe of a sweep of layers must be (): every layer gets what the cell says; make it "
+            "a sweep of kind 'models'"
+        )
 
 
 def _own(config: config_dict.ConfigDict, chosen: Sequence[Point]) -> dict[str, Any]:

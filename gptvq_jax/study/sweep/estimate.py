@@ -15,16 +15,25 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.core.flops import cross_moment, inverse_cholesky, second_moment, unit
 from gptvq_jax.core.hessian import tile_size
 from gptvq_jax.core.trellis_tensor import MAX_RATE
-from gptvq_jax.methods.trellis import TrellisSettings
+from gptvq_jax.methods.trellis_settings import INT8 as IN_8_BITS
+from gptvq_jax.methods.trellis_settings import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.models.stages import expert_of
 from gptvq_jax.moves.viterbi import TRACE_BACK
+from gptvq_jax.recipe import DENSE, INT8
+from gptvq_jax.rule_settings import Format, choices, is_open
 from gptvq_jax.run.calibrate import closes
 from gptvq_jax.run.curves import to_measure
+from gptvq_jax.run.formats import (
+    layer_format,
+    linear_layers,
+    num_quantized,
+    outer_formats,
+    outer_matrices,
+)
 from gptvq_jax.run.passes import peak_bytes
-from gptvq_jax.run.quantize import num_quantized
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
 
@@ -34,11 +43,20 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     is left out, and rounds that may stop early count in full."""
     blocks = config.block_counts(num_quantized(settings, config)).items()
     size = sum(count * _block_flop(block, settings) for block, count in blocks)
+    groups = settings.calibration.gradient_groups or 1
+    for layer, (rows, cols) in linear_layers(settings, config).items():
+        used = _formats(settings, layer_format(settings, *layer))
+        per_layer = [groups * method_flop(of, rows // groups, cols) for of in used]
+        size += sum(per_layer) / max(len(per_layer), 1)
+    matrices = outer_matrices(config)
+    for name, of in outer_formats(settings, config).items():
+        if of.method not in (DENSE, INT8):
+            size += method_flop(of.settings, *matrices[name])
     return size + evaluation_flop(config, settings)
 
 
 def _block_flop(config: ModelConfig, settings: RunSettings) -> float:
-    """Of quantizing a block with this config."""
+    """Of a block with this config, but for what quantizes its layers."""
     c = settings.calibration
     shape = c.all_windows, c.seqlen
     walks = 1 if settings.true_sequential else 2
@@ -46,25 +64,24 @@ def _block_flop(config: ModelConfig, settings: RunSettings) -> float:
     size += moments_flop(config, settings, c.asymmetry > 0)
     if c.asymmetry > 0:  # what the first layers of both halves read in the float model
         size += flops.stage_flops(config, (0, 2), *shape)
-    groups = c.gradient_groups or 1
-    used = _formats(settings)
     # Errors, also on what is held out, and the asymmetric target.
     units = 2 + 2 * (c.held_out > 0) + 3 * (c.asymmetry > 0)
-    for rows, cols in layer_shapes(config).values():
-        per_layer = [groups * method_flop(of, rows // groups, cols) for of in used]
-        size += sum(per_layer) / len(per_layer) + units * unit(rows, cols)
+    size += units * sum(unit(*shape) for shape in layer_shapes(config).values())
     if settings.tune.block:
         size += settings.tune.epochs * flops.block_tuning(config, c.num_windows, c.seqlen)
     return size
 
 
-def _formats(settings: RunSettings) -> list[Any]:
-    """What a layer may be quantized with; a budget that fills columns is that of the mean layer."""
+def _formats(settings: RunSettings, of: Format) -> list[Any]:
+    """What a layer may be quantized with, nothing where it stays dense.
+
+    A budget that fills columns is that of the mean layer.
+    """
     budget = settings.allocation.bits_per_value
-    if not budget:
-        return [settings.method_settings]
-    return settings.candidates or [
-        dataclasses.replace(settings.method_settings, bits=min(budget, MAX_RATE))
+    if not budget or not is_open(settings, of.rule):
+        return [of.settings] if of.coder else []
+    return choices(settings, of.rule) or [
+        dataclasses.replace(of.settings, bits=min(budget, MAX_RATE))
     ]
 
 
@@ -80,15 +97,15 @@ def search_steps(settings: Any, rows: int, cols: int) -> int:
     """Windows that the search of trellis codes goes through in all rows and columns; else 0.
 
     That is 2^L for every weight in the sweep and in every pass of recoding, and around the cut of
-    each stream before. Rates are counted as the whole bits nearest to their mean.
+    each stream before the first. Rates are counted as the whole bits nearest to their mean.
     """
-    if not isinstance(settings, TrellisSettings):
+    if not isinstance(settings, TrellisSettings) or settings.form == IN_8_BITS:
         return 0
     stream_rows, bits = settings.rows_of_stream(rows), settings.window_bits
     rate = min(max(1, round(settings.bits)), settings.most_rate)
     around = min(2 * TRACE_BACK * -(-bits // rate), stream_rows)
-    streams = -(-rows // stream_rows) * cols * (1 + settings.recode_passes)
-    return streams * (stream_rows + around) * 2**bits
+    streams = -(-rows // stream_rows) * cols
+    return streams * ((1 + settings.recode_passes) * stream_rows + around) * 2**bits
 
 
 def pass_flop(config: ModelConfig, of: Pass) -> float:
@@ -106,7 +123,8 @@ def pass_flop(config: ModelConfig, of: Pass) -> float:
         size = sum(count * flops.block_backward(block, *shape) for block, count in every)
         size += flops.head_backward(config, *shape)
         if settings.allocation.bits_per_value > 0:
-            size += sum(count * _curves_flop(block, settings) for block, count in quantized)
+            size += sum(count * moments_flop(block, settings, False) for block, count in quantized)
+            size += _curves_flop(config, settings)
         return size
     return sum(
         count * (flops.block_inputs(block, *shape) + moments_flop(block, settings, False))
@@ -115,10 +133,12 @@ def pass_flop(config: ModelConfig, of: Pass) -> float:
 
 
 def _curves_flop(config: ModelConfig, settings: RunSettings) -> float:
-    """Of the error curves of a block."""
-    groups, size = settings.calibration.gradient_groups or 1, moments_flop(config, settings, False)
-    for rows, cols in layer_shapes(config).values():
-        for candidate in to_measure(settings.candidates, settings.allocation.measured):
+    """Of the error curves of all blocks, but for their Hessians."""
+    groups, size = settings.calibration.gradient_groups or 1, 0.0
+    for layer, (rows, cols) in linear_layers(settings, config).items():
+        rule = layer_format(settings, *layer).rule
+        of_layer = choices(settings, rule) if is_open(settings, rule) else []
+        for candidate in to_measure(of_layer, settings.allocation.measured):
             quick = dataclasses.replace(candidate, polish_rounds=0)
             part = rows // groups
             if settings.allocation.sample:
@@ -161,11 +181,12 @@ def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str]
     """A plan in which every layer has its largest candidate: more than a budget allows."""
     if not settings.allocation.bits_per_value:
         return {}
-    largest = max(_formats(settings), key=lambda of: of.bits)
-    blocks = range(num_quantized(settings, config))
-    return {
-        (index, name): largest for index in blocks for name in config.of_block(index).linear_layers
-    }
+    largest = {}
+    for layer in linear_layers(settings, config):
+        of = layer_format(settings, *layer)
+        if is_open(settings, of.rule):
+            largest[layer] = max(_formats(settings, of), key=lambda settings: settings.bits)
+    return largest
 
 
 class Seconds(NamedTuple):

@@ -25,9 +25,9 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import forward, job
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.float_moments import FloatMoments
+from gptvq_jax.run.formats import num_quantized
 from gptvq_jax.run.forward import Forward, wants_float, wants_middle
 from gptvq_jax.run.passes import find_gradients
-from gptvq_jax.run.quantize import num_quantized
 from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, MOMENTS, Pass, pass_bytes

@@ -20,8 +20,8 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.float_moments import moments_bytes
+from gptvq_jax.run.formats import num_quantized
 from gptvq_jax.run.forward import wants_float, wants_middle
-from gptvq_jax.run.quantize import num_quantized
 
 FLOAT, GRADIENTS, MOMENTS = "float", "gradients", "moments"
 
@@ -87,6 +87,7 @@ def _curves(settings: RunSettings) -> dict[str, Any] | None:
         "candidates": [dataclasses.asdict(candidate) for candidate in settings.candidates],
         "allocation": {n: getattr(a, n) for n in ("measured", "em_iterations", "sample")},
         "run": {n: getattr(settings, n) for n in ("method", "damping", "seed", "num_blocks")},
+        "recipe": settings.recipe,
         "weights": {n: getattr(c, n) for n in ("gradient_groups", "gradient_power")},
     }
 

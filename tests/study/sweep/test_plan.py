@@ -1,13 +1,15 @@
 """What a sweep will take: by arithmetic, and by cells that are finished."""
 
+import ast
 import dataclasses
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_sweeps import in_step, run
 
-from gptvq_jax.config import from_config
+from gptvq_jax.config import from_config, to_dict
 from gptvq_jax.core.trellis_tensor import table_values
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models.open import open_source
@@ -16,6 +18,7 @@ from gptvq_jax.moves import viterbi
 from gptvq_jax.study.sweep import start
 from gptvq_jax.study.sweep.axes import axis, sweep
 from gptvq_jax.study.sweep.cells import resolve
+from gptvq_jax.study.sweep.commands import command
 from gptvq_jax.study.sweep.estimate import OF_A_STEP, cell_bytes, cell_flop, search_steps, seconds
 from gptvq_jax.study.sweep.layers import Layers
 from gptvq_jax.study.sweep.models import Models
@@ -55,7 +58,7 @@ def test_a_budget_for_columns_is_planned_with(base):
 
 @pytest.mark.parametrize("bits, rate, rows", [(4, 1, 64), (6, 2, 300), (8, 3, 1000)])
 def test_steps_of_a_search_are_counted(bits, rate, rows, monkeypatch):
-    """In each search that is made for a column, and again in every pass."""
+    """In each search that is made for a column; in every later pass, where the cut is known, one."""
     settings = TrellisSettings(bits=rate, window_bits=bits, stream_rows=100, recode_passes=0)
     streams, made = (-1, settings.rows_of_stream(rows)), []
     search = viterbi.viterbi
@@ -70,7 +73,7 @@ def test_steps_of_a_search_are_counted(bits, rate, rows, monkeypatch):
     viterbi.tail_biting(column, jnp.ones_like(column), table_values(bits, None), rate)
     assert search_steps(settings, rows, 1) == sum(made)
     again = dataclasses.replace(settings, recode_passes=2)
-    assert search_steps(again, rows, 5) == 15 * sum(made)
+    assert search_steps(again, rows, 5) == 5 * (sum(made) + 2 * column.size * 2**bits)
 
 
 def test_a_plan_counts_searches(tiny_config, tmp_path):
@@ -86,3 +89,20 @@ def test_a_plan_counts_searches(tiny_config, tmp_path):
         steps = [sum(search_steps(c.settings.trellis, *shape) for shape in shapes) for c in cells]
         assert 1.9 < steps[1] / steps[0] < 2.2
         assert long - short == pytest.approx(OF_A_STEP * (steps[1] - steps[0]))
+
+
+def test_recipes_are_points_and_their_commands_say_them():
+    recipe = ((".*/down_proj", {"bits": 4.0}), ("embed_tokens", "int8"))
+    of_recipes = axis("recipe", [(), recipe], names=["none", "mixed"])
+    config = sweep("recipes", "smollm2_135m_2d:3b", [of_recipes])
+    cells = resolve(config).cells
+    assert [to_dict(cell.settings)["recipe"] for cell in cells] == [(), recipe]
+    plain, mixed = (command(resolve(config), cell, "recipes.py") for cell in cells)
+    (flag,) = (word for word in shlex.split(mixed) if word.startswith("--config.recipe="))
+    assert ast.literal_eval(flag.partition("=")[2]) == recipe and "recipe=" not in plain
+
+
+def test_layers_by_themselves_have_no_recipe(base):
+    base.recipe = (("embed_tokens", "int8"),)
+    with pytest.raises(ValueError, match=r"recipe of a sweep of layers must be \(\)"):
+        resolve(sweep("layers", base, [axis("vq.dim", (1, 2))], kind="layers"))
