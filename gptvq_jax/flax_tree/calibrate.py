@@ -91,7 +91,7 @@ class Calibration:
             name: [init_moment(layer.layout.matrix[1]) for _ in range(layer.layout.count)]
             for name, layer in layers.items()
         }
-        group = jnp.asarray(-1 if group is None else group)
+        group = None if group is None else jnp.asarray(group)
         wanted = tuple(layers.values())
         number, inputs = 0, first
         while inputs is not None:
@@ -112,7 +112,9 @@ class Calibration:
 class _Adder(Reader):
     """Adds what layers read to their moments."""
 
-    def __init__(self, kernels, moments: Moments, groups: Mapping[str, int], group: jax.Array):
+    def __init__(
+        self, kernels, moments: Moments, groups: Mapping[str, int], group: jax.Array | None
+    ):
         self._kernels, self.state = kernels, moments
         self._groups, self._group = groups, group
 
@@ -122,13 +124,17 @@ class _Adder(Reader):
     def product(self, product, dense):
         name = product.weight.name
         if name in self._groups:
-            wanted = (self._group < 0) | (self._group == self._groups[name])
             rows, sums = product.rows(), list(self.state[name])
             for row, index in enumerate(product.indices()):
-                added = partial(add_inputs, inputs=rows[row])
-                sums[index] = jax.lax.cond(wanted, added, lambda moment: moment, sums[index])
+                sums[index] = self._added(sums[index], rows[row], self._groups[name])
             self.state = {**self.state, name: sums}
         return dense()
+
+    def _added(self, moment: Moment, rows: jax.Array, group: int) -> Moment:
+        if self._group is None:
+            return add_inputs(moment, rows)
+        wanted = self._group == group
+        return jax.lax.cond(wanted, add_inputs, lambda moment, _: moment, moment, rows)
 
 
 def _naming(number: int, inputs: tuple[Any, ...], job: Callable[[], Any]) -> Any:

@@ -28,6 +28,10 @@ class Weight:
     dtype: Any
 
 
+def is_weight(value: Any) -> bool:
+    return isinstance(value, Weight)
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """One product with a weight.
@@ -137,7 +141,7 @@ class Product:
 def of_dot_general(left: Any, right: Any, params: dict[str, Any], dtype: Any) -> Product:
     """The product of an operand that is a Weight with one that is not."""
     (left_in, right_in), (left_batch, right_batch) = params["dimension_numbers"]
-    if isinstance(left, Weight):
+    if is_weight(left):
         contracted, batch = (right_in, left_in), (right_batch, left_batch)
         return Product(left, right, contracted, batch, True, dtype)
     return Product(right, left, (left_in, right_in), (left_batch, right_batch), False, dtype)
