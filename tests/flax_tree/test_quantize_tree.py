@@ -125,7 +125,8 @@ def test_hessians_are_those_of_what_modules_read():
 
 def test_quantized_inputs_are_those_of_the_layers_before():
     model, variables = net()
-    rule = [("block/shared|mix", GPTQ)]
+    coarse = {**GPTQ, "bits": 1}
+    rule = [("block/shared|mix", coarse)]
     trees = {
         inputs: gptvq_jax.quantize(model, images(), rule, params=variables, inputs=inputs)
         for inputs in ("float", "quantized")
@@ -137,7 +138,7 @@ def test_quantized_inputs_are_those_of_the_layers_before():
     assert same("block/shared") and not same("mix")
     halfway = dequantize({"params": trees["float"]["params"]})
     halfway["params"]["mix"] = variables["params"]["mix"]
-    again = gptvq_jax.quantize(model, images(), [("mix", GPTQ)], params=halfway)
+    again = gptvq_jax.quantize(model, images(), [("mix", coarse)], params=halfway)
     jax.tree.map(np.testing.assert_array_equal, kernels(again)["mix"], found["quantized"]["mix"])
 
 
