@@ -100,6 +100,7 @@ def quantize_tree(
             of_group = {n: layer for n, layer in layers.items() if layer.group == group}
             batches = work.batches()
             first = next(batches)
+            # Of all layers, so that one program serves all groups.
             sums = work.moments(dense, layers, first, batches, group, on_batch)
             made, dense = job(made, dense, of_group, sums)
         return made
@@ -107,14 +108,13 @@ def quantize_tree(
 
 def _taken(rules: Sequence[Rule], found: Found) -> dict[str, Rule]:
     """The rules of the layers that are to be quantized."""
+    taken = assign(rules, [*found.layers, *found.unread], found.passed_over)
     for name in found.unread:
-        rule = next((rule for rule in rules if rule.fits(name)), None)
-        if rule is not None and rule.method is not None:
+        if name in taken and taken[name].method is not None:
             raise ValueError(
                 f"{name} sees no input: the model reads it nowhere on this batch; calibrate with a "
                 f"function that does, or put a rule for it, ({name!r}, 'dense'), first"
             )
-    taken = assign(rules, found.layers, found.passed_over)
     for name, why in found.passed_over.items():
         if any(rule.fits(name) for rule in rules):
             logging.info("%s stays dense: %s", name, why)

@@ -36,7 +36,7 @@ def save(directory: str | os.PathLike, tree: Any) -> None:
       ValueError: a leaf is of another type.
       FullDiskError: there is no room.
     """
-    directory, stored, kernels, dtypes = Path(directory), {}, {}, {}
+    directory, stored, kernels, dtypes = Path(directory).absolute(), {}, {}, {}
     for name, leaf in named_leaves(tree):
         if is_packed(leaf):
             kernels[name] = _described(name, leaf)
@@ -71,7 +71,7 @@ def load(directory: str | os.PathLike, like: Any = None) -> Any:
       FileNotFoundError: there is no finished tree.
       ValueError: it is damaged, or has a leaf for which there is no place in `like`.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()  # Orbax takes no other
     if not (directory / _FILE).exists():
         raise FileNotFoundError(
             f"{directory} holds no finished tree; check the path, or save again"

@@ -263,6 +263,8 @@ def test_a_layer_that_sees_no_input_is_named():
     params = model.init(jax.random.key(0), x, method="all")
     message = r"^other sees no input: .* put a rule for it, \('other', 'dense'\), first$"
     refused(message, [(".*", GPTQ)], [x], model, params)
+    rules = [("other", "dense"), (".*", GPTQ)]
+    assert set(kernels(gptvq_jax.quantize(model, [x], rules, params=params))) == {"used"}
     whole = lambda params, x: model.apply(params, x, method="all")  # noqa: E731
     refused("^used sees no input but zeros on", [("used", GPTQ)], [0 * x], whole, params)
 
