@@ -48,8 +48,8 @@ def quantize_tree(
       rules: pairs (regular expression, settings); the first one that fits the whole name of a
         layer counts, and a layer that none fits stays. A name is the path of its module, such as
         "block_0/mlp/Dense_0", and that of the parameter where it is not "kernel". Settings are
-        {"method": "gptvq", "dim": 2, "bits": 3}, fields of the method's section of a config, or
-        "dense".
+        {"method": "gptvq", "dim": 2, "bits": 3}, fields of the method's section of a config, or as
+        text a method, "dense", or "int8" for rows of 8 bits.
       params: what the model takes first, such as {"params": ...}; of an NNX module: None.
       inputs: "float": a layer's inputs are those of the float model. "quantized": those of the
         model whose earlier layers are quantized; the batches are gone through once for each group

@@ -9,6 +9,7 @@ from gptvq_jax.console.nearest_name import nearest_name
 from gptvq_jax.methods.registry import METHODS, Method
 
 DENSE = "dense"
+_NAMED = {"int8": {"method": "rtn", "bits": 8, "group_size": 0, "symmetric": True}}
 
 
 class Rule(NamedTuple):
@@ -26,8 +27,9 @@ def parse_rules(rules: Any) -> list[Rule]:
     """Checks rules.
 
     Args:
-      rules: pairs of a regular expression and either "dense" or {"method": a key of METHODS, by
-        default "gptvq", and fields of that method's settings}.
+      rules: pairs of a regular expression and {"method": a key of METHODS, by default "gptvq", and
+        fields of that method's settings}; or as text the method alone, "dense", or "int8" for rows
+        of 8 bits.
 
     Raises:
       ValueError: one is no such pair; the message says which, and what it may be.
@@ -82,12 +84,15 @@ def _parse(number: int, rule: Any) -> Rule:
         raise ValueError(f"{where} no regular expression, {error}; escape it or mend it") from None
     if settings == DENSE:
         return Rule(pattern, None, None)
+    if isinstance(settings, str):
+        settings = _NAMED.get(settings, {"method": settings})
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} settings are a dict or {DENSE!r}, not {settings!r}")
+        raise ValueError(f"{where} settings are a dict, a method or {DENSE!r}, not {settings!r}")
     fields = dict(settings)
     name = fields.pop("method", "gptvq")
     if name not in METHODS:
-        raise ValueError(f"{where} method={name!r} must be one of {', '.join(METHODS)}")
+        known = ", ".join([*METHODS, DENSE, *_NAMED])
+        raise ValueError(f"{where} method={name!r} must be one of {known}")
     method = METHODS[name]
     return Rule(pattern, method, _settings(where, method, fields))
 

@@ -10,6 +10,7 @@ from flax_models import LAYERS, WIDTH, Mixer, Net, images, net
 
 import gptvq_jax
 from gptvq_jax.core.hessian import mean
+from gptvq_jax.core.int8_rows import check_int8_rows
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
 from gptvq_jax.flax_tree import PackedKernel, bits_per_value, dequantize, packed, ready
@@ -202,20 +203,35 @@ def test_stacked_layers_have_a_matrix_each():
 def test_a_function_of_arrays_is_a_model_too(rule):
     """Experts in an einsum, in bfloat16."""
     rng = np.random.default_rng(0)
-    params = {"experts": jnp.asarray(rng.normal(size=(2, 8, 32)), jnp.bfloat16)}
+    outputs = 32 if rule["method"] == "trellis" else WIDTH
+    params = {"experts": jnp.asarray(rng.normal(size=(2, WIDTH, outputs)), jnp.bfloat16)}
     function = lambda params, x: jnp.einsum("ebd,edf->ebf", x, params["experts"])  # noqa: E731
-    x = jnp.asarray(rng.normal(size=(2, 20, 8)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(2, 20, WIDTH)), jnp.bfloat16)
     tree = gptvq_jax.quantize(function, [x], [("experts", rule)], params=params)
     kernel = tree["experts"]
     kind = TrellisTensor if rule["method"] == "trellis" else VQTensor
     assert [type(tensor) for tensor in kernel.tensors] == [kind] * 2
     dense = dequantize(tree)["experts"]
-    assert (dense.shape, dense.dtype) == ((2, 8, 32), jnp.bfloat16)
+    assert (dense.shape, dense.dtype) == ((2, WIDTH, outputs), jnp.bfloat16)
     y = jax.jit(packed(function, "reference"))(tree, x)
     assert y.dtype == jnp.bfloat16
     expected = np.asarray(function({"experts": dense}, x), np.float32)
     error = np.abs(np.asarray(y, np.float32) - expected)
     assert error.max() < 0.03 * np.abs(expected).max()
+
+
+def test_a_rule_may_be_a_word():
+    function = lambda params, x: x @ params["a"] + x @ params["b"]  # noqa: E731
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in "abc"}
+    x = rng.normal(size=(20, WIDTH)).astype(np.float32)
+    rules = [("a", "int8"), ("b", "rtn"), ("c", "dense")]
+    tree = gptvq_jax.quantize(function, [x], rules, params=params)
+    (of_a,), (of_b,) = tree["a"].tensors, tree["b"].tensors
+    assert (of_a.index_bits, of_b.index_bits) == (8, 3) and tree["c"] is params["c"]
+    error = np.abs(of_a.dequantize() - params["a"].T).max(axis=1)
+    assert (error <= np.abs(params["a"]).max(axis=0) / 255 * 1.01).all()
+    check_int8_rows(jax.tree.map(np.asarray, of_a))
 
 
 def test_what_else_reads_a_packed_kernel_gets_it_dense(quantized):
@@ -282,9 +298,9 @@ def test_a_layer_that_sees_no_input_is_named():
         ([("mix", {"bit": 3})], r"rules\[0\], 'mix': no setting 'bit' of vq; did you mean 'bits'"),
         ([("mix", {"bits": "3"})], r"'mix': config.vq.bits='3' must be of type float"),
         ([("mix", {"dim": 2, "bits": 2.3})], r"'mix': vq.bits=2.3 must be such that"),
-        ([("mix", {"method": "int3"})], "method='int3' must be one of gptvq, aqlm"),
+        ([("mix", {"method": "int3"})], "method='int3' must be one of gptvq, .*, dense, int8$"),
         ([("mix(", VQ)], "no regular expression, .*; escape it or mend it"),
-        ([("mix", 3)], "settings are a dict or 'dense', not 3"),
+        ([("mix", 3)], "settings are a dict, a method or 'dense', not 3"),
         ([(3, VQ)], "a regular expression is a text"),
         (["mix"], r"rules\[0\]='mix' must be a pair, as in"),
         ([], "rules must be a list of rules, as in"),
