@@ -58,7 +58,7 @@ def test_a_budget_for_columns_is_planned_with(base):
 
 @pytest.mark.parametrize("bits, rate, rows", [(4, 1, 64), (6, 2, 300), (8, 3, 1000)])
 def test_steps_of_a_search_are_counted(bits, rate, rows, monkeypatch):
-    """In each search that is made for a column; in every later pass, where the cut is known, one."""
+    """In each search that is made for a column, and once in every pass that knows the cut."""
     settings = TrellisSettings(bits=rate, window_bits=bits, stream_rows=100, recode_passes=0)
     streams, made = (-1, settings.rows_of_stream(rows)), []
     search = viterbi.viterbi
