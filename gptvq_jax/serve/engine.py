@@ -116,6 +116,11 @@ class Engine:
         """Requests that are worked on or wait; from any thread."""
         return self._num_jobs
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no further requests; from any thread."""
+        return self._closed
+
     def close(self) -> None:
         """Takes no further requests; the next `step` ends those that there are. Any thread."""
         with self._lock:
