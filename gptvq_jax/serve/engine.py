@@ -47,7 +47,8 @@ class Engine:
       chunk: tokens of a prompt that are read between two steps of the others.
 
     Attributes:
-      context: as above.
+      params, context: as above.
+      num_slots: requests that are worked on at once.
       most_jobs: requests that may be worked on or wait.
       counts: what was done so far.
 
@@ -67,15 +68,10 @@ class Engine:
         dtype: str = "float32",
         chunk: int = CHUNK,
     ):
-        limit = config.max_position_embeddings
-        self.context = limit if context is None else context
-        if not 2 <= self.context <= limit:
-            raise ValueError(f"{context=} must be from 2 to {limit}, the model's positions")
-        for name, value, least in (("slots", slots, 1), ("queue", queue, 0), ("chunk", chunk, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        self._config, self._params, self._dtype = config, params, dtype
-        self._stop_tokens, self._chunk, self._count = frozenset(stop_tokens), chunk, slots
+        check_options(config, slots=slots, context=context, queue=queue, chunk=chunk)
+        self.context = config.max_position_embeddings if context is None else context
+        self.params, self._config, self._dtype = params, config, dtype
+        self._stop_tokens, self._chunk, self.num_slots = frozenset(stop_tokens), chunk, slots
         self._lengths = cache_lengths(self.context, chunk)
         self.most_jobs, self.counts = slots + queue, Counts()
         self._lock = threading.Lock()  # of what follows
@@ -84,7 +80,7 @@ class Engine:
         self._reset()
 
     def _reset(self) -> None:
-        self._slots = Slots(self._config, self._count, self._lengths, self._dtype, self.counts)
+        self._slots = Slots(self._config, self.num_slots, self._lengths, self._dtype, self.counts)
         self._reading: Job | None = None  # that of `alone`, as long as its prompt is read
         self._prompt_scores: list[TokenScore] = []
 
@@ -170,10 +166,10 @@ class Engine:
             for other in self._lengths:
                 slots.resize(other)
                 slots.resize(length)
-        programs.draw_first(self._config, self._params, x, np.int32(0), Draws.greedy(1))
+        programs.draw_first(self._config, self.params, x, np.int32(0), Draws.greedy(1))
         on_program()
         targets = np.zeros(self._chunk, np.int32)
-        jax.block_until_ready(programs.score_chunk(self._config, self._params, x, targets))
+        jax.block_until_ready(programs.score_chunk(self._config, self.params, x, targets))
         on_program()
         self.counts = Counts()
         self._reset()
@@ -181,7 +177,7 @@ class Engine:
     @property
     def num_programs(self) -> int:
         """Of some size, which `warm_up` compiles."""
-        return len(self._lengths) * (2 if self._count == 1 else 3) + 2
+        return len(self._lengths) * (2 if self.num_slots == 1 else 3) + 2
 
     # --- who enters and who leaves ---
 
@@ -196,7 +192,7 @@ class Engine:
                 self._leave(slot, "cancelled")
 
     def _admit(self) -> None:
-        if len(self._slots.jobs) >= self._count:
+        if len(self._slots.jobs) >= self.num_slots:
             return
         with self._lock:
             job = self._waiting.popleft() if self._waiting else None
@@ -245,7 +241,7 @@ class Engine:
         if job.request.score_prompt:
             targets = prompt[start + 1 : start + 1 + len(chunk)]
             padded = _padded(targets, self._chunk)
-            scores = programs.score_chunk(self._config, self._params, x, padded)
+            scores = programs.score_chunk(self._config, self.params, x, padded)
             self._prompt_scores += token_scores(scores)[: len(targets)]
         if len(slot.tokens) < len(prompt):
             return
@@ -256,14 +252,14 @@ class Engine:
             self._leave(slot, "length")
             return
         index, draws = np.int32(len(chunk) - 1), _draws([slot])
-        self._hand_out([slot], programs.draw_first(self._config, self._params, x, index, draws))
+        self._hand_out([slot], programs.draw_first(self._config, self.params, x, index, draws))
         if slot.job is not None and any(other.job is not None for other in self._slots.others):
             self._slots.join()
 
     def _read_chunk(self, tokens: np.ndarray, start: int) -> jax.Array:
         slots = self._slots
         x, slots.alone_caches = programs.read_chunk(
-            self._config, self._params, slots.alone_caches, tokens, np.int32(start)
+            self._config, self.params, slots.alone_caches, tokens, np.int32(start)
         )
         self.counts.chunks += 1
         return x
@@ -290,7 +286,7 @@ class Engine:
         positions = np.array([len(slot.tokens) for slot in batch], np.int32)
         drawn, caches = programs.step(
             self._config,
-            self._params,
+            self.params,
             slots.alone_caches if alone else slots.caches,
             tokens,
             positions,
@@ -336,6 +332,23 @@ class Engine:
         if enough:
             return "stop"
         return "length" if job.made == job.request.max_tokens else None
+
+
+def check_options(
+    config: ModelConfig,
+    *,
+    slots: int = 1,
+    context: int | None = None,
+    queue: int = 0,
+    chunk: int = CHUNK,
+) -> None:
+    """Raises ValueError for options of an `Engine` that are out of range."""
+    limit = config.max_position_embeddings
+    if context is not None and not 2 <= context <= limit:
+        raise ValueError(f"{context=} must be from 2 to {limit}, the model's positions")
+    for name, value, least in (("slots", slots, 1), ("queue", queue, 0), ("chunk", chunk, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def token_scores(scores: Scores) -> list[TokenScore]:

@@ -12,15 +12,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from gptvq_jax.console.errors import brief, first_line
 from gptvq_jax.serve.http.calls import read_chat, read_completion
 from gptvq_jax.serve.http.chat_completions import ChatCompletions
-from gptvq_jax.serve.http.choices import Service
+from gptvq_jax.serve.http.choices import Choices
 from gptvq_jax.serve.http.completions import Completions
 from gptvq_jax.serve.http.errors import APIError
+from gptvq_jax.serve.http.service import Service
 
 _BODY_BYTES = 2**20  # of a request, at most, beside what a full context takes in JSON
 _BYTES_OF_TOKEN = 64
@@ -42,23 +43,25 @@ def make_app(service: Service, api_key: str | None = None) -> Starlette:
     largest = _BODY_BYTES + _BYTES_OF_TOKEN * service.context
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        return _json({"object": "list", "data": [model]})
 
     async def one_model(request: Request) -> Response:
         service.check_model(request.path_params["name"])
-        return JSONResponse(model)
+        return _json(model)
 
     async def completions(request: Request) -> Response:
         call = read_completion(await _json_of(request, largest))
         service.check_model(call.options.model)
         choices = await service.start_completion(call)
-        return await _respond(request, Completions(service, call, choices), call.options.stream)
+        made = Completions(service, call, choices)
+        return await _respond(request, made, choices, call.options.stream)
 
     async def chat(request: Request) -> Response:
         call = read_chat(await _json_of(request, largest))
         service.check_model(call.options.model)
         choices = await service.start_chat(call)
-        return await _respond(request, ChatCompletions(service, call, choices), call.options.stream)
+        made = ChatCompletions(service, call, choices)
+        return await _respond(request, made, choices, call.options.stream)
 
     return Starlette(
         routes=[
@@ -78,12 +81,12 @@ def make_app(service: Service, api_key: str | None = None) -> Starlette:
 
 
 class EventStream(Response):
-    """Server-sent events; the work behind them ends when the client goes."""
+    """Server-sent events of choices, which end when the client goes."""
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]]):
+    def __init__(self, events: AsyncIterator[dict[str, Any]], choices: Choices):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._choices = events, choices
 
     async def __call__(self, scope, receive, send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -104,7 +107,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
         with contextlib.suppress(ClientGone, OSError):
-            await _while_connected(receive, run())
+            await _while_connected(receive, run(), self._choices)
 
 
 class _Keys:
@@ -128,14 +131,19 @@ class _Keys:
         await self._app(scope, receive, send)
 
 
-async def _respond(request: Request, made: Any, stream: bool) -> Response:
+async def _respond(request: Request, made: Any, choices: Choices, stream: bool) -> Response:
     if stream:
-        return EventStream(made.events())
-    return JSONResponse(await _while_connected(request.receive, made.answer()))
+        return EventStream(made.events(), choices)
+    return _json(await _while_connected(request.receive, made.answer(), choices))
 
 
-async def _while_connected(receive, work: Coroutine) -> Any:
-    """What some work returns; it is cancelled when the client goes.
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # Not JSONResponse, which cannot write half of a character that a client sent.
+    return Response(json.dumps(body), status, headers, "application/json")
+
+
+async def _while_connected(receive, work: Coroutine, choices: Choices) -> Any:
+    """What some work with choices returns; both are cancelled when the client goes.
 
     Raises:
       ClientGone: it has.
@@ -152,6 +160,7 @@ async def _while_connected(receive, work: Coroutine) -> Any:
             return tasks[0].result()
         raise ClientGone
     finally:
+        choices.cancel()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -179,7 +188,7 @@ async def _json_of(request: Request, largest: int) -> dict[str, Any]:
 
 
 def _error_response(error: APIError) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
+    return _json(error.body, error.status, error.headers)
 
 
 async def _of_error(_: Request, error: APIError) -> Response:

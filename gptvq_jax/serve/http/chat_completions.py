@@ -5,9 +5,9 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from gptvq_jax.serve.answer import ScoredToken
 from gptvq_jax.serve.http.calls import ChatCall
-from gptvq_jax.serve.http.choices import Choices, Service
+from gptvq_jax.serve.http.choices import Choices
+from gptvq_jax.serve.http.service import Service
 from gptvq_jax.serve.http.token_text import token_bytes, token_text
 
 
@@ -24,21 +24,14 @@ class ChatCompletions:
 
     async def answer(self) -> dict[str, Any]:
         """The whole answer; raises APIError."""
-        count = len(self._choices.choices)
-        texts, ends = [""] * count, [""] * count
-        scored: list[list[ScoredToken]] = [[] for _ in range(count)]
-        async for index, piece in self._choices.pieces():
-            texts[index] += piece.text
-            scored[index] += piece.scored
-            ends[index] = piece.end
         chosen = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": texts[index], "refusal": None},
-                "logprobs": self._logprobs(scored[index]),
-                "finish_reason": ends[index],
+                "message": {"role": "assistant", "content": found.text, "refusal": None},
+                "logprobs": self._logprobs(found.scored),
+                "finish_reason": found.end,
             }
-            for index in range(count)
+            for index, found in enumerate(await self._choices.texts())
         ]
         usage = self._choices.usage
         return {**self._head, "object": "chat.completion", "choices": chosen, "usage": usage}

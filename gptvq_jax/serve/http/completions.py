@@ -7,7 +7,8 @@ from typing import Any
 
 from gptvq_jax.serve.answer import Piece, ScoredToken
 from gptvq_jax.serve.http.calls import CompletionCall
-from gptvq_jax.serve.http.choices import Choices, Service
+from gptvq_jax.serve.http.choices import Choices
+from gptvq_jax.serve.http.service import Service
 from gptvq_jax.serve.http.token_text import token_text
 from gptvq_jax.serve.prompts import TextStream
 
@@ -32,19 +33,12 @@ class Completions:
 
     async def answer(self) -> dict[str, Any]:
         """The whole answer; raises APIError."""
-        count = len(self._choices.choices)
-        texts, ends = [""] * count, [""] * count
-        scored: list[list[ScoredToken]] = [[] for _ in range(count)]
-        async for index, piece in self._choices.pieces():
-            texts[index] += piece.text
-            scored[index] += piece.scored
-            ends[index] = piece.end
         chosen = []
-        for index in range(count):
-            text, tokens = texts[index], scored[index]
+        for index, found in enumerate(await self._choices.texts()):
+            text, tokens = found.text, found.scored
             if self._call.echo:
                 text, tokens = self._with_prompt(index, text, tokens)
-            chosen.append(self._choice(index, text, tokens, ends[index]))
+            chosen.append(self._choice(index, text, tokens, found.end))
         return {**self._head, "choices": chosen, "usage": self._choices.usage}
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
