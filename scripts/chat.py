@@ -22,7 +22,9 @@ from gptvq_jax.console.model_flags import ModelFlags, SamplingFlags
 
 _MODEL = ModelFlags()
 _SYSTEM = flags.DEFINE_string("system", None, "System message; default: the chat template's own.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 512, "Largest number of tokens of an answer.")
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", None, "Most tokens of an answer; default: 512, at most half the context."
+)
 _CONTEXT = flags.DEFINE_integer(
     "context", None, "Tokens of the conversation, the answer included; default: the model's."
 )

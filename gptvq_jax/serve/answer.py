@@ -86,7 +86,11 @@ class Answer:
         stop: Sequence[str],
         emit: Callable[[Piece], None],
     ):
-        self._stream, self._stop, self._emit = TextStream(tokenizer, prompt), StopStrings(stop), emit
+        self._stream, self._stop, self._emit = (
+            TextStream(tokenizer, prompt),
+            StopStrings(stop),
+            emit,
+        )
         self._known = 0  # characters of the text, with those held back
         self._shown = 0  # of those handed out
         self._scored: list[ScoredToken] = []  # of what is held back

@@ -13,7 +13,7 @@ from gptvq_jax.serve.answer import Answer, Piece
 from gptvq_jax.serve.conversation import Conversation
 from gptvq_jax.serve.engine import Engine, check_options
 from gptvq_jax.serve.params import implementations, memory_bytes
-from gptvq_jax.serve.requests import Job, Request
+from gptvq_jax.serve.requests import Request
 from gptvq_jax.serve.sampling import Sampling
 from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.serve.stop_tokens import stop_tokens
@@ -25,6 +25,7 @@ HELP = """\
 /exit    leave, as Ctrl-D does, or Ctrl-C twice
 Ctrl-C stops an answer."""
 _PROMPT = "> "
+_MAX_TOKENS = 512
 
 
 def chat(
@@ -32,7 +33,7 @@ def chat(
     model: str | None,
     *,
     system: str | None = None,
-    max_tokens: int = 512,
+    max_tokens: int | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     context: int | None = None,
@@ -45,7 +46,7 @@ def chat(
     Args:
       checkpoint, model, implementation, dense: see `ServedModel`.
       system: system message; None: that of the model's chat template, if any.
-      max_tokens: of an answer.
+      max_tokens: of an answer; None: 512, or half the context where that is less.
       sampling: how tokens are drawn; None: greedily.
       seed: of the first answer's draws; each answer takes the next.
       context: most tokens of conversation and answer; None: the model's positions.
@@ -58,6 +59,7 @@ def chat(
     source = served.source
     check_options(source.config, context=context)
     room = context or source.config.max_position_embeddings
+    max_tokens = min(_MAX_TOKENS, room // 2) if max_tokens is None else max_tokens
     if not 1 <= max_tokens < room:
         raise ValueError(f"{max_tokens=} must be from 1 to {room - 1}, below the context")
     conversation = Conversation(source.tokenizer, source.config.vocab_size, system, room)
@@ -97,30 +99,29 @@ class Chat:
             conversation,
         )
         self._max_tokens, self._sampling, self._seed = max_tokens, sampling, seed
-        self._job: Job | None = None  # that is being answered
+        self._answering = self._stop = False
         self._seconds = 0.0  # in which answers were made
 
     def run(self) -> None:
         """Until the input ends, /exit, or Ctrl-C twice at the prompt."""
-        interrupted = False
+        warned = False
         with self._interrupts():
             while True:
                 try:
                     line = input(_PROMPT)
+                    warned = False
+                    if line.strip() == "/exit":
+                        return
+                    self.obey(line)
                 except EOFError:
                     print()
                     return
                 except KeyboardInterrupt:
                     print()
-                    if interrupted:
+                    if warned or self._answering:
                         return
-                    interrupted = True
+                    warned = True
                     print("Ctrl-C once more leaves, and so does Ctrl-D")
-                    continue
-                interrupted = False
-                if line.strip() == "/exit":
-                    return
-                self.obey(line)
 
     def obey(self, line: str) -> None:
         """Does what one line of the user says."""
@@ -153,7 +154,8 @@ class Chat:
             f"from the cache\n"
             f"answers: {counts.decoded} tokens after their first, {speed:.1f} a second, prompts "
             f"included ({products})\n"
-            f"weights in memory: {packed + dense:.1f} MiB, packed {packed:.1f} and dense {dense:.1f}"
+            f"weights in memory: {packed + dense:.1f} MiB, packed {packed:.1f} and dense "
+            f"{dense:.1f}"
         )
 
     def _answer(self, message: str) -> None:
@@ -170,14 +172,14 @@ class Chat:
 
         request = Request(tokens, self._max_tokens, self._sampling, self._seed)
         listener = Answer(self._tokenizer, tokens, (), show)
-        start = time.perf_counter()
-        try:
-            (self._job,) = self._engine.submit((request, listener))
-            while self._engine.num_jobs:
-                self._engine.step()
-        finally:
-            self._job = None
-            self._seconds += time.perf_counter() - start
+        start, self._stop, self._answering = time.perf_counter(), False, True
+        (job,) = self._engine.submit((request, listener))
+        while self._engine.num_jobs:
+            if self._stop:
+                job.cancel()
+            self._engine.step()
+        self._answering = False
+        self._seconds += time.perf_counter() - start
         print()
         if ends[-1] == "length":
             print(f"(stopped after --max_tokens={self._max_tokens})", file=sys.stderr)
@@ -186,22 +188,21 @@ class Chat:
         elif ends[-1] != "stop":
             raise ValueError(ends[-1].removeprefix("error: "))
         self._seed += 1
-        self._conversation.turns.append((message, "".join(texts)))
+        if any(texts):
+            self._conversation.turns.append((message, "".join(texts)))
 
     @contextlib.contextmanager
     def _interrupts(self) -> Iterator[None]:
-        """Ctrl-C stops an answer; the second one, before it has stopped, is the script's."""
+        """Ctrl-C stops an answer; a second one, before it has stopped, does not wait for that."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.getsignal(signal.SIGINT)
 
-        def on_signal(number, frame) -> None:
-            if self._job is None:
+        def on_signal(*_) -> None:
+            if self._stop or not self._answering:
                 raise KeyboardInterrupt
-            if self._job.cancelled:
-                before(number, frame)
-            self._job.cancel()
+            self._stop = True
 
         signal.signal(signal.SIGINT, on_signal)
         try:

@@ -24,9 +24,7 @@ class Conversation:
 
     def __init__(self, tokenizer: Any, vocab_size: int, system: str | None, context: int):
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "the model's tokenizer has no chat template; continue texts with scripts/generate.py"
-            )
+            raise ValueError("the model's tokenizer has no chat template; use scripts/generate.py")
         check_unicode("the system message", system or "")
         self._tokenizer, self._vocab_size, self._context = tokenizer, vocab_size, context
         self._system = [] if system is None else [{"role": "system", "content": system}]
@@ -67,8 +65,6 @@ class Conversation:
         messages.append({"role": "user", "content": message})
         text = render_chat(self._tokenizer, messages, True, fix="change --system or the message")
         # The template has written the special tokens.
-        tokens = encode(
-            self._tokenizer, text, "the chat", add_special_tokens=False, verbose=False
-        )
+        tokens = encode(self._tokenizer, text, "the chat", add_special_tokens=False, verbose=False)
         check_tokens(tokens, self._vocab_size, self._tokenizer, "the chat")
         return tuple(tokens)

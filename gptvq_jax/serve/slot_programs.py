@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.serve.forward import Caches, empty_caches, next_logits, run_blocks
 from gptvq_jax.serve.sampling import sample_each
 

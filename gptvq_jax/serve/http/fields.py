@@ -63,7 +63,9 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise bad_field(name, f"must be a whole number from {low} to {high}, not {brief(value)}")
+            raise bad_field(
+                name, f"must be a whole number from {low} to {high}, not {brief(value)}"
+            )
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:

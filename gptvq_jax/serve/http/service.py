@@ -126,9 +126,7 @@ class Service:
 
     def _encode_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         if not getattr(self.tokenizer, "chat_template", None):
-            raise APIError(
-                400, "the model has no chat template; ask /v1/completions", "messages"
-            )
+            raise APIError(400, "the model has no chat template; ask /v1/completions", "messages")
         try:
             text = render_chat(self.tokenizer, messages, True, fix="change messages")
         except ValueError as error:
@@ -150,9 +148,7 @@ class Service:
             raise APIError(400, str(error), field) from None
         return text
 
-    def _check_room(
-        self, field: str, limit: str, tokens: Sequence[int], max_tokens: int
-    ) -> None:
+    def _check_room(self, field: str, limit: str, tokens: Sequence[int], max_tokens: int) -> None:
         if len(tokens) + max_tokens > self.context:
             wrong = field if len(tokens) >= self.context else limit
             raise APIError(
