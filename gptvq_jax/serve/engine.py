@@ -200,15 +200,21 @@ class Engine:
             if self._slots.alone.job is not None:
                 self._slots.join()
             self._slots.begin(job)
-            self._slots.fit(reading=self._chunk, shrink=True)
             self._reading, self._prompt_scores = job, []
+            self._slots.fit(self._to_read(), shrink=True)
+
+    def _to_read(self) -> int:
+        """Positions that the prompt which is read still takes, the last chunk's padding too."""
+        if self._reading is None:
+            return 0
+        return len(self._reading.request.prompt) - len(self._slots.alone.tokens) + self._chunk
 
     def _leave(self, slot: Slot, reason: str) -> None:
         job = slot.job
         if job is self._reading:
             self._reading = None
         self._slots.leave(slot)
-        self._slots.fit(reading=self._chunk if self._reading else 0, shrink=True)
+        self._slots.fit(self._to_read(), shrink=True)
         self._tell_end(job, reason)
 
     def _tell_end(self, job: Job, reason: str) -> None:
@@ -233,7 +239,7 @@ class Engine:
         """Reads the next chunk of a prompt; behind its last, draws the first token."""
         job, slot = self._reading, self._slots.alone
         prompt, start = job.request.prompt, len(slot.tokens)
-        self._slots.fit(reading=self._chunk)
+        self._slots.fit(self._to_read())
         chunk = prompt[start : start + self._chunk]
         x = self._read_chunk(_padded(chunk, self._chunk)[None], start)
         slot.tokens += chunk
@@ -272,7 +278,7 @@ class Engine:
             slots.part(active[0])
             active = []
         if active:
-            slots.fit(reading=self._chunk if self._reading else 0)
+            slots.fit(self._to_read())
             self._step(slots.others)
         elif slots.alone.job is not None and self._reading is None:
             slots.fit()

@@ -139,8 +139,8 @@ class Slots:
         """Gives the caches room for what comes next.
 
         Args:
-          reading: tokens that the sequence which is alone reads at once.
-          shrink: take shorter ones, too.
+          reading: positions that the sequence which is alone takes for the rest of its prompt.
+          shrink: take shorter ones, too; free slots forget what is behind their end.
         """
         needed = [len(slot.tokens) + 1 for slot in self.all if slot.job is not None]
         needed += [len(self.alone.tokens) + reading] if reading else []

@@ -136,13 +136,17 @@ class Service:
 
     def _encode(self, field: str, text: str | tuple[int, ...], **options: Any) -> tuple[int, ...]:
         try:
-            if isinstance(text, str):
+            if not isinstance(text, str):
+                wrong = [token for token in text if not 0 <= token < self._vocab_size]
+                if wrong:
+                    raise bad_field(
+                        field, f"has the token {wrong[0]}; ids are below {self._vocab_size}"
+                    )
+            else:
                 check_unicode(field, text)
                 text = tuple(encode(self.tokenizer, text, field, verbose=False, **options))
             if not text:
                 raise bad_field(field, "is empty; write what the model is to continue")
-            if min(text) < 0:
-                raise bad_field(field, f"has the token {min(text)}; ids are 0 or larger")
             check_tokens(text, self._vocab_size, self.tokenizer, field)
         except ValueError as error:
             raise APIError(400, str(error), field) from None

@@ -1,6 +1,8 @@
 """The HTTP API: what it answers, what it refuses, and that texts are those of generate.py."""
 
 import json
+import re
+import time
 
 import jax
 import numpy as np
@@ -11,10 +13,12 @@ import served  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from gptvq_jax.models import llama  # noqa: E402
+from gptvq_jax.serve.answer import Answer  # noqa: E402
 from gptvq_jax.serve.engine_thread import EngineThread  # noqa: E402
 from gptvq_jax.serve.generate_text import generate_text  # noqa: E402
 from gptvq_jax.serve.http.app import make_app  # noqa: E402
 from gptvq_jax.serve.http.service import Service  # noqa: E402
+from gptvq_jax.serve.requests import Request  # noqa: E402
 from gptvq_jax.serve.sampling import Sampling  # noqa: E402
 from gptvq_jax.storage.checkpoint import PackedCheckpoint  # noqa: E402
 
@@ -55,7 +59,7 @@ def no_slot_is_lost(service):
     for _ in range(1000):
         if not service.thread.engine.num_jobs:
             return
-        service.thread._work.wait(0.01)
+        time.sleep(0.01)
     pytest.fail("a request is still there")
 
 
@@ -100,12 +104,10 @@ def test_the_text_is_that_of_generate(client, checkpoint, capsys):
     assert found["object"] == "text_completion" and found["model"] == served.NAME
     usage = found["usage"]
     assert [usage[f"{kind}_tokens"] for kind in ("prompt", "completion", "total")] == [5, 30, 35]
-    tokens = list(map(ord, PROMPT))
-    options = {"temperature": 3.0, "top_p": 0.9, "seed": 5, "max_tokens": 30}
+    options = {"temperature": 2.0, "top_p": 0.9, "seed": 5, "max_tokens": 30}
     drawn = complete(client, **options)["choices"][0]["text"]
-    sampling = Sampling(3.0, 0, 0.9)
+    sampling = Sampling(2.0, 0, 0.9)
     assert drawn == generated(checkpoint, PROMPT, capsys, sampling=sampling, seed=5) != text
-    assert len(tokens) == 5
 
 
 def test_a_chat_is_that_of_generate(client, checkpoint, capsys):
@@ -278,8 +280,8 @@ CHAT = {"messages": [{"role": "user", "content": "a"}]}
         ("completions", {"prompt": [True]}, 400, "prompt", "must be a text, token ids"),
         ("completions", {"prompt": {"a": 1}}, 400, "prompt", "must be a text, token ids"),
         ("completions", {"prompt": [-1]}, 400, "prompt", "has the token -1"),
-        ("completions", {"prompt": [258]}, 400, "prompt", "outside the model's vocabulary"),
-        ("completions", {"prompt": [10**30]}, 400, "prompt", "outside the model's vocabulary"),
+        ("completions", {"prompt": [258]}, 400, "prompt", "ids are below 258"),
+        ("completions", {"prompt": [10**30]}, 400, "prompt", "ids are below 258"),
         ("completions", {"prompt": "\ud800"}, 400, "prompt", "not UTF-8"),
         ("completions", {"prompt": "a" * 192}, 400, "prompt", "192 tokens; .* context of 192"),
         ("completions", {"max_tokens": 188}, 400, "max_tokens", "5 tokens; with 188 more"),
@@ -387,8 +389,6 @@ def test_what_is_wrong_is_named(client, path, fields, status, param, message):
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert param in (None, error["param"])
-    import re
-
     assert re.search(message, error["message"]) and "\n" not in error["message"]
 
 
@@ -433,8 +433,6 @@ def test_bodies_that_are_no_request(client, content, message):
     headers = {"content-type": "application/json"}
     answer = client.post("/v1/completions", content=content, headers=headers)
     assert answer.status_code == 400
-    import re
-
     assert re.search(message, answer.json()["error"]["message"])
 
 
@@ -465,7 +463,7 @@ def test_a_key(service):
 
 def test_a_full_queue(client, service):
     with service.thread.gate.closed():
-        jobs = service.thread.submit(*waiting(63))
+        jobs = service.thread.submit(*waiting(service, 63))
         fields = GREEDY | {"prompt": PROMPT}
         answer = client.post("/v1/completions", json=fields)
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
@@ -474,17 +472,9 @@ def test_a_full_queue(client, service):
             job.cancel()
 
 
-def waiting(count):
-    from gptvq_jax.serve.answer import Answer
-    from gptvq_jax.serve.requests import Request
-
-    def pair():
-        return Request((5,), 10), Answer(tokenizer, (5,), (), lambda piece: None)
-
-    from local_tasks import tokenizer as of_bytes
-
-    tokenizer = of_bytes(False)
-    return [pair() for _ in range(count)]
+def waiting(service, count):
+    answer = Answer(service.tokenizer, (5,), (), lambda piece: None)
+    return [(Request((5,), 10), answer)] * count
 
 
 def test_a_model_without_a_chat_template(service, client, monkeypatch):

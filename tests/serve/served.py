@@ -10,7 +10,6 @@ import numpy as np
 from tiny_checkpoint import random_block, random_outer
 
 from gptvq_jax.serve.engine import Engine
-from gptvq_jax.serve.engine_thread import EngineThread
 from gptvq_jax.serve.params import dense_params
 from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
 
@@ -56,21 +55,19 @@ class Gate:
 
         engine.step = held
 
+    def open(self) -> None:
+        self._open.set()
+
     @contextlib.contextmanager
     def closed(self):
         self._open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            self.open()
 
 
 def make_engine(source: PackedCheckpoint, **options) -> Engine:
     """Dense, which compiles fast."""
     options = {"slots": 3, "queue": 60, "chunk": 16} | options
     return Engine(source.config, dense_params(source), **options)
-
-
-def close(thread: EngineThread) -> None:
-    thread.close()
-    assert thread.join(20)
