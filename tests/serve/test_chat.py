@@ -1,11 +1,13 @@
 """A conversation in the terminal: what is asked, what is forgotten, and Ctrl-C."""
 
+import fcntl
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def engine(checkpoint):
 
 @pytest.fixture
 def talk(checkpoint, engine, monkeypatch, capsys):
-    """Types lines, and returns what is printed for each, and all errors."""
+    """Types lines, and returns the chat, with its errors, and what is printed for each line."""
 
     def run(*lines, system=None, max_tokens=TOKENS, **options):
         source = PackedCheckpoint(checkpoint)
@@ -45,11 +47,12 @@ def talk(checkpoint, engine, monkeypatch, capsys):
         sampling = options.get("sampling", Sampling())
         model = ServedModel(str(checkpoint), None, dense=True)
         made = Chat(model, engine, conversation, max_tokens, sampling, options.get("seed", 0))
-        left, outputs = list(lines), []
+        left, outputs, errors = list(lines), [], []
         capsys.readouterr()
 
         def type_next(prompt):
-            outputs.append(capsys.readouterr().out)
+            for kept, new in zip((outputs, errors), capsys.readouterr(), strict=True):
+                kept.append(new)
             if not left:
                 raise EOFError
             line = left.pop(0)
@@ -59,7 +62,7 @@ def talk(checkpoint, engine, monkeypatch, capsys):
 
         monkeypatch.setattr("builtins.input", type_next)
         made.run()
-        made.left = left
+        made.left, made.errors = left, "".join(errors)
         return made, [output.removesuffix("\n") for output in outputs[1:]]
 
     return run
@@ -94,7 +97,8 @@ def test_the_cache_of_earlier_turns_is_used(talk, engine):
 
 def test_commands(talk, engine):
     made, outputs = talk("ab", "/stats", "/reset", "/stats", "/help", "/halp x", "  ", "ab")
-    first, stats, reset, later, help_, unknown, again = outputs
+    first, stats, reset, later, help_, unknown, nothing, again = outputs
+    assert nothing == ""
     assert stats.startswith("1 turns in mind; prompts: ") and "weights in memory: " in stats
     counts = engine.counts
     assert re.search(r"answers: \d+ tokens after their first, \d+\.\d a second", stats)
@@ -106,25 +110,23 @@ def test_commands(talk, engine):
 
 def test_the_oldest_turns_go_where_the_context_is_full(talk, checkpoint, capsys):
     made, outputs = talk(*(f"{word}" for word in ("ab" * 15, "cd" * 15, "ef" * 15, "b")))
-    errors = capsys.readouterr().err
-    assert "(the context is full: the oldest turn was forgotten)" in errors
+    assert "(the context is full: the oldest turn was forgotten)" in made.errors
     turns = made._conversation.turns
     assert [question for question, _ in turns] == ["cd" * 15, "ef" * 15, "b"]
     history = "".join(f"u:{q};a:{a};" for q, a in turns[:-1]) + "u:b;a:"
     assert outputs[-1] == generated(checkpoint, capsys, history)
 
 
-def test_a_message_that_cannot_be_asked_leaves_the_conversation_as_it_was(talk, capsys):
+def test_a_message_that_cannot_be_asked_leaves_the_conversation_as_it_was(talk):
     made, outputs = talk("ab", "a" * 200, "refuse", "\udcff", "ab")
     assert len(made._conversation.turns) == 2
-    errors = capsys.readouterr().err
     for said in (
         r"the message has 205 tokens, .* with 20 more for the answer .* context of 192; shorten",
         "the model's chat template fails: no .*; change --system or the message",
         "the message is not UTF-8",
     ):
-        assert re.search(said, errors)
-    assert errors.count("error: ") == 3
+        assert re.search(said, made.errors)
+    assert made.errors.count("error: ") == 3
 
 
 def test_draws_are_repeated_with_the_seed_and_differ_by_turn(talk):
@@ -135,7 +137,7 @@ def test_draws_are_repeated_with_the_seed_and_differ_by_turn(talk):
     assert talk("ab", sampling=Sampling(2.0), seed=4)[1][0] == once[2]
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(talk, engine, monkeypatch, capsys):
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk, engine, monkeypatch):
     step, count = engine.step, [0]
 
     def stopped():
@@ -146,7 +148,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, engine, monkeypatch, 
 
     monkeypatch.setattr(engine, "step", stopped)
     made, (first, second) = talk("ab", "ab")
-    assert "(stopped)" in capsys.readouterr().err
+    assert "(stopped)" in made.errors
     whole = made._conversation.turns[1][1]
     assert 0 < len(first) < len(second) == len(whole) == TOKENS
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -194,7 +196,7 @@ def test_the_script_in_a_terminal(checkpoint):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # which Ctrl-C is for
     )
     os.close(theirs)
     seen = ""

@@ -208,7 +208,7 @@ def test_what_was_read_is_not_read_again(engine, params):
     assert engine.counts.read - before.read == len(longer) - 39
     assert second.tokens == expected(params, list(longer), max_tokens=10)
     # Nor where others came in between, as far as their caches are as long.
-    run(engine, Request((2, 9), 30), Request(tuple(range(39, 14, -1)), 3))
+    run(engine, Request(tuple(range(39, 14, -1)), 6), Request((2, 9), 3))
     before = dataclasses.replace(engine.counts)
     (third,) = run(engine, Request(longer, 10))
     assert engine.counts.reused - before.reused == 31

@@ -13,13 +13,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("uvicorn")
 import served  # noqa: E402
 import uvicorn  # noqa: E402
+from documented import REPOSITORY, python_blocks  # noqa: E402
 
 from gptvq_jax.serve.engine_thread import EngineThread  # noqa: E402
 from gptvq_jax.serve.http import server as job  # noqa: E402
@@ -28,7 +28,7 @@ from gptvq_jax.serve.http.server import is_loopback, listen, serve  # noqa: E402
 from gptvq_jax.serve.http.service import Service  # noqa: E402
 from gptvq_jax.storage.checkpoint import PackedCheckpoint  # noqa: E402
 
-SCRIPT = Path(__file__).parents[3] / "scripts/serve.py"
+SCRIPT = REPOSITORY / "scripts/serve.py"
 GREEDY = {"model": served.NAME, "temperature": 0}
 
 
@@ -225,6 +225,18 @@ def test_the_openai_client(live, texts):
                     client.completions.create(prompt="a", **options)
                 service.thread.gate.open()
                 assert len(first.result().choices) == 63
+
+
+def test_the_example_of_the_docs(live, capsys):
+    pytest.importorskip("openai")
+    port, _ = live
+    (code,) = python_blocks((REPOSITORY / "docs/serving.md").read_text())
+    assert ":8000/" in code
+    names = {}
+    exec(code.replace(":8000/", f":{port}/"), names)
+    names["client"].close()
+    answer = post(port, "/v1/chat/completions", messages=names["messages"], max_tokens=40)
+    assert capsys.readouterr().out == json.loads(answer[1])["choices"][0]["message"]["content"]
 
 
 @pytest.mark.slow
