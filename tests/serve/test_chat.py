@@ -1,13 +1,11 @@
 """A conversation in the terminal: what is asked, what is forgotten, and Ctrl-C."""
 
-import fcntl
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -186,17 +184,24 @@ def test_a_model_without_a_chat_template(tmp_path):
         chat(str(path), None)
 
 
+IN_TERMINAL = """
+import fcntl, runpy, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal whose Ctrl-C is for this process
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_script_in_a_terminal(checkpoint):
     ours, theirs = pty.openpty()
-    words = [sys.executable, str(SCRIPT), f"--checkpoint={checkpoint}", "--max_tokens=20"]
+    words = [sys.executable, "-c", IN_TERMINAL, str(SCRIPT), f"--checkpoint={checkpoint}"]
     process = subprocess.Popen(
-        [*words, "--dense"],
+        [*words, "--max_tokens=20", "--dense"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # which Ctrl-C is for
     )
     os.close(theirs)
     seen = ""

@@ -1,5 +1,6 @@
 """A real server on a real port: many clients, broken ones, the ends of it."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,9 +29,11 @@ from gptvq_jax.serve.http import server as job  # noqa: E402
 from gptvq_jax.serve.http.app import make_app  # noqa: E402
 from gptvq_jax.serve.http.server import is_loopback, listen, serve  # noqa: E402
 from gptvq_jax.serve.http.service import Service  # noqa: E402
+from gptvq_jax.serve.requests import Request  # noqa: E402
 from gptvq_jax.storage.checkpoint import PackedCheckpoint  # noqa: E402
 
 SCRIPT = REPOSITORY / "scripts/serve.py"
+NOBODY = SimpleNamespace(on_token=lambda *_: False, on_end=lambda _: None)
 GREEDY = {"model": served.NAME, "temperature": 0}
 
 
@@ -154,6 +159,38 @@ def test_random_hang_ups_cost_nobody_else_anything(live, texts):
         assert [each.result() for each in good] == texts[:20]
         for each in broken:
             each.result()
+    assert settled(service)
+
+
+def resident_mib():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_1000_requests_with_every_tenth_killed_leave_nothing_behind(live):
+    port, service = live
+    rng = random.Random(1)
+
+    def ask(index):
+        if index % 10 == 0:
+            hang_up(port, rng, index % 20 == 0)
+        else:
+            assert text_of(post(port, prompt="ab", max_tokens=5, temperature=1))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(300)))
+        assert settled(service)
+        before = resident_mib()
+        list(pool.map(ask, range(1000)))
+    assert settled(service)
+    assert resident_mib() < before + 16
+    with service.thread.gate.closed():  # every slot and every place in the queue is there
+        jobs = service.thread.submit(*[(Request((5,), 1), NOBODY)] * 63)
+        assert service.thread.engine.num_jobs == 63
+        for job_ in jobs:
+            job_.cancel()
     assert settled(service)
 
 
@@ -335,8 +372,9 @@ def test_without_its_libraries(monkeypatch):
 def test_the_script_until_it_is_told_to_stop(checkpoint, number):
     words = [sys.executable, str(SCRIPT), f"--checkpoint={checkpoint}", "--port=0", "--slots=2"]
     words += ["--implementation=reference", "--name=mine"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, **pipes) as process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
         line = process.stdout.readline()
         said = r"model 'mine' at http://127\.0\.0\.1:(\d+)/v1: 2 slots, context 192; Ctrl-C stops"
         port = int(re.match(said, line)[1])
@@ -348,10 +386,10 @@ def test_the_script_until_it_is_told_to_stop(checkpoint, number):
         answer.readline()
         process.send_signal(number)
         rest = answer.read().decode()
+        answer.close()
+        connection.close()
         assert "[DONE]" in rest or "the server stops" in rest
         out, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert "Traceback" not in errors and out == ""
     if number == signal.SIGINT:
         assert process.returncode == 130 and errors.endswith("interrupted\n")
