@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from gptvq_jax.console.progress import Progress
+from gptvq_jax.console.late_note import late_note
 from gptvq_jax.serve.answer import Answer, Piece
 from gptvq_jax.serve.conversation import Conversation
 from gptvq_jax.serve.engine import Engine, check_options
@@ -72,8 +72,8 @@ def chat(
         stop_tokens=stop_tokens(source),
         dtype=dtype,
     )
-    with Progress(engine.num_programs, "compile", "program") as progress:
-        engine.warm_up(progress.advance)
+    with late_note("compiling ..."):
+        engine.warm_up(shortest=True)
     terminal = Chat(served, engine, conversation, max_tokens, sampling or Sampling(), seed)
     print(f"{source.name}: {room} tokens of context; /help lists commands")
     with contextlib.suppress(ImportError):  # arrow keys, where there is such a library
@@ -166,6 +166,7 @@ class Chat:
         texts, ends = [], []
 
         def show(piece: Piece) -> None:
+            shown()
             texts.append(piece.text)
             ends.append(piece.end)
             print(piece.text, end="", flush=True)
@@ -173,11 +174,13 @@ class Chat:
         request = Request(tokens, self._max_tokens, self._sampling, self._seed)
         listener = Answer(self._tokenizer, tokens, (), show)
         start, self._stop, self._answering = time.perf_counter(), False, True
-        (job,) = self._engine.submit((request, listener))
-        while self._engine.num_jobs:
-            if self._stop:
-                job.cancel()
-            self._engine.step()
+        # A conversation that has become long may need programs of its own.
+        with late_note("reading the message, and compiling where that is needed ...") as shown:
+            (job,) = self._engine.submit((request, listener))
+            while self._engine.num_jobs:
+                if self._stop:
+                    job.cancel()
+                self._engine.step()
         self._answering = False
         self._seconds += time.perf_counter() - start
         print()

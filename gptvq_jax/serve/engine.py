@@ -145,14 +145,17 @@ class Engine:
             self._reset()  # the program may have had the caches
             raise
 
-    def warm_up(self, on_program: Callable[[], None] = lambda: None) -> None:
+    def warm_up(
+        self, on_program: Callable[[], None] = lambda: None, shortest: bool = False
+    ) -> None:
         """Compiles every program by running it, before the first request.
 
         Args:
           on_program: called after each of `num_programs`.
+          shortest: only those that the shortest caches need; others are compiled when they grow.
         """
         slots = self._slots
-        for length in self._lengths:
+        for length in self._lengths[: 1 if shortest else None]:
             slots.resize(length)
             x = self._read_chunk(np.zeros((1, self._chunk), np.int32), 0)
             on_program()
@@ -163,21 +166,22 @@ class Engine:
                 slots.caches = programs.insert(slots.caches, 0, slots.alone_caches)
                 slots.alone_caches = programs.extract(slots.caches, 0, self._config)
                 on_program()
-            for other in self._lengths:
+            for other in () if shortest else self._lengths:
                 slots.resize(other)
                 slots.resize(length)
         programs.draw_first(self._config, self.params, x, np.int32(0), Draws.greedy(1))
         on_program()
-        targets = np.zeros(self._chunk, np.int32)
-        jax.block_until_ready(programs.score_chunk(self._config, self.params, x, targets))
-        on_program()
+        if not shortest:
+            targets = np.zeros(self._chunk, np.int32)
+            jax.block_until_ready(programs.score_chunk(self._config, self.params, x, targets))
+            on_program()
         self.counts = Counts()
         self._reset()
 
-    @property
-    def num_programs(self) -> int:
+    def num_programs(self, shortest: bool = False) -> int:
         """Of some size, which `warm_up` compiles."""
-        return len(self._lengths) * (2 if self.num_slots == 1 else 3) + 2
+        of_length = 2 if self.num_slots == 1 else 3
+        return of_length + 1 if shortest else of_length * len(self._lengths) + 2
 
     # --- who enters and who leaves ---
 

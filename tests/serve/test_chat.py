@@ -31,7 +31,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(checkpoint):
-    return served.make_engine(PackedCheckpoint(checkpoint), slots=1)
+    made, done = served.make_engine(PackedCheckpoint(checkpoint), slots=1), []
+    made.warm_up(lambda: done.append(1), shortest=True)
+    assert len(done) == made.num_programs(shortest=True) == 3
+    return made
 
 
 @pytest.fixture

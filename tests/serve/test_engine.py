@@ -65,7 +65,7 @@ def engine(params):
         made = Engine(CONFIG, params, slots=3, context=CONTEXT, chunk=CHUNK, queue=6)
     done = []
     made.warm_up(lambda: done.append(1))
-    assert len(done) == made.num_programs == 3 * 3 + 2
+    assert len(done) == made.num_programs() == 3 * 3 + 2
     step = made.step
 
     def compile_nothing():

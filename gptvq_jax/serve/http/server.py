@@ -5,6 +5,7 @@ import ipaddress
 import socket
 from pathlib import Path
 
+from gptvq_jax.console.compile_time import CompileTime
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.serve.engine import Engine, check_options
 from gptvq_jax.serve.engine_thread import EngineThread
@@ -68,7 +69,11 @@ def serve(
             stop_tokens=stop_tokens(source),
             dtype=dtype,
         )
-        with Progress(engine.num_programs, "compile", "program") as progress:
+        # Compilation is all that is done: its seconds are those of the steps to come.
+        nothing_apart = CompileTime()
+        with Progress(
+            engine.num_programs(), "compile", "program", compiling=nothing_apart
+        ) as progress:
             engine.warm_up(progress.advance)
         _run(listener, served, EngineThread(engine), name or model_name(served), api_key)
 
