@@ -29,6 +29,8 @@ GROUPS = {
         "evaluate",
         "evaluate-tasks",
         "generate",
+        "chat",
+        "serve",
         "export",
         "import",
     ),

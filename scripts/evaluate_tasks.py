@@ -19,8 +19,9 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a packed checkpoint.")
-_MODEL = flags.DEFINE_string("model", None, "A float model instead, named as config.model is.")
+from gptvq_jax.console.model_flags import ModelFlags
+
+_MODEL = ModelFlags()
 _TASKS = flags.DEFINE_list("tasks", None, "Tasks, groups or tags, with * for several; YAML files.")
 _NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples in a prompt; default: a task's.")
 _LIMIT = flags.DEFINE_float("limit", None, "Documents of each task; below 1: a fraction of them.")
@@ -41,13 +42,6 @@ _ADD_BOS_TOKEN = flags.DEFINE_bool(
 _UNSAFE_CODE = flags.DEFINE_bool(
     "confirm_run_unsafe_code", False, "Run tasks that execute what the model writes."
 )
-_IMPLEMENTATION = flags.DEFINE_string(
-    "implementation", None, "Of products with packed weights: auto, cpu, xla, ...; default auto."
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of activations, and of weights not packed."
-)
-_DENSE = flags.DEFINE_bool("dense", False, "Dequantize the checkpoint first, to compare.")
 flags.mark_flag_as_required("tasks")
 
 
@@ -58,8 +52,7 @@ def main(_) -> None:
     if not _CHAT.value:
         cli.refuse(["system"], "without a chat, of which it is part; add --chat")
     evaluate_tasks(
-        _CHECKPOINT.value,
-        _MODEL.value,
+        *_MODEL.model,
         _TASKS.value,
         version=__version__,
         num_fewshot=_NUM_FEWSHOT.value,
@@ -73,9 +66,7 @@ def main(_) -> None:
         max_length=_MAX_LENGTH.value,
         add_bos_token=_ADD_BOS_TOKEN.value,
         unsafe_code=_UNSAFE_CODE.value,
-        implementation=_IMPLEMENTATION.value,
-        dtype=_DTYPE.value,
-        dense=_DENSE.value,
+        **_MODEL.options,
     )
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 # What tests share is importable in every import mode of pytest.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "ops")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in (".", "ops", "serve")]
 
 # Programs are compiled once for all files of a process and the scripts that its tests start. Each
 # worker of pytest-xdist has a directory of its own: JAX writes entries without a lock.

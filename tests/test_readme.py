@@ -143,6 +143,13 @@ EFFECTS = {
     "python scripts/generate.py --checkpoint=DIR --prompt=One --dense": has(
         "DIR", None, ["One"], dense=True, implementation=None
     ),
+    "python scripts/chat.py --checkpoint=DIR": has("DIR", None, job="chat", system=None, seed=0),
+    "python scripts/serve.py --checkpoint=DIR": has(
+        "DIR", None, job="serve", host="127.0.0.1", port=8000, api_key=None, slots=8, queue=64
+    ),
+    "python scripts/serve.py --checkpoint=DIR --host=0.0.0.0 --api_key=KEY --slots=16": has(
+        "DIR", None, job="serve", host="0.0.0.0", api_key="KEY", slots=16, name=None
+    ),
     "python scripts/calibrate.py --config=configs/smollm2_135m_2d.py --output=A": lambda call: (
         has(job="calibrate")(call),
         has("A", [])(SimpleNamespace(args=call.args[1:])),
@@ -203,6 +210,7 @@ OTHERS = {
     "pip install -r requirements-test.txt",
     "pip install --no-deps -r requirements-demo.txt",
     "pip install -r requirements-tasks.txt",
+    "pip install -r requirements-serve.txt",
     "python -m pytest",
 }
 HELP = "python scripts/quantize.py --help"
@@ -243,6 +251,8 @@ def call(monkeypatch, tmp_path):
             job("run.evaluate_job", "compare")
             job("serve.generate_text", "generate_text")
             job("serve.evaluate_tasks", "evaluate_tasks")
+            job("serve.chat", "chat")
+            job("serve.http.server", "serve")
             monkeypatch.setattr("gptvq_jax.storage.checkpoint.PackedCheckpoint", opened)
             monkeypatch.setattr("gptvq_jax.models.hf_directory.HFDirectory.open", opened)
             monkeypatch.setattr("gptvq_jax.exchange.aqlm_source.AQLMSource", lambda source: source)

@@ -6,6 +6,8 @@ from documented import REPOSITORY, parsed
 SWEEP = "python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.py"
 LAYERS = "python scripts/benchmark_layers.py"
 TASKS = "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=a"
+CHAT = "python scripts/chat.py --checkpoint=DIR"
+SERVE = "python scripts/serve.py --checkpoint=DIR"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
 
@@ -20,6 +22,12 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{GENERATE} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{GENERATE} --dense --implementation=xla", "--implementation is of packed weights"),
         (f"{GENERATE} --model=M", "either --checkpoint=DIR or --model=NAME"),
+        (f"{CHAT} --top_k=3", "--top_k has no effect at temperature 0, .* set --temperature=1"),
+        (f"{CHAT} --seed=-1", "seed=-1 must be from 0 to"),
+        (f"{CHAT} --temperature=-1", "temperature=-1.0 must be 0"),
+        (f"{CHAT} --dense --implementation=xla", "--implementation is of packed weights"),
+        (f"{SERVE} --model=M", "is not installed|either --checkpoint=DIR or --model=NAME"),
+        (f"{SERVE} --host=0.0.0.0", "is not installed|--host=0.0.0.0 lets other machines in"),
         (f"{TASKS} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{TASKS} --num_fewshot=-1", "lm-eval is not installed|num_fewshot=-1 must be 0"),
         ("python scripts/calibrate.py --output=A", "either --config=FILE, .* or --add=FILE twice"),
@@ -151,6 +159,7 @@ RUN = f"{QUANTIZE} --config=configs/smollm2_135m_2d.py"
         (f"{RUN} --config.tune.block=2", "--config.tune.block must be True or False, not '2'"),
         (f"{GENERATE} --max_tokens=two", "--max_tokens must be a whole number, not 'two'"),
         (f"{GENERATE} '--top_p=a: b'", "--top_p must be a number, not 'a: b'"),
+        (f"{SERVE} --port=http", "--port must be a whole number, not 'http'"),
         (f"{GENERATE} --chat=maybe", "--chat must be True or False, not 'maybe'"),
         (
             f"{GENERATE} --dtype=int4",

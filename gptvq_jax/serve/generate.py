@@ -17,10 +17,8 @@ from jax import lax
 
 from gptvq_jax.core.seeds import random_key
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.kv_cache import LayerCache
-from gptvq_jax.models.llama import block_step, embed, head_logits
+from gptvq_jax.serve.forward import Caches, empty_caches, next_logits, run_blocks
 from gptvq_jax.serve.lengths import padded_length
-from gptvq_jax.serve.params import outer_params
 from gptvq_jax.serve.sampling import Sampling, sample
 
 STEPS_PER_CALL = 8  # tokens between two looks of the host
@@ -43,7 +41,7 @@ class Plan:
 class State:
     """Where every sequence stands between two steps."""
 
-    caches: tuple[LayerCache, ...]  # one per layer
+    caches: Caches
     tokens: jax.Array  # (batch,) int32: the newest of each, which no layer has seen yet
     positions: jax.Array  # (batch,) int32: of these tokens
     ended: jax.Array  # (batch,) bool
@@ -146,13 +144,25 @@ def generate(
     return Generation(tokens, compile_seconds, prefill_seconds, decode_seconds, decoded)
 
 
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Raises ValueError if the model cannot continue these prompts by `max_tokens` tokens."""
+def check_prompts(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    context: int | None = None,
+) -> None:
+    """Raises ValueError if the model cannot continue these prompts by `max_tokens` tokens.
+
+    Args:
+      config: of the model.
+      prompts: token ids.
+      max_tokens: for each.
+      context: positions that there are; None: those of the model.
+    """
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
     if max_tokens < 1:
         raise ValueError(f"{max_tokens=} must be at least 1")
-    limit = config.max_position_embeddings
+    limit = context or config.max_position_embeddings
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty; give it at least one token")
@@ -181,9 +191,8 @@ def prefill(
       lengths: (batch,) int32, of the prompts without padding.
       key: of all draws.
     """
-    empty = LayerCache.zeros(plan.config, len(prompts), plan.max_len, plan.dtype)
-    caches = (empty,) * plan.config.num_hidden_layers
-    x, caches = _blocks(plan, params, prompts, caches, None, lengths[0] > 0)
+    caches = empty_caches(plan.config, len(prompts), plan.max_len, plan.dtype)
+    x, caches = run_blocks(plan.config, params, prompts, caches, None, lengths[0] > 0)
     x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
     return _next(plan, params, x, caches, lengths, jnp.zeros(len(x), bool), key)
 
@@ -216,34 +225,16 @@ def decode(plan: Plan, params: Any, state: State, num_steps: jax.Array) -> tuple
 def _step(plan: Plan, params: Any, state: State) -> State:
     """Feeds the newest token of every sequence to the model and draws the next."""
     tokens, positions = state.tokens[:, None], state.positions[:, None]
-    x, caches = _blocks(plan, params, tokens, state.caches, positions, positions[0, 0] > 0)
+    true = positions[0, 0] > 0
+    x, caches = run_blocks(plan.config, params, tokens, state.caches, positions, true)
     # A sequence that has ended repeats its last step, in the same slot.
     after = state.positions + ~state.ended
     return _next(plan, params, x, caches, after, state.ended, state.key)
 
 
-def _blocks(plan, params, tokens, caches, positions, true):
-    """Runs tokens (batch, time) through all blocks.
-
-    Each is a branch of a condition that always holds, which the compiler does not know. Without it
-    XLA decodes the packed weights of all blocks first, or even once before the loop over steps.
-    """
-    x = embed(plan.config, params, tokens).astype(plan.dtype)
-    updated = []
-    for index, cache in enumerate(caches):
-        block = partial(block_step, plan.config.of_block(index), positions=positions)
-        x, cache = lax.cond(
-            true, block, lambda _, x, cache: (x, cache), params[f"layers_{index}"], x, cache
-        )
-        updated.append(cache)
-    return x, tuple(updated)
-
-
 def _next(plan, params, x, caches, positions, ended, key) -> State:
     """The state after drawing from the outputs x (batch, 1, hidden) of the last block."""
-    # Behind the barrier, or the head is decoded before the loop.
-    x, outer = lax.optimization_barrier((x, outer_params(params)))
-    logits = head_logits(plan.config, outer, x)[:, 0]
+    logits = next_logits(plan.config, params, x)[:, 0]
     key, now = jax.random.split(key)
     tokens = sample(logits, now, plan.sampling)
     if plan.stop_tokens:

@@ -54,7 +54,12 @@ def encode_prompts(
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[dict[str, str]], answer_next: bool, goes_on: bool = False
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    answer_next: bool,
+    goes_on: bool = False,
+    *,
+    fix: str = "change --system, or leave out --chat",
 ) -> str:
     """The text that the tokenizer's chat template makes of messages.
 
@@ -63,6 +68,7 @@ def render_chat(
       messages: {"role": ..., "content": ...}, in turn.
       answer_next: end where the assistant's answer begins.
       goes_on: end where the last message does, without what closes it.
+      fix: what to do where the template fails, for the message.
 
     Raises:
       ValueError: the template refuses them, is faulty, or takes too long (which only the main
@@ -78,11 +84,10 @@ def render_chat(
             )
     except Exception as error:  # a template is a program
         raise ValueError(
-            f"the model's chat template fails: {first_line(error)} ({type(error).__name__}); "
-            "change --system, or leave out --chat"
+            f"the model's chat template fails: {first_line(error)} ({type(error).__name__}); {fix}"
         ) from None
     if not isinstance(text, str):
-        raise ValueError("the model's chat template makes no text; leave out --chat")
+        raise ValueError(f"the model's chat template makes no text; {fix}")
     return text
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptvq_jax.core.seeds import random_key
-from gptvq_jax.serve.sampling import Sampling, in_top_p, sample
+from gptvq_jax.serve.sampling import Sampling, in_top_p, sample, sample_each
 
 
 def random_logits(seed, batch=3, vocab=50, spread=3.0):
@@ -123,3 +123,40 @@ def test_a_seed_that_would_be_taken_for_another_is_refused(seed):
 def test_the_largest_seed_is_one_of_its_own():
     keys = {str(jax.random.key_data(random_key(seed))) for seed in (0, 1, 2**31, 2**32 - 1)}
     assert len(keys) == 4
+
+
+EACH = [
+    Sampling(),
+    Sampling(0.7),
+    Sampling(3.0, 0, 0.6),
+    Sampling(1e-30, 0, 1.0),
+    Sampling(1.0, 0, 1e-6),
+]
+
+
+def settings_of(rows):
+    fields = ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32)
+    return [np.array([getattr(row, name) for row in rows], kind) for name, kind in fields]
+
+
+def test_each_sequence_draws_what_it_draws_alone():
+    logits, keys = random_logits(3, len(EACH)), jax.random.split(jax.random.key(5), len(EACH))
+    each = jax.jit(sample_each)
+    for _ in range(20):
+        keys = jax.vmap(lambda key: jax.random.split(key)[0])(keys)
+        found = each(logits, keys, *settings_of(EACH))
+        assert found.dtype == jnp.int32
+        alone = [sample(logits[i : i + 1], keys[i], s)[0] for i, s in enumerate(EACH)]
+        np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 50, 1000])
+def test_each_sequence_draws_from_its_own_likeliest(top_k):
+    logits = random_logits(2, spread=0.1)
+    rows = [Sampling(1.0, top_k), Sampling(1.0), Sampling(1.0, top_k, 0.5)]
+    each = jax.jit(jax.vmap(lambda keys: sample_each(logits, keys, *settings_of(rows))))
+    tokens = np.asarray(each(jax.random.split(jax.random.key(0), (1000, 3))))
+    likeliest = np.argsort(np.asarray(logits))[:, -top_k:]
+    assert set(tokens[:, 0]) == set(likeliest[0]) and len(set(tokens[:, 1])) == 50
+    assert set(tokens[:, 2]) <= set(likeliest[2])
+    assert len(set(tokens[:, 2])) <= max(1, len(likeliest[2]) // 2 + 1)
