@@ -5,7 +5,8 @@
 where p_t is the softmax of the router's outputs for token t; its k values may be divided by their
 sum. A token with one of its k experts is a slot. The slots of an expert are multiplied together, in
 blocks of a few rows, and no expert by tokens that are not its own. So the work is that of k experts
-a token, and what fills up the last block of an expert: at most half of that again.
+a token, and what fills up the last block of an expert: at most half of that again. Blocks run one
+after another, each as a branch of its expert, whose weights may be packed in any way.
 """
 
 import functools

@@ -96,6 +96,16 @@ def test_a_layer_has_its_error_on_held_out_windows_beside_that_on_fitted_ones():
     assert new.index("0.06250") + 7 == head.index("held out") + 8
 
 
+def test_an_expert_with_few_tokens_has_their_number_behind_its_line():
+    row = {"block": 3, "layer": "mlp/experts_12/up_proj", "relative_error": 0.05, "sqnr_db": 13.01}
+    row |= {"num_codebooks": 1, "index_bits": 4, "dim": 2, "seconds": 1.0, "bits_per_value": 2.0}
+    few = row | {"expert_tokens": 7, "shared_hessian": 0.875}
+    plain = row | {"layer": "mlp/up_proj"}
+    head, *lines = report.layer_table([few, plain]).splitlines()
+    assert lines[0].endswith("  7 tokens, 88% shared") and lines[1].endswith("1.00")
+    assert all(line.index("0.05000") + 7 == head.index("rel. error") + 10 for line in lines)
+
+
 @pytest.mark.parametrize("values", [(0.5, INF, NAN), (INF, 0.5), (0.0, NAN)])
 def test_ablations_with_runs_that_diverged(values, tmp_path):
     rows = [

@@ -25,7 +25,7 @@ def routed(slots, count, seed=0):
 @pytest.mark.parametrize("slots, count", [(1, 4), (3, 3), (40, 5), (257, 4), (2000, 3)])
 def test_a_block_of_rows_has_slots_of_one_expert_and_every_slot_is_in_one(slots, count):
     experts = routed(slots, count)
-    groups = moe.group(experts, count)
+    groups = jax.jit(moe.group, static_argnums=1)(experts, count)
     rows = moe.block_rows(slots, count)
     assert len(groups.slots) == rows * len(groups.experts)
     assert len(groups.slots) <= 1.5 * slots  # the work is that of k experts a token, or half more
@@ -122,9 +122,9 @@ def test_a_block_reads_what_its_stages_say(tmp_path):
     source = open_source(str(write_model(tmp_path, "qwen3_moe")))
     config, block = source.config.of_block(0), source.block(0)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 48)), jnp.float32)
-    at, inner = x, None
+    at, inner, run = x, None, jax.jit(run_stage, static_argnums=(0, 2))
     for stage in range(4):
-        at, inner, read = run_stage(config, block, stage, at, inner)
+        at, inner, read = run(config, block, stage, at, inner)
         if stage == 2:
             first = read
     np.testing.assert_array_equal(first.routes.experts, read.routes.experts)

@@ -302,6 +302,9 @@ def test_blocks_with_and_without_experts_have_their_own_layers(tmp_path):
     for ask in (lambda: config.layers, lambda: block_shapes(config)):
         with pytest.raises(ValueError, match="pass config.of_block"):
             ask()
+    hf = hf_config("qwen3_moe")  # as transformers 5 writes it
+    hf["num_local_experts"] = hf.pop("num_experts")
+    assert ModelConfig.from_hf(hf) == config
     steps = ModelConfig.from_hf(
         hf_config("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=None, num_hidden_layers=4)
     )

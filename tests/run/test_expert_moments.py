@@ -54,7 +54,8 @@ def float64(block):
 def after_attention(config, block, x):
     """Normed x (..., hidden) as router and experts read it."""
     middle, _ = block_halves(config, block, jnp.asarray(x))
-    return np.asarray(run_stage(config, block, 2, middle, None)[2].inputs, np.float64)
+    run = jax.jit(run_stage, static_argnums=(0, 2))
+    return np.asarray(run(config, block, 2, middle, None)[2].inputs, np.float64)
 
 
 def by_token(y, block):

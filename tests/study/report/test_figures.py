@@ -223,6 +223,25 @@ def test_one_run_by_depth():
     assert layer_figures.unused_line(plain) == "Every centroid is used."
 
 
+def test_experts_of_a_block_share_a_line():
+    rows = [
+        layer_row(block, f"mlp/experts_{e}/up_proj", 0.1 * (e + 1), expert_tokens=e)
+        for block in range(2)
+        for e in range(3)
+    ]
+    for row in rows[:2]:
+        row["shared_hessian"] = 0.5
+    run = Cell("a", Path("a"), "done", layers=rows)
+    (error,) = layer_figures.of_one(run, "")
+    mean = pytest.approx(0.2)
+    assert drawn(error) == {"mlp/experts/up_proj": [[0, mean], [1, mean]]}
+    by_layer, _ = layer_figures.side_by_side([run], [])
+    assert drawn(by_layer)["a"] == [[0, pytest.approx(0.006 ** (1 / 3))]]
+    line = layer_figures.experts_line(run)
+    assert line.startswith("2 of 6 layers of experts got too few") and "1 of them none" in line
+    assert layer_figures.experts_line(Cell("a", Path("a"), "done", layers=rows[2:])) is None
+
+
 def test_held_out_errors_have_a_figure_and_a_column():
     rows = [layer_row(b, n, 0.01, held_out_error=0.04 * (b + 1)) for b in (0, 1) for n in LAYERS]
     error, held_out = layer_figures.of_one(cell("one", rows), "")
