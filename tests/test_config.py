@@ -190,7 +190,10 @@ def test_every_config_file_builds():
         if file.stem.endswith("_aqlm"):
             assert settings.method == "aqlm" and settings.tune.block
         elif file.stem.endswith("_trellis"):
-            assert settings.method == "trellis" and settings.allocation.bits_per_value == 2.125
+            assert settings.method == "trellis" and settings.allocation.bits_per_value in (
+                2.125,
+                3.085,
+            )
         elif file.stem.endswith("_mixed"):
             assert [rule.pattern for rule in settings.recipe][1:] == ["embed_tokens"]
         else:
