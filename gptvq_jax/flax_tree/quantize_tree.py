@@ -15,7 +15,7 @@ from gptvq_jax.flax_tree.calibrate import Calibration, Moments
 from gptvq_jax.flax_tree.kernel import PackedKernel, is_packed
 from gptvq_jax.flax_tree.layers import Found, Layer
 from gptvq_jax.flax_tree.models import as_function, variables_of
-from gptvq_jax.flax_tree.rules import Rule, assign, parse_rules
+from gptvq_jax.flax_tree.rules import Rule, assign, first_rule, parse_rules
 from gptvq_jax.methods.layer import Objective, Problem, quantize_layers, relative_error
 from gptvq_jax.methods.pool import num_workers, parallel
 
@@ -116,8 +116,10 @@ def _taken(rules: Sequence[Rule], found: Found) -> dict[str, Rule]:
                 f"function that does, or put a rule for it, ({name!r}, 'dense'), first"
             )
     for name, why in found.passed_over.items():
-        if any(rule.fits(name) for rule in rules):
-            logging.info("%s stays dense: %s", name, why)
+        rule = first_rule(rules, name)
+        if rule is not None and rule.method is not None:
+            say = logging.warning if name in found.multiplied else logging.info
+            say("%s stays dense: %s", name, why)
     return {name: rule for name, rule in taken.items() if rule.method is not None}
 
 

@@ -241,6 +241,28 @@ def test_what_else_reads_a_packed_kernel_gets_it_dense(quantized):
     np.testing.assert_allclose(packed(mixed, "reference")(tree), expected, rtol=1e-5)
 
 
+class Tied(nn.Module):
+    """An embedding that is the head as well."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embedding = nn.Embed(WIDTH, WIDTH, name="embedding")
+        return embedding.attend(nn.Dense(WIDTH, name="inner")(embedding(tokens)))
+
+
+def test_a_weight_of_a_product_that_stays_dense_is_said(caplog):
+    model, tokens = Tied(), np.arange(8).reshape(2, 4)
+    params = model.init(jax.random.key(0), tokens)
+    tree = gptvq_jax.quantize(model, [tokens], [(".*", GPTQ)], params=params)
+    assert set(kernels(tree)) == {"inner"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["embedding/embedding stays dense: gather reads it, not a product alone"]
+    caplog.clear()
+    rules = [("embedding/.*", "dense"), (".*", GPTQ)]
+    gptvq_jax.quantize(model, [tokens], rules, params=params)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_generators_are_gone_through_once():
     model, variables = net()
     one = gptvq_jax.quantize(model, iter(images()), [("mix", GPTQ)], params=variables)
