@@ -90,7 +90,7 @@ def quantize_tree(
     steps = sum(layer.layout.count for layer in layers.values())
     steps += turns * (work.count or 0)
     with Progress(steps, "quantizing", "step") as progress:
-        on_batch = progress.advance if work.count else lambda: None
+        on_batch = progress.advance if work.count else partial(progress.note, "batches")
         job = partial(_quantize, taken=taken, damping=damping, seed=seed, progress=progress)
         if inputs == "float":
             sums = work.moments(tree, layers, first, batches, None, on_batch)
