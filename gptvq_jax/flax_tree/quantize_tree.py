@@ -140,15 +140,19 @@ def _quantize(
     jobs = [(layer, i) for layer in layers.values() for i in range(layer.layout.count)]
 
     def problem(job: tuple[Layer, int]) -> Problem:
-        (name, place, layout, _), index = job
-        matrix = layout.matrices(jnp.asarray(dense_leaves[place], jnp.float32))[index]
-        name = name if layout.count == 1 else f"{name}[{index}]"
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), index)
-        objective = _objective(sums[layers_of[place]][index], damping, name)
-        rule = taken[layers_of[place]]
-        return Problem(rule.method.quantize, rule.settings, matrix, [objective], key, name=name)
+        layer, index = job
+        kernel = jnp.asarray(dense_leaves[layer.place], jnp.float32)
+        name = layer.name if layer.layout.count == 1 else f"{layer.name}[{index}]"
+        rule, place = taken[layer.name], jax.random.fold_in(jax.random.key(seed), layer.place)
+        return Problem(
+            rule.method.quantize,
+            rule.settings,
+            layer.layout.matrices(kernel)[index],
+            [_objective(sums[layer.name][index], damping, name)],
+            jax.random.fold_in(place, index),
+            name=name,
+        )
 
-    layers_of = {layer.place: name for name, layer in layers.items()}
     tensors = {name: [] for name in layers}
     for start in range(0, len(jobs), num_workers()):  # as many Hessians are factorized at once
         chunk = jobs[start : start + num_workers()]
@@ -170,7 +174,7 @@ def _quantize(
 
 def _objective(moment: Moment, damping: float, name: str) -> Objective:
     hessian = mean(moment)
-    if not float(jnp.max(jnp.diagonal(hessian))) != 0:
+    if float(jnp.max(jnp.diagonal(hessian))) == 0:
         raise ValueError(
             f"{name} sees no input but zeros on the calibration batches; pass others, or put a "
             "rule that leaves it 'dense' first"
@@ -179,6 +183,8 @@ def _objective(moment: Moment, damping: float, name: str) -> Objective:
 
 
 def _say(problem: Problem, tensor: QuantizedTensor) -> None:
+    if logging.get_verbosity() < logging.INFO:
+        return  # nobody listens: the error costs a product
     error = relative_error(problem.weight, dequantize_compiled(tensor), problem.objectives)
     logging.info(
         "%s: %.3f bits per value, relative error of outputs %.4g",

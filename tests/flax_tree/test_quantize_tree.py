@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from flax import nnx
 from flax_models import LAYERS, WIDTH, Mixer, Net, images, net
 
@@ -230,18 +231,26 @@ def test_a_function_of_arrays_is_a_model_too(rule):
     assert error.max() < 0.03 * np.abs(expected).max()
 
 
-def test_a_rule_may_be_a_word():
-    function = lambda params, x: x @ params["a"] + x @ params["b"]  # noqa: E731
+def test_a_rule_may_be_a_word(caplog):
+    function = lambda params, x: x @ params["a"] + x @ params["b"] + x @ params["c"]  # noqa: E731
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in "abc"}
     x = rng.normal(size=(20, WIDTH)).astype(np.float32)
     rules = [("a", "int8"), ("b", "rtn"), ("c", "dense")]
-    tree = gptvq_jax.quantize(function, [x], rules, params=params)
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity(logging.INFO)
+        tree = gptvq_jax.quantize(function, [x], rules, params=params)
+    finally:
+        logging.set_verbosity(before)
     (of_a,), (of_b,) = tree["a"].tensors, tree["b"].tensors
     assert (of_a.index_bits, of_b.index_bits) == (8, 3) and tree["c"] is params["c"]
     error = np.abs(of_a.dequantize() - params["a"].T).max(axis=1)
     assert (error <= np.abs(params["a"]).max(axis=0) / 255 * 1.01).all()
     check_int8_rows(jax.tree.map(np.asarray, of_a))
+    said = [record.getMessage().split(",")[0] for record in caplog.records]
+    expected = [f"{n}: {tree[n].bits_per_value:.3f} bits per value" for n in "ab"]
+    assert said[-2:] == expected
 
 
 def test_what_else_reads_a_packed_kernel_gets_it_dense(quantized):
