@@ -231,6 +231,18 @@ def test_a_function_of_arrays_is_a_model_too(rule):
     assert error.max() < 0.03 * np.abs(expected).max()
 
 
+@pytest.mark.slow
+def test_a_kernel_that_vectors_and_groups_do_not_divide():
+    rng = np.random.default_rng(0)
+    params = {"odd": jnp.asarray(rng.normal(size=(7, 1, 5)), jnp.float32)}
+    function = lambda params, x: jnp.einsum("bi,ijk->bjk", x, params["odd"])  # noqa: E731
+    x = rng.normal(size=(30, 7)).astype(np.float32)
+    rule = {"dim": 4, "bits": 1.0, "group_size": 16}
+    tree = gptvq_jax.quantize(function, [x], [("odd", rule)], params=params)
+    assert tree["odd"].layout.matrix == (5, 7)
+    assert_runs_packed(function, tree, [x])
+
+
 def test_a_rule_may_be_a_word(caplog):
     function = lambda params, x: x @ params["a"] + x @ params["b"] + x @ params["c"]  # noqa: E731
     rng = np.random.default_rng(0)
