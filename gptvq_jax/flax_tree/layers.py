@@ -12,6 +12,8 @@ from gptvq_jax.flax_tree.kernel import Layout
 from gptvq_jax.flax_tree.models import layer_name, named_leaves
 from gptvq_jax.flax_tree.products import Product, Weight
 
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
 
 class Layer(NamedTuple):
     """A kernel that products read, all in one way."""
@@ -27,6 +29,7 @@ class Found(NamedTuple):
 
     layers: dict[str, Layer]  # in the order in which the program reads them
     passed_over: dict[str, str]  # {name: why it is no layer}
+    multiplied: set[str]  # those of them that products read, too
     unread: list[str]
 
 
@@ -51,7 +54,7 @@ def find_layers(function: Callable[..., Any], tree: Any, inputs: tuple[Any, ...]
         if name not in finder.why_not
     }
     unread = [name for name in places if name not in {*layers, *finder.why_not}]
-    return Found(layers, finder.why_not, unread)
+    return Found(layers, finder.why_not, finder.multiplied & finder.why_not.keys(), unread)
 
 
 def candidates(tree: Any) -> dict[int, Weight]:
@@ -73,6 +76,7 @@ class _Finder(Reader):
         self.layouts: dict[str, Layout] = {}
         self.groups: dict[str, int] = {}
         self.why_not: dict[str, str] = {}
+        self.multiplied: set[str] = set()
         self._read: list[jax.Array] = []  # kept, so that `is` tells them apart
 
     def kernel(self, name):
@@ -80,6 +84,7 @@ class _Finder(Reader):
 
     def product(self, product, dense):
         name, layout = product.weight.name, product.layout
+        self.multiplied.add(name)
         if self.layouts.setdefault(name, layout) != layout:
             self.why_not[name] = "its products contract different axes"
         self.groups.setdefault(name, self._group(product))
@@ -87,6 +92,8 @@ class _Finder(Reader):
 
     def other(self, weight, what):
         self.why_not.setdefault(weight.name, f"{what} reads it, not a product alone")
+        if what in _PRODUCTS:
+            self.multiplied.add(weight.name)
 
     def _group(self, product: Product) -> int:
         for number, x in enumerate(self._read):

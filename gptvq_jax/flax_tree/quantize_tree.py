@@ -15,7 +15,7 @@ from gptvq_jax.flax_tree.calibrate import Calibration, Moments
 from gptvq_jax.flax_tree.kernel import PackedKernel, is_packed
 from gptvq_jax.flax_tree.layers import Found, Layer
 from gptvq_jax.flax_tree.models import as_function, variables_of
-from gptvq_jax.flax_tree.rules import Rule, assign, parse_rules
+from gptvq_jax.flax_tree.rules import Rule, assign, first_rule, parse_rules
 from gptvq_jax.methods.layer import Objective, Problem, quantize_layers, relative_error
 from gptvq_jax.methods.pool import num_workers, parallel
 
@@ -90,7 +90,7 @@ def quantize_tree(
     steps = sum(layer.layout.count for layer in layers.values())
     steps += turns * (work.count or 0)
     with Progress(steps, "quantizing", "step") as progress:
-        on_batch = progress.advance if work.count else lambda: None
+        on_batch = progress.advance if work.count else partial(progress.note, "batches")
         job = partial(_quantize, taken=taken, damping=damping, seed=seed, progress=progress)
         if inputs == "float":
             sums = work.moments(tree, layers, first, batches, None, on_batch)
@@ -116,8 +116,10 @@ def _taken(rules: Sequence[Rule], found: Found) -> dict[str, Rule]:
                 f"function that does, or put a rule for it, ({name!r}, 'dense'), first"
             )
     for name, why in found.passed_over.items():
-        if any(rule.fits(name) for rule in rules):
-            logging.info("%s stays dense: %s", name, why)
+        rule = first_rule(rules, name)
+        if rule is not None and rule.method is not None:
+            say = logging.warning if name in found.multiplied else logging.info
+            say("%s stays dense: %s", name, why)
     return {name: rule for name, rule in taken.items() if rule.method is not None}
 
 
@@ -138,15 +140,19 @@ def _quantize(
     jobs = [(layer, i) for layer in layers.values() for i in range(layer.layout.count)]
 
     def problem(job: tuple[Layer, int]) -> Problem:
-        (name, place, layout, _), index = job
-        matrix = layout.matrices(jnp.asarray(dense_leaves[place], jnp.float32))[index]
-        name = name if layout.count == 1 else f"{name}[{index}]"
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), index)
-        objective = _objective(sums[layers_of[place]][index], damping, name)
-        rule = taken[layers_of[place]]
-        return Problem(rule.method.quantize, rule.settings, matrix, [objective], key, name=name)
+        layer, index = job
+        kernel = jnp.asarray(dense_leaves[layer.place], jnp.float32)
+        name = layer.name if layer.layout.count == 1 else f"{layer.name}[{index}]"
+        rule, place = taken[layer.name], jax.random.fold_in(jax.random.key(seed), layer.place)
+        return Problem(
+            rule.method.quantize,
+            rule.settings,
+            layer.layout.matrices(kernel)[index],
+            [_objective(sums[layer.name][index], damping, name)],
+            jax.random.fold_in(place, index),
+            name=name,
+        )
 
-    layers_of = {layer.place: name for name, layer in layers.items()}
     tensors = {name: [] for name in layers}
     for start in range(0, len(jobs), num_workers()):  # as many Hessians are factorized at once
         chunk = jobs[start : start + num_workers()]
@@ -168,7 +174,7 @@ def _quantize(
 
 def _objective(moment: Moment, damping: float, name: str) -> Objective:
     hessian = mean(moment)
-    if not float(jnp.max(jnp.diagonal(hessian))) != 0:
+    if float(jnp.max(jnp.diagonal(hessian))) == 0:
         raise ValueError(
             f"{name} sees no input but zeros on the calibration batches; pass others, or put a "
             "rule that leaves it 'dense' first"
@@ -177,6 +183,8 @@ def _objective(moment: Moment, damping: float, name: str) -> Objective:
 
 
 def _say(problem: Problem, tensor: QuantizedTensor) -> None:
+    if logging.get_verbosity() < logging.INFO:
+        return  # nobody listens: the error costs a product
     error = relative_error(problem.weight, dequantize_compiled(tensor), problem.objectives)
     logging.info(
         "%s: %.3f bits per value, relative error of outputs %.4g",

@@ -47,15 +47,16 @@ def assign(
     Args:
       rules: in their order.
       layers: names.
-      passed_over: {name of a parameter that is no layer: why}.
+      passed_over: {name of a parameter that is no layer: why}; a rule may say that it stays dense.
 
     Raises:
       ValueError: a rule has no layer.
     """
     layers = list(layers)
-    taken = {name: next((r for r in rules if r.fits(name)), None) for name in layers}
+    taken = {name: first_rule(rules, name) for name in layers}
+    kept = {rule for name in passed_over if (rule := first_rule(rules, name)) and not rule.method}
     for number, rule in enumerate(rules):
-        if any(of_layer is rule for of_layer in taken.values()):
+        if rule in kept or any(of_layer is rule for of_layer in taken.values()):
             continue
         what = f"rules[{number}], {rule.pattern!r}, is not used:"
         if earlier := [name for name in layers if rule.fits(name)]:
@@ -69,6 +70,11 @@ def assign(
             )
         raise ValueError(f"{what} the whole name of no layer fits it; layers are {_some(layers)}")
     return {name: rule for name, rule in taken.items() if rule is not None}
+
+
+def first_rule(rules: Sequence[Rule], name: str) -> Rule | None:
+    """The one that counts for a name."""
+    return next((rule for rule in rules if rule.fits(name)), None)
 
 
 def _parse(number: int, rule: Any) -> Rule:

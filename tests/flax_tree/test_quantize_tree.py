@@ -1,10 +1,13 @@
 """Flax models quantized by rules: what is calibrated, what comes out, and that it runs packed."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from flax import nnx
 from flax_models import LAYERS, WIDTH, Mixer, Net, images, net
 
@@ -19,8 +22,8 @@ from gptvq_jax.flax_tree.kernel import is_packed
 from gptvq_jax.flax_tree.models import as_function, layer_name, named_leaves
 
 pytestmark = pytest.mark.usefixtures("short_programs")
-GPTQ = {"method": "gptq", "bits": 3, "group_size": 0}
-VQ = {"dim": 2, "bits": 1.5, "em_iterations": 2, "polish_rounds": 0}
+GPTQ = {"method": "gptq"}
+VQ = {"dim": 2, "bits": 1.5, "seed": "random", "codebook_update": "none", "polish_rounds": 0}
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +66,24 @@ def test_rules_say_what_becomes_of_which_layer(quantized):
 def test_a_model_runs_from_packed_kernels(quantized):
     model, variables, tree = quantized
     assert_runs_packed(model, tree, images(1))
-    dense = jax.jit(model.apply)(dequantize(tree), images()[0])
-    prepared = jax.jit(packed(model))(ready(tree, "xla"), images()[0])
-    np.testing.assert_allclose(prepared, dense, atol=1e-5 * np.abs(dense).max())
-    assert not np.allclose(dense, model.apply(variables, images()[0]), atol=1e-3)
+    (kernel,) = (leaf for leaf in kernels(tree).values() if leaf.shape == (2, 2, 2, WIDTH))
+    assert kernel.layout.in_axes == (0, 1, 2) and kernel.layout.matrix == (WIDTH, WIDTH)
+
+
+def test_a_tree_made_ready_gives_the_same(quantized):
+    _, _, tree = quantized
+    mix = {"mix": tree["params"]["mix"]["kernel"]}
+    function = lambda tree, x: x @ tree["mix"]  # noqa: E731
+    x = np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32)
+    found = packed(function)(ready(mix, "xla"), x)
+    np.testing.assert_array_equal(found, packed(function, "xla")(mix, x))
+    np.testing.assert_allclose(found, x @ dequantize(mix)["mix"], atol=1e-5)
 
 
 def test_a_packed_model_takes_what_apply_takes(quantized):
     model, _, tree = quantized
-    run = packed(model, "reference")
-    _, collected = run(tree, images()[0], mutable=["intermediates"], capture_intermediates=True)
+    run = partial(packed(model, "reference"), mutable=["intermediates"], capture_intermediates=True)
+    _, collected = jax.eval_shape(run, tree, images()[0])
     shared = collected["intermediates"]["block"]["shared"]["__call__"]
     assert [x.shape for x in shared] == [(6, 4, WIDTH)] * 2
 
@@ -220,18 +231,38 @@ def test_a_function_of_arrays_is_a_model_too(rule):
     assert error.max() < 0.03 * np.abs(expected).max()
 
 
-def test_a_rule_may_be_a_word():
-    function = lambda params, x: x @ params["a"] + x @ params["b"]  # noqa: E731
+@pytest.mark.slow
+def test_a_kernel_that_vectors_and_groups_do_not_divide():
+    rng = np.random.default_rng(0)
+    params = {"odd": jnp.asarray(rng.normal(size=(7, 1, 5)), jnp.float32)}
+    function = lambda params, x: jnp.einsum("bi,ijk->bjk", x, params["odd"])  # noqa: E731
+    x = rng.normal(size=(30, 7)).astype(np.float32)
+    rule = {"dim": 4, "bits": 1.0, "group_size": 16}
+    tree = gptvq_jax.quantize(function, [x], [("odd", rule)], params=params)
+    assert tree["odd"].layout.matrix == (5, 7)
+    assert_runs_packed(function, tree, [x])
+
+
+def test_a_rule_may_be_a_word(caplog):
+    function = lambda params, x: x @ params["a"] + x @ params["b"] + x @ params["c"]  # noqa: E731
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in "abc"}
     x = rng.normal(size=(20, WIDTH)).astype(np.float32)
     rules = [("a", "int8"), ("b", "rtn"), ("c", "dense")]
-    tree = gptvq_jax.quantize(function, [x], rules, params=params)
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity(logging.INFO)
+        tree = gptvq_jax.quantize(function, [x], rules, params=params)
+    finally:
+        logging.set_verbosity(before)
     (of_a,), (of_b,) = tree["a"].tensors, tree["b"].tensors
     assert (of_a.index_bits, of_b.index_bits) == (8, 3) and tree["c"] is params["c"]
     error = np.abs(of_a.dequantize() - params["a"].T).max(axis=1)
     assert (error <= np.abs(params["a"]).max(axis=0) / 255 * 1.01).all()
     check_int8_rows(jax.tree.map(np.asarray, of_a))
+    said = [record.getMessage().split(",")[0] for record in caplog.records]
+    expected = [f"{n}: {tree[n].bits_per_value:.3f} bits per value" for n in "ab"]
+    assert said[-2:] == expected
 
 
 def test_what_else_reads_a_packed_kernel_gets_it_dense(quantized):
@@ -239,6 +270,28 @@ def test_what_else_reads_a_packed_kernel_gets_it_dense(quantized):
     mixed = lambda tree: tree["params"]["mix"]["kernel"].sum()  # noqa: E731
     expected = mixed(dequantize(tree))
     np.testing.assert_allclose(packed(mixed, "reference")(tree), expected, rtol=1e-5)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embedding = nn.Embed(WIDTH, WIDTH, name="embedding")
+        return embedding.attend(nn.Dense(WIDTH, name="inner")(embedding(tokens)))
+
+
+def test_a_weight_of_a_product_that_stays_dense_is_said(caplog):
+    model, tokens = Tied(), np.arange(8).reshape(2, 4)
+    params = model.init(jax.random.key(0), tokens)
+    tree = gptvq_jax.quantize(model, [tokens], [(".*", GPTQ)], params=params)
+    assert set(kernels(tree)) == {"inner"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["embedding/embedding stays dense: gather reads it, not a product alone"]
+    caplog.clear()
+    rules = [("embedding/.*", "dense"), (".*", GPTQ)]
+    gptvq_jax.quantize(model, [tokens], rules, params=params)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_generators_are_gone_through_once():

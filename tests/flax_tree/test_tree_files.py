@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 import gptvq_jax
 from gptvq_jax.flax_tree import load, packed, ready, save
 
-RTN = {"method": "rtn", "bits": 3, "group_size": 0}
+RTN = "rtn"
 
 
 def same(a, b):
