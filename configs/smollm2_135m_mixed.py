@@ -1,11 +1,12 @@
-"""SmolLM2-135M-Instruct with a recipe: layers of several methods in one checkpoint. Not run whole.
+"""SmolLM2-135M-Instruct with a recipe: layers of several methods in one checkpoint.
 
   python scripts/quantize.py --config=configs/smollm2_135m_mixed.py        # 3b; also 2b, 2.5b
   python scripts/quantize.py --config=configs/smollm2_135m_mixed.py:smoke  # two blocks, quick
 
 The last products of the first and the last block are rows of 8 bits, the embedding, which is the
 head too, has codebooks of 4 bits, and the trellis codes of all other layers share what the budget
-leaves: 3b is 3.085 true bits per value of all linear layers, those of 8 bits among them.
+leaves: 3b is 3.085 true bits per value of all linear layers, those of 8 bits among them. Of these
+only smoke has been run.
 """
 
 from gptvq_jax.paper import trellis_config

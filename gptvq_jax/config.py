@@ -20,9 +20,8 @@ from gptvq_jax.methods.gptvq_settings import FITTED, MAX_CODE_BITS, GPTVQSetting
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
-from gptvq_jax.recipe import Rule, parse, plain
+from gptvq_jax.recipe import DENSE, INT8, Rule, parse, plain
 from gptvq_jax.rule_settings import check_rules, methods_of, rule_settings
-from gptvq_jax.storage.checkpoint import EMBEDDINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ class RunSettings:
         check(0 <= self.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
         dtypes = ("float16", "bfloat16", "float32")
         check(self.dense_dtype in dtypes, "dense_dtype", f"one of {', '.join(dtypes)}")
-        check(self.embeddings in EMBEDDINGS, "embeddings", f"one of {', '.join(EMBEDDINGS)}")
+        check(self.embeddings in (DENSE, INT8), "embeddings", f"one of {DENSE}, {INT8}")
         check(a.bits_per_value >= 0, "allocation.bits_per_value", "0 or the bits to spend")
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
         check(a.measured in (0, 2, 3), "allocation.measured", "0 (all), 2 or 3")

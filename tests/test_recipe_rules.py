@@ -205,6 +205,7 @@ def test_a_field_of_a_rule_without_effect_is_refused():
     with pytest.raises(ValueError, match=r"beam of rule 1 \('\.\*'\) has no effect with vq.polish"):
         given(((".*", {"beam": 2, "polish_rounds": 0}),))
     given(((".*", {"beam": 2}),))
+    given(((".*", {"method": "aqlm", "beam": 2}),), **{"vq.polish_rounds": 1})
     with pytest.raises(ValueError, match="tolerance of rule 1 .* has no effect with aqlm.rounds=1"):
         given(((".*", {"method": "aqlm", "rounds": 1, "tolerance": 0.1}),))
 

@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from gptvq_jax.core.int8_rows import int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
@@ -111,6 +112,14 @@ def random_outer(seed: int, config: ModelConfig = MODEL) -> dict:
     return outer
 
 
+def int8_outer(outer: dict) -> dict:
+    """With int8 rows (vocab, hidden) in place of the embedding and of a head of its own."""
+    coded = {**outer, "embed_tokens": {"embedding": int8_rows(outer["embed_tokens"]["embedding"])}}
+    if "lm_head" in outer:
+        coded["lm_head"] = {"kernel": int8_rows(outer["lm_head"]["kernel"].T)}
+    return coded
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(MODEL.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
@@ -129,7 +138,8 @@ def write_checkpoint(
     Its blocks are those of `random_block`, or these.
     """
     writer = CheckpointWriter(directory)
-    writer.write_outer(random_outer(7, config), embeddings)
+    outer = random_outer(7, config)
+    writer.write_outer(int8_outer(outer) if embeddings == "int8" else outer)
     writer.write_tokenizer(tiny_tokenizer())
     for index in range(config.num_hidden_layers):
         writer.write_block(index, blocks[index] if blocks else random_block(index, config))

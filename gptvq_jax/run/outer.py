@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.hessian import Factor
+from gptvq_jax.core.int8_rows import int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.layer import Objective, Problem, most_flops, quantize_layers
 from gptvq_jax.methods.registry import METHODS
@@ -24,7 +25,6 @@ from gptvq_jax.rule_settings import Format
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.formats import outer_formats
 from gptvq_jax.run.layer_rows import layer_row
-from gptvq_jax.storage.checkpoint import int8_matrix
 from gptvq_jax.storage.tree_io import cast_dense
 
 _LEAVES = {EMBEDDING: "embedding", HEAD: "kernel"}
@@ -63,7 +63,7 @@ def stored_outer(
             if of.method != DENSE:
                 stored[leaf] = tensor
         elif of.method == INT8:
-            stored[leaf] = int8_matrix(name, weight)
+            stored[leaf] = _int8(name, weight)
     return traverse_util.unflatten_dict(stored), rows
 
 
@@ -85,7 +85,7 @@ def _ruled(
     if of.method == DENSE:
         stored = cast_dense(weight, settings.dense_dtype, name)
     elif of.method == INT8:
-        stored = int8_matrix(name, weight)
+        stored = _int8(name, weight)
     else:
         context.progress.note(name)
         context.stopwatch.flops(most_flops(problem))
@@ -101,3 +101,11 @@ def _ruled(
         "seconds": time.perf_counter() - start,
     }
     return stored, row
+
+
+def _int8(name: str, weight: np.ndarray) -> QuantizedTensor:
+    """`int8_rows` of a matrix (vocab, hidden); errors begin with its name."""
+    try:
+        return int8_rows(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; keep it dense: embeddings='dense'") from error

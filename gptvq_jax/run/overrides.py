@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
-from gptvq_jax.methods.gptvq_settings import MAX_CODE_BITS, makes_codes
+from gptvq_jax.methods.gptvq_settings import MAX_CODE_BITS, GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.rule_settings import is_open, methods_of, rule_settings
 
@@ -73,7 +73,7 @@ def check_rules(settings: RunSettings) -> None:
             recipe=(),
             method=method,
             allocation=allocation,
-            **{section: rule_settings(settings, rule)},
+            **{"vq": GPTVQSettings(), section: rule_settings(settings, rule)},
         )
         reasons = ignored(as_run)
         for field in overrides:

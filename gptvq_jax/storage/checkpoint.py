@@ -26,7 +26,7 @@ from flax import traverse_util
 
 from gptvq_jax.console.errors import brief
 from gptvq_jax.console.json_file import read_own_object
-from gptvq_jax.core.int8_rows import dequantize_rows, int8_rows, is_int8_rows
+from gptvq_jax.core.int8_rows import dequantize_rows, is_int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.files import durable
@@ -56,7 +56,6 @@ from gptvq_jax.storage.tree_io import (
 )
 
 FORMAT = "gptvq_jax"
-EMBEDDINGS = ("dense", "int8")  # how the embedding and an untied head may be stored
 _MANIFEST = "manifest.json"
 _EMBEDDING_MATRICES = ("embed_tokens/embedding", "lm_head/kernel")
 
@@ -90,28 +89,18 @@ class CheckpointWriter:
                 f"cannot write to {self.directory}: {error.strerror}; choose another directory"
             ) from error
 
-    def write_outer(self, outer: Mapping[str, Any], embeddings: str = "dense") -> Tree:
+    def write_outer(self, outer: Mapping[str, Any]) -> None:
         """Stores the parameters outside the blocks.
 
         Args:
           outer: nested dict, float32, as a ModelSource returns it; or with a QuantizedTensor of
             the (vocab, hidden) matrix in place of the embedding or the head.
-          embeddings: of the embedding and an untied head: 'dense' (in `dense_dtype`, as the norm
-            is) or 'int8' (`uniform.int8_rows` of the (vocab, hidden) matrix).
-
-        Returns:
-          `outer`, with a VQTensor in place of each matrix that was rounded to int8.
 
         Raises:
-          ValueError: `embeddings` is unknown, or a value is too large for its storage.
+          ValueError: a value is too large for its storage.
         """
-        if embeddings not in EMBEDDINGS:
-            raise ValueError(f"{embeddings=} must be one of {', '.join(EMBEDDINGS)}")
-        if embeddings == "int8":
-            outer = _int8_outer(outer)
         self._reopen()
         save_tree(self.directory / "outer", outer, self.dense_dtype)
-        return outer
 
     def write_block(self, index: int, block: Mapping[str, Any]) -> None:
         """Stores block `index` (from 0), replacing what an interrupted run left of it.
@@ -363,22 +352,6 @@ def dequantize_block(block: Mapping[str, Any]) -> Tree:
         return jnp.asarray(leaf, jnp.float32)
 
     return jax.tree.map(dense, block, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-
-
-def int8_matrix(name: str, weight: np.ndarray) -> QuantizedTensor:
-    """`int8_rows` of an embedding or head (vocab, hidden); errors begin with its name."""
-    try:
-        return int8_rows(weight)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; use embeddings='dense' instead") from error
-
-
-def _int8_outer(outer: Mapping[str, Any]) -> Tree:
-    """`outer` with its embedding, and its head if it has one, as int8 rows (vocab, hidden)."""
-    flat = traverse_util.flatten_dict(outer, sep="/")
-    for name in (name for name in _EMBEDDING_MATRICES if name in flat):
-        flat[name] = int8_matrix(name, flat[name].T if name.endswith("kernel") else flat[name])
-    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _block_path(directory: Path, index: int) -> Path:

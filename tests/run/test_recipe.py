@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_checkpoint
 from tiny_families import write_model
 from tiny_run import byte_tokenizer, config_file, quick_config
 
@@ -25,6 +26,7 @@ from gptvq_jax.recipe import parse, rule_text
 from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run import job
 from gptvq_jax.run.formats import check_given, layer_format, linear_layers
+from gptvq_jax.run.outer import stored_outer
 from gptvq_jax.run.packed_block import PackedBlock
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.serve.generate import generate
@@ -328,6 +330,17 @@ def test_what_the_command_line_names_reaches_a_layer(model, recipe, field, value
         return
     with pytest.raises(ValueError, match=f"--config.{field} has no effect: rules of config.recipe"):
         check_given(*arguments)
+
+
+def test_a_head_that_int8_rows_cannot_hold_is_named():
+    config = default_config()
+    config.embeddings = "int8"
+    source = SimpleNamespace(config=tiny_checkpoint.MODEL)
+    context = SimpleNamespace(settings=from_config(config), source=source)
+    outer = tiny_checkpoint.random_outer(0)
+    outer["lm_head"]["kernel"][3, 4] = 1e8
+    with pytest.raises(ValueError, match=r"lm_head: 1e\+08 .*; keep it dense: embeddings='dense'"):
+        stored_outer(context, outer)
 
 
 @pytest.mark.slow

@@ -11,10 +11,9 @@ import tiny_checkpoint as tiny
 from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax.console.report import summary_text
-from gptvq_jax.core.int8_rows import int8_rows
 from gptvq_jax.run.evaluate import perplexity
 from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_tree
-from gptvq_jax.storage.tree_io import load_tree, read_record
+from gptvq_jax.storage.tree_io import load_tree
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -32,12 +31,7 @@ def matrices(outer):
 def test_int8_embeddings_survive_disk(int8):
     checkpoint = PackedCheckpoint(int8)
     outer = tiny.random_outer(7, checkpoint.config)
-    expected = {
-        "embed_tokens": {"embedding": int8_rows(outer["embed_tokens"]["embedding"])},
-        "norm": tiny.half(outer["norm"]),
-    }
-    if "lm_head" in outer:
-        expected["lm_head"] = {"kernel": int8_rows(outer["lm_head"]["kernel"].T)}
+    expected = {**tiny.int8_outer(outer), "norm": tiny.half(outer["norm"])}
     tiny.assert_same_tree(load_tree(int8 / "outer")[0], expected)
 
     loaded = checkpoint.outer()
@@ -49,13 +43,6 @@ def test_int8_embeddings_survive_disk(int8):
         error = np.abs(values[name] - matrix.astype(np.float64))
         assert np.all(error <= half_step * (1 + 2.0**-9))  # a scale may be rounded up
         assert error.max() > half_step.min() / 2
-
-
-def test_write_outer_returns_what_a_reader_gets(tmp_path):
-    writer = CheckpointWriter(tmp_path / "c", "float32")
-    for embeddings in ("dense", "int8"):
-        returned = writer.write_outer(tiny.random_outer(7), embeddings)
-        tiny.assert_same_tree(load_tree(tmp_path / "c/outer")[0], returned)
 
 
 def test_manifest_counts_int8_embeddings_apart(int8, complete):
@@ -89,23 +76,12 @@ def test_int8_embeddings_hardly_change_perplexity(int8, tmp_path):
     assert after == pytest.approx(before, rel=0.05)
 
 
-def test_embeddings_are_chosen_by_name(tmp_path):
-    writer = CheckpointWriter(tmp_path / "c")
-    with pytest.raises(ValueError, match="embeddings='int4' must be one of dense, int8"):
-        writer.write_outer(tiny.random_outer(0), "int4")
-    outer = tiny.random_outer(0)
-    outer["lm_head"]["kernel"][3, 4] = 1e8
-    with pytest.raises(ValueError, match=r"lm_head/kernel: 1e\+08 .* use embeddings='dense'"):
-        writer.write_outer(outer, "int8")
-    assert read_record(tmp_path / "c/outer") is None
-
-
 def test_embeddings_of_another_run_are_found(int8, tmp_path):
     copy = shutil.copytree(int8, tmp_path / "checkpoint")
     manifest = (copy / "manifest.json").read_bytes()
     config = PackedCheckpoint(copy).config
-    for seed, embeddings in ((8, "int8"), (7, "dense")):
-        CheckpointWriter(copy).write_outer(tiny.random_outer(seed, config), embeddings)
+    for outer in (tiny.int8_outer(tiny.random_outer(8, config)), tiny.random_outer(7, config)):
+        CheckpointWriter(copy).write_outer(outer)
         (copy / "manifest.json").write_bytes(manifest)
         with pytest.raises(ValueError, match=r"embed_tokens/embedding in .* from another run"):
             PackedCheckpoint(copy).outer()
@@ -119,7 +95,7 @@ def test_manifest_without_embeddings_is_read(copy):
     outer = dequantize_tree(tiny.half(tiny.random_outer(7)))
     tiny.assert_same_tree(PackedCheckpoint(copy).outer(), outer)
     manifest = path.read_bytes()
-    CheckpointWriter(copy).write_outer(outer, "int8")
+    CheckpointWriter(copy).write_outer(tiny.int8_outer(outer))
     path.write_bytes(manifest)
     with pytest.raises(ValueError, match=r"embed_tokens/embedding in .* from another run"):
         PackedCheckpoint(copy).outer()
