@@ -98,5 +98,6 @@ class Counts:
     decoded: int = 0  # tokens that they made for somebody
     chunks: int = 0  # of prompts
     read: int = 0  # tokens of prompts that went through the model
+    rows_read: int = 0  # the same with what the last chunks are padded by
     reused: int = 0  # tokens of prompts whose cache was there
     copies: int = 0  # of the caches of a slot, or of all to another length

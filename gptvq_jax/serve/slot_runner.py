@@ -13,6 +13,8 @@ from gptvq_jax.serve.requests import Counts, TokenScore
 from gptvq_jax.serve.slot_programs import Drawn, Draws, Scores
 from gptvq_jax.serve.slots import Slot, Slots, cache_lengths
 
+_SHORT = 16  # tokens of a prompt, or of its end, that are read by a program of their own
+
 
 @dataclasses.dataclass(frozen=True)
 class Next:
@@ -32,7 +34,7 @@ class SlotRunner:
       params: its tree.
       count: slots.
       context: most positions of a text.
-      chunk: tokens of a prompt that are read at once.
+      chunk: tokens of a prompt that are read at once, at most.
       dtype: of the activations and of the caches.
 
     Attributes:
@@ -47,6 +49,7 @@ class SlotRunner:
         self.params, self.chunk = params, chunk
         self._config, self._count, self._dtype = config, count, dtype
         self._lengths = cache_lengths(context, chunk)
+        self._sizes = sorted({min(_SHORT, chunk), chunk})  # of chunks, rising
         self.counts = Counts()
         self.reset()
 
@@ -58,21 +61,24 @@ class SlotRunner:
         """Reads the next chunk of the prompt of the slot that is alone, whose tokens it adds.
 
         Returns:
-          Outputs (chunk, hidden) of the last block; behind the prompt, of padding.
+          Outputs (chunk, hidden) of the last block; what is behind the prompt means nothing.
         """
         start = len(self.slots.alone.tokens)
         chunk = prompt[start : start + self.chunk]
-        x = self._read(self._padded(chunk)[None], start)
+        x = self._read(chunk, start)
         self.slots.alone.tokens += chunk
         self.counts.chunks += 1
         self.counts.read += len(chunk)
         return x
 
-    def _read(self, tokens: np.ndarray, start: int) -> jax.Array:
+    def _read(self, chunk: Sequence[int], start: int) -> jax.Array:
         slots = self.slots
+        size = next(n for n in self._sizes if n >= len(chunk))
+        tokens = self._padded(chunk)[None, :size]
         x, slots.alone_caches = programs.read_chunk(
-            self._config, self.params, slots.alone_caches, tokens, np.int32(start)
+            self._config, self.params, slots.alone_caches, tokens, np.int32(start), self.chunk
         )
+        self.counts.rows_read += size
         return x
 
     def score(self, x: jax.Array, targets: Sequence[int]) -> list[TokenScore]:
@@ -126,8 +132,9 @@ class SlotRunner:
         slots = self.slots
         for length in self._lengths[: 1 if shortest else None]:
             slots.resize(length)
-            x = self._read(self._padded([])[None], 0)
-            on_program()
+            for size in self._sizes:
+                x = self._read([0] * size, 0)
+                on_program()
             self.step([slots.alone])
             on_program()
             if slots.others:
@@ -148,7 +155,7 @@ class SlotRunner:
 
     def num_programs(self, shortest: bool) -> int:
         """Of some size, which `warm_up` compiles."""
-        of_length = 2 if self._count == 1 else 3
+        of_length = len(self._sizes) + (1 if self._count == 1 else 2)
         return of_length + 1 if shortest else of_length * len(self._lengths) + 2
 
     def _padded(self, tokens: Sequence[int]) -> np.ndarray:

@@ -10,6 +10,7 @@ from tiny_checkpoint import TIED, random_block, write_checkpoint
 
 from gptvq_jax.console.compile_time import PROCESS
 from gptvq_jax.models import llama
+from gptvq_jax.serve import slot_runner
 from gptvq_jax.serve import slots as slots_module
 from gptvq_jax.serve.engine import Engine, EngineFull
 from gptvq_jax.serve.generate import generate
@@ -62,10 +63,11 @@ def engine(params):
     """Warm, with caches of three lengths: nothing compiles. Tests leave it without requests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slots_module, "_SHORTEST", 8)
+        patch.setattr(slot_runner, "_SHORT", 2)
         made = Engine(CONFIG, params, slots=3, context=CONTEXT, chunk=CHUNK, queue=6)
     done = []
     made.warm_up(lambda: done.append(1))
-    assert len(done) == made.num_programs() == 3 * 3 + 2
+    assert len(done) == made.num_programs() == 3 * 4 + 2
 
     def compiling_nothing(method):
         def call(*arguments):
@@ -140,6 +142,7 @@ def test_a_prompt_is_read_beside_the_steps_of_others(engine):
     assert (len(first.tokens), len(second.tokens)) == (10 + chunks, 2)
     assert engine.counts.chunks - before.chunks == chunks
     assert engine.counts.read - before.read == 50
+    assert engine.counts.rows_read - before.rows_read == 50  # 12 x 4 and, by the short program, 2
     finish(engine)
 
 
