@@ -89,6 +89,11 @@ class Engine:
         return self._runner.counts
 
     @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Of the caches, when all texts are short, and when one is as long as the context."""
+        return self._runner.cache_bytes
+
+    @property
     def _slots(self) -> Slots:
         return self._runner.slots
 

@@ -11,7 +11,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.serve import slot_programs as programs
 from gptvq_jax.serve.requests import Counts, TokenScore
 from gptvq_jax.serve.slot_programs import Drawn, Draws, Scores
-from gptvq_jax.serve.slots import Slot, Slots, cache_lengths
+from gptvq_jax.serve.slots import Slot, Slots, cache_bytes, cache_lengths
 
 _SHORT = 16  # tokens of a prompt, or of its end, that are read by a program of their own
 
@@ -157,6 +157,12 @@ class SlotRunner:
         """Of some size, which `warm_up` compiles."""
         of_length = len(self._sizes) + (1 if self._count == 1 else 2)
         return of_length + 1 if shortest else of_length * len(self._lengths) + 2
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Of the shortest and of the longest caches."""
+        ends = self._lengths[0], self._lengths[-1]
+        return tuple(cache_bytes(self._config, self._count, n, self._dtype) for n in ends)
 
     def _padded(self, tokens: Sequence[int]) -> np.ndarray:
         """(chunk,) int32."""

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.serve import slot_programs as programs
 from gptvq_jax.serve.requests import Counts, Job
@@ -23,6 +25,13 @@ def cache_lengths(context: int, chunk: int) -> tuple[int, ...]:
         lengths.append(shorter)
         shorter //= 4
     return tuple(reversed(lengths))
+
+
+def cache_bytes(config: ModelConfig, count: int, length: int, dtype: str) -> int:
+    """Of the caches of so many slots, and of the sequence that is alone, at a length."""
+    sequences = count + 1 if count > 1 else 1
+    values = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return sequences * length * values * jnp.dtype(dtype).itemsize
 
 
 @dataclasses.dataclass

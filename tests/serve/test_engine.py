@@ -105,6 +105,13 @@ def test_lengths_rise_by_4_up_to_the_context():
     assert cache_lengths(1024, 256) == (1280,)
 
 
+def test_bytes_of_the_caches_are_counted(engine):
+    slots = engine._slots
+    arrays = jax.tree.leaves((slots.alone_caches, slots.caches))
+    assert engine.cache_bytes[0] == sum(a.nbytes for a in arrays) * 8 // slots.length
+    assert engine.cache_bytes[1] == engine.cache_bytes[0] * 132 // 8
+
+
 def test_together_they_get_the_tokens_of_each_alone(engine, params):
     heard = run(engine, *(Request(tuple(prompt), 20) for prompt in PROMPTS))
     assert [each.end for each in heard] == ["length"] * len(PROMPTS)
