@@ -41,10 +41,10 @@ class Request:
 
     def check(self, config: ModelConfig, context: int) -> None:
         """Raises ValueError for what the model cannot do in so many positions."""
-        if self.max_tokens or not self.score_prompt:
-            check_prompts(config, [self.prompt], self.max_tokens, context)
-        else:
+        if self.max_tokens == 0:
             check_prompts(config, [self.prompt], 1, context + 1)
+        else:
+            check_prompts(config, [self.prompt], self.max_tokens, context)
 
 
 class Listener(Protocol):

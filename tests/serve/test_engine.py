@@ -208,6 +208,8 @@ def test_scores_are_those_of_the_full_forward(engine, checkpoint):
 def test_a_prompt_may_be_scored_without_new_tokens(engine):
     (heard,) = run(engine, Request((5, 9, 3), 0, score_prompt=True))
     assert (heard.tokens, heard.end, len(heard.prompt)) == ([], "length", 2)
+    (heard,) = run(engine, Request((1,) * CONTEXT, 0))
+    assert (heard.tokens, heard.end, heard.prompt) == ([], "length", None)
 
 
 def test_what_was_read_is_not_read_again(engine, params):
@@ -325,7 +327,7 @@ def test_the_end(params):
     "request_, message",
     [
         (Request((), 1), "prompt 0 is empty"),
-        (Request((1,), 0), "max_tokens=0 must be at least 1"),
+        (Request((1,), -1), "max_tokens=-1 must be at least 1"),
         (Request((1, 40), 1), r"outside 0\.\.39"),
         (Request((1,) * 100, 29), "100 tokens; with max_tokens=29 .* 128 positions"),
         (Request((1,), 1, seed=-1), "seed=-1 must be from 0"),
