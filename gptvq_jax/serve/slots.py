@@ -101,14 +101,16 @@ class Slots:
         """
         place = self._oldest()
         self._insert(place)
-        place.job, self.alone.job = self.alone.job, None
+        place.job = self.alone.job
+        self._free(self.alone)
         return place
 
     def part(self, place: Slot) -> None:
         """Moves the request of a slot to where it is alone, which must be free."""
         self._keep(place)
         self._extract(place)
-        self.alone.job, place.job = place.job, None
+        self.alone.job = place.job
+        self._free(place)
 
     def begin(self, job: Job) -> None:
         """Makes the free `alone` that of a request, with what some slot holds of its prompt."""
@@ -131,9 +133,7 @@ class Slots:
 
     def leave(self, slot: Slot) -> None:
         """Frees a slot, which keeps what its caches hold."""
-        slot.job = None
-        # A slot that is free writes behind its tokens in every step of the others.
-        del slot.tokens[self.length - 1 :]
+        self._free(slot)
         self._touch(slot)
 
     def forget(self, slot: Slot) -> None:
@@ -168,6 +168,11 @@ class Slots:
                 del slot.tokens[length - 1 :]
         self.length = length
         self._counts.copies += 1
+
+    def _free(self, slot: Slot) -> None:
+        slot.job = None
+        # A slot that is free writes behind its tokens in every step of the others.
+        del slot.tokens[self.length - 1 :]
 
     def _oldest(self, but: Slot | None = None) -> Slot | None:
         free = [slot for slot in self.others if slot.job is None and slot is not but]
