@@ -32,7 +32,7 @@ _NAME = flags.DEFINE_string(
 _SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are worked on at once.")
 _QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; one more is answered 429.")
 _CONTEXT = flags.DEFINE_integer(
-    "context", None, "Most tokens of a text, its prompt included; default: the model's."
+    "context", None, "Most tokens of a text, prompt included; default: 2048, or the model's."
 )
 
 

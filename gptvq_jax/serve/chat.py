@@ -75,7 +75,7 @@ def chat(
     with late_note("compiling ..."):
         engine.warm_up(shortest=True)
     terminal = Chat(served, engine, conversation, max_tokens, sampling or Sampling(), seed)
-    print(f"{source.name}: {room} tokens of context; /help lists commands")
+    print(f"{served.name}: {room} tokens of context; /help lists commands")
     with contextlib.suppress(ImportError):  # arrow keys, where there is such a library
         importlib.import_module("readline")
     terminal.run()
@@ -150,7 +150,7 @@ class Chat:
         products = " and ".join(implementations(self._engine.params)) or "dense"
         speed = counts.decoded / self._seconds if self._seconds else 0.0
         return (
-            f"{turns} turns in mind; prompts: {counts.read} tokens read, {counts.reused} taken "
+            f"turns in mind: {turns}; prompts: {counts.read} tokens read, {counts.reused} taken "
             f"from the cache\n"
             f"answers: {counts.decoded} tokens after their first, {speed:.1f} a second, prompts "
             f"included ({products})\n"

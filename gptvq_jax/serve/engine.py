@@ -20,10 +20,9 @@ import numpy as np
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.core.seeds import random_key
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.serve import slot_programs as programs
 from gptvq_jax.serve.requests import Counts, Job, Listener, Request, TokenScore
-from gptvq_jax.serve.slot_programs import Drawn, Draws, Scores
-from gptvq_jax.serve.slots import Slot, Slots, cache_lengths
+from gptvq_jax.serve.slot_runner import Next, SlotRunner
+from gptvq_jax.serve.slots import Slot, Slots
 
 CHUNK = 64  # tokens of a prompt that are read between two steps
 _NO_NUMBERS = "error: the model's scores are not finite; --dtype=float32 has the widest range"
@@ -47,10 +46,9 @@ class Engine:
       chunk: tokens of a prompt that are read between two steps of the others.
 
     Attributes:
-      params, context: as above.
+      context: as above.
       num_slots: requests that are worked on at once.
       most_jobs: requests that may be worked on or wait.
-      counts: what was done so far.
 
     Raises:
       ValueError: a number is out of range.
@@ -70,19 +68,34 @@ class Engine:
     ):
         check_options(config, slots=slots, context=context, queue=queue, chunk=chunk)
         self.context = config.max_position_embeddings if context is None else context
-        self.params, self._config, self._dtype = params, config, dtype
-        self._stop_tokens, self._chunk, self.num_slots = frozenset(stop_tokens), chunk, slots
-        self._lengths = cache_lengths(self.context, chunk)
-        self.most_jobs, self.counts = slots + queue, Counts()
+        self._config = config
+        self._stop_tokens, self.num_slots = frozenset(stop_tokens), slots
+        self.most_jobs = slots + queue
+        self._runner = SlotRunner(config, params, slots, self.context, chunk, dtype)
         self._lock = threading.Lock()  # of what follows
         self._waiting: deque[Job] = deque()
         self._num_jobs, self._closed = 0, False
-        self._reset()
-
-    def _reset(self) -> None:
-        self._slots = Slots(self._config, self.num_slots, self._lengths, self._dtype, self.counts)
         self._reading: Job | None = None  # that of `alone`, as long as its prompt is read
         self._prompt_scores: list[TokenScore] = []
+
+    @property
+    def params(self) -> Any:
+        """The model's tree."""
+        return self._runner.params
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self._runner.counts
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Of the caches, when all texts are short, and when one is as long as the context."""
+        return self._runner.cache_bytes
+
+    @property
+    def _slots(self) -> Slots:
+        return self._runner.slots
 
     # --- for any thread ---
 
@@ -96,8 +109,7 @@ class Engine:
         jobs = []
         for request, listener in pairs:
             request.check(self._config, self.context)
-            key = np.asarray(jax.random.key_data(random_key(request.seed)))
-            jobs.append(Job(request, listener, key))
+            jobs.append(Job(request, listener, _key_data(request.seed)))
         with self._lock:
             if self._closed:
                 raise EngineFull("the engine is closed")
@@ -142,7 +154,7 @@ class Engine:
             self._decode()
         except Exception as error:
             self._end_all(f"error: {first_line(error)} ({type(error).__name__})")
-            self._reset()  # the program may have had the caches
+            self._runner.reset()  # the program may have had the caches
             raise
 
     def warm_up(
@@ -154,34 +166,12 @@ class Engine:
           on_program: called after each of `num_programs`.
           shortest: only those that the shortest caches need; others are compiled when they grow.
         """
-        slots = self._slots
-        for length in self._lengths[: 1 if shortest else None]:
-            slots.resize(length)
-            x = self._read_chunk(np.zeros((1, self._chunk), np.int32), 0)
-            on_program()
-            self._step([slots.alone])
-            on_program()
-            if slots.others:
-                self._step(slots.others)
-                slots.caches = programs.insert(slots.caches, 0, slots.alone_caches)
-                slots.alone_caches = programs.extract(slots.caches, 0, self._config)
-                on_program()
-            for other in () if shortest else self._lengths:
-                slots.resize(other)
-                slots.resize(length)
-        programs.draw_first(self._config, self.params, x, np.int32(0), Draws.greedy(1))
-        on_program()
-        if not shortest:
-            targets = np.zeros(self._chunk, np.int32)
-            jax.block_until_ready(programs.score_chunk(self._config, self.params, x, targets))
-            on_program()
-        self.counts = Counts()
-        self._reset()
+        _key_data(0)
+        self._runner.warm_up(on_program, shortest)
 
     def num_programs(self, shortest: bool = False) -> int:
         """Of some size, which `warm_up` compiles."""
-        of_length = 2 if self.num_slots == 1 else 3
-        return of_length + 1 if shortest else of_length * len(self._lengths) + 2
+        return self._runner.num_programs(shortest)
 
     # --- who enters and who leaves ---
 
@@ -211,7 +201,9 @@ class Engine:
         """Positions that the prompt which is read still takes, the last chunk's padding too."""
         if self._reading is None:
             return 0
-        return len(self._reading.request.prompt) - len(self._slots.alone.tokens) + self._chunk
+        return (
+            len(self._reading.request.prompt) - len(self._slots.alone.tokens) + self._runner.chunk
+        )
 
     def _leave(self, slot: Slot, reason: str) -> None:
         job = slot.job
@@ -244,15 +236,10 @@ class Engine:
         job, slot = self._reading, self._slots.alone
         prompt, start = job.request.prompt, len(slot.tokens)
         self._slots.fit(self._to_read())
-        chunk = prompt[start : start + self._chunk]
-        x = self._read_chunk(_padded(chunk, self._chunk)[None], start)
-        slot.tokens += chunk
-        self.counts.read += len(chunk)
+        x = self._runner.read(prompt)
         if job.request.score_prompt:
-            targets = prompt[start + 1 : start + 1 + len(chunk)]
-            padded = _padded(targets, self._chunk)
-            scores = programs.score_chunk(self._config, self.params, x, padded)
-            self._prompt_scores += token_scores(scores)[: len(targets)]
+            targets = prompt[start + 1 : len(slot.tokens) + 1]
+            self._prompt_scores += self._runner.score(x, targets)
         if len(slot.tokens) < len(prompt):
             return
         self._reading = None
@@ -261,18 +248,9 @@ class Engine:
         if job.request.max_tokens == 0:
             self._leave(slot, "length")
             return
-        index, draws = np.int32(len(chunk) - 1), _draws([slot])
-        self._hand_out([slot], programs.draw_first(self._config, self.params, x, index, draws))
+        self._hand_out([slot], [self._runner.draw_first(x, len(prompt) - 1 - start)])
         if slot.job is not None and any(other.job is not None for other in self._slots.others):
             self._slots.join()
-
-    def _read_chunk(self, tokens: np.ndarray, start: int) -> jax.Array:
-        slots = self._slots
-        x, slots.alone_caches = programs.read_chunk(
-            self._config, self.params, slots.alone_caches, tokens, np.int32(start)
-        )
-        self.counts.chunks += 1
-        return x
 
     def _decode(self) -> None:
         """Makes a token of every request whose prompt has been read."""
@@ -282,61 +260,35 @@ class Engine:
             slots.part(active[0])
             active = []
         if active:
-            slots.fit(self._to_read())
-            self._step(slots.others)
+            batch = slots.others
         elif slots.alone.job is not None and self._reading is None:
-            slots.fit()
-            self._step([slots.alone])
-
-    def _step(self, batch: list[Slot]) -> None:
-        """Feeds the newest token of every slot of a batch to the model, and hands out the next."""
-        slots = self._slots
-        alone = batch[0] is slots.alone
-        tokens = np.array([slot.job.newest if slot.job else 0 for slot in batch], np.int32)
-        positions = np.array([len(slot.tokens) for slot in batch], np.int32)
-        drawn, caches = programs.step(
-            self._config,
-            self.params,
-            slots.alone_caches if alone else slots.caches,
-            tokens,
-            positions,
-            _draws(batch),
-        )
-        if alone:
-            slots.alone_caches = caches
+            batch = [slots.alone]
         else:
-            slots.caches = caches
-        self.counts.steps += 1
-        self.counts.slot_steps += len(batch)
-        for slot in batch:
-            if slot.job is not None:
-                slot.tokens.append(slot.job.newest)
-                self.counts.decoded += 1
-        self._hand_out(batch, drawn)
+            return
+        slots.fit(self._to_read())
+        self._hand_out(batch, self._runner.step(batch))
 
-    def _hand_out(self, batch: list[Slot], drawn: Drawn) -> None:
-        drawn = jax.device_get(drawn)
-        scored = any(slot.job is not None and slot.job.request.scored for slot in batch)
-        scores = token_scores(drawn.scores) if scored else [None] * len(batch)
-        for index, slot in enumerate(batch):
-            if slot.job is not None:
-                slot.job.key = drawn.keys[index]
-                if not drawn.finite[index]:
-                    self._leave(slot, _NO_NUMBERS)
-                    self._slots.forget(slot)
-                    continue
-                ended = self._hand_to(slot.job, int(drawn.tokens[index]), scores[index])
-                if ended is not None:
-                    self._leave(slot, ended)
+    def _hand_out(self, batch: list[Slot], drawn: list[Next]) -> None:
+        for slot, new in zip(batch, drawn, strict=True):
+            if slot.job is None:
+                continue
+            slot.job.key = new.key
+            if not new.finite:
+                self._leave(slot, _NO_NUMBERS)
+                self._slots.forget(slot)
+                continue
+            ended = self._hand_to(slot.job, new)
+            if ended is not None:
+                self._leave(slot, ended)
 
-    def _hand_to(self, job: Job, token: int, score: TokenScore | None) -> str | None:
+    def _hand_to(self, job: Job, new: Next) -> str | None:
         """Gives a request its next token; returns why it ends, if it does."""
-        if token in self._stop_tokens:
+        if new.token in self._stop_tokens:
             return "stop"
-        job.newest = token
+        job.newest = new.token
         job.made += 1
         try:
-            enough = job.listener.on_token(token, score if job.request.scored else None)
+            enough = job.listener.on_token(new.token, new.score)
         except Exception as error:  # the others have nothing to do with it
             return f"error: {first_line(error)} ({type(error).__name__})"
         if enough:
@@ -361,34 +313,5 @@ def check_options(
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
-def token_scores(scores: Scores) -> list[TokenScore]:
-    """Of every row, on the host."""
-    scores = jax.device_get(scores)
-    return [
-        TokenScore(
-            float(of_token),
-            [(int(t), float(p)) for t, p in zip(tokens, logprobs, strict=True) if t >= 0],
-        )
-        for of_token, tokens, logprobs in zip(
-            scores.of_token, scores.tokens, scores.logprobs, strict=True
-        )
-    ]
-
-
-def _padded(tokens: Sequence[int], length: int) -> np.ndarray:
-    """(length,) int32."""
-    array = np.zeros(length, np.int32)
-    array[: len(tokens)] = tokens
-    return array
-
-
-def _draws(batch: list[Slot]) -> Draws:
-    draws = Draws.greedy(len(batch))
-    for index, slot in enumerate(batch):
-        if slot.job is not None:
-            sampling = slot.job.request.sampling
-            draws.keys[index] = slot.job.key
-            draws.temperature[index] = sampling.temperature
-            draws.top_k[index], draws.top_p[index] = sampling.top_k, sampling.top_p
-            draws.scored[index] = slot.job.request.scored
-    return draws
+def _key_data(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(random_key(seed)))

@@ -41,10 +41,10 @@ class Request:
 
     def check(self, config: ModelConfig, context: int) -> None:
         """Raises ValueError for what the model cannot do in so many positions."""
-        if self.max_tokens or not self.score_prompt:
-            check_prompts(config, [self.prompt], self.max_tokens, context)
-        else:
+        if self.max_tokens == 0:
             check_prompts(config, [self.prompt], 1, context + 1)
+        else:
+            check_prompts(config, [self.prompt], self.max_tokens, context)
 
 
 class Listener(Protocol):
@@ -98,5 +98,6 @@ class Counts:
     decoded: int = 0  # tokens that they made for somebody
     chunks: int = 0  # of prompts
     read: int = 0  # tokens of prompts that went through the model
+    rows_read: int = 0  # the same with what the last chunks are padded by
     reused: int = 0  # tokens of prompts whose cache was there
     copies: int = 0  # of the caches of a slot, or of all to another length

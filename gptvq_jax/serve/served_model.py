@@ -1,5 +1,7 @@
 """The model that a command serves: which one its flags name, and the weights that it runs on."""
 
+from pathlib import Path
+
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.serve.params import Params, dense_params, packed_params
@@ -46,6 +48,14 @@ class ServedModel:
         else:
             self.source = PackedCheckpoint(checkpoint)
             self.bits_per_value = self.source.manifest["bits_per_value"]
+
+    @property
+    def name(self) -> str:
+        """That of the model's directory; of one that a run calls `checkpoint`, that of the run."""
+        directory = getattr(self.source, "directory", None)
+        if directory is not None and Path(directory).name == "checkpoint":
+            return Path(directory).absolute().parent.name or self.source.name
+        return self.source.name
 
     def params(self, dtype: str = "float32") -> Params:
         """The parameter tree on the device.

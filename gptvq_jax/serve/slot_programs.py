@@ -69,9 +69,14 @@ def new_caches(config: ModelConfig, batch: int, length: int, dtype: str) -> Cach
     return jax.tree.map(jnp.copy, empty_caches(config, batch, length, dtype))
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="caches")
+@partial(jax.jit, static_argnames=("config", "rows"), donate_argnames="caches")
 def read_chunk(
-    config: ModelConfig, params: Any, caches: Caches, tokens: jax.Array, start: jax.Array
+    config: ModelConfig,
+    params: Any,
+    caches: Caches,
+    tokens: jax.Array,
+    start: jax.Array,
+    rows: int,
 ) -> tuple[jax.Array, Caches]:
     """Reads some tokens of a prompt, behind what the caches hold of it.
 
@@ -81,27 +86,28 @@ def read_chunk(
       caches: of one slot; donated.
       tokens: (1, time) int32; padding behind the prompt is any valid token.
       start: position of the first; start + time must be within the caches.
+      rows: static; at least time.
 
     Returns:
-      Outputs (time, hidden) of the last block, and the caches.
+      Outputs (rows, hidden) of the last block, zeros behind them, and the caches.
     """
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x, caches = run_blocks(config, params, tokens, caches, positions, start >= 0)
-    return x[0], caches
+    return jnp.pad(x[0], ((0, rows - x.shape[1]), (0, 0))), caches
 
 
 @partial(jax.jit, static_argnames="config")
 def draw_first(
     config: ModelConfig, params: Any, x: jax.Array, index: jax.Array, draws: Draws
 ) -> Drawn:
-    """The token behind a prompt, from row `index` of the outputs (time, hidden) of its end."""
+    """The token behind a prompt, from row `index` of the outputs (rows, hidden) of its end."""
     row = lax.dynamic_slice_in_dim(x, index, 1)
     return _draw(next_logits(config, params, row[None])[0], draws)
 
 
 @partial(jax.jit, static_argnames="config")
 def score_chunk(config: ModelConfig, params: Any, x: jax.Array, targets: jax.Array) -> Scores:
-    """Of the tokens of a prompt (time,), each from the outputs (time, hidden) of the one before."""
+    """Of the tokens of a prompt (rows,), each from the outputs (rows, hidden) of the one before."""
     return _scores(next_logits(config, params, x[None])[0], targets)
 
 

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.serve import slot_programs as programs
 from gptvq_jax.serve.requests import Counts, Job
@@ -23,6 +25,13 @@ def cache_lengths(context: int, chunk: int) -> tuple[int, ...]:
         lengths.append(shorter)
         shorter //= 4
     return tuple(reversed(lengths))
+
+
+def cache_bytes(config: ModelConfig, count: int, length: int, dtype: str) -> int:
+    """Of the caches of so many slots, and of the sequence that is alone, at a length."""
+    sequences = count + 1 if count > 1 else 1
+    values = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return sequences * length * values * jnp.dtype(dtype).itemsize
 
 
 @dataclasses.dataclass
@@ -92,14 +101,16 @@ class Slots:
         """
         place = self._oldest()
         self._insert(place)
-        place.job, self.alone.job = self.alone.job, None
+        place.job = self.alone.job
+        self._free(self.alone)
         return place
 
     def part(self, place: Slot) -> None:
         """Moves the request of a slot to where it is alone, which must be free."""
         self._keep(place)
         self._extract(place)
-        self.alone.job, place.job = place.job, None
+        self.alone.job = place.job
+        self._free(place)
 
     def begin(self, job: Job) -> None:
         """Makes the free `alone` that of a request, with what some slot holds of its prompt."""
@@ -122,9 +133,7 @@ class Slots:
 
     def leave(self, slot: Slot) -> None:
         """Frees a slot, which keeps what its caches hold."""
-        slot.job = None
-        # A slot that is free writes behind its tokens in every step of the others.
-        del slot.tokens[self.length - 1 :]
+        self._free(slot)
         self._touch(slot)
 
     def forget(self, slot: Slot) -> None:
@@ -159,6 +168,11 @@ class Slots:
                 del slot.tokens[length - 1 :]
         self.length = length
         self._counts.copies += 1
+
+    def _free(self, slot: Slot) -> None:
+        slot.job = None
+        # A slot that is free writes behind its tokens in every step of the others.
+        del slot.tokens[self.length - 1 :]
 
     def _oldest(self, but: Slot | None = None) -> Slot | None:
         free = [slot for slot in self.others if slot.job is None and slot is not but]

@@ -100,10 +100,10 @@ def test_commands(talk, engine):
     made, outputs = talk("ab", "/stats", "/reset", "/stats", "/help", "/halp x", "  ", "ab")
     first, stats, reset, later, help_, unknown, nothing, again = outputs
     assert nothing == ""
-    assert stats.startswith("1 turns in mind; prompts: ") and "weights in memory: " in stats
+    assert stats.startswith("turns in mind: 1; prompts: ") and "weights in memory: " in stats
     counts = engine.counts
     assert re.search(r"answers: \d+ tokens after their first, \d+\.\d a second", stats)
-    assert reset == "the conversation is forgotten" and later.startswith("0 turns")
+    assert reset == "the conversation is forgotten" and later.startswith("turns in mind: 0;")
     assert help_ == job.HELP and unknown == "there is no command /halp; /help lists them"
     assert again == first and made._conversation.turns == [("ab", first)]
     assert counts.read > 0
@@ -227,7 +227,7 @@ def test_the_script_in_a_terminal(checkpoint):
         until("Ctrl-C once more leaves")
         until("> ")
         os.write(ours, b"/stats\n")
-        until("1 turns in mind")
+        until("turns in mind: 1;")
         until("> ")
         os.write(ours, b"\x03")
         until("Ctrl-C once more leaves")

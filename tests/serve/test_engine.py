@@ -10,6 +10,7 @@ from tiny_checkpoint import TIED, random_block, write_checkpoint
 
 from gptvq_jax.console.compile_time import PROCESS
 from gptvq_jax.models import llama
+from gptvq_jax.serve import slot_runner
 from gptvq_jax.serve import slots as slots_module
 from gptvq_jax.serve.engine import Engine, EngineFull
 from gptvq_jax.serve.generate import generate
@@ -59,21 +60,25 @@ def params(checkpoint):
 
 @pytest.fixture(scope="module")
 def engine(params):
-    """Warm, with caches of three lengths: no step compiles. Tests leave it without requests."""
+    """Warm, with caches of three lengths: nothing compiles. Tests leave it without requests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slots_module, "_SHORTEST", 8)
+        patch.setattr(slot_runner, "_SHORT", 2)
         made = Engine(CONFIG, params, slots=3, context=CONTEXT, chunk=CHUNK, queue=6)
     done = []
     made.warm_up(lambda: done.append(1))
-    assert len(done) == made.num_programs() == 3 * 3 + 2
-    step = made.step
+    assert len(done) == made.num_programs() == 3 * 4 + 2
 
-    def compile_nothing():
-        start = time.perf_counter()
-        step()
-        assert PROCESS.since(start) == 0
+    def compiling_nothing(method):
+        def call(*arguments):
+            start = time.perf_counter()
+            jobs = method(*arguments)
+            assert PROCESS.since(start) == 0
+            return jobs
 
-    made.step = compile_nothing
+        return call
+
+    made.step, made.submit = compiling_nothing(made.step), compiling_nothing(made.submit)
     return made
 
 
@@ -98,6 +103,13 @@ def test_lengths_rise_by_4_up_to_the_context():
     assert cache_lengths(8192, 64) == (512, 2048, 8256)
     assert cache_lengths(100, 64) == (164,)
     assert cache_lengths(1024, 256) == (1280,)
+
+
+def test_bytes_of_the_caches_are_counted(engine):
+    slots = engine._slots
+    arrays = jax.tree.leaves((slots.alone_caches, slots.caches))
+    assert engine.cache_bytes[0] == sum(a.nbytes for a in arrays) * 8 // slots.length
+    assert engine.cache_bytes[1] == engine.cache_bytes[0] * 132 // 8
 
 
 def test_together_they_get_the_tokens_of_each_alone(engine, params):
@@ -137,6 +149,7 @@ def test_a_prompt_is_read_beside_the_steps_of_others(engine):
     assert (len(first.tokens), len(second.tokens)) == (10 + chunks, 2)
     assert engine.counts.chunks - before.chunks == chunks
     assert engine.counts.read - before.read == 50
+    assert engine.counts.rows_read - before.rows_read == 50  # 12 x 4 and, by the short program, 2
     finish(engine)
 
 
@@ -195,6 +208,8 @@ def test_scores_are_those_of_the_full_forward(engine, checkpoint):
 def test_a_prompt_may_be_scored_without_new_tokens(engine):
     (heard,) = run(engine, Request((5, 9, 3), 0, score_prompt=True))
     assert (heard.tokens, heard.end, len(heard.prompt)) == ([], "length", 2)
+    (heard,) = run(engine, Request((1,) * CONTEXT, 0))
+    assert (heard.tokens, heard.end, heard.prompt) == ([], "length", None)
 
 
 def test_what_was_read_is_not_read_again(engine, params):
@@ -312,7 +327,7 @@ def test_the_end(params):
     "request_, message",
     [
         (Request((), 1), "prompt 0 is empty"),
-        (Request((1,), 0), "max_tokens=0 must be at least 1"),
+        (Request((1,), -1), "max_tokens=-1 must be at least 1"),
         (Request((1, 40), 1), r"outside 0\.\.39"),
         (Request((1,) * 100, 29), "100 tokens; with max_tokens=29 .* 128 positions"),
         (Request((1,), 1, seed=-1), "seed=-1 must be from 0"),

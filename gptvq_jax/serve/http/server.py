@@ -3,7 +3,6 @@
 import importlib.util
 import ipaddress
 import socket
-from pathlib import Path
 
 from gptvq_jax.console.compile_time import CompileTime
 from gptvq_jax.console.progress import Progress
@@ -15,6 +14,7 @@ from gptvq_jax.serve.stop_tokens import stop_tokens
 _LIBRARIES = ("starlette", "uvicorn")
 _BACKLOG = 2048  # connections that wait to be taken
 _LARGEST_PORT = 65535
+_CONTEXT = 2048  # where the model has more: memory is taken for the whole of it
 _SECONDS_TO_END = 5  # in which answers that are going on are to end
 
 
@@ -40,7 +40,8 @@ def serve(
       host, port: where to listen; port 0: one that is free, which is printed.
       api_key: that clients must send; needed unless `host` is this machine alone.
       name: under which clients ask for the model; None: that of its directory.
-      slots, queue, context, dtype: see `Engine`.
+      slots, queue, dtype: see `Engine`.
+      context: most positions of a text; None: 2048, or those of the model where these are fewer.
 
     Raises:
       ValueError, FileNotFoundError, NotImplementedError, OSError: bad input, in one line with the
@@ -49,7 +50,7 @@ def serve(
     missing = [each for each in _LIBRARIES if importlib.util.find_spec(each) is None]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} is not installed; pip install -r requirements-serve.txt"
+            f"not installed: {', '.join(missing)}; pip install -r requirements-serve.txt"
         )
     if api_key is None and not is_loopback(host):
         raise ValueError(
@@ -58,6 +59,7 @@ def serve(
     served = ServedModel(checkpoint, model, implementation, dense)
     source = served.source
     check_options(source.config, slots=slots, context=context, queue=queue)
+    context = context or min(_CONTEXT, source.config.max_position_embeddings)
     listener = listen(host, port)
     with listener:
         engine = Engine(
@@ -75,7 +77,7 @@ def serve(
             engine.num_programs(), "compile", "program", compiling=nothing_apart
         ) as progress:
             engine.warm_up(progress.advance)
-        _run(listener, served, EngineThread(engine), name or model_name(served), api_key)
+        _run(listener, served, EngineThread(engine), name or served.name, api_key)
 
 
 def _run(
@@ -109,9 +111,10 @@ def _run(
     host, port, *_ = listener.getsockname()
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     engine = thread.engine
+    least, most = (size / 2**20 for size in engine.cache_bytes)
     print(
         f"model {name!r} at http://{place}/v1: {engine.num_slots} slots, context "
-        f"{engine.context}; Ctrl-C stops it",
+        f"{engine.context}, caches of {least:.1f} to {most:.1f} MiB; Ctrl-C stops it",
         flush=True,
     )
     try:
@@ -154,11 +157,3 @@ def listen(host: str, port: int) -> socket.socket:
             "--port, or --port=0 for any that is free"
         ) from None
     return made
-
-
-def model_name(served: ServedModel) -> str:
-    """The name of a model's directory; of one that a run calls `checkpoint`, that of the run."""
-    directory = getattr(served.source, "directory", None)
-    if directory is not None and Path(directory).name == "checkpoint":
-        return Path(directory).absolute().parent.name or served.source.name
-    return served.source.name

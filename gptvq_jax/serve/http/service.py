@@ -1,6 +1,7 @@
 """One model under its name: from a call of the API to requests of the engine."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,7 +32,9 @@ class Service:
     def __init__(self, source: ModelSource, thread: EngineThread, name: str):
         self.tokenizer, self.thread, self.name = source.tokenizer, thread, name
         self._vocab_size = source.config.vocab_size
-        # One at a time: not all that a tokenizer does may be done by several threads.
+        # One at a time, and once before there are threads: a tokenizer may change as it encodes.
+        with contextlib.suppress(ValueError):
+            encode(self.tokenizer, "a", "a letter")
         self._encoder = ThreadPoolExecutor(1, "tokenizer")
 
     @property

@@ -228,6 +228,9 @@ def test_logprobs_of_completions(client, source):
     assert chosen["token_logprobs"] == pytest.approx(scores["token_logprobs"][5:], abs=1e-5)
     assert chosen["top_logprobs"] is None
     assert complete(client, echo=True, max_tokens=6)["choices"][0]["text"] == text
+    assert complete(client, echo=True, max_tokens=0)["choices"][0]["text"] == PROMPT
+    parts = events(client, "/v1/completions", prompt=PROMPT, echo=True, max_tokens=6)
+    assert "".join(part["choices"][0]["text"] for part in parts) == text
 
 
 def test_logprobs_of_what_a_stop_string_leaves(client):

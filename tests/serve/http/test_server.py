@@ -30,6 +30,7 @@ from gptvq_jax.serve.http.app import make_app  # noqa: E402
 from gptvq_jax.serve.http.server import is_loopback, listen, serve  # noqa: E402
 from gptvq_jax.serve.http.service import Service  # noqa: E402
 from gptvq_jax.serve.requests import Request  # noqa: E402
+from gptvq_jax.serve.served_model import ServedModel  # noqa: E402
 from gptvq_jax.storage.checkpoint import PackedCheckpoint  # noqa: E402
 
 SCRIPT = REPOSITORY / "scripts/serve.py"
@@ -287,7 +288,6 @@ def test_lm_eval_over_http_agrees_with_lm_eval_on_the_weights(live, checkpoint, 
     from lm_eval.tasks import TaskManager
 
     from gptvq_jax.serve.harness import HarnessModel
-    from gptvq_jax.serve.served_model import ServedModel
 
     port, service = live
     path = local_tasks.write_tasks(tmp_path / "tasks")
@@ -320,6 +320,13 @@ def test_lm_eval_over_http_agrees_with_lm_eval_on_the_weights(live, checkpoint, 
                     assert answer[0] == pytest.approx(expected[0], abs=1e-3)
                     assert answer[1] == expected[1]
     assert settled(service)
+
+
+def test_the_name_of_a_model_is_that_of_its_directory_or_run(checkpoint, tmp_path):
+    assert ServedModel(str(checkpoint), None).name == served.NAME
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/checkpoint").symlink_to(checkpoint)
+    assert ServedModel(str(tmp_path / "mine/checkpoint"), None).name == "mine"
 
 
 def test_which_addresses_are_this_machine_alone():
@@ -363,7 +370,9 @@ def test_of_two_servers_at_once_the_second_ends():
 
 def test_without_its_libraries(monkeypatch):
     monkeypatch.setattr(job.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="starlette and uvicorn .* requirements-serve.txt"):
+    with pytest.raises(
+        ValueError, match="not installed: starlette, uvicorn; .*requirements-serve.txt"
+    ):
         serve("DIR", None)
 
 
@@ -376,7 +385,8 @@ def test_the_script_until_it_is_told_to_stop(checkpoint, number):
     with subprocess.Popen(words, text=True, **pipes) as process, contextlib.ExitStack() as stack:
         stack.callback(process.kill)
         line = process.stdout.readline()
-        said = r"model 'mine' at http://127\.0\.0\.1:(\d+)/v1: 2 slots, context 192; Ctrl-C stops"
+        said = r"model 'mine' at http://127\.0\.0\.1:(\d+)/v1: 2 slots, context 192, caches of "
+        said += r"0\.1 to 0\.1 MiB; Ctrl-C stops it"
         port = int(re.match(said, line)[1])
         assert text_of(post(port, prompt="ab", model="mine", max_tokens=5))
         body = json.dumps({"model": "mine", "prompt": "ab", "max_tokens": 180, "stream": True})
