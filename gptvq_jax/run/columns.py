@@ -130,7 +130,7 @@ def plan(
     ]
     budget = settings.allocation.bits_per_value * values / 8 - in_8_bits
     if sum(fixed) > budget:
-        kept = f" and of {len(chosen)} layers in 8 bits" if chosen else ""
+        kept = ", and of layers that are kept in 8 bits" if chosen else ""
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
             f"{8 * (sum(fixed) + in_8_bits) / values:.4f} bits per value of scales, rates and "
