@@ -26,6 +26,8 @@ from gptvq_jax.models.llama import (
     get_layer,
 )
 from gptvq_jax.models.open import open_source
+from gptvq_jax.moves.excess import distortion
+from gptvq_jax.moves.rates import price, water_fill
 from gptvq_jax.run import columns, job
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.serve.generate import generate
@@ -91,6 +93,23 @@ def test_equal_worth_gets_equal_bits():
         for layer, row in rows.items()
     }
     assert abs(rates[0, "layer0"] - rates[0, "layer1"]) < 1
+
+
+@pytest.mark.parametrize("budget", [1.6, 2.1, 3.1])
+def test_a_byte_is_worth_the_same_in_layers_that_are_planned_together(budget):
+    """So that a layer, which keeps outliers at its own price, keeps them at that of the model."""
+    rng, rows = np.random.default_rng(0), {}
+    for number, (w, shape) in enumerate([(1.0, (64, 300)), (7.0, (256, 200)), (0.2, (96, 500))]):
+        values = (w * rng.lognormal(0, 1.5, shape[1])).tolist()
+        rows[0, f"layer{number}"] = {"shape": list(shape), "outliers": number, "values": values}
+    errors, prices = distortion(TrellisSettings().window_bits), []
+    for layer, own in plan_of(settings(budget), rows).items():
+        shape, values = rows[layer]["shape"], np.array(rows[layer]["values"])
+        costs = np.full(shape[1], own.bytes_per_bit(shape[0]))
+        left = own.budget_bytes(*shape) - own.fixed_bytes(*shape) - 4 * rows[layer]["outliers"]
+        rates = water_fill(values, costs, left, errors)
+        prices.append(price(values, costs, rates, errors))
+    assert 0 < max(prices) < 1.05 * min(prices)
 
 
 def test_outliers_beyond_the_budget_are_named():
