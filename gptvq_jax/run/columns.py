@@ -147,7 +147,7 @@ def plan(
     budget = settings.allocation.bits_per_value * total / 8
     least = sum(fixed) + settled + in_8_bits
     if least > budget:
-        kept = f" and of {len(chosen)} layers in 8 bits" if chosen else ""
+        kept = ", and of layers that are kept in 8 bits" if chosen else ""
         raise ValueError(
             f"allocation.bits_per_value={settings.allocation.bits_per_value:g} is below the "
             f"{8 * least / total:.4f} bits per value of scales, rates and outliers{kept}"

@@ -82,6 +82,12 @@ _TEXT: dict[str, dict[str, Any]] = {
     "twice the calibration windows": {"calibration.num_windows": 2},
     "four times the calibration windows": {"calibration.num_windows": 4},
 }
+_DAMPING: dict[str, dict[str, Any]] = {
+    "damping 0.001": {"damping": 0.001},
+    "damping 0.003": {"damping": 0.003},
+    "damping 0.03": {"damping": 0.03},
+    "damping 0.1": {"damping": 0.1},
+}
 _VQ_MODELS: dict[str, dict[str, Any]] = {
     "default": {},
     "default (seed 1)": {"seed": 1},
@@ -91,6 +97,7 @@ _VQ_MODELS: dict[str, dict[str, Any]] = {
         **{f"vq.{field}": value for field, value in PAPER.items()},
     },
     "no polish": {"vq.polish_rounds": 0},
+    "polish judged by held-out windows": {"vq.polish_judge": "held_out"},
     "symmetric target": {"calibration.asymmetry": 0.0},
     "asymmetric target 0.5": {"calibration.asymmetry": 0.5},
     "gradient weights": {"calibration.gradient_groups": 1},
@@ -111,6 +118,7 @@ _VQ_MODELS: dict[str, dict[str, Any]] = {
     },
     "one pass over a block": {"true_sequential": False},
     "float inputs": {"calibration.inputs": "float", "calibration.asymmetry": 0.0},
+    **_DAMPING,
     **_TEXT,
     "int8 embedding": {"embeddings": "int8"},
 }
@@ -122,13 +130,18 @@ _TRELLIS_MODELS: dict[str, dict[str, Any]] = {
     "the same bits for every layer": _SAME_BITS,
     "the same bits for every column": {**_SAME_BITS, "trellis.column_rates": False},
     "no outliers": {"trellis.outlier_limit": "0"},
+    "outliers beyond 4.5": {"trellis.outlier_limit": "4.5"},
+    "nothing held out": {"calibration.held_out": 0},
     "tails bitten every 64 rows": {"trellis.stream_rows": 64},
     "no recode pass": {"trellis.recode_passes": 0},
     "1 recode pass": {"trellis.recode_passes": 1},
     "4 recode passes": {"trellis.recode_passes": 4},
     "symmetric target": {"calibration.asymmetry": 0.0},
+    "asymmetric target 0.5": {"calibration.asymmetry": 0.5},
     "no gradient weights": {"calibration.gradient_groups": 0},
+    "gradient weights to power 0.25": {"calibration.gradient_power": 0.25},
     "gradient weights to power 1": {"calibration.gradient_power": 1.0},
+    **_DAMPING,
     **_TEXT,
 }
 MODEL_ROWS = {"gptvq": _VQ_MODELS, "trellis": _TRELLIS_MODELS}

@@ -458,6 +458,7 @@ def test_smallest_group_keeps_the_codebook_overhead():
         assert stored / size <= 0.25 < stored / (size - 1)
 
 
+@pytest.mark.slow
 def test_polish_keeps_the_round_that_other_inputs_call_the_best():
     """Inputs so few that the codes come to fit them, judged by inputs of the same kind."""
     rng = np.random.default_rng(0)

@@ -51,3 +51,18 @@ def test_what_the_flags_name_is_in_the_checkpoint(layers_of):
         assert other["bits_per_value"] - one["bits_per_value"] == pytest.approx(16 / cols)
         assert tensor.row_scales is not None
     assert {row["index_bits"] for row in long} == {12}
+
+
+@pytest.mark.slow
+def test_polish_judged_by_held_out_windows_stops_where_they_gain_no_more(layers_of):
+    rounds = ["--config.vq.polish_rounds=8", "--config.vq.polish_tolerance=0"]
+    fitted, _ = layers_of("fitted", *rounds)
+    judged, _ = layers_of("judged", *rounds, "--config.vq.polish_judge=held_out")
+    first = [row["layer"] for row in fitted if row["layer"].startswith("self_attn/q")]
+    pairs = [(a, b) for a, b in zip(fitted, judged, strict=True) if a["layer"] in first]
+    assert pairs and all(a["held_out_error"] >= b["held_out_error"] for a, b in pairs)
+    # Little text is fitted to: some layer goes on to fit it, and is worse for the other.
+    assert any(
+        a["relative_error"] < b["relative_error"] and a["held_out_error"] > b["held_out_error"]
+        for a, b in zip(fitted, judged, strict=True)
+    )
