@@ -141,6 +141,9 @@ def test_flops_are_those_of_the_experts_of_a_token():
     expected = flops.block_forward(config, 2, 64)
     filled = 3 * 2 * 128 * 2 * config.hidden_size * config.expert_size
     assert expected <= counted <= expected + filled / 2
+    token = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)  # fills no block
+    counted = flop_count(lambda b, x: block_forward(config, b, x), block, token)
+    assert counted == flops.block_forward(config, 1, 1)
     fewer = ModelConfig.from_hf(hf_config("mixtral"))
     router = 2 * 2 * 128 * config.hidden_size * (16 - 4)
     assert flops.block_forward(fewer, 2, 64) == expected - router
