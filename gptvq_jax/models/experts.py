@@ -6,11 +6,14 @@ where p_t is the softmax of the router's outputs for token t; its k values may b
 sum. A token with one of its k experts is a slot. The slots of an expert are multiplied together, in
 blocks of a few rows, and no expert by tokens that are not its own. So the work is that of k experts
 a token, and what fills up the last block of an expert: at most half of that again. Blocks run one
-after another, each as a branch of its expert, whose weights may be packed in any way.
+after another, each as a branch of its expert, whose weights may be packed in any way. Experts whose
+packed arrays have the same shapes are stacked where they stay in memory, and share one branch: a
+program then has the same size for any number of them (`stack_experts`).
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,6 +48,49 @@ class Grouping(NamedTuple):
     experts: jax.Array  # (M / rows of a block,) int32, ascending; as many as there are: none
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """The weights of one layer of all experts, as one: every array has them one after another."""
+
+    weights: Any
+
+    def __len__(self) -> int:
+        return len(jax.tree.leaves(self.weights)[0])
+
+    def of(self, number: jax.Array) -> Any:
+        """The weight of an expert."""
+        return jax.tree.map(lambda arrays: arrays[number], self.weights)
+
+
+def stack_experts(config: ModelConfig, block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of a block with its experts stacked, in "experts" in place of each by itself.
+
+    As they are where the arrays of a layer differ from expert to expert, as lists of outliers do.
+
+    Args:
+      config: of the block.
+      block: its parameters, dense or packed.
+    """
+    if not config.experts:
+        return block
+    names, stacked = config.family.experts, {}
+    each = [block[names.module][f"experts_{number}"] for number in range(config.experts)]
+    for layer in names.layers:
+        weights = [expert[layer]["kernel"] for expert in each]
+        if len({_layout(weight) for weight in weights}) > 1:
+            return block
+        together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
+        stacked[layer] = {"kernel": Stacked(together)}
+    rest = {n: p for n, p in block[names.module].items() if not n.startswith("experts_")}
+    return {**block, names.module: {**rest, "experts": stacked}}
+
+
+def _layout(weight: Any) -> tuple[Any, ...]:
+    arrays = [(array.shape, str(array.dtype)) for array in jax.tree.leaves(weight)]
+    return jax.tree.structure(weight), *arrays
+
+
 def route(logits: jax.Array, count: int, normalize: bool) -> Routes:
     """The `count` likeliest experts of each token, from the router's outputs (..., T, experts)."""
     weights, experts = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), count)
@@ -75,7 +121,7 @@ def group(experts: jax.Array, count: int) -> Grouping:
 
 
 def grouped_matmul(
-    rows: jax.Array, kernels: Sequence[Any], experts: jax.Array, features: int
+    rows: jax.Array, kernels: Sequence[Any] | Stacked, experts: jax.Array, features: int
 ) -> jax.Array:
     """Multiplies each block of rows (M, in) by the kernel of its expert, giving (M, features).
 
@@ -86,6 +132,8 @@ def grouped_matmul(
       experts: (blocks,) int32, ascending; `len(kernels)` for a block of zeros, which costs nothing.
       features: width of the result.
     """
+    if isinstance(kernels, Stacked):
+        return _by_block(rows, kernels, experts, features)
     kernels = tuple(kernels)
     if all(map(is_dense, kernels)):
         return _product(rows, kernels, experts, features)
@@ -98,11 +146,19 @@ def _by_block(rows, kernels, experts, features) -> jax.Array:
     def times(kernel, x):
         return multiply(x, kernel, features, name="an expert's layer")
 
-    branches = [functools.partial(times, kernel) for kernel in kernels]
-    branches.append(lambda x: jnp.zeros((len(x), features), x.dtype))
+    def nothing(x):
+        return jnp.zeros((len(x), features), x.dtype)
+
+    def multiplied(block):
+        x, number = block
+        if isinstance(kernels, Stacked):
+            own = lambda x: times(kernels.of(number), x)  # noqa: E731
+            return lax.cond(number < len(kernels), own, nothing, x)
+        branches = [functools.partial(times, kernel) for kernel in kernels]
+        return lax.switch(number, [*branches, nothing], x)
+
     blocks = rows.reshape(len(experts), -1, rows.shape[-1])
-    outputs = lax.map(lambda block: lax.switch(block[1], branches, block[0]), (blocks, experts))
-    return outputs.reshape(len(rows), features)
+    return lax.map(multiplied, (blocks, experts)).reshape(len(rows), features)
 
 
 _product = jax.custom_vjp(_by_block, nondiff_argnums=(3,))
@@ -147,7 +203,7 @@ class Experts(nn.Module):
     def setup(self):
         names = self.config.family.experts
         setattr(self, names.router, Linear(self.config.experts, out_dtype=jnp.float32))
-        for name in self._each():
+        for name in () if self._are_stacked() else self._each():
             # Not self.param where there are weights: it insists on the shapes of dense kernels.
             if not self.has_variable("params", name):
                 self.param(name, self._new_expert)
@@ -189,7 +245,10 @@ class Experts(nn.Module):
     def _layer(self, layer: str, rows: jax.Array, groups: Grouping, routes: Routes) -> jax.Array:
         """Outputs (..., T, k, features) of slots, from the rows of their grouping."""
         features = self._shapes()[layer][1]
-        kernels = [self.get_variable("params", name)[layer]["kernel"] for name in self._each()]
+        if self._are_stacked():
+            kernels = self.get_variable("params", "experts")[layer]["kernel"]
+        else:
+            kernels = [self.get_variable("params", name)[layer]["kernel"] for name in self._each()]
         made = grouped_matmul(rows, kernels, groups.experts, features)
         shape = routes.experts.shape
         outputs = jnp.zeros((routes.experts.size, features), made.dtype)
@@ -201,6 +260,9 @@ class Experts(nn.Module):
     def _sow(self, name: str, inputs: jax.Array, routes: Routes) -> None:
         self.sow("intermediates", name, inputs)
         self.sow("intermediates", "routes", routes)
+
+    def _are_stacked(self) -> bool:
+        return self.has_variable("params", "experts")
 
     def _each(self) -> list[str]:
         return [f"experts_{number}" for number in range(self.config.experts)]

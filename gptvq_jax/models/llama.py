@@ -323,7 +323,8 @@ def get_layer(block: Params, name: str) -> Params:
     found: Any = block
     for part in name.split("/"):
         found = found.get(part) if isinstance(found, Mapping) else None
-    if not isinstance(found, Mapping) or any(isinstance(v, Mapping) for v in found.values()):
+    # Of parameters, or of what a layer has sown.
+    if not isinstance(found, Mapping) or not found.keys() & {"kernel", "inputs"}:
         raise _not_a_layer(block, name)
     return found
 

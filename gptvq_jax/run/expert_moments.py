@@ -29,7 +29,7 @@ Costs:
     the last has 8 of 14336^2: 6.6 GB. Activations are those of k experts a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -111,26 +111,32 @@ def shares(
       inputs: their moments.
       least: m, the tokens that are enough; 0: as many as a layer has inputs.
     """
-    found = {}
-    for owner, count in tokens.items():
-        enough = least or inputs[owner].total.shape[0]
-        found[owner] = max(0.0, 1 - int(count) / enough)
-    return found
+    return {
+        owner: share(count, inputs[owner].total.shape[0], least) for owner, count in tokens.items()
+    }
 
 
-def blended(inputs: Mapping[Owner, Moment], part: Mapping[Owner, float]) -> dict[Owner, jax.Array]:
-    """Hessians (C, C) of owners, those of experts blended as `shares` says."""
-    found = {owner: mean(moment) for owner, moment in inputs.items()}
+def share(tokens: jax.Array, cols: int, least: int) -> float:
+    """Of an expert that got so many tokens, for a layer with so many inputs."""
+    return max(0.0, 1 - int(tokens) / (least or cols))
+
+
+def blended(
+    inputs: Mapping[Owner, Moment], part: Mapping[Owner, float], wanted: Iterable[Owner]
+) -> dict[Owner, jax.Array]:
+    """Hessians (C, C) of some owners, those of experts blended as `shares` says."""
+    found = {owner: mean(inputs[owner]) for owner in wanted}
     of_all: dict[Owner, jax.Array] = {}
-    for owner, share in part.items():
-        if not share:
+    for owner in found:
+        of_owner = part.get(owner, 0.0)
+        if not of_owner:
             continue
         key = layer_kind(owner[0]), owner[1]
         if key not in of_all:
             members = [of for of in part if (layer_kind(of[0]), of[1]) == key]
             total = sum(inputs[of].total for of in members)
             of_all[key] = mean(Moment(total, sum(inputs[of].count for of in members)))
-        found[owner] = (1 - share) * found[owner] + share * of_all[key]
+        found[owner] = (1 - of_owner) * found[owner] + of_owner * of_all[key]
     return found
 
 
@@ -139,7 +145,7 @@ def few_tokens(
 ) -> str | None:
     """One line on the experts of a block that take of others' Hessians; None: there are none."""
     counts = {expert_of(owner[0]): int(count) for owner, count in tokens.items()}
-    few = {expert_of(owner[0]) for owner, share in part.items() if share}
+    few = {expert_of(owner[0]) for owner, of_owner in part.items() if of_owner}
     if not few:
         return None
     none = sorted(number for number in few if not counts[number])

@@ -1,6 +1,7 @@
 """What the rows of a layer minimise, from the moments of what it reads (calibrate.py)."""
 
 import itertools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,27 @@ def expert_shares(moments: Moments, least: int) -> dict[Owner, float]:
     return expert_moments.shares(moments.tokens, moments.inputs, least)
 
 
-def hessians(moments: Moments, least: int = 1) -> dict[Owner, jax.Array]:
+def hessians(
+    moments: Moments, least: int = 1, wanted: Collection[Owner] | None = None
+) -> dict[Owner, jax.Array]:
     """Mean w y y^T by owner, (C, C).
 
     Args:
       moments: of all windows.
       least: tokens that an expert needs for one of its own (calibration.expert_tokens); 1: those
         that none reached have that of all experts.
+      wanted: owners; None: all.
     """
-    return expert_moments.blended(moments.inputs, expert_shares(moments, least))
+    owners = moments.inputs if wanted is None else dict.fromkeys(wanted)
+    return expert_moments.blended(moments.inputs, expert_shares(moments, least), owners)
 
 
 def objectives(
-    moments: Moments, damping: float, name: str, least: int = 1
+    moments: Moments,
+    damping: float,
+    name: str,
+    least: int = 1,
+    wanted: Collection[Owner] | None = None,
 ) -> dict[Owner, Objective]:
     """By owner, its Hessian and the factor; without a shift.
 
@@ -39,9 +48,9 @@ def objectives(
       moments: of all windows.
       damping: of `hessian.factorize`.
       name: of the block, for messages.
-      least: of `hessians`.
+      least, wanted: of `hessians`.
     """
-    found = hessians(moments, least)
+    found = hessians(moments, least, wanted)
     factors = parallel(lambda owner: factorize(found[owner], damping, f"{name}/{owner[0]}"), found)
     pairs = zip(found.values(), factors, strict=True)
     return dict(zip(found, itertools.starmap(Objective, pairs), strict=True))
@@ -73,7 +82,7 @@ def shift(
     name, _ = owner
     cross = mean_product(moments.crosses[owner])
     if owner in moments.tokens:
-        own = 1 - expert_shares(moments, least)[owner]
+        own = 1 - expert_moments.share(moments.tokens[owner], weight.shape[1], least)
         difference = cross - mean(moments.inputs[owner])
         return own * jnp.matmul(weight, difference, precision="highest")
     if closes(config, config.layers.stage_of[name]):

@@ -23,12 +23,13 @@ from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.flops import closing_outputs, stage_flops
 from gptvq_jax.models.llama import Params, get_layer, with_layer
 from gptvq_jax.models.shapes import opened_width
-from gptvq_jax.models.stages import CLOSING, STAGES
+from gptvq_jax.models.stages import CLOSING, STAGES, expert_of
 from gptvq_jax.recipe import rule_text
 from gptvq_jax.run import expert_moments, forward, token_weights
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
+    Owner,
     crossed_stages,
     moment_flops,
     owners,
@@ -52,6 +53,7 @@ from gptvq_jax.storage.checkpoint import dequantize_block
 from gptvq_jax.storage.tree_io import cast_dense
 
 STREAM = "quantized"
+_EXPERTS_AT_ONCE = 4
 _HALF, _INNER = "half", "inner"  # x and what a stage has opened, inside the block at work
 
 
@@ -168,11 +170,16 @@ class PackedBlock:
 
     def _quantize(self, names: Sequence[str], sums: Sums) -> None:
         """Puts packed layers, and dense ones as they will be, in place of the float ones."""
+        for part in _at_once(names):
+            self._quantize_part(part, sums)
+
+    def _quantize_part(self, names: Sequence[str], sums: Sums) -> None:
         progress = self._context.progress
         with self._context.stopwatch.stage("quantize"):
             start = time.perf_counter()
             problems = self._problems(names, sums.fitted)
-            others = hessians(sums.held_out)
+            owned = [o for name in names for o in owners(self._config, name, self._weights)]
+            others = hessians(sums.held_out, wanted=owned) if sums.held_out.inputs else {}
             judged_by = [
                 judges(self._config, problem, others, self._weights, name)
                 for problem, name in zip(problems, names, strict=True)
@@ -183,7 +190,7 @@ class PackedBlock:
             measured = zip(problems, tensors, kernels, judged_by, strict=True)
             rows = parallel(lambda of_layer: layer_row(*of_layer), list(measured))
             rows = self._with_tokens(names, rows, sums.fitted)
-            self._context.stopwatch.flops(_flops(problems, sums.fitted, 1 + bool(others)))
+            self._context.stopwatch.flops(_flops(problems, sums.fitted, owned, 1 + bool(others)))
             seconds = time.perf_counter() - start
         total = sum(problem.weight.size for problem in problems)
         for name, problem, tensor, kernel, row in zip(
@@ -216,7 +223,8 @@ class PackedBlock:
     def _problems(self, names: Sequence[str], moments: Moments) -> list[Problem]:
         settings = self._context.settings
         least = settings.calibration.expert_tokens
-        found = objectives(moments, settings.damping, f"layers_{self._index}", least)
+        owned = {o for name in names for o in owners(self._config, name, self._weights)}
+        found = objectives(moments, settings.damping, f"layers_{self._index}", least, owned)
         weights = {n: jnp.asarray(get_layer(self._float, n)["kernel"]).T for n in names}
 
         def problem(name: str) -> Problem:
@@ -290,6 +298,16 @@ def drop_inside(files: StreamStore) -> None:
         files.drop(stream)
 
 
+def _at_once(names: Sequence[str]) -> list[list[str]]:
+    """Layers that are quantized together: of a few experts, or the Hessians of all take room."""
+    parts: dict[int | None, list[str]] = {}
+    for name in names:
+        number = expert_of(name)
+        part = None if number is None else number // _EXPERTS_AT_ONCE
+        parts.setdefault(part, []).append(name)
+    return list(parts.values())
+
+
 def _values(stored: QuantizedTensor | np.ndarray) -> jax.Array:
     """The weight (R, C) that is multiplied, float32."""
     if isinstance(stored, QuantizedTensor):
@@ -297,8 +315,11 @@ def _values(stored: QuantizedTensor | np.ndarray) -> jax.Array:
     return jnp.asarray(stored, jnp.float32)
 
 
-def _flops(problems: Sequence[Problem], moments: Moments, measured: int) -> float:
+def _flops(
+    problems: Sequence[Problem], moments: Moments, owned: Sequence[Owner], measured: int
+) -> float:
     """Of quantizing layers and measuring their errors so many times."""
+    own = moments._replace(inputs={owner: moments.inputs[owner] for owner in owned})
     coded = [p for p in problems if p.quantize is not None]
     measuring = sum(2 * measured * flops.unit(*p.weight.shape) for p in problems)
-    return factor_flops(moments) + sum(map(most_flops, coded)) + measuring
+    return factor_flops(own) + sum(map(most_flops, coded)) + measuring

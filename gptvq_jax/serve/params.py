@@ -12,6 +12,7 @@ from gptvq_jax.core.int8_rows import is_int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.experts import stack_experts
 from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.ops.coded_rows import CodedRows
@@ -22,7 +23,7 @@ Params = dict[str, Any]
 
 
 def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") -> Params:
-    """The tree of models/llama.py with packed leaves where dense kernels were.
+    """The tree of models/llama.py with packed leaves where dense kernels were, experts stacked.
 
     Args:
       checkpoint: its dense arrays keep the dtype that they are stored in, float16 by default.
@@ -115,5 +116,8 @@ def _load(config: ModelConfig, outer, block, leaf) -> Params:
         # On a CPU, device_put may otherwise share, and keep alive, what the array is a view of.
         return jax.device_put(traverse_util.unflatten_dict(leaves, sep="/"), may_alias=False)
 
-    blocks = {f"layers_{i}": part(block(i)) for i in range(config.num_hidden_layers)}
+    def of_block(index: int) -> Params:
+        return stack_experts(config.of_block(index), part(block(index)))
+
+    blocks = {f"layers_{i}": of_block(i) for i in range(config.num_hidden_layers)}
     return part(outer()) | blocks

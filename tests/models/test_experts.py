@@ -1,5 +1,7 @@
 """Products of rows with the weights of their experts, against one product for each row."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,33 @@ def test_an_expert_that_no_row_wants_is_not_even_decoded():
     np.testing.assert_array_equal(run(jnp.ones((2, 4)), jnp.array([1, 1])), np.full((2, 4), 2.0))
 
 
+def test_stacked_experts_share_one_branch(tmp_path):
+    """And give what they give one by one; a program does not grow with them."""
+    sizes = {}
+    for count in (4, 16):
+        changes = {"num_local_experts": count, "num_hidden_layers": 1}
+        source = open_source(str(write_model(tmp_path / str(count), "mixtral", **changes)))
+        config, block = source.config, source.block(0)
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 48)), jnp.float32)
+        rows = {**block, "block_sparse_moe": dict(block["block_sparse_moe"])}
+        for number in range(count):
+            expert = block["block_sparse_moe"][f"experts_{number}"]
+            packed = {n: {"kernel": RowWeight(w["kernel"].T)} for n, w in expert.items()}
+            rows["block_sparse_moe"][f"experts_{number}"] = packed
+        stacked = moe.stack_experts(config, rows)
+        assert set(stacked["block_sparse_moe"]) == {"gate", "experts"}
+        sizes[count] = len(str(jax.make_jaxpr(partial(block_forward, config))(stacked, x)))
+        if count == 4:
+            expected = block_forward(config, block, x)
+            found = block_forward(config, stacked, x)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert sizes[16] < 1.1 * sizes[4]
+    odd = rows["block_sparse_moe"]["experts_3"]
+    for other in (jnp.zeros((48, 31)), odd["w2"]["kernel"].values.astype(jnp.float16)):
+        odd["w2"] = {"kernel": RowWeight(other)}
+        assert moe.stack_experts(config, rows) is rows
+
+
 def test_weights_of_a_tokens_experts():
     logits = jnp.array([[0.0, 2.0, 1.0, -1.0]])
     p = np.exp([2.0, 1.0]) / np.exp([0.0, 2.0, 1.0, -1.0]).sum()
@@ -112,6 +141,9 @@ def test_flops_are_those_of_the_experts_of_a_token():
     expected = flops.block_forward(config, 2, 64)
     filled = 3 * 2 * 128 * 2 * config.hidden_size * config.expert_size
     assert expected <= counted <= expected + filled / 2
+    token = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)  # fills no block
+    counted = flop_count(lambda b, x: block_forward(config, b, x), block, token)
+    assert counted == flops.block_forward(config, 1, 1)
     fewer = ModelConfig.from_hf(hf_config("mixtral"))
     router = 2 * 2 * 128 * config.hidden_size * (16 - 4)
     assert flops.block_forward(fewer, 2, 64) == expected - router

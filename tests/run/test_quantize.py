@@ -130,8 +130,8 @@ def test_stage_by_stage_every_layer_sees_the_quantized_ones_before_it(
     """
     found, hessians = [], objectives.hessians
 
-    def keeping(moments, least):
-        found.append(hessians(moments, least))
+    def keeping(moments, least, wanted):
+        found.append(hessians(moments, least, wanted))
         return found[-1]
 
     monkeypatch.setattr(objectives, "hessians", keeping)

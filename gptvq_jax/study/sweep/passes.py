@@ -88,7 +88,9 @@ def _curves(settings: RunSettings) -> dict[str, Any] | None:
         "allocation": {n: getattr(a, n) for n in ("measured", "em_iterations", "sample")},
         "run": {n: getattr(settings, n) for n in ("method", "damping", "seed", "num_blocks")},
         "recipe": settings.recipe,
-        "weights": {n: getattr(c, n) for n in ("gradient_groups", "gradient_power")},
+        "weights": {
+            n: getattr(c, n) for n in ("gradient_groups", "gradient_power", "expert_tokens")
+        },
     }
 
 

@@ -7,11 +7,14 @@ import shlex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_families import hf_config
 from tiny_sweeps import in_step, run
 
 from gptvq_jax.config import from_config, to_dict
 from gptvq_jax.core.trellis_tensor import table_values
 from gptvq_jax.methods.trellis import TrellisSettings
+from gptvq_jax.models import flops
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves import viterbi
@@ -19,9 +22,17 @@ from gptvq_jax.study.sweep import start
 from gptvq_jax.study.sweep.axes import axis, sweep
 from gptvq_jax.study.sweep.cells import resolve
 from gptvq_jax.study.sweep.commands import command
-from gptvq_jax.study.sweep.estimate import OF_A_STEP, cell_bytes, cell_flop, search_steps, seconds
+from gptvq_jax.study.sweep.estimate import (
+    OF_A_STEP,
+    cell_bytes,
+    cell_flop,
+    pass_flop,
+    search_steps,
+    seconds,
+)
 from gptvq_jax.study.sweep.layers import Layers
 from gptvq_jax.study.sweep.models import Models
+from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, MOMENTS, Pass, pass_bytes
 
 
 def test_the_plan_goes_by_finished_cells(base, tmp_path, capsys):
@@ -39,6 +50,25 @@ def test_seconds_go_by_finished_cells_where_there_are_some():
     assert seconds(flop, ["a", "b"], 2e12, {}, lambda: 1e12).value == 6.0
     known = seconds(flop, ["b"], 0.0, {"a": {"seconds": 10.0}}, None)
     assert known.value == pytest.approx(30.0) and known.basis == "as 1 finished cells took"
+
+
+def test_a_plan_of_blocks_with_and_without_experts(base):
+    """Work is that of the experts of a token, room that of all of them."""
+    base.method, base.vq.group_size = "gptvq", 0
+    base.calibration.asymmetry, base.allocation.bits_per_value = 0.0, 2.5
+    settings = from_config(base)
+    few, many = (
+        ModelConfig.from_hf(hf_config("qwen3_moe", num_experts=count)) for count in (5, 40)
+    )
+    for kind in (FLOAT, GRADIENTS, MOMENTS):
+        of = Pass(kind, {}, settings, points=3)
+        assert 0 < pass_flop(few, of) < pass_flop(many, of)
+    assert flops.blocks_forward(many, 1, 64) < 1.3 * flops.blocks_forward(few, 1, 64)
+    assert 0 < cell_flop(few, settings) < cell_flop(many, settings)
+    sizes = [pass_bytes(Pass(MOMENTS, {}, settings), config) for config in (few, many)]
+    experts = 2 * 2 * 35 * 4 * (48**2 + 32**2)  # fitted and held out, in two blocks
+    assert sizes[1] - sizes[0] == experts
+    assert cell_bytes(few, settings)[0] < cell_bytes(many, settings)[0]
 
 
 def test_a_budget_for_columns_is_planned_with(base):
