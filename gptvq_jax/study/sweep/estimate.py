@@ -18,6 +18,7 @@ from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.head_chunk import head_chunk
 from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, STAGES
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves.viterbi import TRACE_BACK
@@ -91,7 +92,9 @@ def pass_flop(config: ModelConfig, of: Pass) -> float:
     if of.kind == FLOAT:
         return of.points * flops.block_forward(config, *shape) + evaluation_flop(config, settings)
     if of.kind == GRADIENTS:
-        size = depth * flops.block_backward(config, *shape) + flops.head_backward(config, *shape)
+        chunk = head_chunk(config, settings.calibration.batch_size)
+        size = flops.head_backward(config, *shape, chunk)
+        size += depth * flops.block_backward(config, *shape)
         curves = settings.allocation.bits_per_value > 0
         return size + curves * blocks * _curves_flop(config, settings)
     of_block = flops.block_inputs(config, *shape) + moments_flop(config, settings, False)
@@ -130,7 +133,8 @@ def evaluation_flop(config: ModelConfig, settings: RunSettings) -> float:
     """Of the perplexity of a model; 0 where the length of the text is not known."""
     shape = settings.evaluation.num_windows, settings.evaluation.seqlen
     blocks = config.num_hidden_layers * flops.block_forward(config, *shape)
-    return blocks + flops.head_forward(config, *shape)
+    chunk = head_chunk(config, settings.evaluation.batch_size)
+    return blocks + flops.head_forward(config, *shape, chunk)
 
 
 def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
