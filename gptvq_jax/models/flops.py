@@ -126,6 +126,6 @@ def head_forward(config: ModelConfig, batch: int, time: int, chunk_size: int | N
     return logits(config, batch, -(-(time - 1) // size) * size)
 
 
-def head_backward(config: ModelConfig, batch: int, time: int) -> int:
+def head_backward(config: ModelConfig, batch: int, time: int, chunk_size: int | None = None) -> int:
     """run.gradients.head_backward: `head_forward` again, and the gradient of activations."""
-    return 2 * head_forward(config, batch, time)
+    return 2 * head_forward(config, batch, time, chunk_size)

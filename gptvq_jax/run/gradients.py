@@ -129,13 +129,13 @@ class Backward:
         depth = source.config.num_hidden_layers
         if depth in workdir.streams.points(STREAM):
             return
-        progress.note("gradient of the loss")
         with stopwatch.stage("gradients"):
             outer = head_on_device(source.config, source.outer())
             x = workdir.streams.read(forward.STREAM, depth)
             with workdir.streams.write(STREAM, depth, x.shape) as out:
                 for part in window_batches(settings.calibration):
                     tokens = self._tokens[part]
+                    progress.note(f"gradient of the loss, window {part.start} of {len(x)}")
                     stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
                     dx = head_backward(source.config, outer, on_device(x[part]), tokens)
                     out[part] = finite(dx, "head: the gradient of the loss")

@@ -19,6 +19,7 @@ from gptvq_jax.methods.trellis_settings import INT8 as IN_8_BITS
 from gptvq_jax.methods.trellis_settings import TrellisSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.head_chunk import head_chunk
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.models.stages import expert_of
 from gptvq_jax.moves.viterbi import TRACE_BACK
@@ -119,9 +120,10 @@ def pass_flop(config: ModelConfig, of: Pass) -> float:
         return size + evaluation_flop(config, settings)
     quantized = config.block_counts(blocks).items()
     if of.kind == GRADIENTS:
+        chunk = head_chunk(config, settings.calibration.batch_size)
         every = config.block_counts().items()
         size = sum(count * flops.block_backward(block, *shape) for block, count in every)
-        size += flops.head_backward(config, *shape)
+        size += flops.head_backward(config, *shape, chunk)
         if settings.allocation.bits_per_value > 0:
             size += sum(count * moments_flop(block, settings, False) for block, count in quantized)
             size += _curves_flop(config, settings)
@@ -167,7 +169,8 @@ def moments_flop(config: ModelConfig, settings: RunSettings, crosses: bool) -> f
 def evaluation_flop(config: ModelConfig, settings: RunSettings) -> float:
     """Of the perplexity of a model; 0 where the length of the text is not known."""
     shape = settings.evaluation.num_windows, settings.evaluation.seqlen
-    return flops.blocks_forward(config, *shape) + flops.head_forward(config, *shape)
+    chunk = head_chunk(config, settings.evaluation.batch_size)
+    return flops.blocks_forward(config, *shape) + flops.head_forward(config, *shape, chunk)
 
 
 def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
