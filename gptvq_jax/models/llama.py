@@ -43,9 +43,7 @@ from gptvq_jax.models.layers import (
     precision,
     soft_cap,
 )
-from gptvq_jax.models.stages import EXPERT_STAGES, LINEAR_GROUPS, LINEAR_LAYERS, STAGES
-
-__all__ = ["LINEAR_GROUPS", "LINEAR_LAYERS", "STAGES"]
+from gptvq_jax.models.stages import EXPERT_STAGES, STAGES
 
 Params = Mapping[str, Any]
 
