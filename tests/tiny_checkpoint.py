@@ -16,7 +16,8 @@ from gptvq_jax.core.int8_rows import int8_rows
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
+from gptvq_jax.models.llama import get_layer, with_layer
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
 from gptvq_jax.study import sample_tensors
 from gptvq_jax.study.sample_tensors import TensorFormat

@@ -43,9 +43,7 @@ from gptvq_jax.models.layers import (
     precision,
     soft_cap,
 )
-from gptvq_jax.models.stages import EXPERT_STAGES, LINEAR_GROUPS, LINEAR_LAYERS, STAGES
-
-__all__ = ["LINEAR_GROUPS", "LINEAR_LAYERS", "STAGES"]
+from gptvq_jax.models.stages import EXPERT_STAGES, STAGES
 
 Params = Mapping[str, Any]
 
@@ -323,10 +321,16 @@ def get_layer(block: Params, name: str) -> Params:
     found: Any = block
     for part in name.split("/"):
         found = found.get(part) if isinstance(found, Mapping) else None
-    # Of parameters, or of what a layer has sown.
-    if not isinstance(found, Mapping) or not found.keys() & {"kernel", "inputs"}:
+    if not _is_layer(found):
         raise _not_a_layer(block, name)
     return found
+
+
+def _is_layer(tree: Any) -> bool:
+    """Of parameters or of what is sown, whatever a kernel is; one that holds others is none."""
+    if not isinstance(tree, Mapping):
+        return False
+    return "kernel" in tree or not any(isinstance(value, Mapping) for value in tree.values())
 
 
 def with_layer(block: Params, name: str, kernel: Any) -> dict[str, Any]:

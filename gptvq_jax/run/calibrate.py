@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.config import CalibrationSettings
+from gptvq_jax.console.layer_kind import layer_kind
 from gptvq_jax.core import flops
 from gptvq_jax.core.hessian import (
     Moment,
@@ -159,10 +160,10 @@ def _add(config, block, stage, read, moments, weights, reference, float_block) -
             other = routed_inputs(config, *of_float)
         squares = jnp.square(read.routes.weights)
 
-        def weight_of(name: str, group: int) -> jax.Array:
+        def weight_of(kind: str, group: int) -> jax.Array:
             if weights is None:
                 return squares
-            return token_weights.of_slots(weights, name, group, read.routes)
+            return token_weights.of_slots(weights, kind, group, read.routes)
 
         return add_routed(config, stage, read, moments, weight_of, other)
     inputs, crosses = dict(moments.inputs), dict(moments.crosses)
@@ -204,22 +205,25 @@ def add_routed(
       stage: 2 or 3.
       read: by them.
       moments: of which those of experts of this stage are wanted.
-      weight_of: weights (batch, T, k) of the slots, for a layer and a group of its rows.
+      weight_of: weights (batch, T, k) of the slots, for a kind of layer and a group of its rows.
       other: what they read in the float model, for crosses.
     """
     found = Moments(dict(moments.inputs), dict(moments.crosses), dict(moments.tokens))
+    weights: dict[Owner, jax.Array] = {}
     slots = expert_moments.sort_slots(read.routes.experts.reshape(-1), config.experts)
     for owner in moments.inputs:
         name, group = owner
         if config.layers.stage_of[name] != stage:
             continue
-        number = expert_of(name)
+        number, kind = expert_of(name), (layer_kind(name), group)
+        if kind not in weights:
+            weights[kind] = weight_of(*kind)
         found.inputs[owner], cross = expert_moments.add_slots(
             slots,
             number,
             moments.inputs[owner],
             read.inputs,
-            weight_of(name, group),
+            weights[kind],
             moments.crosses.get(owner),
             other,
         )

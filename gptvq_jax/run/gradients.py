@@ -252,12 +252,12 @@ def block_backward(
         name.removesuffix("/outputs"): group_means(gradient) for name, gradient in gradients.items()
     }
 
-    def weight_of(name, k):
-        return jnp.power(weights[layer_kind(name)][..., k], power)
+    def weight_of(kind, k):
+        return jnp.power(weights[kind][..., k], power)
 
-    def of_slots(name, k):
+    def of_slots(kind, k):
         squares = jnp.square(routed.routes.weights)
-        return jnp.where(power > 0, weight_of(name, k), squares)
+        return jnp.where(power > 0, weight_of(kind, k), squares)
 
     def added(moments):
         for stage in EXPERT_STAGES if config.experts else ():

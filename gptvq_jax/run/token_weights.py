@@ -118,18 +118,18 @@ def means(config: ModelConfig, weights: Weights, name: str, share: float = 0.0) 
     return (1 - share) * sums[number] + share * sums.mean(axis=0)
 
 
-def of_slots(weights: Mapping[str, jax.Array], name: str, group: int, routes: Routes) -> jax.Array:
-    """Weights (..., T, k) that slots have for a layer of the expert of each.
+def of_slots(weights: Mapping[str, jax.Array], kind: str, group: int, routes: Routes) -> jax.Array:
+    """Weights (..., T, k) that slots have for a kind of layer of their experts.
 
     Where a model that is quantized sends a token to another expert than the float model, whose
     gradients these are, it has the mean weight, 1.
 
     Args:
       weights: `relative` ones, of the same tokens.
-      name, group: of the layer, and of its rows.
+      kind, group: of the layer, and of its rows.
       routes: of the slots.
     """
-    own = weights[layer_kind(name)][..., group]
+    own = weights[kind][..., group]
     same = weights[ROUTES][..., None, :] == routes.experts[..., :, None]
     found = jnp.sum(jnp.where(same, own[..., None, :], 0.0), axis=-1)
     return jnp.where(jnp.any(same, axis=-1), found, 1.0)

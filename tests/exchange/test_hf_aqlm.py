@@ -19,7 +19,8 @@ from gptvq_jax.exchange.aqlm_format import AQLMFormat, from_aqlm, to_aqlm
 from gptvq_jax.exchange.aqlm_source import AQLMSource
 from gptvq_jax.exchange.hf_aqlm import hf_aqlm
 from gptvq_jax.models.hf_directory import HFDirectory
-from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, get_layer, with_layer
+from gptvq_jax.models.llama import Decoder, get_layer, with_layer
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 

@@ -11,14 +11,9 @@ from tiny_checkpoint import MODEL
 from gptvq_jax.core.flops import second_moment
 from gptvq_jax.core.hessian import tile_size
 from gptvq_jax.models import flops
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    Decoder,
-    block_forward,
-    head_logits,
-)
+from gptvq_jax.models.llama import Decoder, block_forward, head_logits
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.run import finetune
 from gptvq_jax.run.calibrate import LAST, FloatStates, init_moments, moment_flops, step
 from gptvq_jax.run.gradients import block_backward, head_backward

@@ -162,3 +162,17 @@ def test_a_block_reads_what_its_stages_say(tmp_path):
     np.testing.assert_array_equal(first.routes.experts, read.routes.experts)
     assert first.inputs.shape == (2, 7, 48) and read.inputs.shape == (2, 7, 3, 32)
     np.testing.assert_allclose(at, block_forward(config, block, x), rtol=0, atol=1e-5)
+
+
+def test_half_precision_is_multiplied_as_it_is(tmp_path):
+    source = open_source(str(write_model(tmp_path, "mixtral")))
+    config, block = source.config, source.block(0)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 48)), jnp.float32)
+    exact, half = (
+        block_forward(config, block, x),
+        block_forward(config, block, x.astype("bfloat16")),
+    )
+    assert half.dtype == jnp.bfloat16
+    # A token near the border of two experts may go to the other one.
+    errors = np.linalg.norm(np.asarray(half, np.float32) - exact, axis=-1)
+    assert np.median(errors / np.linalg.norm(exact, axis=-1)) < 0.02

@@ -10,7 +10,7 @@ import pytest
 from make_golden import CONFIGS, random_params, random_tokens, torch_logits, torch_model
 from transformers import LlamaConfig
 
-from gptvq_jax.models import llama
+from gptvq_jax.models import llama, stages
 from gptvq_jax.models.attention import causal_attention
 from gptvq_jax.models.config import Llama3RopeScaling, ModelConfig
 from gptvq_jax.models.rope import inverse_frequencies
@@ -211,9 +211,9 @@ def test_block_and_the_inputs_of_its_layers_match_numpy():
     expected_y, expected_inputs = numpy_block(config, block, np.asarray(x[1], np.float64))
     np.testing.assert_allclose(y[1], expected_y, rtol=0, atol=1e-4)
     np.testing.assert_allclose(y, llama.block_forward(config, block, x), rtol=0, atol=1e-5)
-    assert set(inputs) == {group[0] for group in llama.LINEAR_GROUPS}
-    assert tuple(expected_inputs) == llama.LINEAR_LAYERS
-    for group in llama.LINEAR_GROUPS:
+    assert set(inputs) == {group[0] for group in stages.LINEAR_GROUPS}
+    assert tuple(expected_inputs) == stages.LINEAR_LAYERS
+    for group in stages.LINEAR_GROUPS:
         for name in group:
             np.testing.assert_allclose(
                 inputs[group[0]][1], expected_inputs[name], rtol=0, atol=1e-4, err_msg=name
@@ -254,7 +254,7 @@ def test_packed_leaves_can_replace_every_kernel():
     block = random_params(config, seed=9)["layers_0"]
     before = jax.tree.map(np.copy, block)
     dense = packed = block
-    for name in llama.LINEAR_LAYERS:
+    for name in stages.LINEAR_LAYERS:
         kernel = llama.get_layer(block, name)["kernel"] * 2
         halves = TwoHalves(*(jnp.asarray(part) for part in np.split(kernel, 2)))
         dense = llama.with_layer(dense, name, kernel)

@@ -12,14 +12,9 @@ from first_passes import find
 from kills import counted_visits
 
 from gptvq_jax.config import AllocationSettings, default_config, from_config
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    block_forward_with_inputs,
-    embed,
-    get_layer,
-)
+from gptvq_jax.models.llama import block_forward_with_inputs, embed, get_layer
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.run import allocation, job
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint

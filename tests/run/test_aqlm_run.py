@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer
+from gptvq_jax.models.llama import get_layer
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run import job
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 

@@ -18,14 +18,9 @@ from gptvq_jax.core.hessian import factorize, unit
 from gptvq_jax.core.trellis_tensor import MAX_RATE
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.trellis_budget import demand
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    block_forward_with_inputs,
-    embed,
-    get_layer,
-)
+from gptvq_jax.models.llama import block_forward_with_inputs, embed, get_layer
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.moves.excess import distortion
 from gptvq_jax.moves.rates import price, water_fill
 from gptvq_jax.run import columns, job

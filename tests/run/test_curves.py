@@ -17,9 +17,9 @@ from gptvq_jax.config import AllocationSettings, CalibrationSettings, RunSetting
 from gptvq_jax.core import knapsack
 from gptvq_jax.methods import gptvq
 from gptvq_jax.methods.gptvq import GPTVQSettings
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import layer_shapes
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run import curves, gradients
 from gptvq_jax.run.curves import interpolate, num_windows, sample_rows, to_measure
 

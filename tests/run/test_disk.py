@@ -14,8 +14,8 @@ from gptvq_jax.config import AllocationSettings, CalibrationSettings, RunSetting
 from gptvq_jax.files import durable
 from gptvq_jax.files.disk_space import FullDiskError, directory_bytes
 from gptvq_jax.methods.gptvq import GPTVQSettings
-from gptvq_jax.models.llama import LINEAR_LAYERS
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run import allocation, candidates, job, passes
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.run.workdir import WorkDir

@@ -19,14 +19,9 @@ from gptvq_jax.exchange.hf_dense import hf_dense
 from gptvq_jax.models import flops
 from gptvq_jax.models.families import FAMILIES
 from gptvq_jax.models.hf_directory import HFDirectory
-from gptvq_jax.models.llama import (
-    LINEAR_LAYERS,
-    Decoder,
-    block_forward_with_inputs,
-    get_layer,
-    with_layer,
-)
+from gptvq_jax.models.llama import Decoder, block_forward_with_inputs, get_layer, with_layer
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,

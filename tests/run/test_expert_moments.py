@@ -208,7 +208,7 @@ def test_weights_of_an_expert_are_relative_to_those_of_its_tokens(source):
     np.testing.assert_allclose(blended, [slots.sum() / 24 / 4], rtol=1e-6)
     # A quantized model may send a token elsewhere.
     other = Routes(jnp.asarray(np.stack([routes[..., 1], np.full((3, 8), 3)], -1)), None)
-    found = token_weights.of_slots(relative, layer(0, "w1"), 0, other)
+    found = token_weights.of_slots(relative, name, 0, other)
     same = routes[..., 0] != routes[..., 1]
     np.testing.assert_array_equal(found[..., 0][same], relative[name][:, :, 1, 0][same])
     np.testing.assert_array_equal(found[..., 1], 1.0)

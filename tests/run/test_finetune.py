@@ -17,8 +17,9 @@ from tiny_checkpoint import MODEL, assert_same_tree, random_block
 from gptvq_jax.config import TuneSettings, default_config
 from gptvq_jax.console.time_table import time_table
 from gptvq_jax.methods.trainable import parameters, with_parameters
-from gptvq_jax.models.llama import LINEAR_LAYERS, block_forward, embed
+from gptvq_jax.models.llama import block_forward, embed
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run import job, passes
 from gptvq_jax.run.finetune import Pairs, tune_block
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree

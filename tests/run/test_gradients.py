@@ -13,9 +13,10 @@ from kills import counted_visits
 
 from gptvq_jax.config import CalibrationSettings, RunSettings
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, Linear, block_forward, embed, get_layer
+from gptvq_jax.models.llama import Decoder, Linear, block_forward, embed, get_layer
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import CheckpointSource, block_shapes, outer_shapes
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run.gradients import block_backward, check_groups, head_backward
 from gptvq_jax.run.workdir import WorkDir
 

@@ -11,7 +11,8 @@ from documented import parsed
 
 from gptvq_jax.config import default_config
 from gptvq_jax.models.hf_source import HFSource
-from gptvq_jax.models.llama import LINEAR_GROUPS, LINEAR_LAYERS, get_layer
+from gptvq_jax.models.llama import get_layer
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.run import evaluate, evaluate_job, finetune, forward, gradients, held_out, job
 from gptvq_jax.run.calibrate import LAST
 

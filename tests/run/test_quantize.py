@@ -8,8 +8,6 @@ import pytest
 
 from gptvq_jax.config import from_config
 from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
     block_forward,
     block_forward_with_inputs,
     embed,
@@ -17,6 +15,7 @@ from gptvq_jax.models.llama import (
     with_layer,
 )
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.run import evaluate_job, job, objectives, packed_block
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from steps import Steps
 
-from gptvq_jax.models.llama import LINEAR_GROUPS, block_forward_with_inputs, embed
+from gptvq_jax.models.llama import block_forward_with_inputs, embed
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_GROUPS
 from gptvq_jax.run import job, statistics
 from gptvq_jax.run.statistics import add, calibrate
 from gptvq_jax.run.statistics_file import Statistics, write

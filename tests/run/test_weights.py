@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from gptvq_jax.config import CalibrationSettings
-from gptvq_jax.models.llama import (
-    LINEAR_GROUPS,
-    LINEAR_LAYERS,
-    block_forward_with_inputs,
-    embed,
-    get_layer,
-    with_layer,
-)
+from gptvq_jax.models.llama import block_forward_with_inputs, embed, get_layer, with_layer
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.run import job
 from gptvq_jax.run.calibrate import (
     LAST,

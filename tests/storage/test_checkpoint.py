@@ -19,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax.core.vq_tensor import dequantize
 from gptvq_jax.methods.gptvq import quantize
-from gptvq_jax.models.llama import LINEAR_LAYERS, get_layer, with_layer
+from gptvq_jax.models.llama import get_layer, with_layer
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_tree
 from gptvq_jax.storage.tensor_io import state_to_tensor, tensor_to_state
 from gptvq_jax.storage.tree_io import load_tree, read_record, save_tree, write_json
