@@ -491,6 +491,15 @@ def test_metadata_of_another_type(key):
         assert key in str(caught.value) or key == "general.architecture"
 
 
+def test_metadata_are_what_the_library_reads(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", tiny_tensors(), extra=[("llama.flag", True)])
+    source, library = open_source(str(path)), gguf.GGUFReader(path)
+    kinds = {field.types[0] for field in library.fields.values() if field.types}
+    assert gguf.GGUFValueType.ARRAY in kinds
+    for name, field in library.fields.items():
+        assert source._field(name) == field.contents(), name
+
+
 def test_a_count_beyond_the_end_of_the_file_ends_at_once(tmp_path):
     """The library would fill such an array with nothing, for years."""
     path = write_tiny(tmp_path / "tiny.gguf", tiny_tensors())
