@@ -52,8 +52,8 @@ def plot(rows: Rows, title: str, path: Path, tuned: Rows = ()) -> None:
 
 
 def codes_differ(rows: Rows) -> bool:
-    """Whether not all layers have codes of the same bits and dimension."""
-    return len({(row["dim"], row["index_bits"]) for row in rows}) > 1
+    """Whether not all layers have codes of the same method, bits and dimension."""
+    return len({(row.get("method"), row["dim"], row["index_bits"]) for row in rows}) > 1
 
 
 def by_depth(
