@@ -55,6 +55,7 @@ SCENARIOS = {
 # Refused although the program names them: it does not come to them, or they give the same there.
 WITHOUT_EFFECT = {
     "gptvq of single weights": {"vq.exact_metric"},  # test_the_metric_of_single_weights
+    "gptvq as in the paper": {"vq.beam", "vq.polish_judge"},  # 0 rounds
     "aqlm from its start alone": {"aqlm.beam", "aqlm.tolerance", "aqlm.block_size"},  # 0 rounds
 }
 TRACED_IN_SECONDS = ("gptq", "rtn")
