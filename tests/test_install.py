@@ -106,8 +106,10 @@ def test_a_model_from_quantization_to_text(installed, tiny_config, tmp_path):  #
     # A config by its name, with a model of one's own in it.
     words = [f"--config.model={tiny_config.model}", "--config.allocation.bits_per_value=0"]
     for section in ("calibration", "evaluation"):
-        for field in ("dataset", "seqlen", "batch_size"):
+        for field in ("seqlen", "batch_size"):
             words += [f"--config.{section}.{field}={tiny_config[section][field]}"]
+    words += [f"--config.calibration.datasets={','.join(tiny_config.calibration.datasets)}"]
+    words += [f"--config.evaluation.dataset={tiny_config.evaluation.dataset}"]
     done = installed("quantize", "--config=smollm2_135m_2d:smoke", *words)
     assert (tmp_path / "runs/smollm2_135m_2d_smoke/report.png").is_file(), done.stderr
 

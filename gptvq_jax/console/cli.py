@@ -32,6 +32,7 @@ class _Interrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.on_signal)
         sys.unraisablehook = self.unraisable
+        threading.excepthook = self.in_thread
 
     def ignore(self) -> None:
         """While Python shuts down it would give Ctrl-C back to the system, which kills it."""
@@ -52,6 +53,15 @@ class _Interrupts:
         # What breaks off in the middle leaves finalizers that complain, and so does a closed pipe.
         if not self.seen and not isinstance(unraisable.exc_value, BrokenPipeError):
             sys.__unraisablehook__(unraisable)
+
+    def in_thread(self, arguments) -> None:
+        """Nor do threads complain whose files are cleared away after Ctrl-C."""
+        if not self.seen:
+            threading.__excepthook__(arguments)
+
+    def worth_logging(self, record) -> bool:
+        """Nor do they log it."""
+        return not self.seen
 
     def uncaught(self, kind, error, traceback) -> None:
         """While the script is imported, and its flags are parsed."""
@@ -307,6 +317,7 @@ def _quiet_logs() -> None:
     """Warnings only, unless --verbosity asks for more; libraries below raise their own levels."""
     handler = absl_logging.get_absl_handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(_interrupts.worth_logging)
     # Where its cache cannot be written it takes a temporary one, which is fine.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # Without PyTorch, which nothing here needs, transformers advises to install it.

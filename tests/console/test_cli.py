@@ -46,6 +46,10 @@ def script(body, tmp_path, *words, **options):
         "import atexit\natexit.register(ctrl_c)",
         "import threading\nthreading.Thread(target=lambda: time.sleep(9)).start()\nctrl_c()",
         "raise KeyboardInterrupt",
+        # Orbax still writes when the directory below it is cleared away.
+        "import threading\nthread = threading.Thread(target=lambda: time.sleep(0.2) or 1 / 0)\n"
+        "thread.start()\ntry:\n    ctrl_c()\nfinally:\n    thread.join()",
+        "import logging\ntry:\n    ctrl_c()\nfinally:\n    logging.error('not written')",
     ],
 )
 def test_ctrl_c_is_one_line_and_status_130(body, tmp_path):
