@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
 from gptvq_jax.methods.gptvq_settings import MAX_CODE_BITS, makes_codes
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.methods.trellis_settings import INT8
 
 _SECTIONS = {
     "vq": "--config.method=gptvq",
@@ -102,6 +103,7 @@ def ignored(settings: RunSettings) -> dict[str, str]:
         )
     _vq(settings, when)
     _aqlm(settings, when)
+    _trellis(settings, when)
     _allocation(settings, when)
     _tune(settings, when)
     _method(settings, when)
@@ -154,6 +156,16 @@ def _aqlm(settings: RunSettings, when) -> None:
         aqlm.codebook_update != "adam",
         "aqlm.learning_rate",
         "on conjugate gradients; set --config.aqlm.codebook_update=adam",
+    )
+
+
+def _trellis(settings: RunSettings, when) -> None:
+    trellis = settings.trellis
+    of_codes = [f for f in _fields(trellis) if f not in ("form", "block_size")]
+    when(
+        settings.method == "trellis" and trellis.form == INT8,
+        " ".join(f"trellis.{field}" for field in of_codes),
+        f"with trellis.form={INT8}, which codes no layer; set --config.trellis.form=auto",
     )
 
 

@@ -151,6 +151,11 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({"method": "trellis"}, "seed", "--config.tune.block=True"),
         ({}, "trellis.bits", "--config.method=trellis"),
         ({"method": "trellis"}, "vq.dim", "--config.method=gptvq"),
+        (
+            {"method": "trellis", "trellis.form": "int8"},
+            "trellis.window_bits",
+            "--config.trellis.form=auto",
+        ),
         ({"method": "trellis", **BUDGET}, "allocation.dims", "--config.method=gptvq"),
         ({"method": "trellis"}, "allocation.sample", "--config.allocation.bits_per_value"),
         ({"vq.seed": "mahalanobis"}, "seed", "--config.vq.seed=kmeans++ or random, or "),
