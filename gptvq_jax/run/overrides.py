@@ -18,6 +18,7 @@ from ml_collections import config_dict
 from gptvq_jax.config import CALIBRATION_TEXT, CalibrationSettings, RunSettings, from_config
 from gptvq_jax.methods.gptvq_settings import MAX_CODE_BITS, GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.methods.trellis_settings import INT8
 from gptvq_jax.rule_settings import is_open, methods_of, rule_settings
 
 _SECTIONS = {
@@ -138,6 +139,7 @@ def ignored(settings: RunSettings) -> dict[str, str]:
         )
     _vq(settings, when)
     _aqlm(settings, when)
+    _trellis(settings, when)
     _allocation(settings, when)
     _tune(settings, when)
     _method(settings, when)
@@ -190,6 +192,16 @@ def _aqlm(settings: RunSettings, when) -> None:
         aqlm.codebook_update != "adam",
         "aqlm.learning_rate",
         "on conjugate gradients; set --config.aqlm.codebook_update=adam",
+    )
+
+
+def _trellis(settings: RunSettings, when) -> None:
+    trellis = settings.trellis
+    of_codes = [f for f in _fields(trellis) if f not in ("form", "block_size")]
+    when(
+        settings.method == "trellis" and trellis.form == INT8,
+        " ".join(f"trellis.{field}" for field in of_codes),
+        f"with trellis.form={INT8}, which codes no layer; set --config.trellis.form=auto",
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gptvq_jax.core.hessian import Factor
 from gptvq_jax.core.vq_tensor import concat_rows, dequantize
-from gptvq_jax.methods import gptvq, layer
+from gptvq_jax.methods import gptvq_settings, layer
 from gptvq_jax.methods.gptvq import GPTVQSettings, quantize
 from gptvq_jax.methods.layer import Objective, quantize_layer
 
@@ -29,7 +29,7 @@ KEY = jax.random.key(3)
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of as few rows as there can be."""
-    monkeypatch.setattr(gptvq, "_PART_ROWS", 1)
+    monkeypatch.setattr(gptvq_settings, "_PART_ROWS", 1)
 
 
 def whole_and_parts(problem, settings):
@@ -120,9 +120,9 @@ def test_parts_cover_the_rows_in_whole_strips():
             continue
         assert grid.rows % grid.strip_rows == 0
         assert (grid.strip_rows, grid.strip_cols) == (whole.strip_rows, whole.strip_cols)
-        assert grid.rows <= gptvq._PART_ROWS or grid.row_strips == 1
+        assert grid.rows <= gptvq_settings._PART_ROWS or grid.row_strips == 1
         for fewer in range(1, count):
-            assert whole.row_strips % fewer or rows // fewer > gptvq._PART_ROWS
+            assert whole.row_strips % fewer or rows // fewer > gptvq_settings._PART_ROWS
         seen.add(count)
     assert min(seen) == 1 and max(seen) > 8
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptvq_jax.core.hessian import factorize
-from gptvq_jax.methods import gptvq, pool
+from gptvq_jax.methods import gptvq_settings, pool
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.layer import Objective, Problem, quantize_layers
@@ -100,7 +100,7 @@ def problems():
 
 
 def test_layers_are_the_same_with_any_number_of_workers(use_workers, monkeypatch):
-    monkeypatch.setattr(gptvq, "_PART_ROWS", 16)
+    monkeypatch.setattr(gptvq_settings, "_PART_ROWS", 16)
     found = []
     for workers in (1, 2):
         use_workers(workers)

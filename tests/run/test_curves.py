@@ -15,7 +15,7 @@ from tiny_run import config_file
 
 from gptvq_jax.config import AllocationSettings, CalibrationSettings, RunSettings
 from gptvq_jax.core import knapsack
-from gptvq_jax.methods import gptvq
+from gptvq_jax.methods import gptvq_settings
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import layer_shapes
@@ -190,7 +190,7 @@ def test_only_the_wanted_candidates_are_measured(measured, count, expected):
 
 
 def test_a_sample_of_rows_has_the_curve_of_all(measured, monkeypatch):
-    monkeypatch.setattr(gptvq, "_PART_ROWS", 16)  # small parts of small layers
+    monkeypatch.setattr(gptvq_settings, "_PART_ROWS", 16)  # small parts of small layers
     changes = {"bits": BITS[:2], "measured": 0}
     sampled, whole = measured(**changes), measured(**changes, sample=False)
     ratios = values(sampled, "loss") / values(whole, "loss")

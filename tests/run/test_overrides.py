@@ -55,7 +55,7 @@ SCENARIOS = {
 # Refused although the program names them: it does not come to them, or they give the same there.
 WITHOUT_EFFECT = {
     "gptvq of single weights": {"vq.exact_metric"},  # test_the_metric_of_single_weights
-    "gptvq as in the paper": {"vq.beam"},  # 0 rounds
+    "gptvq as in the paper": {"vq.beam", "vq.polish_judge"},  # 0 rounds
     "aqlm from its start alone": {"aqlm.beam", "aqlm.tolerance", "aqlm.block_size"},  # 0 rounds
 }
 TRACED_IN_SECONDS = ("gptq", "rtn")
@@ -151,6 +151,11 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({"method": "trellis"}, "seed", "--config.tune.block=True"),
         ({}, "trellis.bits", "--config.method=trellis"),
         ({"method": "trellis"}, "vq.dim", "--config.method=gptvq"),
+        (
+            {"method": "trellis", "trellis.form": "int8"},
+            "trellis.window_bits",
+            "--config.trellis.form=auto",
+        ),
         ({"method": "trellis", **BUDGET}, "allocation.dims", "--config.method=gptvq"),
         ({"method": "trellis"}, "allocation.sample", "--config.allocation.bits_per_value"),
         ({"vq.seed": "mahalanobis"}, "seed", "--config.vq.seed=kmeans++ or random, or "),
