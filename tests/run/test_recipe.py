@@ -20,8 +20,9 @@ from gptvq_jax.core.int8_rows import is_int8_rows
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
 from gptvq_jax.exchange.hf_dense import hf_dense
-from gptvq_jax.models.llama import LINEAR_LAYERS, Decoder, get_layer
+from gptvq_jax.models.llama import Decoder, get_layer
 from gptvq_jax.models.open import open_source
+from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.recipe import parse, rule_text
 from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run import job
