@@ -65,10 +65,9 @@ def measure(
         weight = jnp.asarray(get_layer(block, name)["kernel"]).T
         most = of_mean.most_outliers(*weight.shape)
         of_layer = demand(weight, hinv_chol, of_mean, most)
-        sensitivity = float(token_weights[name].mean(dtype=np.float64)) * float(
-            unit(objective.hessian)
-        )
+        sensitivity = float(token_weights[name].mean(dtype=np.float64))
         values = np.asarray(of_layer.values, np.float64) * sensitivity
+        values *= float(unit(objective.hessian))
         rows.append({
             "layer": name,
             "shape": list(weight.shape),
