@@ -75,8 +75,9 @@ def measure(
         of_mean = _with_bits(of.settings, bits)
         most = of_mean.most_outliers(*weight.shape)
         of_layer = demand(weight, objective.factor.hinv_chol, of_mean, most)
-        sensitivity = float(sensitivities[name].mean()) * float(unit(objective.hessian))
+        sensitivity = float(sensitivities[name].mean())
         values = np.asarray(of_layer.values, np.float64) * sensitivity
+        values *= float(unit(objective.hessian))
         rows.append({
             "layer": name,
             "shape": list(weight.shape),

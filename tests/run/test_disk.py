@@ -64,7 +64,9 @@ def said(monkeypatch):
 
 
 def weighted(asymmetry):
-    calibration = CalibrationSettings(num_windows=4, gradient_groups=GROUPS, asymmetry=asymmetry)
+    calibration = CalibrationSettings(
+        num_windows=4, held_out=2, gradient_groups=GROUPS, asymmetry=asymmetry
+    )
     return RunSettings(calibration=calibration)
 
 
@@ -132,7 +134,7 @@ def test_curves_take_what_was_said(source, tmp_path, peak, monkeypatch):
     row |= {"measured": False, "num_bytes": 10**9, "num_values": 10**9}
     settings = RunSettings(
         vq=GPTVQSettings(group_size=0),
-        calibration=CalibrationSettings(num_windows=4, asymmetry=0.0),
+        calibration=CalibrationSettings(num_windows=4, held_out=2, asymmetry=0.0),
         allocation=AllocationSettings(bits_per_value=2.0, em_iterations=0),
     )
     count = len(settings.candidates)

@@ -69,7 +69,9 @@ def random_tokens(windows=6, seqlen=32):
 
 
 def settings(groups=GROUPS):
-    calibration = CalibrationSettings(num_windows=4, gradient_groups=groups, asymmetry=0.0)
+    calibration = CalibrationSettings(
+        num_windows=4, held_out=2, gradient_groups=groups, asymmetry=0.0
+    )
     return RunSettings(calibration=calibration)
 
 
