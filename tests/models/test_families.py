@@ -227,6 +227,7 @@ def test_a_quantized_source_is_refused_by_the_name_of_its_format(tmp_path, quant
         ("gemma3_text", {"final_logit_softcapping": -1}, "final_logit_softcapping must be"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
         ("gemma3_text", {"rope_local_base_freq": "x"}, "rope_local_base_freq must be"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "one for 'sliding_attention'"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be a list of 3"),
         ("smollm3", {"no_rope_layers": ["a"] * 3}, "no_rope_layers must be a list of 3"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts must be an integer from 1"),

@@ -49,7 +49,8 @@ class GGUFForm(NamedTuple):
     """How llama.cpp writes a family. Names of tensors are in the gguf library's table of them.
 
     Attributes:
-      architecture: `general.architecture` of its files.
+      architecture: `general.architecture` of its files; two families may have one, the one with a
+        window and the other without.
       interleaved: whether rows of q and k are in the order of pairs that turn together.
       window: whether a sliding window is written.
       keys: {field of a config.json: metadata key below the architecture's name} beside the usual.
@@ -143,7 +144,7 @@ def sliding_layers(
     return tuple(name == "sliding_attention" for name in types)
 
 
-def gemma_window(fields: Fields, sliding: Sequence[bool]) -> int | None:
+def window_of_some(fields: Fields, sliding: Sequence[bool]) -> int | None:
     """The window of blocks of which some are `sliding`.
 
     Raises:

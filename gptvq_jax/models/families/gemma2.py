@@ -6,10 +6,10 @@ from gptvq_jax.models.families.base import (
     GGUFForm,
     Norms,
     by_block,
-    gemma_window,
     read_gemma,
     read_gemma_gguf,
     sliding_layers,
+    window_of_some,
     write_gemma,
     write_windows,
 )
@@ -24,7 +24,7 @@ NORMS = Norms(
 
 def _read(hf, fields):
     sliding = sliding_layers(hf, fields["num_hidden_layers"], lambda index: index % 2 == 0)
-    window, rope = gemma_window(fields, sliding), (fields["rope_theta"], fields["rope_scaling"])
+    window, rope = window_of_some(fields, sliding), (fields["rope_theta"], fields["rope_scaling"])
     kinds = [BlockKind(window if slides else None, *rope) for slides in sliding]
     return {**read_gemma(hf, fields), **by_block(kinds)}
 

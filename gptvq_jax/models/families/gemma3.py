@@ -6,68 +6,33 @@ from gptvq_jax.models.families.base import (
     Family,
     GGUFForm,
     by_block,
-    gemma_window,
     read_gemma,
     read_gemma_gguf,
     sliding_layers,
+    window_of_some,
     write_gemma,
     write_windows,
 )
 from gptvq_jax.models.families.gemma2 import NORMS
-from gptvq_jax.models.fields import OBJECT, ROPE_BASE, SIZE
-from gptvq_jax.models.rope_scaling import read_rope, write_rope
+from gptvq_jax.models.fields import ROPE_BASE, SIZE
+from gptvq_jax.models.window_ropes import FULL, SLIDING, read_ropes, write_ropes
 
-_BASES = {"full_attention": 1e6, "sliding_attention": 1e4}
-_FLAT = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-
-
-def _ropes(hf, max_positions):
-    """(theta, scaling) by the type of a block."""
-    given = OBJECT.optional().read(hf, "rope_parameters") or {}
-    ropes = {}
-    for kind, base in _BASES.items():
-        rope = dict(OBJECT.optional().read(given, kind) or {})
-        if kind == "full_attention":
-            rope |= OBJECT.optional().read(hf, "rope_scaling") or {}
-        if rope.get("rope_theta") is None:
-            rope["rope_theta"] = ROPE_BASE.optional(base).read(hf, _FLAT[kind]) or base
-        *ropes[kind], share = read_rope({"rope_parameters": rope}, max_positions)
-        if share != 1:
-            raise NotImplementedError("partial_rotary_factor is not supported, only 1")
-    return ropes
+_BASES = {FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)}
 
 
 def _read(hf, fields):
     pattern = SIZE.optional(6, null=False).read(hf, "sliding_window_pattern")
     depth = fields["num_hidden_layers"]
     sliding = sliding_layers(hf, depth, lambda index: (index + 1) % pattern != 0)
-    window = gemma_window(fields, sliding)
-    ropes = _ropes(hf, fields["max_position_embeddings"])
-    kinds = {
-        True: BlockKind(window, *ropes["sliding_attention"]),
-        False: BlockKind(None, *ropes["full_attention"]),
-    }
+    window = window_of_some(fields, sliding)
+    ropes = read_ropes(hf, fields["max_position_embeddings"], _BASES)
+    kinds = {True: BlockKind(window, *ropes[SLIDING]), False: BlockKind(None, *ropes[FULL])}
     return {**read_gemma(hf, fields), **by_block([kinds[slides] for slides in sliding])}
 
 
 def _write(config):
-    of_kind = {kind.sliding_window is not None: kind for kind in config.kinds}
-    hf = write_windows(config)
-    ropes = {}
-    for slides, name in ((True, "sliding_attention"), (False, "full_attention")):
-        if slides in of_kind:
-            kind = of_kind[slides]
-            scaling = write_rope(kind.rope_scaling) or {"rope_type": "default"}
-            ropes[name] = {**scaling, "rope_theta": kind.rope_theta}
-    if "full_attention" in ropes:
-        hf["rope_theta"] = ropes["full_attention"]["rope_theta"]
-        scaling = of_kind[False].rope_scaling
-        hf["rope_scaling"] = write_rope(scaling)
-    if "sliding_attention" in ropes:
-        hf["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
-        if of_kind[True].rope_scaling is not None:
-            hf["rope_parameters"] = ropes
-    return {**write_gemma(config), **hf}
+    ropes = write_ropes(config, "rope_local_base_freq")
+    return {**write_gemma(config), **write_windows(config), **ropes}
 
 
 def _read_gguf(metadata, fields):
