@@ -8,7 +8,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-ARCHITECTURES = {"gemma3_text": "gemma3"}  # the others are called as in transformers
+# The others are called as in transformers.
+ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2"}
 INTERLEAVED = ("llama", "granite", "smollm3")
 _NAMES = {
     "embed_tokens": "token_embd",
@@ -29,7 +30,8 @@ _NAMES = {
     "gate_up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-_AFTER_ATTENTION = ("gemma2", "gemma3_text", "olmo2", "seed_oss")  # the others have it before feed
+# The others have it before feed.
+_AFTER_ATTENTION = ("gemma2", "gemma3_text", "olmo2", "olmo3", "seed_oss")
 
 
 def write_gguf(path: Path, directory: Path, model_type: str, more: dict | None = None) -> Path:
@@ -86,8 +88,12 @@ def _metadata(writer: gguf.GGUFWriter, hf: dict, model_type: str) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if model_type in ("gemma2", "gemma3_text", "phi3"):
+    if model_type in ("gemma2", "gemma3_text", "phi3", "olmo3"):
         writer.add_sliding_window(hf["sliding_window"])
+    if model_type == "olmo3":
+        every_fourth = [(index + 1) % 4 == 0 for index in range(hf["num_hidden_layers"])]
+        full = [kind == "full_attention" for kind in hf.get("layer_types", [])] or every_fourth
+        writer.add_sliding_window_pattern([not all_positions for all_positions in full])
     if model_type == "gemma2":
         writer.add_attn_logit_softcapping(hf["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(hf["final_logit_softcapping"])

@@ -66,7 +66,7 @@ def read_metadata(field: Read, tensors: Mapping[str, Any]) -> tuple[ModelConfig,
       ValueError: a field is missing or holds what it cannot hold; the message names its key.
       NotImplementedError: another architecture, or a variant that the decoder lacks.
     """
-    family = _family(field("general.architecture"))
+    family = _family(field)
     architecture = family.gguf.architecture
 
     def metadata(key: str, kind: Field) -> Any:
@@ -117,14 +117,22 @@ def read_metadata(field: Read, tensors: Mapping[str, Any]) -> tuple[ModelConfig,
     return ModelConfig.from_hf(hf), tuple(token for token in ends if token is not None)
 
 
-def _family(architecture: Any) -> Family:
-    families = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf}
-    if not isinstance(architecture, str) or architecture not in families:
-        raise NotImplementedError(
-            f"general.architecture = {brief(architecture)} is not supported, only "
-            f"{', '.join(sorted(families))}"
-        )
-    return families[architecture]
+def _family(field: Read) -> Family:
+    """The family of an architecture; where it has two, a file with a window is of that with one."""
+    families = {
+        (family.gguf.architecture, family.gguf.window): family
+        for family in FAMILIES.values()
+        if family.gguf
+    }
+    architecture = field("general.architecture")
+    window = bool(field(f"{architecture}.attention.sliding_window"))
+    for key in ((architecture, window), (architecture, not window)):
+        if isinstance(architecture, str) and key in families:
+            return families[key]
+    raise NotImplementedError(
+        f"general.architecture = {brief(architecture)} is not supported, only "
+        f"{', '.join(sorted({name for name, _ in families}))}"
+    )
 
 
 def _shortest(value: Any) -> Any:

@@ -1,12 +1,16 @@
 """Every family from a GGUF file is the same model as from safetensors."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
-from gguf_files import write_gguf
+from gguf_files import ARCHITECTURES, write_gguf
 from tiny_families import CONFIGS, write_model
 
 from gptvq_jax.models.families import FAMILIES
+from gptvq_jax.models.families.base import GGUFForm, nothing
 from gptvq_jax.models.open import open_source
 
 # What llama.cpp knows without a field in the file, or has no field for.
@@ -30,7 +34,9 @@ UNWRITTEN = ("llama dynamic", "llama yarn mscale")  # of which llama.cpp has no 
 def test_every_family_that_llama_cpp_writes_is_here():
     there = {name for name, family in FAMILIES.items() if family.gguf}
     assert {CONFIGS[name]["model_type"] for name in NAMES} >= there
-    assert {family.gguf.architecture for family in FAMILIES.values() if family.gguf} >= {
+    forms = [family.gguf for family in FAMILIES.values() if family.gguf]
+    assert len({(form.architecture, form.window) for form in forms}) == len(forms)
+    assert {form.architecture for form in forms} >= {
         *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "smollm3")
     }
 
@@ -54,6 +60,26 @@ def test_same_model_as_from_safetensors(tmp_path, name):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(b, a, rtol=0, atol=atol)
+
+
+def test_of_two_families_with_one_architecture_a_window_tells_which(tmp_path, monkeypatch):
+    windowed = dataclasses.replace(
+        FAMILIES["qwen3"],
+        model_type="windowed",
+        read=nothing,
+        handles=("sliding_window",),
+        gguf=GGUFForm("qwen3", window=True),
+    )
+    monkeypatch.setitem(FAMILIES, "windowed", windowed)
+    directory = write_model(tmp_path, "qwen3", attention_bias=False)
+    monkeypatch.setitem(ARCHITECTURES, "phi3", "qwen3")  # which is written with a window
+    config = json.loads((directory / "config.json").read_text()) | {"sliding_window": 7}
+    (directory / "config.json").write_text(json.dumps(config))
+    found = {}
+    for name in ("qwen3", "phi3"):
+        source = open_source(str(write_gguf(tmp_path / f"{name}.gguf", directory, name)))
+        found[source.config.model_type] = source.config.sliding_window
+    assert found == {"qwen3": None, "windowed": 7}
 
 
 def test_what_a_file_of_a_family_cannot_say_is_refused(tmp_path):
