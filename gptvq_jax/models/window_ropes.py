@@ -40,9 +40,10 @@ def read_ropes(
             rope |= OBJECT.optional().read(hf, "rope_scaling") or {}
         if rope.get("rope_theta") is None:
             rope["rope_theta"] = ROPE_BASE.optional(base).read(hf, flat) or base
-        *ropes[kind], share = read_rope({"rope_parameters": rope}, max_positions)
+        theta, scaling, share = read_rope({"rope_parameters": rope}, max_positions)
         if share != 1:
             raise NotImplementedError("partial_rotary_factor is not supported, only 1")
+        ropes[kind] = theta, scaling
     return ropes
 
 
@@ -54,7 +55,7 @@ def write_ropes(config: Any, local_base: str | None = None) -> dict[str, Any]:
       local_base: the field of theta of blocks with a window, if they have one of their own.
     """
     of_kind = {SLIDING if kind.sliding_window else FULL: kind for kind in config.kinds}
-    hf = {}
+    hf = {"rope_scaling": None}  # which is never that of blocks with a window
     if FULL in of_kind:
         hf["rope_theta"] = of_kind[FULL].rope_theta
         hf["rope_scaling"] = write_rope(of_kind[FULL].rope_scaling)
