@@ -72,6 +72,20 @@ CONFIGS = {
         "attention_bias": True,
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "olmo3": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 4,
+        "attention_bias": True,
+        "sliding_window": 16,
+        "rope_theta": 5e5,
+        "rope_scaling": _YARN,
+    },
+    "olmo3 layer types": {
+        "model_type": "olmo3",
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_theta": 5e5,
+    },
     # Its transformers has no head_dim of its own.
     "phi3": {
         "model_type": "phi3",
