@@ -50,6 +50,11 @@ def parse(value: Any) -> tuple[Rule, ...]:
     rules = []
     for number, item in enumerate(value, 1):
         pair = item if isinstance(item, tuple | list) else ()
+        if isinstance(item, str) and item.lstrip().startswith(("(", "[")):
+            raise ValueError(
+                f"config.recipe={item} cannot be read: something in it is no literal (a number, a "
+                f"text in quotes, True or False) or a bracket is open; it looks like {_EXAMPLE}"
+            )
         if len(pair) != 2 or type(pair[0]) is not str:
             raise ValueError(
                 f"config.recipe: rule {number} is {item!r} and must be a pair of a pattern and "
@@ -91,12 +96,13 @@ def rule_of(rules: Iterable[Rule], name: str) -> Rule | None:
     return next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
 
 
-def check_used(rules: Sequence[Rule], names: Sequence[str]) -> None:
+def check_used(rules: Sequence[Rule], names: Sequence[str], routers: Sequence[str] = ()) -> None:
     """Checks that every rule has a layer.
 
     Args:
       rules: of the recipe.
       names: of all layers.
+      routers: names of those of experts, which no rule can have.
 
     Raises:
       ValueError: one has none; the message says why.
@@ -112,6 +118,11 @@ def check_used(rules: Sequence[Rule], names: Sequence[str]) -> None:
             raise ValueError(f"{here}: rule {earlier} takes {matched} first; move it up")
         if re.fullmatch(rule.pattern, HEAD):
             raise ValueError(f"{here}: the head of this model is its embedding; name {EMBEDDING!r}")
+        router = next((name for name in routers if re.fullmatch(rule.pattern, name)), None)
+        if router is not None:
+            raise ValueError(
+                f"{here}: {router} is a router, and routers stay as they are; leave the rule out"
+            )
         part = next((name for name in names if re.search(rule.pattern, name)), None)
         near = part or nearest_name(rule.pattern, names) or names[0]
         raise ValueError(

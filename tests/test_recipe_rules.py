@@ -186,6 +186,16 @@ def test_a_rule_without_a_layer_is_refused(recipe, message):
         check_used(parse(recipe), NAMES)
 
 
+def test_a_rule_for_a_router_says_that_routers_stay():
+    with pytest.raises(ValueError, match="layers_1/mlp/gate is a router, and routers stay as they"):
+        check_used(parse(((".*/gate", "int8"),)), NAMES, ["layers_1/mlp/gate"])
+
+
+def test_a_recipe_that_is_no_literal_says_so():
+    with pytest.raises(ValueError, match="cannot be read: something in it is no literal"):
+        parse(("(('.*', {'bits': float('inf')}),)",))
+
+
 def test_a_rule_for_a_tied_head_names_the_embedding():
     with pytest.raises(ValueError, match="head of this model is its embedding; name 'embed_tok"):
         check_used(parse((("lm_head", "int8"),)), NAMES[:-1])

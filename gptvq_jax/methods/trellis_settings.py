@@ -39,7 +39,8 @@ class TrellisSettings:
         check(0 < self.bits <= MAX_RATE, "bits", f"above 0, to {MAX_RATE}")
         whole = MIN_BITS <= self.window_bits <= MAX_BITS
         check(whole, "window_bits", f"{MIN_BITS} to {MAX_BITS}")
-        check(self.stream_rows >= self.window_bits, "stream_rows", "at least window_bits")
+        enough = self.stream_rows >= self.window_bits
+        check(enough, "stream_rows", f"at least window_bits={self.window_bits}")
         limit = self.fixed_limit
         check(limit is None or limit == 0 or limit >= 2, "outlier_limit", "'auto', 0, or 2 up")
         check(self.form in (AUTO, CODES, INT8), "form", "'auto', 'codes' or 'int8'")

@@ -3,6 +3,7 @@
 The part of one family is in families/.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,7 +145,8 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
         if name in family.biases or name in family.handles:
             continue
         if name in hf and hf[name] not in values:
+            only = json.dumps(values[0])
             raise NotImplementedError(
                 f"{name}={brief(hf[name])} is not supported for model_type "
-                f"{family.model_type!r}, only {values[0]!r}"
+                f"{family.model_type!r}, whose models have {only} there or no such field"
             )

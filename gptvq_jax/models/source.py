@@ -206,11 +206,15 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
     """
     stored, expected = set(stored), set(expected)
     if missing := sorted(expected - stored):
-        raise ValueError(f"{path} lacks {len(missing)} tensor(s), the first is {missing[0]}")
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensor(s), the first is {missing[0]}; download or "
+            "convert the model again, or mend the config, which says that it has them"
+        )
     if unknown := sorted(stored - expected):
         raise NotImplementedError(
             f"{path} holds {len(unknown)} tensor(s) that its model_type does not have, "
-            f"the first is {unknown[0]}"
+            f"the first is {unknown[0]}; convert the model again without them (merge an adapter's "
+            "into its weights first), or mend the model_type"
         )
 
 

@@ -38,6 +38,16 @@ def linear_layers(
     }
 
 
+def routers(settings: RunSettings, config: ModelConfig) -> list[str]:
+    """Names of the routers of experts, of the blocks that are quantized; they stay as they are."""
+    experts = config.family.experts
+    return [
+        layer_name(index, f"{experts.module}/{experts.router}")
+        for index in range(num_quantized(settings, config))
+        if config.kinds[index].num_experts
+    ]
+
+
 def outer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """{name in a recipe: (vocab, hidden)} of the embedding and of a head of its own."""
     shapes = {name.split(".")[-2]: shape for name, shape in outer_shapes(config).items()}
@@ -81,7 +91,8 @@ def check_formats(settings: RunSettings, config: ModelConfig) -> None:
         all layers has none to spend on; or row groups of tokens' weights do not divide a layer.
     """
     layers, matrices = linear_layers(settings, config), outer_matrices(config)
-    check_used(settings.recipe, [*(layer_name(*layer) for layer in layers), *matrices])
+    names = [*(layer_name(*layer) for layer in layers), *matrices]
+    check_used(settings.recipe, names, routers(settings, config))
     groups = settings.calibration.gradient_groups or 1
     any_open = False
     for layer, shape in layers.items():
@@ -117,8 +128,21 @@ def check_given(settings: RunSettings, config: ModelConfig, given: Collection[st
     Raises:
       ValueError: a field does not.
     """
+    reasons = settled_fields(settings, config)
+    for field in given:
+        if field in reasons:
+            raise ValueError(f"--config.{field} has no effect {reasons[field]}")
+
+
+def settled_fields(settings: RunSettings, config: ModelConfig) -> dict[str, str]:
+    """{field: why it has no effect} for those that rules settle otherwise for all their layers.
+
+    Args:
+      settings: of the run.
+      config: of the model.
+    """
     if not settings.recipe:
-        return
+        return {}
     names = [layer_name(*layer) for layer in linear_layers(settings, config)]
     matrices = outer_matrices(config)
     reached = set()
@@ -135,14 +159,16 @@ def check_given(settings: RunSettings, config: ModelConfig, given: Collection[st
             section = METHODS[found.method].section
             fields = (field.name for field in dataclasses.fields(found.settings))
             reached |= {f"{section}.{name}" for name in fields if name not in overrides}
-    sections = {method.section for method in METHODS.values()}
-    for field in given:
-        of_layers = field in ("method", "embeddings") or field.partition(".")[0] in sections
-        if of_layers and field not in reached:
-            raise ValueError(
-                f"--config.{field} has no effect: rules of config.recipe say otherwise for every "
-                "layer that it is of; leave it out, or mend the rules"
-            )
+    of_layers = {"method", "embeddings"} | {
+        f"{method.section}.{field.name}"
+        for method in METHODS.values()
+        for field in dataclasses.fields(method.settings)
+    }
+    reason = (
+        "because rules of config.recipe say otherwise for every layer that it is of; leave it out, "
+        "or mend the rules"
+    )
+    return dict.fromkeys(sorted(of_layers - reached), reason)
 
 
 def _check_bytes(found: Format, name: str, shape: tuple[int, int]) -> None:

@@ -16,7 +16,7 @@ from gptvq_jax.models.experts import stack_experts
 from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.ops.coded_rows import CodedRows
-from gptvq_jax.ops.vq_matmul import VQKernel, make_kernel
+from gptvq_jax.ops.vq_matmul import IMPLEMENTATIONS, VQKernel, make_kernel
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 Params = dict[str, Any]
@@ -39,10 +39,16 @@ def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") ->
             return _dense_leaf(name, stored)
         if is_int8_rows(stored):
             return RowWeight.from_int8_rows(stored)
-        if name == "embed_tokens/embedding":
-            tied = checkpoint.config.tie_word_embeddings
-            return CodedRows.make(stored, tied, implementation)
-        return make_kernel(stored, implementation)
+        try:
+            if name == "embed_tokens/embedding":
+                tied = checkpoint.config.tie_word_embeddings
+                return CodedRows.make(stored, tied, implementation)
+            return make_kernel(stored, implementation)
+        except NotImplementedError as error:
+            platform, _ = IMPLEMENTATIONS.get(implementation, (None, ""))
+            if platform not in (None, jax.default_backend()):
+                raise  # no layer can run here
+            raise NotImplementedError(f"{name.rpartition('/')[0]}: {error}") from None
 
     return _load(checkpoint.config, checkpoint.packed_outer, checkpoint.packed_block, leaf)
 
@@ -110,14 +116,14 @@ def _dense_leaf(name: str, array: np.ndarray) -> Any:
 def _load(config: ModelConfig, outer, block, leaf) -> Params:
     """Moves the model to the device part by part, so that the host holds one part at a time."""
 
-    def part(tree: Mapping[str, Any]) -> Params:
+    def part(tree: Mapping[str, Any], within: str = "") -> Params:
         flat = traverse_util.flatten_dict(tree, sep="/")
-        leaves = {name: leaf(name, stored) for name, stored in flat.items()}
+        leaves = {name: leaf(within + name, stored) for name, stored in flat.items()}
         # On a CPU, device_put may otherwise share, and keep alive, what the array is a view of.
         return jax.device_put(traverse_util.unflatten_dict(leaves, sep="/"), may_alias=False)
 
     def of_block(index: int) -> Params:
-        return stack_experts(config.of_block(index), part(block(index)))
+        return stack_experts(config.of_block(index), part(block(index), f"layers_{index}/"))
 
     blocks = {f"layers_{i}": of_block(i) for i in range(config.num_hidden_layers)}
     return part(outer()) | blocks

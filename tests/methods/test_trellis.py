@@ -261,7 +261,7 @@ def test_a_budget_below_its_own_scales_is_refused():
         ({"bits": 7.0}, "trellis.bits=7.0"),
         ({"window_bits": 3}, "trellis.window_bits=3 must be 4 to 16"),
         ({"window_bits": 17}, "trellis.window_bits=17"),
-        ({"stream_rows": 8}, "trellis.stream_rows=8 must be at least window_bits"),
+        ({"stream_rows": 8}, "trellis.stream_rows=8 must be at least window_bits=12"),
         ({"outlier_limit": "1.0"}, "trellis.outlier_limit='1.0' must be 'auto', 0, or 2 up"),
         ({"form": "int4"}, "trellis.form='int4' must be 'auto', 'codes' or 'int8'"),
         ({"outlier_limit": "some"}, "trellis.outlier_limit='some' must be 'auto', 0, or 2 up"),

@@ -1,11 +1,16 @@
 """Writes golden/*.json: logits of transformers' PyTorch models, to be checked without PyTorch.
 
-    PYTHONPATH=.:tests python tests/models/make_golden.py
+    PYTHONPATH=.:tests python tests/models/make_golden.py           # what is missing
+    PYTHONPATH=.:tests python tests/models/make_golden.py llama3 olmo3   # these, anew
 
-needs torch and transformers. The weights are not stored: `random_params` draws them from a seed.
+needs torch and transformers. Another version of either changes last digits of what is there: so
+what is there stays, unless it is named. The weights are not stored: `random_params` draws them
+from a seed.
 """
 
 import json
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,13 +157,22 @@ def _torch_names(tree: dict, prefix: str = "model"):
             yield f"{prefix}.weight", np.ascontiguousarray(value.T if name == "kernel" else value)
 
 
-def main():
-    """Writes one file per entry of GOLDEN_SEEDS."""
+def wanted(names: Sequence[str], stored: Collection[str], known: Collection[str]) -> list[str]:
+    """Which of `known` to write: those that are named, or, where none is, those not stored."""
+    return [name for name in known if (name in names if names else name not in stored)]
+
+
+def main(names: Sequence[str]):
+    """Writes a file per entry of GOLDEN_SEEDS, and one of all families."""
     import tempfile
 
+    if unknown := {*names} - {*GOLDEN_SEEDS, *families.CONFIGS}:
+        known = ", ".join([*GOLDEN_SEEDS, *families.CONFIGS])
+        raise SystemExit(f"error: no model is called {min(unknown)!r}; name some of {known}")
     GOLDEN_DIR.mkdir(exist_ok=True)
-    for name, seed in GOLDEN_SEEDS.items():
-        config = CONFIGS[name]
+    stored = {path.stem for path in GOLDEN_DIR.glob("*.json")}
+    for name in wanted(names, stored, GOLDEN_SEEDS):
+        config, seed = CONFIGS[name], GOLDEN_SEEDS[name]
         with tempfile.TemporaryDirectory() as directory:
             model = torch_model(config, random_params(config, seed), Path(directory))
         logits = torch_logits(model, random_tokens(config, seed))[0]
@@ -170,15 +184,19 @@ def main():
         path = GOLDEN_DIR / f"{name}.json"
         path.write_text(json.dumps(golden, indent=1) + "\n")
         print(f"{path.name}: {path.stat().st_size} bytes")
-    golden = {}
-    for name in families.CONFIGS:
+    path = GOLDEN_DIR / "families.json"
+    golden = json.loads(path.read_text()) if path.exists() else {}
+    todo = wanted(names, golden, families.CONFIGS)
+    for name in todo:
         with tempfile.TemporaryDirectory() as directory:
-            path = families.write_model(Path(directory), name)
-            logits = families.torch_logits(path, families.random_tokens(FAMILY_TOKENS))[0]
+            model = families.write_model(Path(directory), name)
+            logits = families.torch_logits(model, families.random_tokens(FAMILY_TOKENS))[0]
         golden[name] = {t: [round(float(v), 5) for v in logits[t]] for t in FAMILY_POSITIONS}
-    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in golden.items()]
-    (GOLDEN_DIR / "families.json").write_text("{" + ",\n".join(lines) + "}\n")
+        print(f"{path.name}: {name}")
+    if todo:
+        lines = (f"{json.dumps(name)}: {json.dumps(golden[name])}" for name in families.CONFIGS)
+        path.write_text("{" + ",\n".join(lines) + "}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -213,7 +213,7 @@ def test_a_quantized_source_is_refused_by_the_name_of_its_format(tmp_path, quant
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "'longrope' is not implemented, only def"),
         ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn' is not implemented"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ("llama", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("llama", {"layer_types": ["full_attention"] * 3}, "'llama', whose models have null there"),
         ("mistral", {"attention_bias": True}, "attention_bias"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
@@ -232,7 +232,17 @@ def test_a_quantized_source_is_refused_by_the_name_of_its_format(tmp_path, quant
         ("smollm3", {"no_rope_layers": ["a"] * 3}, "no_rope_layers must be a list of 3"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts must be an integer from 1"),
         ("mixtral", {"num_local_experts": 10**6}, "num_local_experts must be an integer from 1"),
-        ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token must be an integer from 1 to 4"),
+        (
+            "mixtral",
+            {"num_experts_per_tok": 5},
+            "num_experts_per_tok must be an integer from 1 to 4",
+        ),
+        ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": None}, "num_experts_per_tok"),
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 99},
+            "^num_experts_per_tok must be an integer from 1",
+        ),
         ("qwen3_moe", {"mlp_only_layers": ["a"]}, "mlp_only_layers must be a list of indices"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be"),
         ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size must be"),
@@ -269,9 +279,13 @@ def test_tensors_left_over_or_missing_and_a_missing_shard_are_named(tmp_path):
         (
             "llama linear",
             NotImplementedError,
-            "model_type does not have, the first is .*k_norm.weight",
+            "model_type does not have, the first is .*k_norm.weight; convert .*, or mend the mod",
         ),
-        ("olmo2", ValueError, "lacks .* the first is .*post_feedforward_layernorm.weight"),
+        (
+            "olmo2",
+            ValueError,
+            "lacks .* the first is .*post_feedforward_layernorm.weight; download or conv",
+        ),
     ):
         (tmp_path / "a/config.json").write_text(json.dumps(hf_config(other, head_dim=24)))
         with pytest.raises(error, match=words):

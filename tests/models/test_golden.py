@@ -3,6 +3,7 @@
 import json
 
 import jax
+import make_golden
 import numpy as np
 import pytest
 from make_golden import GOLDEN_DIR, GOLDEN_POSITIONS, GOLDEN_SEEDS, random_params, random_tokens
@@ -21,3 +22,16 @@ def test_golden_logits(name):
     for position, expected in golden["logits"].items():
         assert np.std(expected) > 0.5  # a degenerate model would agree with anything
         np.testing.assert_allclose(logits[0, int(position)], expected, rtol=0, atol=1e-3)
+
+
+def test_only_what_is_missing_or_named_is_written_anew(tmp_path, monkeypatch):
+    for path in GOLDEN_DIR.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(make_golden, "GOLDEN_DIR", tmp_path)
+    make_golden.main([])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert make_golden.wanted([], {"a"}, ["a", "b"]) == ["b"]
+    assert make_golden.wanted(["a"], {"a"}, ["a", "b"]) == ["a"]
+    with pytest.raises(SystemExit, match="no model is called 'llama9'; name some of llama3, "):
+        make_golden.main(["llama9"])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoint
-from tiny_families import write_model
+from tiny_families import hf_config, write_model
 from tiny_run import byte_tokenizer, config_file, quick_config
 
 from gptvq_jax.config import default_config, from_config
@@ -20,13 +20,14 @@ from gptvq_jax.core.int8_rows import is_int8_rows
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor
 from gptvq_jax.exchange.hf_dense import hf_dense
+from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Decoder, get_layer
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.recipe import parse, rule_text
 from gptvq_jax.rule_settings import choices, is_open
 from gptvq_jax.run import job
-from gptvq_jax.run.formats import check_given, layer_format, linear_layers
+from gptvq_jax.run.formats import check_formats, check_given, layer_format, linear_layers
 from gptvq_jax.run.outer import stored_outer
 from gptvq_jax.run.packed_block import PackedBlock
 from gptvq_jax.run.sizes import stored_bytes
@@ -329,7 +330,9 @@ def test_what_the_command_line_names_reaches_a_layer(model, recipe, field, value
     if reached:
         check_given(*arguments)
         return
-    with pytest.raises(ValueError, match=f"--config.{field} has no effect: rules of config.recipe"):
+    with pytest.raises(
+        ValueError, match=f"--config.{field} has no effect because rules of config.recipe"
+    ):
         check_given(*arguments)
 
 
@@ -394,3 +397,12 @@ def test_a_recipe_on_the_command_line(model_dir, text_files, tmp_path):
     done = subprocess.run([*command[:2], *words], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "error: config.recipe: rule 1 ('down_proj') has no layer" in done.stderr
+
+
+@pytest.mark.parametrize("name, router", [("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")])
+def test_a_rule_for_a_router_is_refused_as_one(name, router):
+    config = default_config()
+    config.recipe = ((f".*/{router}/gate", "int8"),)
+    message = rf"layers_\d/{router}/gate is a router, and routers stay as they are"
+    with pytest.raises(ValueError, match=message):
+        check_formats(from_config(config), ModelConfig.from_hf(hf_config(name)))

@@ -64,3 +64,13 @@ def test_no_decoded_model_is_kept_while_stepping(tmp_path):
 def test_unknown_implementation_raises(checkpoint):
     with pytest.raises(ValueError, match="implementation='fast' must be one of auto"):
         packed_params(checkpoint, "fast")
+
+
+def test_a_layer_that_an_implementation_does_not_have_is_named(tmp_path):
+    checkpoint = PackedCheckpoint(write_checkpoint(tmp_path / "tied", TIED))
+    with pytest.raises(NotImplementedError, match="^layers_0/self_attn/k_proj: .* use 'xla'"):
+        packed_params(checkpoint, "cpu_int8")
+    with pytest.raises(
+        NotImplementedError, match="^vq_matmul implementation 'pallas_gpu' .* needs a GPU"
+    ):
+        packed_params(checkpoint, "pallas_gpu")

@@ -144,6 +144,21 @@ def sliding_layers(
     return tuple(name == "sliding_attention" for name in types)
 
 
+def experts_of_token(hf: Mapping[str, Any], count: int, default: int) -> int:
+    """`num_experts_per_tok` of a config.json, `default` where it is absent.
+
+    Args:
+      hf: dict of a config.json.
+      count: experts of a block; 0 where no block has any, and the number does not count.
+      default: of the family.
+
+    Raises:
+      ValueError: it is not from 1 to `count`.
+    """
+    number = SIZE.optional(default, null=False).read(hf, "num_experts_per_tok")
+    return integer(1, count).check("num_experts_per_tok", number) if count else number
+
+
 def window_of_some(fields: Fields, sliding: Sequence[bool]) -> int | None:
     """The window of blocks of which some are `sliding`.
 

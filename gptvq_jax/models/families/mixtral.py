@@ -1,13 +1,13 @@
 """Mixtral: Mistral with experts in place of the feed-forward layer, whose weights sum to 1."""
 
-from gptvq_jax.models.families.base import MOST_EXPERTS, ExpertNames, Family
-from gptvq_jax.models.fields import SIZE
+from gptvq_jax.models.families.base import MOST_EXPERTS, ExpertNames, Family, experts_of_token
 
 
 def _read(hf, fields):
+    count = MOST_EXPERTS.optional(8, null=False).read(hf, "num_local_experts")
     return {
-        "num_experts": MOST_EXPERTS.optional(8, null=False).read(hf, "num_local_experts"),
-        "experts_per_token": SIZE.optional(2, null=False).read(hf, "num_experts_per_tok"),
+        "num_experts": count,
+        "experts_per_token": experts_of_token(hf, count, default=2),
         "expert_size": fields["intermediate_size"],
     }
 

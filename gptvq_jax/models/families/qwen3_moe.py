@@ -7,6 +7,7 @@ from gptvq_jax.models.families.base import (
     ExpertNames,
     Family,
     by_block,
+    experts_of_token,
 )
 from gptvq_jax.models.fields import FLAG, SIZE, is_integer
 
@@ -24,7 +25,7 @@ def _read(hf, fields):
     block = BlockKind(window, fields["rope_theta"], fields["rope_scaling"])
     sparse = [index not in dense and (index + 1) % step == 0 for index in range(depth)]
     return {
-        "experts_per_token": SIZE.optional(8, null=False).read(hf, "num_experts_per_tok"),
+        "experts_per_token": experts_of_token(hf, count * any(sparse), default=8),
         "expert_size": SIZE.optional(768, null=False).read(hf, "moe_intermediate_size"),
         "normalize_experts": bool(FLAG.optional(False).read(hf, "norm_topk_prob")),
         **by_block([block._replace(num_experts=count if s else 0) for s in sparse]),

@@ -19,8 +19,10 @@ from ml_collections import config_dict
 
 from gptvq_jax.config import checked_field, flat
 from gptvq_jax.console.config_file import load_config
+from gptvq_jax.recipe import parse
 
 KINDS = ("models", "layers")  # a cell is a run over a model, or a setting on some of its layers
+_LONGEST = 60  # name of a point that is made of its value
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
@@ -59,10 +61,15 @@ def axis(
       field: such as "vq.dim".
       values: of that field.
       name: of the axis; default: the last part of the field.
-      names: of its points; default: name and value, as in "dim2".
+      names: of its points; default: name and value, as in "dim2" or, of recipes, in
+        "recipe-down_proj-bits4"; name and number where these would be long.
     """
     name = name or field.rpartition(".")[2]
-    names = [f"{name}{_text(value)}" for value in values] if names is None else names
+    if names is None:
+        text = _recipe_text if field == "recipe" else _text
+        names = [f"{name}{text(value)}" for value in values]
+        if max(map(len, names), default=0) > _LONGEST:  # of a recipe with many rules
+            names = [f"{name}{number}" for number in range(1, len(names) + 1)]
     if len(names) != len(values):
         raise ValueError(f"axis {name!r} has {len(values)} values and {len(names)} names")
     return points(name, {n: {field: v} for n, v in zip(names, values, strict=True)}, names)
@@ -195,6 +202,16 @@ def _check_unique(names: Sequence[str], what: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two {what} are called {twice!r}; rename one of them")
+
+
+def _recipe_text(value: Any) -> str:
+    """Its rules, with the letters and digits of their patterns."""
+    texts = []
+    for rule in parse(value):
+        layers = re.sub(r"[^A-Za-z0-9_]+", "-", rule.pattern).strip("-") or "all"
+        sets = (_text(v) if name == "method" else name + _text(v) for name, v in rule.overrides)
+        texts.append("-".join([layers, *sets]))
+    return "-" + ("+".join(texts) or "none")
 
 
 def _text(value: Any) -> str:

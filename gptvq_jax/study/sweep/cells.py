@@ -1,7 +1,8 @@
 """The cells of a sweep: every combination of the points of its axes that can be, and why not."""
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -28,6 +29,7 @@ class Cell(NamedTuple):
     config: config_dict.ConfigDict  # of the run, settled
     settings: RunSettings  # the same, frozen
     source: str  # the config it is nearest to, with its argument, or ""
+    named: Sequence[str]  # fields that somebody names for it, which are to have an effect
 
 
 class Refused(NamedTuple):
@@ -47,6 +49,7 @@ class Sweep(NamedTuple):
     cells: list[Cell]
     refused: list[Refused]
     notes: list[str]  # for the user, on what was settled
+    given: Sequence[str]  # fields of the base that the command line names
 
 
 def resolve(config: config_dict.ConfigDict, given: Collection[str] = ()) -> Sweep:
@@ -68,8 +71,7 @@ def resolve(config: config_dict.ConfigDict, given: Collection[str] = ()) -> Swee
         )
     named = _of_base(given)
     _check_axes(config, named)
-    cells, refused, notes, effects = [], [], [], _Effects()
-    seen: dict[str, str] = {}  # what a cell does: its name
+    cells, refused, notes = [], [], []
     for chosen in itertools.product(*(of.points for of in config.axes)):
         name = "_".join(point.name for point in chosen)
         try:
@@ -77,20 +79,37 @@ def resolve(config: config_dict.ConfigDict, given: Collection[str] = ()) -> Swee
         except ValueError as error:
             refused.append(Refused(name, str(error)))
             continue
-        reasons = ignored(cell.settings)
-        of_points = (f for p in chosen if not p.config for f in p.fields)
-        effects.add([*named, *of_points, *_own(config, chosen)], reasons)
         if note and note not in notes:
             notes.append(note)
-        what = repr({f: v for f, v in flat(to_dict(cell.settings)).items() if f not in reasons})
-        if what in seen:
-            refused.append(Refused(name, f"it would be the same run as {seen[what]}"))
-            continue
-        seen[what] = name
         cells.append(cell)
-    effects.check(named)
-    sweep = Sweep(config.name, config.kind, config.base, config.axes, cells, refused, notes)
-    return _not_empty(sweep)
+    sweep = Sweep(config.name, config.kind, config.base, config.axes, cells, refused, notes, named)
+    return distinct(_not_empty(sweep), lambda cell: ignored(cell.settings))
+
+
+def distinct(sweep: Sweep, idle: Callable[[Cell], Mapping[str, str]]) -> Sweep:
+    """The sweep without cells that make the same run as an earlier one.
+
+    Args:
+      sweep: resolved.
+      idle: {field: why it has no effect} in a cell.
+
+    Raises:
+      ValueError: a field that somebody names has no effect in any cell where it had one so far.
+    """
+    cells, refused, effects = [], [*sweep.refused], _Effects()
+    seen: dict[str, str] = {}  # what a cell does: its name
+    for cell in sweep.cells:
+        reasons = idle(cell)
+        effects.add(cell.named, reasons)
+        without = {*reasons, *ignored(cell.settings)}
+        what = repr({f: v for f, v in flat(to_dict(cell.settings)).items() if f not in without})
+        if what in seen:
+            refused.append(Refused(cell.name, f"it would be the same run as {seen[what]}"))
+            continue
+        seen[what] = cell.name
+        cells.append(cell._replace(named=[f for f in cell.named if f not in reasons]))
+    effects.check(sweep.given)
+    return sweep._replace(cells=cells, refused=refused)
 
 
 def refuse(sweep: Sweep, check: Callable[[Cell], None]) -> Sweep:
@@ -103,13 +122,19 @@ def refuse(sweep: Sweep, check: Callable[[Cell], None]) -> Sweep:
             refused.append(Refused(cell.name, str(error)))
         else:
             cells.append(cell)
-    return _not_empty(sweep._replace(cells=cells, refused=refused))
+    return _not_empty(sweep._replace(cells=cells, refused=refused), len(sweep.refused))
 
 
-def _not_empty(sweep: Sweep) -> Sweep:
+def _not_empty(sweep: Sweep, earlier: int = 0) -> Sweep:
+    """The sweep. Raises ValueError, with what most cells fail at, where it has no cells.
+
+    What was refused `earlier` did not empty it: a grid has cells that no run allows.
+    """
     if not sweep.cells:
-        name, reason = sweep.refused[0]
-        raise ValueError(f"no cell of sweep {sweep.name!r} can be; {name}: {reason}")
+        last = sweep.refused[earlier:]
+        (common, _), *_ = Counter(reason for _, reason in last).most_common(1)
+        name = next(name for name, reason in last if reason == common)
+        raise ValueError(f"no cell of sweep {sweep.name!r} can be; {name}: {common}")
     return sweep
 
 
@@ -196,12 +221,13 @@ def _cell(
     """A cell, and a note for the user. Raises ValueError where it cannot be."""
     own = config.base.copy_and_resolve_references()
     fields = {field: value for point in chosen for field, value in point.fields.items()}
-    fields |= _own(config, chosen)
+    fields |= (of_cell := _own(config, chosen))
+    of_points = (field for point in chosen if not point.config for field in point.fields)
+    counting = list(dict.fromkeys([*named, *of_points, *of_cell]))
     own.update_from_flattened_dict(fields)
     own, note = settle_budget(own, [*named, *fields])
     nearest = next((point.config for point in chosen if point.config), config.source)
     names = zip((of.name for of in config.axes), (point.name for point in chosen), strict=True)
     name = "_".join(point.name for point in chosen)
-    return Cell(name, dict(names), fields, own, from_config(own), nearest), note.replace(
-        "--config.", ""
-    )
+    cell = Cell(name, dict(names), fields, own, from_config(own), nearest, counting)
+    return cell, note.replace("--config.", "")

@@ -9,7 +9,7 @@ from typing import Any
 from gptvq_jax.files.durable import write_text
 from gptvq_jax.run import job
 from gptvq_jax.study.sweep import estimate, lending
-from gptvq_jax.study.sweep.cells import Cell, Sweep, refuse
+from gptvq_jax.study.sweep.cells import Cell, Sweep, distinct, refuse
 from gptvq_jax.study.sweep.directory import Directory
 from gptvq_jax.study.sweep.passes import Pass, pass_bytes, passes_of, shared
 from gptvq_jax.study.sweep.sources import Sources
@@ -25,7 +25,7 @@ class Models:
 
     def __init__(self, sweep: Sweep, path: str | Path):
         self._directory, self._sources = Directory(path), Sources()
-        self.sweep = refuse(sweep, self._sources.check)
+        self.sweep = distinct(refuse(sweep, self._sources.check), self._sources.settled)
         needs = [passes_of(cell.settings, self._sources.of(cell)) for cell in self.sweep.cells]
         names = [cell.name for cell in self.sweep.cells]
         self._passes = dict(zip(names, shared(needs), strict=True))

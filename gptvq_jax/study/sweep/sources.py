@@ -3,6 +3,7 @@
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import job
+from gptvq_jax.run.formats import settled_fields
 from gptvq_jax.study.sweep.cells import Cell
 
 
@@ -35,3 +36,7 @@ class Sources:
         except ValueError as error:  # which would refuse this cell alone
             raise OSError(str(error)) from error
         job.check_plan(source, cell.settings)
+
+    def settled(self, cell: Cell) -> dict[str, str]:
+        """{field: why it has no effect} for those that rules settle for all layers of its model."""
+        return settled_fields(cell.settings, self.of(cell).config)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import config_dict
 from tqdm import tqdm
 
+from gptvq_jax.recipe import parse, rule_text
 from gptvq_jax.study.matmul_rate import matmul_rate
 from gptvq_jax.study.sweep import estimate
 from gptvq_jax.study.sweep.cells import Cell, resolve
@@ -74,6 +75,8 @@ def plan(
         state = "finished" if cell.name in done else "to do"
         needs = ", ".join(of.name for of in maker.passes(cell))
         print(f"  {cell.name:20s} {state:9s} {_fields(cell.fields)}; reads {needs}")
+    if maker.sweep.base.recipe and not all("recipe" in cell.fields for cell in chosen):
+        print(f"\nrecipe of cells that name none: {_recipe(maker.sweep.base.recipe)}")
     print("\nmade once for all that read it:")
     for name, (_, cell) in passes.items():
         readers = sum(name in {of.name for of in maker.passes(other)} for other in left)
@@ -152,4 +155,11 @@ def _tell(maker: Maker) -> None:
 
 
 def _fields(fields: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "the base"
+    texts = (f"{f}={_recipe(v) if f == 'recipe' else v}" for f, v in fields.items())
+    return ", ".join(texts) or "the base"
+
+
+def _recipe(value: Any) -> str:
+    """The rules of a config's `recipe`."""
+    rules = parse(value)
+    return "; ".join(rule_text(rules, rule) for rule in rules) or "none"

@@ -54,6 +54,29 @@ def test_axes_that_cannot_be_are_refused_at_once(make, message):
             "axes 'bits' and 'again' both set uniform.bits",
         ),
         (
+            {"axes": [axis("uniform.bits", (2, 3))], "fields": {"recipe": ((".*", {"bits": 4}),)}},
+            (),
+            "uniform.bits of an axis has no effect because rules of config.recipe say otherwise",
+        ),
+        (
+            {
+                "axes": [axis("calibration.asymmetry", (0.25,))],
+                "fields": {"recipe": ((".*", {"bits": 4}),)},
+            },
+            ("base.uniform.bits",),
+            r"--config\.base\.uniform\.bits has no effect because rules of config.recipe",
+        ),
+        (
+            {"axes": [axis("uniform.bits", (16, 2, 3))], "fields": {"recipe": (("x", "int8"),)}},
+            (),
+            r"no cell of sweep .* can be; bits2: config\.recipe: rule 1 \('x'\) has no layer",
+        ),
+        (
+            {"axes": [axis("uniform.bits", (16, 2, 3))], "fields": {"recipe": ((".*", "int9"),)}},
+            (),
+            r"no cell of sweep .* can be; bits2: config\.recipe: rule 1 \('\.\*'\): method='int9'",
+        ),
+        (
             {"kind": "layers", "axes": [axis("calibration.batch_size", (1, 2))]},
             (),
             "calibration.batch_size has no effect on layers by themselves",
@@ -96,6 +119,27 @@ def test_two_points_that_are_the_same_run_make_one(base, tmp_path, capsys):
     )
     start.plan(config, "tiny.py", (), str(tmp_path))
     assert "refused: vq_bits3: it would be the same run as vq_bits2" in capsys.readouterr().out
+
+
+def test_what_rules_settle_in_some_cells_makes_no_cells_of_its_own(base, tmp_path, capsys):
+    recipes = [(), ((".*", {"bits": 4}),), ((".*/(down|up)_proj", "int8"), ("embed.*", "int8"))]
+    config = sweep("rules", base, [axis("recipe", recipes), axis("uniform.bits", (2, 3))])
+    start.plan(config, "tiny.py", (), str(tmp_path))
+    out = capsys.readouterr().out
+    twin = "recipe-all-bits4_bits"
+    assert f"refused: {twin}3: it would be the same run as {twin}2\n" in out
+    assert out.count("refused") == 1 and "5 cells" in out
+    assert "recipe=1. .*: bits=4, uniform.bits=2" in out and "recipe=none, uniform.bits=2" in out
+    assert "  recipe-down-up-_proj-int8+embed-int8_bits2 " in out
+
+
+def test_a_plan_shows_the_recipe_of_its_base(base, tmp_path, capsys):
+    base.recipe = ((".*/down_proj", {"bits": 4}),)
+    start.plan(
+        sweep("s", base, [axis("calibration.asymmetry", (0.25,))]), "tiny.py", (), str(tmp_path)
+    )
+    out = capsys.readouterr().out
+    assert "recipe of cells that name none: 1. .*/down_proj: bits=4\n" in out
 
 
 def test_one_sweep_has_a_directory(base, tmp_path):
