@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 from flax import nnx
-from flax_models import LAYERS, WIDTH, Mixer, Net, images, net
+from flax_models import LAYERS, WIDTH, Mixer, Net, images, net, variables_of
 
 import gptvq_jax
 from gptvq_jax.core.hessian import mean
@@ -23,6 +23,7 @@ from gptvq_jax.flax_tree.models import as_function, layer_name, named_leaves
 
 pytestmark = pytest.mark.usefixtures("short_programs")
 GPTQ = {"method": "gptq"}
+RTN = {"method": "rtn", "bits": 4, "group_size": 0}
 VQ = {"dim": 2, "bits": 1.5, "seed": "random", "codebook_update": "none", "polish_rounds": 0}
 
 
@@ -30,7 +31,7 @@ VQ = {"dim": 2, "bits": 1.5, "seed": "random", "codebook_update": "none", "polis
 def quantized():
     """A Linen model with layers of three kinds, its variables, and those with packed kernels."""
     model, variables = net()
-    rules = [("head", "dense"), ("block/attention/.*", GPTQ), (".*", VQ)]
+    rules = [("head", "dense"), ("block/attention/.*", GPTQ), (".*", RTN)]
     return model, variables, gptvq_jax.quantize(model, images(), rules, params=variables)
 
 
@@ -39,11 +40,13 @@ def kernels(tree):
 
 
 def assert_runs_packed(model, tree, inputs, implementation="reference"):
-    """The packed tree gives what the dense one gives, in a compiled program."""
+    """The packed tree gives what the dense one gives, in a compiled program; this is returned."""
     found = jax.jit(packed(model, implementation))(tree, *inputs)
-    expected = jax.jit(as_function(model))(dequantize(tree), *inputs)
+    dense = jax.jit(dequantize)(tree)
+    expected = jax.jit(as_function(model))(dense, *inputs)
     size = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size), found, expected)
+    return found
 
 
 def test_rules_say_what_becomes_of_which_layer(quantized):
@@ -53,8 +56,7 @@ def test_rules_say_what_becomes_of_which_layer(quantized):
     for name, kernel in found.items():
         (tensor,) = kernel.tensors
         assert isinstance(tensor, VQTensor)
-        assert isinstance(tensor.codebook, FactoredCodebook) == name.startswith("block/attention/")
-        assert tensor.index_bits == 3
+        assert tensor.index_bits == (3 if name.startswith("block/attention/") else 4)
     before = dict(named_leaves(variables))
     for name, leaf in named_leaves(tree):
         if is_packed(leaf):
@@ -98,21 +100,28 @@ def test_a_packed_tree_is_small(quantized):
 
 def dense_inputs(model, variables, batches):
     """What every Dense, DenseGeneral and Einsum reads, rows x columns, by Flax's interceptor."""
-    read = {}
 
-    def keep(call, args, options, context):
-        if context.method_name == "__call__" and isinstance(
-            context.module, nn.Dense | nn.DenseGeneral | nn.Einsum
-        ):
-            name = "/".join(context.module.path)
-            columns = WIDTH
-            read.setdefault(name, []).append(np.asarray(args[0]).reshape(-1, columns))
-        return call(*args, **options)
+    @jax.jit
+    def reads(variables, batch):
+        read = {}
 
-    with nn.intercept_methods(keep):
-        for batch in batches:
+        def keep(call, args, options, context):
+            if context.method_name == "__call__" and isinstance(
+                context.module, nn.Dense | nn.DenseGeneral | nn.Einsum
+            ):
+                name = "/".join(context.module.path)
+                read.setdefault(name, []).append(args[0])
+            return call(*args, **options)
+
+        with nn.intercept_methods(keep):
             model.apply(variables, batch)
-    return {name: np.concatenate(rows) for name, rows in read.items()}
+        return read
+
+    found = [reads(variables, batch) for batch in batches]
+    return {
+        name: np.concatenate([np.reshape(x, (-1, WIDTH)) for read in found for x in read[name]])
+        for name in found[0]
+    }
 
 
 def test_hessians_are_those_of_what_modules_read():
@@ -162,10 +171,10 @@ def test_an_nnx_model_gives_its_state():
     assert isinstance(tree, nnx.State)
     names = {"inner", "head", *(f"attention/{n}" for n in ("query", "key", "value", "out"))}
     assert set(kernels(tree)) == names
-    assert_runs_packed(model, tree, batches[:1])
+    found = assert_runs_packed(model, tree, batches[:1])
     nnx.update(model, dequantize(tree))
-    found = packed(model, "reference")(tree, batches[0])
-    np.testing.assert_allclose(model(batches[0]), found, atol=1e-5)
+    own = nnx.jit(lambda model, x: model(x))(model, batches[0])
+    np.testing.assert_allclose(own, found, atol=1e-5)
 
 
 class Stack(nn.Module):
@@ -185,7 +194,7 @@ class Stack(nn.Module):
 
 def test_stacked_layers_have_a_matrix_each():
     model, batches = Stack(), [batch.reshape(-1, WIDTH) for batch in images()]
-    variables = model.init(jax.random.key(0), batches[0])
+    variables = variables_of(model, batches[0])
     tree = gptvq_jax.quantize(model, batches, [("layers", GPTQ)], params=variables)
     (kernel,) = kernels(tree).values()
     assert kernel.shape == (3, WIDTH, WIDTH) and len(kernel.tensors) == 3
@@ -229,6 +238,16 @@ def test_a_function_of_arrays_is_a_model_too(rule):
     expected = np.asarray(function({"experts": dense}, x), np.float32)
     error = np.abs(np.asarray(y, np.float32) - expected)
     assert error.max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_vectors_are_like_other_codes():
+    model, variables = net()
+    tree = gptvq_jax.quantize(model, images(), [("block/.*", VQ)], params=variables)
+    for kernel in kernels(tree).values():
+        (tensor,) = kernel.tensors
+        assert not isinstance(tensor.codebook, FactoredCodebook) and tensor.index_bits == 3
+    assert_runs_packed(model, tree, images(1))
 
 
 @pytest.mark.slow
@@ -283,7 +302,7 @@ class Tied(nn.Module):
 
 def test_a_weight_of_a_product_that_stays_dense_is_said(caplog):
     model, tokens = Tied(), np.arange(8).reshape(2, 4)
-    params = model.init(jax.random.key(0), tokens)
+    params = variables_of(model, tokens)
     tree = gptvq_jax.quantize(model, [tokens], [(".*", GPTQ)], params=params)
     assert set(kernels(tree)) == {"inner"}
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -329,7 +348,7 @@ class Unused(nn.Module):
 def test_a_layer_that_sees_no_input_is_named():
     x = images()[0].reshape(-1, WIDTH)
     model = Unused()
-    params = model.init(jax.random.key(0), x, method="all")
+    params = variables_of(model, x, method="all")
     message = r"^other sees no input: .* put a rule for it, \('other', 'dense'\), first$"
     refused(message, [(".*", GPTQ)], [x], model, params)
     rules = [("other", "dense"), (".*", GPTQ)]
