@@ -197,5 +197,6 @@ def test_arguments_that_are_no_arrays_stay_as_they_are():
     kernel, x = jnp.ones((4, 6)), jnp.ones((5, 4))
     reader = ByMatrices(kernel)
     weights = {0: weight_of("kernel", kernel)}
-    found = interpret(function, (kernel, x, {"mode": "plain"}), weights, reader)
+    how = {"mode": "plain"}
+    found = jax.jit(lambda k, x: interpret(function, (k, x, how), weights, reader))(kernel, x)
     assert found.shape == (5, 6) and reader.layouts
