@@ -85,7 +85,9 @@ def rule_of(rules: Iterable[Rule], name: str) -> Rule | None:
     return next((rule for rule in rules if rule.matches(name)), None)
 
 
-def numbered(given: str, rules: Sequence[Rule]) -> Iterator[tuple[Rule, Any]]:
+def numbered(
+    given: str, rules: Sequence[Rule]
+) -> Iterator[tuple[Rule, contextlib.AbstractContextManager[None]]]:
     """Each rule, with a context that names it in a ValueError."""
     for number, rule in enumerate(rules, 1):
         yield rule, _naming(_label(given, number, rule))
