@@ -11,6 +11,7 @@ from absl import logging
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.hessian import Moment, factorize, mean
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
+from gptvq_jax.core.seeds import random_key
 from gptvq_jax.flax_tree.calibrate import Calibration, Moments
 from gptvq_jax.flax_tree.kernel import PackedKernel, is_packed
 from gptvq_jax.flax_tree.layers import Found, Layer
@@ -70,8 +71,11 @@ def quantize_tree(
     parsed = parse(rules)
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} must be one of {', '.join(INPUTS)}")
-    if not 0 <= damping <= 1:
-        raise ValueError(f"damping={damping!r} must be from 0 to 1")
+    if isinstance(damping, str) or not 0 <= damping <= 1:
+        raise ValueError(f"damping={damping!r} must be a number from 0 to 1")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be an integer")
+    key = random_key(seed)
     tree = variables_of(model, params)
     if any(map(is_packed, jax.tree.leaves(tree, is_leaf=is_packed))):
         raise ValueError("the tree is quantized already; quantize the float one, by all rules")
@@ -94,7 +98,7 @@ def quantize_tree(
     steps += turns * (work.count or 0)
     with Progress(steps, "quantizing", "step") as progress:
         on_batch = progress.advance if work.count else partial(progress.note, "batches")
-        job = partial(_quantize, taken=taken, damping=damping, seed=seed, progress=progress)
+        job = partial(_quantize, taken=taken, damping=damping, key=key, progress=progress)
         if inputs == "float":
             sums = work.moments(tree, layers, first, batches, None, on_batch)
             return job(tree, tree, layers, sums)[0]
@@ -134,7 +138,7 @@ def _quantize(
     *,
     taken: Mapping[str, Format],
     damping: float,
-    seed: int,
+    key: jax.Array,
     progress: Progress,
 ) -> tuple[Any, Any]:
     """Both trees, with these layers packed and as they then are."""
@@ -146,7 +150,7 @@ def _quantize(
         layer, index = job
         kernel = jnp.asarray(dense_leaves[layer.place], jnp.float32)
         name = layer.name if layer.layout.count == 1 else f"{layer.name}[{index}]"
-        wanted, place = taken[layer.name], jax.random.fold_in(jax.random.key(seed), layer.place)
+        wanted, place = taken[layer.name], jax.random.fold_in(key, layer.place)
         return Problem(
             METHODS[wanted.method].quantize,
             wanted.settings,

@@ -421,7 +421,10 @@ def test_what_is_not_as_it_must_be():
     model, variables = net()
     rules = [("mix", GPTQ)]
     refused("inputs='both' must be one of float, quantized", rules, inputs="both")
-    refused("damping=2 must be from 0 to 1", rules, damping=2)
+    refused("damping=2 must be a number from 0 to 1", rules, damping=2)
+    refused("damping='x' must be a number from 0 to 1", rules, damping="x")
+    refused("seed=-1 must be from 0 to 4294967295", rules, seed=-1)
+    refused("seed='a' must be an integer", rules, seed="a")
     refused("goes through the batches several times", rules, iter(images()), inputs="quantized")
     refused("params must be what apply takes first", rules, params=variables["params"])
     refused("model must be a Flax module, or a function of", rules, model=3)
@@ -441,5 +444,7 @@ def test_bits_are_those_of_packed_kernels(quantized):
     model, variables, tree = quantized
     of = kernels(tree).values()
     expected = 8 * sum(k.num_bytes for k in of) / sum(k.num_values for k in of)
-    assert bits_per_value(tree) == expected and np.isnan(bits_per_value(variables))
+    assert bits_per_value(tree) == expected
+    with pytest.raises(ValueError, match="no packed kernels"):
+        bits_per_value(variables)
     assert all(isinstance(kernel, PackedKernel) for kernel in of)

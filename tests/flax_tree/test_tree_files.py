@@ -47,6 +47,15 @@ def test_a_tree_comes_back_as_it_was(tree, tmp_path):
     same(load(tmp_path / "tree"), tree)
 
 
+@pytest.mark.parametrize("other", ["notes.txt", "tree/notes.txt"])
+def test_files_of_other_kinds_are_never_replaced(other, tree, tmp_path):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / other).write_text("mine")
+    with pytest.raises(ValueError, match=r"notes.txt is of no tree, .*; name a new directory"):
+        save(tmp_path, tree)
+    assert (tmp_path / other).read_text() == "mine" and not (tmp_path / "kernels.json").exists()
+
+
 def test_orbax_takes_it_too(tree, tmp_path):
     ocp.save(tmp_path / "tree", tree)
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
