@@ -5,7 +5,6 @@ they are the frozen dataclasses of this file.
 """
 
 import dataclasses
-import math
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,9 @@ from gptvq_jax.methods.gptvq_settings import FITTED, MAX_CODE_BITS, GPTVQSetting
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
-from gptvq_jax.recipe import DENSE, INT8, Rule, parse, plain
+from gptvq_jax.recipe import parse, plain
 from gptvq_jax.rule_settings import check_rules, methods_of, rule_settings
+from gptvq_jax.rules import DENSE, INT8, Rule, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,24 +388,11 @@ def _checked(expected: Any, value: Any, name: str) -> Any:
         return parse(value)
     if typing.get_origin(expected) is tuple:
         return _build_tuple(typing.get_args(expected)[0], value, name)
-    if expected is float and type(value) is int:
-        value = float(value)
-    if type(value) is not expected:
-        raise ValueError(
-            f"config.{name}={value!r} must be of type {expected.__name__}, "
-            f"not {type(value).__name__}"
-        )
-    return _finite(value, name)
+    return typed(f"config.{name}", expected, value)
 
 
 def _build_tuple(kind: type, values: typing.Any, name: str) -> tuple:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(values, tuple | list) or not all(type(v) in allowed for v in values):
         raise ValueError(f"config.{name}={values!r} must be a tuple of {kind.__name__}")
-    return tuple(_finite(kind(value), name) for value in values)
-
-
-def _finite(value: Any, name: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"config.{name}={value!r} must be finite")
-    return value
+    return tuple(typed(f"config.{name}", kind, value) for value in values)

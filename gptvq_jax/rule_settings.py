@@ -7,17 +7,12 @@ whose bits rules say; not of the embedding and the head.
 """
 
 import dataclasses
-import math
-import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptvq_jax.console.nearest_name import nearest_name
 from gptvq_jax.methods.registry import METHODS
-from gptvq_jax.methods.uniform import UniformSettings
-from gptvq_jax.recipe import DENSE, EMBEDDING, HEAD, INT8, Rule, method_names, rule_of
-
-_INT8 = UniformSettings(bits=8, group_size=0, symmetric=True)
+from gptvq_jax.recipe import EMBEDDING, GIVEN, HEAD
+from gptvq_jax.rules import DENSE, INT8, INT8_ROWS, Rule, fields_of, numbered, rule_of
 
 
 class Format(NamedTuple):
@@ -61,11 +56,11 @@ def rule_settings(settings: Any, rule: Rule, in_budget: bool = True) -> Any:
     """
     method = _method(settings, rule)
     if method in (DENSE, INT8):
-        return None if method == DENSE else _INT8
+        return None if method == DENSE else INT8_ROWS
     if in_budget and _shares_candidates(settings, rule):
         return choices(settings, rule)[0]  # the only one, or the budget says which
     base = getattr(settings, METHODS[method].section)
-    return dataclasses.replace(base, **_fields(settings, rule))
+    return dataclasses.replace(base, **fields_of(rule, method))
 
 
 def is_open(settings: Any, rule: Rule | None) -> bool:
@@ -92,10 +87,10 @@ def choices(settings: Any, rule: Rule | None) -> list[Any]:
     """
     if rule is None:
         return settings.candidates
-    found = []
+    found, fields = [], fields_of(rule, settings.method)
     for candidate in settings.candidates:
         try:
-            own = dataclasses.replace(candidate, **_fields(settings, rule))
+            own = dataclasses.replace(candidate, **fields)
         except ValueError:
             continue
         if own not in found:
@@ -109,11 +104,9 @@ def check_rules(settings: Any) -> None:
     Raises:
       ValueError: of a rule, an override that is unknown, of another type or that cannot be.
     """
-    for number, rule in enumerate(settings.recipe, 1):
-        try:
+    for rule, context in numbered(GIVEN, settings.recipe):
+        with context:
             _check_rule(settings, rule)
-        except ValueError as error:
-            raise ValueError(f"config.recipe: rule {number} ({rule.pattern!r}): {error}") from None
 
 
 def methods_of(settings: Any) -> list[str]:
@@ -123,7 +116,7 @@ def methods_of(settings: Any) -> list[str]:
 
 
 def _method(settings: Any, rule: Rule) -> str:
-    return dict(rule.overrides).get("method", settings.method)
+    return rule.method(settings.method)
 
 
 def _shares_candidates(settings: Any, rule: Rule) -> bool:
@@ -134,14 +127,9 @@ def _shares_candidates(settings: Any, rule: Rule) -> bool:
 
 def _check_rule(settings: Any, rule: Rule) -> None:
     method = _method(settings, rule)
-    if method not in (DENSE, INT8, *METHODS):
-        raise ValueError(f"method={method!r} must be one of {method_names()}")
-    others = [name for name, _ in rule.overrides if name != "method"]
+    fields = fields_of(rule, method)
     if method in (DENSE, INT8):
-        if others:
-            raise ValueError(f"{method!r} takes no {others[0]}; leave it out")
         return
-    fields = _fields(settings, rule)
     if settings.allocation.bits_per_value and method == settings.method:
         _check_under_budget(settings, rule, fields)
     rule_settings(settings, rule)
@@ -163,34 +151,3 @@ def _check_under_budget(settings: Any, rule: Rule, fields: Mapping[str, Any]) ->
         )
     if fields.get("group_size") and len(choices(settings, rule)) > 1:
         raise ValueError("group_size must be 0 where a budget chooses bits; name dim and bits too")
-
-
-def _fields(settings: Any, rule: Rule) -> dict[str, Any]:
-    """{field of the method's section: value of its type} of a rule.
-
-    Raises:
-      ValueError: there is no such field, or it is of another type.
-    """
-    method = METHODS[_method(settings, rule)]
-    types, fields = typing.get_type_hints(method.settings), {}
-    for name, value in rule.overrides:
-        if name == "method":
-            continue
-        if name not in types:
-            near = nearest_name(str(name), [*types, "method"])
-            meant = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(
-                f"{name!r} is neither 'method' nor a field of {method.section}.*, which has "
-                f"{', '.join(types)}{meant}"
-            )
-        kind = types[name]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise ValueError(
-                f"{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}"
-            )
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be finite")
-        fields[name] = value
-    return fields

@@ -1,6 +1,6 @@
 """Quantizes a language model to 2-4 bits per weight and measures it.
 
-  python scripts/quantize.py --config=configs/smollm2_135m_2d.py            # 3 bits, 10 to 27 min
+  python scripts/quantize.py --config=configs/smollm2_135m_2d.py            # 3 bits, 5 to 8 min
   python scripts/quantize.py --config=configs/smollm2_135m_2d.py:2b --workdir=runs/mine
   python scripts/quantize.py --config=configs/llama2_7b_2d.py:2.125b --config.model=/models/llama2
 

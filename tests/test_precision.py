@@ -177,6 +177,7 @@ OF_MOVE = {
     ),
     "first_scale": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
     "best_scale": dict(coded=STREAMS[0, 0], target=STREAMS[0, 0], weight=STREAMS[0, 0]),
+    "overlaps": dict(windows=COLUMNS.windows[0], rate=jnp.int32(2)),
     "search_column": dict(
         target=STREAMS[0, 0], weight=STREAMS[0, 0], scale=jnp.float32(1), rate=jnp.int32(2)
     ),

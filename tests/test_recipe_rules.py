@@ -7,8 +7,9 @@ import pytest
 
 from gptvq_jax.config import RunSettings, default_config, from_config, to_dict
 from gptvq_jax.methods.uniform import UniformSettings
-from gptvq_jax.recipe import check_used, parse, plain, rule_of, rule_text
+from gptvq_jax.recipe import check_used, parse, plain, rule_text
 from gptvq_jax.rule_settings import choices, format_of, is_open, methods_of
+from gptvq_jax.rules import check_all_used, rule_of
 from gptvq_jax.run.overrides import ignored, settle
 
 LAYERS = ("self_attn/q_proj", "mlp/down_proj")
@@ -177,7 +178,8 @@ def test_rules_keep_to_what_row_groups_allow(method, given):
     [
         (((".*", "int8"), ("lm_head", "dense")), "rule 2 .* rule 1 takes lm_head first; move it"),
         ((("down_proj", "int8"),), "has no layer: a pattern is to match a whole name, such as "
-         "'layers_0/mlp/down_proj'"),
+         "'layers_0/mlp/down_proj', .* and 8 more; mend it"),
+        (((".*", {"bits": 4}),) * 2, "rule 2 .* rule 1 takes layers_0/self_attn/q_proj first"),
         ((("layers_99/.*", "int8"),), "rule 1 .'layers_99/.*'. has no layer"),
     ],
 )  # fmt: skip
@@ -187,7 +189,9 @@ def test_a_rule_without_a_layer_is_refused(recipe, message):
 
 
 def test_a_rule_for_a_router_says_that_routers_stay():
-    with pytest.raises(ValueError, match="layers_1/mlp/gate is a router, and routers stay as they"):
+    with pytest.raises(
+        ValueError, match="rule 1 .* has no layer: it is of a router, and routers stay as they"
+    ):
         check_used(parse(((".*/gate", "int8"),)), NAMES, ["layers_1/mlp/gate"])
 
 
@@ -199,6 +203,11 @@ def test_a_recipe_that_is_no_literal_says_so():
 def test_a_rule_for_a_tied_head_names_the_embedding():
     with pytest.raises(ValueError, match="head of this model is its embedding; name 'embed_tok"):
         check_used(parse((("lm_head", "int8"),)), NAMES[:-1])
+
+
+def test_a_rule_for_a_model_without_layers_is_refused():
+    with pytest.raises(ValueError, match=r"^rules: rule 1 .'a'. has no layer: the model has none"):
+        check_all_used("rules", parse((("a", "int8"),)), [], {"b": "it is no layer"})
 
 
 # --- beside the command line ---

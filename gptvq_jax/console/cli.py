@@ -345,8 +345,11 @@ def _keep_compiled_programs() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    with _written_output(), _refused_flags():  # --help prints
-        return flags.FLAGS(argv)
+    with _written_output(), _refused_flags():
+        try:
+            return flags.FLAGS(argv)
+        except SystemExit:  # with 1, after --help has printed it
+            sys.exit(0)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,17 @@ from absl import logging
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.hessian import Moment, factorize, mean
 from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
+from gptvq_jax.core.seeds import random_key
 from gptvq_jax.flax_tree.calibrate import Calibration, Moments
 from gptvq_jax.flax_tree.kernel import PackedKernel, is_packed
 from gptvq_jax.flax_tree.layers import Found, Layer
 from gptvq_jax.flax_tree.models import as_function, variables_of
-from gptvq_jax.flax_tree.rules import Rule, assign, first_rule, parse_rules
+from gptvq_jax.flax_tree.rules import assign, format_of, parse
 from gptvq_jax.methods.layer import Objective, Problem, quantize_layers, relative_error
 from gptvq_jax.methods.pool import num_workers, parallel
+from gptvq_jax.methods.registry import METHODS
+from gptvq_jax.rule_settings import Format
+from gptvq_jax.rules import DENSE, Rule
 
 INPUTS = ("float", "quantized")
 
@@ -64,11 +68,14 @@ def quantize_tree(
       ValueError: a rule that is not used or no rule, a batch that the model does not take, a layer
         that saw no input, settings that a layer cannot have; the message names it and the fix.
     """
-    parsed = parse_rules(rules)
+    parsed = parse(rules)
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} must be one of {', '.join(INPUTS)}")
-    if not 0 <= damping <= 1:
-        raise ValueError(f"damping={damping!r} must be from 0 to 1")
+    if isinstance(damping, str) or not 0 <= damping <= 1:
+        raise ValueError(f"damping={damping!r} must be a number from 0 to 1")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be an integer")
+    key = random_key(seed)
     tree = variables_of(model, params)
     if any(map(is_packed, jax.tree.leaves(tree, is_leaf=is_packed))):
         raise ValueError("the tree is quantized already; quantize the float one, by all rules")
@@ -91,7 +98,7 @@ def quantize_tree(
     steps += turns * (work.count or 0)
     with Progress(steps, "quantizing", "step") as progress:
         on_batch = progress.advance if work.count else partial(progress.note, "batches")
-        job = partial(_quantize, taken=taken, damping=damping, seed=seed, progress=progress)
+        job = partial(_quantize, taken=taken, damping=damping, key=key, progress=progress)
         if inputs == "float":
             sums = work.moments(tree, layers, first, batches, None, on_batch)
             return job(tree, tree, layers, sums)[0]
@@ -106,21 +113,21 @@ def quantize_tree(
         return made
 
 
-def _taken(rules: Sequence[Rule], found: Found) -> dict[str, Rule]:
-    """The rules of the layers that are to be quantized."""
+def _taken(rules: Sequence[Rule], found: Found) -> dict[str, Format]:
+    """What the layers become that are to be quantized."""
     taken = assign(rules, [*found.layers, *found.unread], found.passed_over)
     for name in found.unread:
-        if name in taken and taken[name].method is not None:
+        if name in taken and taken[name].method != DENSE:
             raise ValueError(
                 f"{name} sees no input: the model reads it nowhere on this batch; calibrate with a "
                 f"function that does, or put a rule for it, ({name!r}, 'dense'), first"
             )
     for name, why in found.passed_over.items():
-        rule = first_rule(rules, name)
-        if rule is not None and rule.method is not None:
+        wanted = format_of(rules, name)
+        if wanted is not None and wanted.method != DENSE:
             say = logging.warning if name in found.multiplied else logging.info
             say("%s stays dense: %s", name, why)
-    return {name: rule for name, rule in taken.items() if rule.method is not None}
+    return {name: wanted for name, wanted in taken.items() if wanted.method != DENSE}
 
 
 def _quantize(
@@ -129,9 +136,9 @@ def _quantize(
     layers: Mapping[str, Layer],
     sums: Moments,
     *,
-    taken: Mapping[str, Rule],
+    taken: Mapping[str, Format],
     damping: float,
-    seed: int,
+    key: jax.Array,
     progress: Progress,
 ) -> tuple[Any, Any]:
     """Both trees, with these layers packed and as they then are."""
@@ -143,10 +150,10 @@ def _quantize(
         layer, index = job
         kernel = jnp.asarray(dense_leaves[layer.place], jnp.float32)
         name = layer.name if layer.layout.count == 1 else f"{layer.name}[{index}]"
-        rule, place = taken[layer.name], jax.random.fold_in(jax.random.key(seed), layer.place)
+        wanted, place = taken[layer.name], jax.random.fold_in(key, layer.place)
         return Problem(
-            rule.method.quantize,
-            rule.settings,
+            METHODS[wanted.method].quantize,
+            wanted.settings,
             layer.layout.matrices(kernel)[index],
             [_objective(sums[layer.name][index], damping, name)],
             jax.random.fold_in(place, index),

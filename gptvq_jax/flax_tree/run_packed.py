@@ -63,10 +63,16 @@ def dequantize(tree: Any) -> Any:
 
 
 def bits_per_value(tree: Any) -> float:
-    """8 x the bytes of all packed kernels / their weights; NaN where there are none."""
+    """8 x the bytes of all packed kernels / their weights.
+
+    Raises:
+      ValueError: there are none.
+    """
     kernels = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(leaf)]
     values = sum(kernel.num_values for kernel in kernels)
-    return 8 * sum(kernel.num_bytes for kernel in kernels) / values if values else float("nan")
+    if not values:
+        raise ValueError("the tree has no packed kernels; pass what gptvq_jax.quantize returned")
+    return 8 * sum(kernel.num_bytes for kernel in kernels) / values
 
 
 def _map(tree: Any, change: Callable[[PackedKernel], Any]) -> Any:

@@ -33,7 +33,7 @@ def save(directory: str | os.PathLike, tree: Any) -> None:
         numbers: its parameters alone, `nnx.filter_state(state, nnx.Param)`.
 
     Raises:
-      ValueError: a leaf is of another type.
+      ValueError: a leaf is of another type; or the directory has files that are no tree.
       FullDiskError: there is no room.
     """
     directory, stored, kernels, dtypes = Path(directory).absolute(), {}, {}, {}
@@ -50,6 +50,7 @@ def save(directory: str | os.PathLike, tree: Any) -> None:
                     "alone, such as nnx.filter_state(state, nnx.Param)"
                 )
             stored[name], dtypes[name] = leaf, dtype
+    _check_own(directory)
     one = set(dtypes.values())
     (directory / _FILE).unlink(missing_ok=True)
     nested = traverse_util.unflatten_dict(stored, sep="/")
@@ -57,6 +58,15 @@ def save(directory: str | os.PathLike, tree: Any) -> None:
     write_json(
         directory / _FILE, {"format_version": _VERSION, "kernels": kernels, "dtypes": dtypes}
     )
+
+
+def _check_own(directory: Path) -> None:
+    """Nothing but a tree, or what a stopped `save` left of one, is replaced."""
+    places = {directory: (_FILE, _TREE), directory / _TREE: ("arrays", "record.json")}
+    for place, names in places.items():
+        for path in place.iterdir() if place.is_dir() else ():
+            if not path.name.startswith(names):
+                raise ValueError(f"{path} is of no tree, and would be lost; name a new directory")
 
 
 def load(directory: str | os.PathLike, like: Any = None) -> Any:

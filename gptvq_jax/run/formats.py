@@ -10,8 +10,9 @@ from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import outer_shapes
 from gptvq_jax.models.source import layer_shapes
-from gptvq_jax.recipe import DENSE, EMBEDDING, HEAD, check_used, rule_of
+from gptvq_jax.recipe import EMBEDDING, HEAD, check_used
 from gptvq_jax.rule_settings import Format, choices, format_of, is_open
+from gptvq_jax.rules import DENSE, rule_of
 
 Plan = Mapping[tuple[int, str], Any]  # (block, layer) -> settings of the run's method
 

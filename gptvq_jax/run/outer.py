@@ -20,8 +20,9 @@ from gptvq_jax.core.quantized_tensor import QuantizedTensor, dequantize_compiled
 from gptvq_jax.methods.layer import Objective, Problem, most_flops, quantize_layers
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.recipe import DENSE, EMBEDDING, HEAD, INT8, rule_text
+from gptvq_jax.recipe import EMBEDDING, HEAD, rule_text
 from gptvq_jax.rule_settings import Format
+from gptvq_jax.rules import DENSE, INT8
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.formats import outer_formats
 from gptvq_jax.run.layer_rows import layer_row

@@ -13,8 +13,8 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.source import block_shapes, outer_shapes
-from gptvq_jax.recipe import DENSE, INT8
 from gptvq_jax.rule_settings import Format
+from gptvq_jax.rules import DENSE, INT8
 from gptvq_jax.run.formats import layer_format, linear_layers, outer_formats, outer_matrices
 from gptvq_jax.storage.overhead import checkpoint_overhead
 from gptvq_jax.storage.tree_io import DENSE_DTYPES

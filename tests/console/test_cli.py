@@ -61,6 +61,12 @@ def test_ctrl_c_is_one_line_and_status_130(body, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("word", ["--help", "--helpfull"])
+def test_help_is_no_error(word, tmp_path):
+    done = script("pass", tmp_path, word)
+    assert (done.returncode, done.stderr) == (0, "") and "doc" in done.stdout
+
+
 def test_ctrl_c_after_everything_changes_nothing(tmp_path):
     last = "class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2)\n"
     body = f"global last\n{last}last = Last()"

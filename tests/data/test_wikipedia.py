@@ -95,6 +95,7 @@ def test_read_dump(tmp_path):
     assert list(read_dump(path)) == [("A", "x"), ("C", "<b>")]
 
 
+@pytest.mark.slow
 def test_splits_do_not_overlap(wikipedia):
     train, test = wikipedia["train"], wikipedia["test"]
     assert (len(train), len(test)) == (76, 18)
@@ -108,6 +109,7 @@ def test_splits_do_not_overlap(wikipedia):
     assert paragraphs[0] & paragraphs[1] == headings
 
 
+@pytest.mark.slow
 def test_articles_are_clean(wikipedia):
     articles = wikipedia["train"] + wikipedia["test"]
     text = "\n\n".join(articles)
@@ -125,6 +127,7 @@ def test_articles_are_clean(wikipedia):
     assert anarchism.split("\n")[1].startswith("Anarchism is a political philosophy that advocates")
 
 
+@pytest.mark.slow
 def test_articles_are_lazy_and_deterministic(wikipedia):
     again = list(itertools.islice(documents("wikipedia", "test"), 2))
     assert again == wikipedia["test"][:2]

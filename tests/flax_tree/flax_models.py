@@ -1,4 +1,9 @@
-"""Small Flax models whose layers are all 8 x 8, so that one program quantizes them."""
+"""Small Flax models whose layers are all 8 x 8, so that one program quantizes them.
+
+Their parameters are drawn by NumPy: initializers would be compiled.
+"""
+
+from functools import cache
 
 import flax.linen as nn
 import jax
@@ -42,13 +47,13 @@ class Mixer(nnx.Module):
     """The like in NNX, with dropout, and layers in a list."""
 
     def __init__(self, rngs):
-        self.inner = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(
-            num_heads=2, in_features=WIDTH, decode=False, rngs=rngs
-        )
+        rng = np.random.default_rng(0)
+        drawn = {"kernel_init": lambda key, shape, dtype: normal(rng, shape, dtype), "rngs": rngs}
+        self.inner = nnx.Linear(WIDTH, WIDTH, **drawn)
+        self.attention = nnx.MultiHeadAttention(2, WIDTH, decode=False, **drawn)
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.head = nnx.LinearGeneral(WIDTH, (2, 4), rngs=rngs)
+        self.head = nnx.LinearGeneral(WIDTH, (2, 4), **drawn)
 
     def __call__(self, x):
         x = x + self.attention(self.norm(jnp.tanh(self.inner(x))))
@@ -60,6 +65,18 @@ def images(count=2, batch=6, seed=0):
     return [rng.normal(size=(batch, 4, 4, 2)).astype(np.float32) for _ in range(count)]
 
 
+def normal(rng, shape, dtype=np.float32):
+    return jnp.asarray(rng.normal(size=shape) / np.sqrt(WIDTH), dtype)
+
+
+def variables_of(model, x, **options):
+    """Of a Linen module."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, **options))
+    return jax.tree.map(lambda leaf: normal(rng, leaf.shape, leaf.dtype), shapes)
+
+
+@cache
 def net():
     model = Net()
-    return model, model.init(jax.random.key(0), images()[0])
+    return model, variables_of(model, images()[0])

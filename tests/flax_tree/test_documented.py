@@ -22,6 +22,7 @@ def no_compiler(monkeypatch):
     monkeypatch.setitem(vq_matmul._PREFERRED, "cpu", ("xla",))  # no C++ to compile
 
 
+@pytest.mark.slow
 def test_the_short_ones_run(no_compiler, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, of_a_function, of_nnx = python_blocks(TEXT)

@@ -151,7 +151,9 @@ def test_a_product_in_low_precision_has_its_dtype():
             k.astype(jnp.bfloat16),
             preferred_element_type=kept,  # noqa: B023
         )
-        y = interpret(function, (kernel, x), {0: weight_of("k", kernel)}, ByMatrices(kernel))
+        weights = {0: weight_of("k", kernel)}
+        run = lambda k, x: interpret(function, (k, x), weights, ByMatrices(k))  # noqa: B023, E731
+        y = jax.jit(run)(kernel, x)
         assert y.dtype == (kept or jnp.bfloat16) and float(y[0, 0]) == 4
 
 
@@ -175,8 +177,9 @@ def test_what_is_no_product_with_one_weight_reads_the_dense_kernel(what):
     kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
     x = jnp.asarray(rng.normal(size=(1, 7, 2) if kernel.ndim == 3 else shape), jnp.float32)
     reader = ByMatrices(kernel)
-    found = interpret(function, (kernel, x), {0: weight_of("kernel", kernel)}, reader)
-    np.testing.assert_allclose(found, function(kernel, x), rtol=1e-6)
+    weights = {0: weight_of("kernel", kernel)}
+    found = jax.jit(lambda k, x: interpret(function, (k, x), weights, reader))(kernel, x)
+    np.testing.assert_allclose(found, jax.jit(function)(kernel, x), rtol=1e-6)
     assert set(reader.others) == {what} and not reader.layouts
 
 
@@ -194,5 +197,6 @@ def test_arguments_that_are_no_arrays_stay_as_they_are():
     kernel, x = jnp.ones((4, 6)), jnp.ones((5, 4))
     reader = ByMatrices(kernel)
     weights = {0: weight_of("kernel", kernel)}
-    found = interpret(function, (kernel, x, {"mode": "plain"}), weights, reader)
+    how = {"mode": "plain"}
+    found = jax.jit(lambda k, x: interpret(function, (k, x, how), weights, reader))(kernel, x)
     assert found.shape == (5, 6) and reader.layouts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 from flax import nnx
-from flax_models import LAYERS, WIDTH, Mixer, Net, images, net
+from flax_models import LAYERS, WIDTH, Mixer, Net, images, net, variables_of
 
 import gptvq_jax
 from gptvq_jax.core.hessian import mean
@@ -22,7 +22,8 @@ from gptvq_jax.flax_tree.kernel import is_packed
 from gptvq_jax.flax_tree.models import as_function, layer_name, named_leaves
 
 pytestmark = pytest.mark.usefixtures("short_programs")
-GPTQ = {"method": "gptq"}
+GPTQ = {"method": "gptq", "bits": 1}  # so coarse that later layers differ
+RTN = {"method": "rtn", "bits": 4, "group_size": 0}
 VQ = {"dim": 2, "bits": 1.5, "seed": "random", "codebook_update": "none", "polish_rounds": 0}
 
 
@@ -30,7 +31,7 @@ VQ = {"dim": 2, "bits": 1.5, "seed": "random", "codebook_update": "none", "polis
 def quantized():
     """A Linen model with layers of three kinds, its variables, and those with packed kernels."""
     model, variables = net()
-    rules = [("head", "dense"), ("block/attention/.*", GPTQ), (".*", VQ)]
+    rules = [("head", "dense"), ("block/attention/.*", GPTQ), (".*", RTN)]
     return model, variables, gptvq_jax.quantize(model, images(), rules, params=variables)
 
 
@@ -41,7 +42,8 @@ def kernels(tree):
 def assert_runs_packed(model, tree, inputs, implementation="reference"):
     """The packed tree gives what the dense one gives, in a compiled program."""
     found = jax.jit(packed(model, implementation))(tree, *inputs)
-    expected = jax.jit(as_function(model))(dequantize(tree), *inputs)
+    dense = jax.jit(dequantize)(tree)
+    expected = jax.jit(as_function(model))(dense, *inputs)
     size = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size), found, expected)
 
@@ -53,8 +55,7 @@ def test_rules_say_what_becomes_of_which_layer(quantized):
     for name, kernel in found.items():
         (tensor,) = kernel.tensors
         assert isinstance(tensor, VQTensor)
-        assert isinstance(tensor.codebook, FactoredCodebook) == name.startswith("block/attention/")
-        assert tensor.index_bits == 3
+        assert tensor.index_bits == (1 if name.startswith("block/attention/") else 4)
     before = dict(named_leaves(variables))
     for name, leaf in named_leaves(tree):
         if is_packed(leaf):
@@ -75,9 +76,9 @@ def test_a_tree_made_ready_gives_the_same(quantized):
     mix = {"mix": tree["params"]["mix"]["kernel"]}
     function = lambda tree, x: x @ tree["mix"]  # noqa: E731
     x = np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32)
-    found = packed(function)(ready(mix, "xla"), x)
-    np.testing.assert_array_equal(found, packed(function, "xla")(mix, x))
-    np.testing.assert_allclose(found, x @ dequantize(mix)["mix"], atol=1e-5)
+    found = jax.jit(packed(function))(ready(mix, "xla"), x)
+    np.testing.assert_array_equal(found, jax.jit(packed(function, "xla"))(mix, x))
+    np.testing.assert_allclose(found, x @ jax.jit(dequantize)(mix)["mix"], atol=1e-5)
 
 
 def test_a_packed_model_takes_what_apply_takes(quantized):
@@ -98,21 +99,28 @@ def test_a_packed_tree_is_small(quantized):
 
 def dense_inputs(model, variables, batches):
     """What every Dense, DenseGeneral and Einsum reads, rows x columns, by Flax's interceptor."""
-    read = {}
 
-    def keep(call, args, options, context):
-        if context.method_name == "__call__" and isinstance(
-            context.module, nn.Dense | nn.DenseGeneral | nn.Einsum
-        ):
-            name = "/".join(context.module.path)
-            columns = WIDTH
-            read.setdefault(name, []).append(np.asarray(args[0]).reshape(-1, columns))
-        return call(*args, **options)
+    @jax.jit
+    def reads(variables, batch):
+        read = {}
 
-    with nn.intercept_methods(keep):
-        for batch in batches:
+        def keep(call, args, options, context):
+            if context.method_name == "__call__" and isinstance(
+                context.module, nn.Dense | nn.DenseGeneral | nn.Einsum
+            ):
+                name = "/".join(context.module.path)
+                read.setdefault(name, []).append(args[0])
+            return call(*args, **options)
+
+        with nn.intercept_methods(keep):
             model.apply(variables, batch)
-    return {name: np.concatenate(rows) for name, rows in read.items()}
+        return read
+
+    found = [reads(variables, batch) for batch in batches]
+    return {
+        name: np.concatenate([np.reshape(x, (-1, WIDTH)) for read in found for x in read[name]])
+        for name in found[0]
+    }
 
 
 def test_hessians_are_those_of_what_modules_read():
@@ -137,8 +145,7 @@ def test_hessians_are_those_of_what_modules_read():
 
 def test_quantized_inputs_are_those_of_the_layers_before():
     model, variables = net()
-    coarse = {**GPTQ, "bits": 1}
-    rule = [("block/shared|mix", coarse)]
+    rule = [("block/shared|mix", GPTQ)]
     trees = {
         inputs: gptvq_jax.quantize(model, images(), rule, params=variables, inputs=inputs)
         for inputs in ("float", "quantized")
@@ -148,9 +155,9 @@ def test_quantized_inputs_are_those_of_the_layers_before():
         jax.tree.map(np.array_equal, *(of[name] for of in found.values()))
     )
     assert same("block/shared") and not same("mix")
-    halfway = dequantize({"params": trees["float"]["params"]})
+    halfway = jax.jit(dequantize)({"params": trees["float"]["params"]})
     halfway["params"]["mix"] = variables["params"]["mix"]
-    again = gptvq_jax.quantize(model, images(), [("mix", coarse)], params=halfway)
+    again = gptvq_jax.quantize(model, images(), [("mix", GPTQ)], params=halfway)
     jax.tree.map(np.testing.assert_array_equal, kernels(again)["mix"], found["quantized"]["mix"])
 
 
@@ -163,9 +170,12 @@ def test_an_nnx_model_gives_its_state():
     names = {"inner", "head", *(f"attention/{n}" for n in ("query", "key", "value", "out"))}
     assert set(kernels(tree)) == names
     assert_runs_packed(model, tree, batches[:1])
-    nnx.update(model, dequantize(tree))
-    found = packed(model, "reference")(tree, batches[0])
-    np.testing.assert_allclose(model(batches[0]), found, atol=1e-5)
+    dense = jax.jit(dequantize)(tree)
+    nnx.update(model, dense)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(nnx.filter_state(of, nnx.Param) for of in (nnx.state(model), dense)),
+    )
 
 
 class Stack(nn.Module):
@@ -183,22 +193,32 @@ class Stack(nn.Module):
         return scanned(layer(WIDTH, name="layers"), x, None)[0]
 
 
+class Apart(nn.Module):
+    """The same layers with a kernel each."""
+
+    @nn.compact
+    def __call__(self, x):
+        for index in range(3):
+            x = jnp.tanh(nn.Dense(WIDTH, name=f"layers_{index}")(x))
+        return x
+
+
 def test_stacked_layers_have_a_matrix_each():
     model, batches = Stack(), [batch.reshape(-1, WIDTH) for batch in images()]
-    variables = model.init(jax.random.key(0), batches[0])
+    variables = variables_of(model, batches[0])
     tree = gptvq_jax.quantize(model, batches, [("layers", GPTQ)], params=variables)
     (kernel,) = kernels(tree).values()
     assert kernel.shape == (3, WIDTH, WIDTH) and len(kernel.tensors) == 3
     assert_runs_packed(model, tree, batches[:1])
-    # Each like a layer of its own, on what comes out of those before it.
-    x = np.concatenate(batches)
-    for index, tensor in enumerate(kernel.tensors):
-        one = jax.tree.map(lambda leaf: leaf[index], variables["params"]["layers"])  # noqa: B023
-        dense = nn.Dense(WIDTH)
-        alone = gptvq_jax.quantize(dense, [x], [(".*", GPTQ)], params={"params": one})
-        (expected,) = kernels(alone)["kernel"].tensors
-        np.testing.assert_allclose(tensor.dequantize(), expected.dequantize(), atol=1e-5)
-        x = np.tanh(dense.apply({"params": one}, x))
+    one = {
+        f"layers_{i}": {name: leaf[i] for name, leaf in variables["params"]["layers"].items()}
+        for i in range(3)
+    }
+    alone = gptvq_jax.quantize(Apart(), batches, [(".*", GPTQ)], params={"params": one})
+    found, expected = (jax.jit(dequantize)(of)["params"] for of in (tree, alone))
+    for i in range(3):
+        of_one = expected[f"layers_{i}"]["kernel"]
+        np.testing.assert_allclose(found["layers"]["kernel"][i], of_one, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +242,23 @@ def test_a_function_of_arrays_is_a_model_too(rule):
     kernel = tree["experts"]
     kind = TrellisTensor if rule["method"] == "trellis" else VQTensor
     assert [type(tensor) for tensor in kernel.tensors] == [kind] * 2
-    dense = dequantize(tree)["experts"]
+    dense = jax.jit(dequantize)(tree)["experts"]
     assert (dense.shape, dense.dtype) == ((2, WIDTH, outputs), jnp.bfloat16)
     y = jax.jit(packed(function, "reference"))(tree, x)
     assert y.dtype == jnp.bfloat16
-    expected = np.asarray(function({"experts": dense}, x), np.float32)
+    expected = np.asarray(jax.jit(function)({"experts": dense}, x), np.float32)
     error = np.abs(np.asarray(y, np.float32) - expected)
     assert error.max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_vectors_are_like_other_codes():
+    model, variables = net()
+    tree = gptvq_jax.quantize(model, images(), [("block/.*", VQ)], params=variables)
+    for kernel in kernels(tree).values():
+        (tensor,) = kernel.tensors
+        assert not isinstance(tensor.codebook, FactoredCodebook) and tensor.index_bits == 3
+    assert_runs_packed(model, tree, images(1))
 
 
 @pytest.mark.slow
@@ -257,8 +287,9 @@ def test_a_rule_may_be_a_word(caplog):
         logging.set_verbosity(before)
     (of_a,), (of_b,) = tree["a"].tensors, tree["b"].tensors
     assert (of_a.index_bits, of_b.index_bits) == (8, 3) and tree["c"] is params["c"]
-    error = np.abs(of_a.dequantize() - params["a"].T).max(axis=1)
-    assert (error <= np.abs(params["a"]).max(axis=0) / 255 * 1.01).all()
+    a = np.asarray(params["a"])
+    error = np.abs(jax.jit(dequantize)(tree)["a"] - a).max(axis=0)
+    assert (error <= np.abs(a).max(axis=0) / 255 * 1.01).all()
     check_int8_rows(jax.tree.map(np.asarray, of_a))
     said = [record.getMessage().split(",")[0] for record in caplog.records]
     expected = [f"{n}: {tree[n].bits_per_value:.3f} bits per value" for n in "ab"]
@@ -268,8 +299,9 @@ def test_a_rule_may_be_a_word(caplog):
 def test_what_else_reads_a_packed_kernel_gets_it_dense(quantized):
     _, _, tree = quantized
     mixed = lambda tree: tree["params"]["mix"]["kernel"].sum()  # noqa: E731
-    expected = mixed(dequantize(tree))
-    np.testing.assert_allclose(packed(mixed, "reference")(tree), expected, rtol=1e-5)
+    expected = jax.jit(lambda tree: mixed(dequantize(tree)))(tree)
+    found = jax.jit(packed(mixed, "reference"))(tree)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 class Tied(nn.Module):
@@ -283,7 +315,7 @@ class Tied(nn.Module):
 
 def test_a_weight_of_a_product_that_stays_dense_is_said(caplog):
     model, tokens = Tied(), np.arange(8).reshape(2, 4)
-    params = model.init(jax.random.key(0), tokens)
+    params = variables_of(model, tokens)
     tree = gptvq_jax.quantize(model, [tokens], [(".*", GPTQ)], params=params)
     assert set(kernels(tree)) == {"inner"}
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -295,9 +327,11 @@ def test_a_weight_of_a_product_that_stays_dense_is_said(caplog):
 
 
 def test_generators_are_gone_through_once():
-    model, variables = net()
-    one = gptvq_jax.quantize(model, iter(images()), [("mix", GPTQ)], params=variables)
-    other = gptvq_jax.quantize(model, images(), [("mix", GPTQ)], params=variables)
+    model = nn.Dense(WIDTH)
+    batches = [batch.reshape(-1, WIDTH) for batch in images()]
+    variables = variables_of(model, batches[0])
+    one = gptvq_jax.quantize(model, iter(batches), [("kernel", GPTQ)], params=variables)
+    other = gptvq_jax.quantize(model, batches, [("kernel", GPTQ)], params=variables)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -329,7 +363,7 @@ class Unused(nn.Module):
 def test_a_layer_that_sees_no_input_is_named():
     x = images()[0].reshape(-1, WIDTH)
     model = Unused()
-    params = model.init(jax.random.key(0), x, method="all")
+    params = variables_of(model, x, method="all")
     message = r"^other sees no input: .* put a rule for it, \('other', 'dense'\), first$"
     refused(message, [(".*", GPTQ)], [x], model, params)
     rules = [("other", "dense"), (".*", GPTQ)]
@@ -341,26 +375,26 @@ def test_a_layer_that_sees_no_input_is_named():
 @pytest.mark.parametrize(
     "rules, message",
     [
-        ([("mlp", GPTQ)], r"rules\[0\], 'mlp', is not used: .* layers are patches, block/attent"),
-        ([("block", GPTQ)], "the whole name of no layer fits it"),
         (
-            [(".*", GPTQ), ("mix", VQ)],
-            r"rules\[1\], 'mix', is not used: '\.\*' before it takes mix",
+            [("mlp", GPTQ)],
+            r"^rules: rule 1 \('mlp'\) has no layer: .* such as 'patches', 'block/at.* and 4 more",
         ),
+        ([("shared", GPTQ)], "a whole name, such as 'block/shared'; mend it, or leave it out$"),
+        ([(".*", GPTQ), ("mix", VQ)], r"rule 2 \('mix'\) has no layer: rule 1 takes mix first"),
         ([("positions", VQ)], "positions is no layer, as add reads it"),
-        ([("mix", {"bit": 3})], r"rules\[0\], 'mix': no setting 'bit' of vq; did you mean 'bits'"),
-        ([("mix", {"bits": "3"})], r"'mix': config.vq.bits='3' must be of type float"),
-        ([("mix", {"dim": 2, "bits": 2.3})], r"'mix': vq.bits=2.3 must be such that"),
-        ([("mix", {"method": "int3"})], "method='int3' must be one of gptvq, .*, dense, int8$"),
-        ([("mix(", VQ)], "no regular expression, .*; escape it or mend it"),
-        ([("mix", 3)], "settings are a dict, a method or 'dense', not 3"),
-        ([(3, VQ)], "a regular expression is a text"),
-        (["mix"], r"rules\[0\]='mix' must be a pair, as in"),
-        ([], "rules must be a list of rules, as in"),
-        ({"mix": VQ}, "rules must be a list of rules, as in"),
-        (
+        ([("mix", {"bit": 3})], r"^rules: rule 1 \('mix'\): 'bit' is neither .*mean 'bits'\?$"),
+        ([("mix", {"bits": "3"})], r"\('mix'\): bits='3' must be of type float"),
+        ([("mix", {"dim": 2, "bits": 2.3})], r"\('mix'\): vq.bits=2.3 must be such that"),
+        ([("mix", {"method": "int3"})], "method='int3' must be one of dense, int8, gptvq, .*rtn$"),
+        ([("mix(", VQ)], r"^rules: the pattern 'mix\(' of rule 1 is no regular expression"),
+        ([("mix", 3)], "sets 3; name a method, dense, int8, gptvq"),
+        (["mix"], "rule 1 is 'mix' and must be a pair"),
+        ([], r"rules is empty; name a layer at least, such as \('\.\*', 'int8'\)"),
+        ({"mix": VQ}, "must be a tuple of rules, as in"),
+        pytest.param(
             [("mix", {"method": "trellis", "bits": 1.0})],
             "mix: trellis.bits=1 is below what the scales and rates of a 8 x 8 layer take",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -387,7 +421,10 @@ def test_what_is_not_as_it_must_be():
     model, variables = net()
     rules = [("mix", GPTQ)]
     refused("inputs='both' must be one of float, quantized", rules, inputs="both")
-    refused("damping=2 must be from 0 to 1", rules, damping=2)
+    refused("damping=2 must be a number from 0 to 1", rules, damping=2)
+    refused("damping='x' must be a number from 0 to 1", rules, damping="x")
+    refused("seed=-1 must be from 0 to 4294967295", rules, seed=-1)
+    refused("seed='a' must be an integer", rules, seed="a")
     refused("goes through the batches several times", rules, iter(images()), inputs="quantized")
     refused("params must be what apply takes first", rules, params=variables["params"])
     refused("model must be a Flax module, or a function of", rules, model=3)
@@ -407,5 +444,7 @@ def test_bits_are_those_of_packed_kernels(quantized):
     model, variables, tree = quantized
     of = kernels(tree).values()
     expected = 8 * sum(k.num_bytes for k in of) / sum(k.num_values for k in of)
-    assert bits_per_value(tree) == expected and np.isnan(bits_per_value(variables))
+    assert bits_per_value(tree) == expected
+    with pytest.raises(ValueError, match="no packed kernels"):
+        bits_per_value(variables)
     assert all(isinstance(kernel, PackedKernel) for kernel in of)

@@ -215,6 +215,7 @@ def test_codebook_bits():
     assert [tensor_of(**kw).num_bytes for kw in rows] == [512 + 256, 512 + 128 + 8, 512 + 64 + 8]
 
 
+@pytest.mark.slow
 def test_svd_rank():
     """Of four centroids: rank 4 is all there is, 2 is nearly so, 1 is centroids in one ratio."""
     dense = mean_error(dim=1)

@@ -50,7 +50,16 @@ def whole_and_parts(problem, settings):
     return quantize(weight, *square, KEY, settings), concat_rows(parts), len(parts)
 
 
-@pytest.mark.parametrize("rows, cols, strips", [(32, 64, 4), (48, 44, 4), (64, 33, 4), (40, 36, 2)])
+@pytest.mark.parametrize(
+    "rows, cols, strips",
+    [
+        (48, 44, 4),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in [(32, 64, 4), (64, 33, 4), (40, 36, 2)]
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     "kw",
     [

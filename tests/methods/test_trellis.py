@@ -142,6 +142,7 @@ def test_a_layer_of_too_many_outliers_is_kept_in_8_bits_and_said(caplog):
     assert coded(weight, hessian, form="int8").index_bits == 8
 
 
+@pytest.mark.slow
 def test_fitted_levels_pay_where_weights_are_no_gaussian_and_count_as_bits():
     weight, hessian = layer(128, 64, seed=4)
     weight = jnp.sign(weight) * (0.1 + 0.1 * weight)  # nearly two values

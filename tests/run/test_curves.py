@@ -198,6 +198,7 @@ def test_a_sample_of_rows_has_the_curve_of_all(measured, monkeypatch):
     assert np.exp(np.abs(np.log(ratios)).mean()) < 1.1, ratios
 
 
+@pytest.mark.slow
 def test_curves_see_the_windows_of_the_sample(source, tmp_path, monkeypatch):
     seen = []
     plain = gradients.block_backward

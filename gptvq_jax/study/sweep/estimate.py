@@ -23,8 +23,8 @@ from gptvq_jax.models.head_chunk import head_chunk
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.models.stages import expert_of
 from gptvq_jax.moves.viterbi import TRACE_BACK
-from gptvq_jax.recipe import DENSE, INT8
 from gptvq_jax.rule_settings import Format, choices, is_open
+from gptvq_jax.rules import DENSE, INT8
 from gptvq_jax.run.calibrate import closes
 from gptvq_jax.run.curves import to_measure
 from gptvq_jax.run.formats import (
