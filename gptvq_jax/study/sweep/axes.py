@@ -22,7 +22,7 @@ from gptvq_jax.console.config_file import load_config
 from gptvq_jax.recipe import parse
 
 KINDS = ("models", "layers")  # a cell is a run over a model, or a setting on some of its layers
-_LONGEST = 60  # name of a point that is made of its value
+_LONGEST = 60  # text of a recipe in a name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
@@ -62,14 +62,12 @@ def axis(
       values: of that field.
       name: of the axis; default: the last part of the field.
       names: of its points; default: name and value, as in "dim2" or, of recipes, in
-        "recipe-down_proj-bits4"; name and number where these would be long.
+        "recipe-down_proj-bits4"; of recipes with long or equal names, name and number.
     """
     name = name or field.rpartition(".")[2]
     if names is None:
-        text = _recipe_text if field == "recipe" else _text
-        names = [f"{name}{text(value)}" for value in values]
-        if max(map(len, names), default=0) > _LONGEST:  # of a recipe with many rules
-            names = [f"{name}{number}" for number in range(1, len(names) + 1)]
+        texts = _recipe_texts(values) if field == "recipe" else map(_text, values)
+        names = [f"{name}{text}" for text in texts]
     if len(names) != len(values):
         raise ValueError(f"axis {name!r} has {len(values)} values and {len(names)} names")
     return points(name, {n: {field: v} for n, v in zip(names, values, strict=True)}, names)
@@ -202,6 +200,13 @@ def _check_unique(names: Sequence[str], what: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two {what} are called {twice!r}; rename one of them")
+
+
+def _recipe_texts(values: Sequence[Any]) -> list[str]:
+    texts = [_recipe_text(value) for value in values]
+    if max(map(len, texts), default=0) > _LONGEST or len({*texts}) < len(texts):
+        return [str(number) for number in range(1, len(texts) + 1)]
+    return texts
 
 
 def _recipe_text(value: Any) -> str:

@@ -132,6 +132,22 @@ def test_recipes_are_points_and_their_commands_say_them():
     assert ast.literal_eval(flag.partition("=")[2]) == recipe and "recipe=" not in plain
 
 
+@pytest.mark.parametrize(
+    "recipes, names",
+    [
+        ([(), ((".*/k_proj", {"bits": 4.0}),)], ["recipe-none", "recipe-k_proj-bits4"]),
+        (
+            [((".*", "dense"),), (("layers_(0|29)/.*", {"method": "rtn", "bits": 8}),)],
+            ["recipe-all-dense", "recipe-layers_-0-29-rtn-bits8"],
+        ),
+        ([((".*k_proj", "int8"),), (("k_proj.*", "int8"),)], ["recipe1", "recipe2"]),
+        ([tuple((f"layers_{i}/.*", "int8") for i in range(9)), ()], ["recipe1", "recipe2"]),
+    ],
+)
+def test_points_of_recipes_have_names_that_can_be_read(recipes, names):
+    assert [point.name for point in axis("recipe", recipes).points] == names
+
+
 def test_layers_by_themselves_have_no_recipe(base):
     base.recipe = (("embed_tokens", "int8"),)
     with pytest.raises(ValueError, match=r"recipe of a sweep of layers must be \(\)"):
