@@ -31,7 +31,18 @@ def test_only_what_is_missing_or_named_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(make_golden, "GOLDEN_DIR", tmp_path)
     make_golden.main([])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert make_golden.wanted([], {"a"}, ["a", "b"]) == ["b"]
-    assert make_golden.wanted(["a"], {"a"}, ["a", "b"]) == ["a"]
+    logits = np.zeros((1, make_golden.FAMILY_TOKENS, 2))
+    monkeypatch.setattr(make_golden.families, "write_model", lambda *_: None)
+    monkeypatch.setattr(make_golden.families, "torch_logits", lambda *_: logits)
+    new = {str(t): [0.0, 0.0] for t in make_golden.FAMILY_POSITIONS}
+    stored = json.loads(before["families.json"])
+    make_golden.main(["qwen3", "phi3"])
+    after = json.loads((tmp_path / "families.json").read_text())
+    assert after == {**stored, "qwen3": new, "phi3": new} and [*after] == [*stored]
+    del after["phi3"]
+    (tmp_path / "families.json").write_text(json.dumps(after))
+    make_golden.main([])
+    assert json.loads((tmp_path / "families.json").read_text()) == {**after, "phi3": new}
+    assert make_golden.wanted([], {"llama3"}, GOLDEN_SEEDS) == ["mistral"]
     with pytest.raises(SystemExit, match="no model is called 'llama9'; name some of llama3, "):
         make_golden.main(["llama9"])

@@ -68,7 +68,7 @@ def test_unknown_implementation_raises(checkpoint):
 
 def test_a_layer_that_an_implementation_does_not_have_is_named(tmp_path):
     checkpoint = PackedCheckpoint(write_checkpoint(tmp_path / "tied", TIED))
-    with pytest.raises(NotImplementedError, match="^layers_0/self_attn/k_proj: .* use 'xla'"):
+    with pytest.raises(NotImplementedError, match="^layers_0/self_attn/._proj: .* use 'xla'"):
         packed_params(checkpoint, "cpu_int8")
     with pytest.raises(
         NotImplementedError, match="^vq_matmul implementation 'pallas_gpu' .* needs a GPU"
