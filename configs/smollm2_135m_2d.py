@@ -10,7 +10,7 @@ vq.bits, gives every layer the same bits. Every row of a weight has a float16 sc
 `ablation`.
 
 Calibrated on 32 x 512 tokens of Wikipedia, perplexity on 12 x 1024 others (float 14.59): 3b 3.085
-bits per value, 17.63, in 5.3 min on 2 cores of an AMD EPYC with AVX-512; before rows had scales 3b
+bits per value, 17.78, in 5.2 min on 2 cores of an AMD EPYC with AVX-512; before rows had scales 3b
 18.18 and 2b (2.125 bits) 33.06.
 """
 

@@ -8,7 +8,7 @@ other number is the budget itself. It is spent on the columns of all layers toge
 gradients; --config.allocation.bits_per_value=0, or --config.trellis.bits, gives every layer the
 same. Below 3 bits twice the text is read, which takes a tenth off the rise of log-perplexity there.
 On 12 x 1024 tokens of Wikipedia (float 14.59) 3b has perplexity 16.28 at 3.084 bits, where
-smollm2_135m_2d.py:3b has 17.81; 2b 21.58 at 2.124 bits (22.56 with half the text).
+smollm2_135m_2d.py:3b has 17.78; 2b 21.58 at 2.124 bits (22.56 with half the text).
 """
 
 from gptvq_jax.paper import trellis_config
