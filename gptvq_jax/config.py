@@ -15,6 +15,7 @@ from gptvq_jax.console.config_file import is_sweep
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.data.mixture import shares
 from gptvq_jax.methods.aqlm import AQLMSettings
+from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.methods.gptvq_settings import FITTED, MAX_CODE_BITS, GPTVQSettings, makes_codes
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.methods.trellis import TrellisSettings
@@ -93,10 +94,7 @@ class TuneSettings:
     # windows that calibration.held_out keeps, which say when to stop and which epoch to keep
 
     def __post_init__(self):
-        def check(ok: bool, field: str, allowed: str):
-            if not ok:
-                raise ValueError(f"tune.{field}={getattr(self, field)!r} must be {allowed}")
-
+        check = field_check(self, "tune")
         check(self.epochs >= 1, "epochs", "at least 1")
         check(self.batch_size >= 1, "batch_size", "at least 1")
         check(self.learning_rate > 0, "learning_rate", "above 0")
@@ -140,13 +138,7 @@ class RunSettings:
     evaluation: EvaluationSettings = EvaluationSettings()
 
     def __post_init__(self):
-        def check(ok: bool, field: str, allowed: str):
-            value = self
-            for part in field.split("."):
-                value = getattr(value, part)
-            if not ok:
-                raise ValueError(f"{field}={value!r} must be {allowed}")
-
+        check = field_check(self)
         a, c, t, e = self.allocation, self.calibration, self.tune, self.evaluation
         check(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         check(self.num_blocks >= 0, "num_blocks", "0 or the blocks to quantize")

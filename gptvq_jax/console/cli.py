@@ -348,8 +348,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     with _written_output(), _refused_flags():
         try:
             return flags.FLAGS(argv)
-        except SystemExit:  # with 1, after --help has printed it
-            sys.exit(0)
+        except SystemExit:
+            if any(word.lstrip("-").startswith(("help", "?")) for word in argv[1:]):
+                sys.exit(0)  # absl's flags for help end with 1
+            raise  # a config file may end the process, too
 
 
 @contextlib.contextmanager

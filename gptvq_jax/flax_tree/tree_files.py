@@ -18,7 +18,7 @@ from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.flax_tree.kernel import Layout, PackedKernel, is_packed
 from gptvq_jax.flax_tree.models import named_leaves
 from gptvq_jax.storage.tree_io import load_tree, save_tree, write_json
-from gptvq_jax.storage.tree_record import DENSE_DTYPES
+from gptvq_jax.storage.tree_record import ARRAYS, DENSE_DTYPES, RECORD
 
 _FILE, _TREE = "kernels.json", "tree"
 _VERSION = 1
@@ -62,7 +62,7 @@ def save(directory: str | os.PathLike, tree: Any) -> None:
 
 def _check_own(directory: Path) -> None:
     """Nothing but a tree, or what a stopped `save` left of one, is replaced."""
-    places = {directory: (_FILE, _TREE), directory / _TREE: ("arrays", "record.json")}
+    places = {directory: (_FILE, _TREE), directory / _TREE: (ARRAYS, RECORD)}
     for place, names in places.items():
         for path in place.iterdir() if place.is_dir() else ():
             if not path.name.startswith(names):

@@ -16,6 +16,7 @@ from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
+from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.moves.compress import quantize_centroids
 from gptvq_jax.moves.em import GroupData, assign, em
 from gptvq_jax.moves.nearest import lookup
@@ -52,10 +53,7 @@ class AQLMSettings:
     block_size: int = 128  # columns per lazy update
 
     def __post_init__(self):
-        def check(ok: bool, field: str, allowed: str):
-            if not ok:
-                raise ValueError(f"aqlm.{field}={getattr(self, field)!r} must be {allowed}")
-
+        check = field_check(self, "aqlm")
         check(1 <= self.num_codebooks <= 16, "num_codebooks", "1 to 16")
         check(1 <= self.code_bits <= 16, "code_bits", "1 to 16")
         check(self.dim in (4, 8, 16), "dim", "4, 8 or 16")

@@ -4,6 +4,7 @@ import dataclasses
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid, make_grid
+from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.moves.seed import SEEDS
 
 _PART_ROWS = 256  # most rows of a part, unless a codebook has more
@@ -44,10 +45,7 @@ class GPTVQSettings:
     svd_rank: int = 0  # 1D: rank of all codebooks together; 0: stored one by one
 
     def __post_init__(self):
-        def check(ok: bool, field: str, allowed: str):
-            if not ok:
-                raise ValueError(f"vq.{field}={getattr(self, field)!r} must be {allowed}")
-
+        check = field_check(self, "vq")
         check(self.dim >= 1, "dim", "at least 1 (the paper uses 1, 2 and 4)")
         check(
             makes_codes(self.dim, self.bits),

@@ -6,6 +6,7 @@ from gptvq_jax.core import flops, packing
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_table import MAX_BITS, MIN_BITS
 from gptvq_jax.core.trellis_tensor import LONGEST_GAP, MAX_RATE, TrellisTensor, stream_bytes
+from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.methods.uniform import UniformSettings
 
 AUTO, GAUSSIAN, CODES, INT8 = "auto", "gaussian", "codes", "int8"
@@ -32,10 +33,7 @@ class TrellisSettings:
     block_size: int = 128  # columns per lazy update
 
     def __post_init__(self):
-        def check(ok: bool, field: str, allowed: str):
-            if not ok:
-                raise ValueError(f"trellis.{field}={getattr(self, field)!r} must be {allowed}")
-
+        check = field_check(self, "trellis")
         check(0 < self.bits <= MAX_RATE, "bits", f"above 0, to {MAX_RATE}")
         whole = MIN_BITS <= self.window_bits <= MAX_BITS
         check(whole, "window_bits", f"{MIN_BITS} to {MAX_BITS}")

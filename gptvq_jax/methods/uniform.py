@@ -11,6 +11,7 @@ from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.packing import packed_length
 from gptvq_jax.core.uniform_grid import uniform_grid
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
+from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.moves.uniform import factored, uniform_fit
 
@@ -25,12 +26,10 @@ class UniformSettings:
     block_size: int = 128  # columns per lazy update of the sweep
 
     def __post_init__(self):
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"uniform.bits={self.bits} must be 1 to 8")
-        if self.group_size < 0:
-            raise ValueError(f"uniform.group_size={self.group_size} must be at least 0")
-        if self.block_size < 1:
-            raise ValueError(f"uniform.block_size={self.block_size} must be at least 1")
+        check = field_check(self, "uniform")
+        check(1 <= self.bits <= 8, "bits", "1 to 8")
+        check(self.group_size >= 0, "group_size", "at least 0")
+        check(self.block_size >= 1, "block_size", "at least 1")
 
     def flops(self, rows: int, cols: int) -> int:
         """Of matrix products of a layer."""

@@ -7,7 +7,6 @@ on the device, so that memory holds one block whatever the depth of the model.
 import dataclasses
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,15 +176,6 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Returns {name: (out, in)} of the linear layers of one block."""
     shapes = block_shapes(config)
     return {name: shapes[stored_module(name) + ".weight"] for name in config.linear_layers}
-
-
-def counted_shapes(config: ModelConfig, blocks: int) -> Counter[tuple[int, int]]:
-    """How many linear layers of the first blocks have which shape (out, in)."""
-    counts: Counter[tuple[int, int]] = Counter()
-    for block, count in config.block_counts(blocks).items():
-        for shape in layer_shapes(block).values():
-            counts[shape] += count
-    return counts
 
 
 def tensor_names(config: ModelConfig) -> set[str]:

@@ -13,6 +13,7 @@ is kept in 8 bits, and the others share what it leaves.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -218,6 +219,7 @@ def _kept_in_8_bits(
     return chosen, num_bytes
 
 
+@functools.lru_cache(maxsize=1)  # every block asks
 def _sizes(settings: RunSettings, config: ModelConfig) -> tuple[int, int, int]:
     """Of a model, what `_open_bits` takes."""
     values, settled, open_values = 0, 0, 0

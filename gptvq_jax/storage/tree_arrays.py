@@ -12,7 +12,7 @@ from gptvq_jax.console.errors import brief
 from gptvq_jax.core.check_tensor import signature
 from gptvq_jax.storage import orbax_files
 from gptvq_jax.storage.orbax_files import Tree
-from gptvq_jax.storage.tree_record import RECORD, Record, arrays_of
+from gptvq_jax.storage.tree_record import ARRAYS, RECORD, Record, arrays_of
 
 # Bytes of arrays for each byte that is stored, beyond those that any tree may have: Orbax does
 # compress, but no real weights so far.
@@ -29,7 +29,7 @@ def read_arrays(directory: Path, record: Record) -> Tree:
     Raises:
       DamagedError: it does not, or the files cannot be read.
     """
-    path, expected = directory / "arrays", arrays_of(record)
+    path, expected = directory / ARRAYS, arrays_of(record)
     stored_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     metas = (record["quantized"] | record["dense"]).values()
     num_bytes = sum(meta["num_bytes"] for meta in metas)
@@ -51,7 +51,7 @@ def check_files(directory: Path, record: Record) -> None:
 
     It comes before Orbax reads them, which says much of a damaged file and names no block.
     """
-    for path in (directory / "arrays").rglob("*"):
+    for path in (directory / ARRAYS).rglob("*"):
         # A pipe would be waited for; sums leave out what lies behind the link of a directory. Links
         # of files are followed: the cache of the Hugging Face hub is made of them.
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):
@@ -65,7 +65,7 @@ def check_files(directory: Path, record: Record) -> None:
 def file_sums(directory: Path) -> dict[str, str]:
     """{path below `directory`: SHA-256} of Orbax's files."""
     sums = {}
-    for path in sorted(path for path in (directory / "arrays").rglob("*") if path.is_file()):
+    for path in sorted(path for path in (directory / ARRAYS).rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             sums[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

@@ -37,6 +37,7 @@ from gptvq_jax.storage.tree_arrays import (
     read_arrays,
 )
 from gptvq_jax.storage.tree_record import (
+    ARRAYS,
     DENSE_DTYPES,
     RECORD,
     Record,
@@ -83,7 +84,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
     try:
         with naming_full_disk(directory, size):
             durable.make_directory(directory)
-            orbax_files.save(directory / "arrays", traverse_util.unflatten_dict(stored, sep="/"))
+            orbax_files.save(directory / ARRAYS, traverse_util.unflatten_dict(stored, sep="/"))
             durable.sync_tree(directory)
             record = {
                 "format_version": FORMAT_VERSION,

@@ -18,7 +18,7 @@ from gptvq_jax.console.json_file import leaves_directory
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.storage.tensor_io import abstract_tensor, describe
 
-RECORD = "record.json"
+RECORD, ARRAYS = "record.json", "arrays"  # of a tree, in its directory
 DENSE_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -67,6 +67,12 @@ def test_help_is_no_error(word, tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and "doc" in done.stdout
 
 
+def test_a_config_that_ends_the_process_is_no_help(tmp_path):
+    (tmp_path / "c.py").write_text("import sys\nsys.exit(3)\n")
+    command = [sys.executable, str(REPOSITORY / "scripts/quantize.py"), "--config=c.py"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode == 3
+
+
 def test_ctrl_c_after_everything_changes_nothing(tmp_path):
     last = "class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2)\n"
     body = f"global last\n{last}last = Last()"
