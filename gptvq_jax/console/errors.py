@@ -1,4 +1,4 @@
-"""What other libraries' exceptions have to say, in one line."""
+"""What other libraries' exceptions and anyone's files have to say, in one line."""
 
 import reprlib
 from typing import Any
@@ -12,6 +12,11 @@ def first_line(error: Exception) -> str:
 def brief(value: Any) -> str:
     """A value as Python writes it, in one line, cut where it is long: for values of files."""
     return _BRIEF.repr(value)
+
+
+def printable(text: str) -> str:
+    """A text in one line, with nothing in it that a terminal or an SVG file could not hold."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 _BRIEF = reprlib.Repr()

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax.console.errors import first_line
+from gptvq_jax.console.errors import first_line, printable
 from gptvq_jax.models.companions import GENERATION_CONFIG, generation_config
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.gguf_metadata import FREQUENCIES, read_metadata
@@ -80,8 +80,8 @@ class GGUFSource(CheckpointSource):
             array = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise NotImplementedError(
-                f"{self._path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
-                "which the gguf library cannot dequantize"
+                f"{self._path}: tensor {printable(tensor.name)} is stored as "
+                f"{tensor.tensor_type.name}, which the gguf library cannot dequantize"
             ) from None
         family, module = self.config.family, name.split(".")[-2]
         if family.norm_offset and module.endswith("norm"):

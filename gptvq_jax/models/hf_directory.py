@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from safetensors import safe_open
 
-from gptvq_jax.console.errors import brief, first_line
+from gptvq_jax.console.errors import brief, first_line, printable
 from gptvq_jax.console.json_file import leaves_directory, read_json_object
 from gptvq_jax.models.companions import CONFIG, read_companions, read_stop_tokens
 from gptvq_jax.models.config import ModelConfig
@@ -154,7 +154,7 @@ class HFDirectory:
         path, tensor = self.files[name], self._tensor(name)
         if tensor.dtype_name not in dtypes:
             raise NotImplementedError(
-                f"{path}: tensor {name} is stored as {tensor.dtype_name}, not as "
+                f"{path}: tensor {printable(name)} is stored as {tensor.dtype_name}, not as "
                 f"{' or '.join(dtypes)}"
             )
         return tensor, path
@@ -205,7 +205,9 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             unlisted |= dict.fromkeys(held - files.keys(), path)
             for name in (name for name, home in files.items() if home == path):
                 if name not in held:
-                    raise ValueError(f"{path} lacks tensor {name}, which {_INDEX} places there")
+                    raise ValueError(
+                        f"{path} lacks tensor {printable(name)}, which {_INDEX} places there"
+                    )
         return files | unlisted
     if any(directory.glob("pytorch_model*.bin")):
         raise ValueError(
@@ -223,12 +225,17 @@ def _weight_map(index: Path) -> dict[str, Path]:
     except ValueError as error:
         raise ValueError(str(error) if str(index) in str(error) else f"{index}: {error}") from None
     for name, shard in shards.items():
-        if not isinstance(shard, str) or not shard or leaves_directory(shard):
+        if not isinstance(shard, str) or not _names_file_within(shard):
             raise ValueError(
                 f"{index} places tensor {brief(name)} in {brief(shard)}, which is not a file of "
                 "this directory"
             )
     return {name: index.parent / shard for name, shard in shards.items()}
+
+
+def _names_file_within(shard: str) -> bool:
+    """Whether it is printable, as every file's name that transformers writes, and leads nowhere."""
+    return shard != "" and shard.isprintable() and not leaves_directory(shard)
 
 
 def _open(path: Path):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from flax import traverse_util
 
+from gptvq_jax.console.errors import printable
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.file_tensor import FileTensor
 from gptvq_jax.models.on_device import Loader, Stored
@@ -203,8 +204,8 @@ def check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> N
     if unknown := sorted(stored - expected):
         raise NotImplementedError(
             f"{path} holds {len(unknown)} tensor(s) that its model_type does not have, "
-            f"the first is {unknown[0]}; convert the model again without them (merge an adapter's "
-            "into its weights first), or mend the model_type"
+            f"the first is {printable(unknown[0])}; convert the model again without them (merge an "
+            "adapter's into its weights first), or mend the model_type"
         )
 
 

@@ -241,6 +241,30 @@ def test_tensor_absent_from_its_shard(tmp_path):
         open_source(path)
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"a\nb": "model.safetensors.index.json"},
+        {"a": "b\nc.safetensors"},
+        {"a": "\ud800"},
+        {"a": ""},
+    ],
+)
+def test_an_index_of_names_in_several_lines(tmp_path, listed):
+    path = write_model(tmp_path, random_tensors(), shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(ValueError) as raised:
+        open_source(path)
+    assert len(str(raised.value).splitlines()) == 1 and str(path) in str(raised.value)
+
+
+def test_tensors_whose_names_have_several_lines(tmp_path):
+    path = write_model(tmp_path, random_tensors() | {"a\nb": np.zeros(2, np.float32)})
+    with pytest.raises(NotImplementedError) as raised:
+        open_source(path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_a_head_that_the_index_does_not_list_counts(tmp_path):
     tensors = random_tensors()
     path = write_model(tmp_path, tensors, shards=2, config=CONFIG | TIED)

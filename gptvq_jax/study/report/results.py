@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import flat
-from gptvq_jax.console.errors import brief
+from gptvq_jax.console.errors import brief, printable
 from gptvq_jax.console.json_file import leaves_directory, read_json_lines, read_json_object
-from gptvq_jax.study.report.rows import check_result, check_row, printable
+from gptvq_jax.study.report.rows import check_result, check_row
 
 RESULTS, SWEEP, METRICS = "results.jsonl", "sweep.json", "metrics.jsonl"
 

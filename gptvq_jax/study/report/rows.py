@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptvq_jax.console.errors import brief
+from gptvq_jax.console.errors import brief, printable
 
 _LAYER = {
     "block": int,
@@ -78,11 +78,6 @@ def check_result(row: dict[str, Any], kind: Any, where: str) -> None:
         raise ValueError(f"{where}: layers={brief(layers)} is no list of rows")
     for layer in layers:
         _check(layer, {"layer": str, "relative_error": float, "bits_per_value": float}, where)
-
-
-def printable(text: str) -> str:
-    """A text in one line, with nothing in it that an SVG file could not hold."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _check(row: dict[str, Any], fields: dict[str, type], where: str) -> None:

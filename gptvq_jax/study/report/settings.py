@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from gptvq_jax.config import default_config, flat
+from gptvq_jax.console.errors import printable
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.recipe import parse
 from gptvq_jax.study.report.results import Cell
-from gptvq_jax.study.report.rows import printable
 
 # What the bits of a weight come from, which a curve goes along; and what `code_name` says.
 _BITS = (

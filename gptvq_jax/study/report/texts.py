@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from gptvq_jax.console.errors import first_line
+from gptvq_jax.console.errors import first_line, printable
 from gptvq_jax.console.json_file import read_json_lines
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.data.vocabulary import check_tokens
@@ -20,7 +20,6 @@ from gptvq_jax.serve.stop_tokens import stop_tokens
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.study.report.page import Said
 from gptvq_jax.study.report.results import Cell, named
-from gptvq_jax.study.report.rows import printable
 
 PROMPTS = (
     "The capital of France is",
