@@ -29,7 +29,7 @@ MAX_BITS = 12  # of a window: 2^12 float32 are 32 lookups
 _MAX_BATCH_TILE = 256  # rows of x for which a weight is decoded once
 _MAX_TILE_BYTES = 3 * 2**20  # of words in VMEM, twice; see layout.py for the rest
 _MAX_TILE_CHUNKS = 64
-_LOOKUPS = 256  # in a step of the loop over columns, about: they hide each other's latency
+_CYCLES = 1024  # of a step of the loop over columns, about: lookups hide each other's latency
 _static = partial(dataclasses.field, metadata={"static": True})
 
 
@@ -201,7 +201,7 @@ def _kernel(
 ):
     out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
     narrow, chunks = x_ref.dtype == jnp.bfloat16, layout.tile_chunks
-    lookups = chunks * ROWS // SUBLANES * layout.values.lookups(narrow)  # of a block
+    cycles = chunks * ROWS // SUBLANES * layout.values.cycles(narrow)  # of the lookups of a block
     first_row = first_block = 0
     for rate, blocks in layout.runs:
 
@@ -226,7 +226,7 @@ def _kernel(
             for group, total in enumerate(totals):
                 out_ref[0, group] += total
 
-        grouped_loop(blocks, max(1, _LOOKUPS // lookups), blocks_step)
+        grouped_loop(blocks, max(1, _CYCLES // cycles), blocks_step)
         first_row += blocks * rate * chunks
         first_block += blocks
 
