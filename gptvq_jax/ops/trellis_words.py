@@ -7,10 +7,12 @@ no whole chunks is prolonged by its own beginning, as far as its last window rea
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gptvq_jax.core import packing
 from gptvq_jax.core.trellis_tensor import MAX_RATE, TrellisTensor, stream_bytes
@@ -95,6 +97,20 @@ def stream_words(tensor: TrellisTensor) -> dict[int, tuple[np.ndarray, np.ndarra
             words = words.reshape(*shape[:2], streams.chunks, rate)
             found[rate] = columns, words.transpose(0, 2, 3, 1)
     return found
+
+
+def cut_windows(words: list[jax.Array], rate: int, bits: int) -> Iterator[jax.Array]:
+    """The windows, of `bits` bits, of row after row of chunks.
+
+    Args:
+      words: the K = `rate` ones of each chunk, and the first of the chunk behind it; of one shape.
+    """
+    for start in range(0, ROWS * rate, rate):
+        word, shift = divmod(start, 32)
+        window = lax.shift_right_logical(words[word], words[word].dtype.type(shift))
+        if shift + bits > 32:
+            window |= words[word + 1] << (32 - shift)
+        yield window & (2**bits - 1)
 
 
 def outside(tensor: TrellisTensor) -> Outside:

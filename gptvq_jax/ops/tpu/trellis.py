@@ -23,7 +23,15 @@ from gptvq_jax.ops.tpu.codes import pad_axis
 from gptvq_jax.ops.tpu.layout import LANES, MAX_X_BYTES, SUBLANES
 from gptvq_jax.ops.tpu.tables import grouped_loop
 from gptvq_jax.ops.tpu.trellis_values import Values
-from gptvq_jax.ops.trellis_words import ROWS, Outside, Streams, check_known, outside, stream_words
+from gptvq_jax.ops.trellis_words import (
+    ROWS,
+    Outside,
+    Streams,
+    check_known,
+    cut_windows,
+    outside,
+    stream_words,
+)
 
 MAX_BITS = 12  # of a window: 2^12 float32 are 32 lookups
 _MAX_BATCH_TILE = 256  # rows of x for which a weight is decoded once
@@ -145,9 +153,7 @@ def matmul(x: jax.Array, packed: PackedTrellis, *, interpret=False) -> jax.Array
                 (tile, scaled.shape[1]), lambda n, a: (n, 0), pipeline_mode=pl.Buffered(1)
             ),
         ],
-        out_specs=pl.BlockSpec(
-            (1, groups, tile, ROWS * SUBLANES), lambda n, a: (a, 0, n, 0)
-        ),
+        out_specs=pl.BlockSpec((1, groups, tile, ROWS * SUBLANES), lambda n, a: (a, 0, n, 0)),
         out_shape=jax.ShapeDtypeStruct(
             (layout.tiles, groups, len(scaled), ROWS * SUBLANES), jnp.float32
         ),
@@ -215,6 +221,7 @@ def _kernel(
                 for group in range(len(totals)):
                     here = [word[group * SUBLANES : (group + 1) * SUBLANES] for word in words]
                     windows = cut_windows(here, rate, layout.streams.window_bits)
+                    windows = jnp.concatenate(list(windows))  # of (8, 128): row after row
                     weights = layout.values.read(windows, table_ref, narrow)
                     totals[group] += lax.dot_general(
                         x_ref[:, lanes],
@@ -242,25 +249,6 @@ def _next_chunk(first_words: jax.Array, layout: TrellisLayout) -> jax.Array:
     return jnp.where(lax.rem(chunk, chunks) == chunks - 1, back, below)
 
 
-def cut_windows(words: list[jax.Array], rate: int, bits: int) -> jax.Array:
-    """Windows of all rows of chunks, one row after the other.
-
-    Args:
-      words: those of a chunk and the one behind it, each (8, 128) int32.
-
-    Returns:
-      (32 * 8, 128) int32 of `bits` bits.
-    """
-    windows = []
-    for start in range(0, ROWS * rate, rate):
-        word, shift = divmod(start, 32)
-        window = lax.shift_right_logical(words[word], shift) if shift else words[word]
-        if shift + bits > 32:
-            window |= words[word + 1] << (32 - shift)
-        windows.append(window & (2**bits - 1))
-    return jnp.concatenate(windows)
-
-
 def _restore_rows(y: jax.Array, layout: TrellisLayout, narrow: bool) -> jax.Array:
     """Outputs of programs (tiles, groups, N, 256) -> (N, R)."""
     streams, batch = layout.streams, y.shape[2]
@@ -272,5 +260,3 @@ def _restore_rows(y: jax.Array, layout: TrellisLayout, narrow: bool) -> jax.Arra
     y = y[:, :, : layout.tile_streams * streams.chunks * ROWS]
     y = y.reshape(batch, layout.tiles * layout.tile_streams, streams.chunks * ROWS)
     return streams.restore_rows(y[:, : streams.cuts])
-
-
