@@ -55,9 +55,10 @@ from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops import xla
-from gptvq_jax.ops.gpu import layout, trellis
+from gptvq_jax.ops.gpu import trellis
 from gptvq_jax.ops.gpu.decode import decode_runs, int_range, scaled
 from gptvq_jax.ops.gpu.layout import Layout, PackedWeight, unpack
+from gptvq_jax.ops.gpu.layout import pack as pack_codebooks
 
 KINDS = (VQTensor, TrellisTensor)
 _MAX_BATCH = 64  # rows of x that the kernel takes
@@ -78,7 +79,7 @@ def check(tensor: QuantizedTensor) -> None:
 
 def pack(tensor: QuantizedTensor) -> PackedWeight | trellis.PackedTrellis:
     """Words of codes and tables, made once; exact."""
-    return trellis.pack(tensor) if isinstance(tensor, TrellisTensor) else layout.pack(tensor)
+    return trellis.pack(tensor) if isinstance(tensor, TrellisTensor) else pack_codebooks(tensor)
 
 
 def matmul(

@@ -112,7 +112,7 @@ def pack(tensor: TrellisTensor) -> PackedTrellis:
     words = stream_words(tensor)
     layout = _layout(tensor, {rate: len(columns) for rate, (columns, _) in words.items()})
     columns, arranged = [np.zeros(0, np.int32)], []
-    for (rate, blocks), (index, of_rate) in zip(layout.runs, words.values(), strict=True):
+    for (_, blocks), (index, of_rate) in zip(layout.runs, words.values(), strict=True):
         columns.append(np.pad(index, (0, blocks * LANES - len(index)), constant_values=tensor.cols))
         arranged.append(_arrange_words(of_rate, blocks, layout))
     columns = np.concatenate(columns).astype(np.int32)

@@ -177,7 +177,7 @@ def _bfloat16(values: jax.Array) -> jax.Array:
 
 
 def _lanes(values: np.ndarray, narrow: bool) -> np.ndarray:
-    """float32 values as int32 (lookups, 128), or as bfloat16 with the first of two in low halves."""
+    """float32 values as int32 (lookups, 128); as bfloat16 the first of two is in a low half."""
     bits = values.astype(np.float32).view(np.int32)
     if narrow:
         bits = (bits.view(np.uint32) + np.uint32(1 << 15)) >> np.uint32(16)
