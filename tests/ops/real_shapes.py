@@ -49,7 +49,7 @@ def abstract_tensor(fmt: TensorFormat, rows: int, cols: int) -> VQTensor:
 
 @functools.cache
 def trellis_tensor(window_bits: int, level_bits: int = 0) -> TrellisTensor:
-    """4096 x 4096 weights of all rates from 0 to 6: their number, not a shape, decides the layout."""
+    """4096 x 4096 weights of all rates from 0 to 6, as arrays: their sizes depend on the rates."""
     return random_trellis(4096, 4096, window_bits, 256, outliers=4096, level_bits=level_bits)
 
 
