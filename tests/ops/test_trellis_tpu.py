@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from base import relative_error
 from float64 import decode
+from jax.experimental import pallas as pl
 from real_shapes import trellis_tensor
 
 from gptvq_jax.core.packing import pack as pack_bits
-from gptvq_jax.core.trellis_table import gaussian_levels, gaussian_values
+from gptvq_jax.core.trellis_table import gaussian_values
 from gptvq_jax.ops.tpu import tables, trellis
 from gptvq_jax.ops.tpu.trellis_values import CURVE, DIRECT, RANKED, Values
 from gptvq_jax.study.sample_tensors import random_trellis
@@ -63,13 +64,19 @@ def test_the_curve_is_closer_than_bfloat16(bits, monkeypatch):
     values, tensor = Values(bits, None), random_trellis(8, 8, bits, 16)
     windows = jnp.asarray(np.arange(2**bits, dtype=np.int32).reshape(-1, 128))
     windows = jnp.pad(windows, ((0, -len(windows) % 16), (0, 0)))
-    found = values.read(windows, jnp.asarray(values._tables(tensor, narrow=True)), narrow=True)
+
+    def kernel(windows_ref, table_ref, out_ref):
+        out_ref[...] = values.read(windows_ref[...], table_ref, narrow=True)
+
+    shape = jax.ShapeDtypeStruct(windows.shape, jnp.bfloat16)
+    table = jnp.asarray(values._tables(tensor, narrow=True))
+    found = jax.jit(pl.pallas_call(kernel, shape, interpret=True))(windows, table)
     # Rows of both halves come in turn.
     found = np.asarray(found, np.float64).reshape(-1, 2, 128).swapaxes(0, 1).reshape(-1)[: 2**bits]
     exact = gaussian_values(bits).astype(np.float64)
     rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
     assert np.std(found - exact) < 1.03 * np.std(rounded - exact)
-    assert np.max(np.abs(found - exact)) < 2**-8 * np.max(gaussian_levels(2**bits)) / 2 + 1e-3
+    assert np.max(np.abs(found - exact)) < 1e-2  # half a step of bfloat16 from 2 up is 8e-3
 
 
 # Streams of several to a program, of sublanes that are filled up, and of more than one register.
