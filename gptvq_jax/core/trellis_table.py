@@ -38,6 +38,18 @@ def ranks(bits: int) -> np.ndarray:
     return rank
 
 
+def rank_parts(bits: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """`ranks` from two short tables, where 2^L lookups cost more than two and three operations.
+
+    Returns:
+      low (2^(S - 1),) and high (2^(L - S),) int32, and S: the rank of a window is the exclusive or
+      of low at its bits 1 to S - 1, of high at its bits from S up, and of bit 0 << (L - 1).
+    """
+    split, rank = bits - min(_TOP, bits // 2), ranks(bits)
+    low = rank[np.arange(2 ** (split - 1)) << 1]
+    return low, rank[np.arange(2 ** (bits - split)) << split] ^ rank[0], split
+
+
 def gaussian_levels(count: int) -> np.ndarray:
     """Quantiles (count,) float16 of a Gaussian, ascending, of unit variance together.
 

@@ -1,5 +1,7 @@
 """x W^T from packed codes on NVIDIA GPUs: a Pallas kernel for few rows of x.
 
+This is the one for codes that stand for centroids; that for trellis codes is gpu/trellis.py.
+
 Codes are cut out of 32-bit words and looked up by loads through index arrays; no decoded weight
 reaches memory. The form depends on N, the rows of x:
 
@@ -49,27 +51,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops import xla
+from gptvq_jax.ops.gpu import trellis
 from gptvq_jax.ops.gpu.decode import decode_runs, int_range, scaled
-from gptvq_jax.ops.gpu.layout import Layout, PackedWeight, pack, unpack
+from gptvq_jax.ops.gpu.layout import Layout, PackedWeight, unpack
+from gptvq_jax.ops.gpu.layout import pack as pack_codebooks
 
-__all__ = ["check", "pack", "matmul"]
-
+KINDS = (VQTensor, TrellisTensor)
 _MAX_BATCH = 64  # rows of x that the kernel takes
 _PRODUCTS_BATCH = 2  # rows of x that a program multiplies without tensor cores
 _WARPS = 4
 
 
-def check(tensor: VQTensor) -> None:
+def check(tensor: QuantizedTensor) -> None:
     """Supports every tensor whose arrays 32-bit indices reach."""
+    if isinstance(tensor, TrellisTensor):
+        trellis.check(tensor)
+        return
     packed = jax.eval_shape(pack, tensor)
     largest = max(packed.words.size, packed.table.size)
     if largest >= 2**31:
         raise NotImplementedError(f"an array of {largest} elements needs 64-bit indices")
 
 
-def matmul(x: jax.Array, packed: PackedWeight, *, interpret: bool = False) -> jax.Array:
+def pack(tensor: QuantizedTensor) -> PackedWeight | trellis.PackedTrellis:
+    """Words of codes and tables, made once; exact."""
+    return trellis.pack(tensor) if isinstance(tensor, TrellisTensor) else pack_codebooks(tensor)
+
+
+def matmul(
+    x: jax.Array, packed: PackedWeight | trellis.PackedTrellis, *, interpret: bool = False
+) -> jax.Array:
     """x (N, C), packed weight of shape (R, C) -> (N, R) float32.
 
     Args:
@@ -77,6 +92,8 @@ def matmul(x: jax.Array, packed: PackedWeight, *, interpret: bool = False) -> ja
       packed: from `pack`.
       interpret: runs the kernel as jnp operations, on any platform.
     """
+    if isinstance(packed, trellis.PackedTrellis):
+        return trellis.matmul(x, packed, interpret=interpret)
     batch = x.shape[0]
     if not 1 <= batch <= _MAX_BATCH:
         return xla.matmul(x, unpack(packed))

@@ -1,5 +1,7 @@
 """x W^T on TPUs: one Pallas kernel reads the codes once and decodes them in registers.
 
+This is the one for codes that stand for centroids; that for trellis codes is tpu/trellis.py.
+
 A program takes a tile of some 256 rows of W. It expands the stored centroids of its row strips to
 tables in VMEM, then goes through the columns 128 vectors at a time: codes by shift and mask,
 weights by a lookup along lanes, and a product with the same columns of x on the MXU.
@@ -23,11 +25,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.ops.tpu import trellis
 from gptvq_jax.ops.tpu.codes import pack_codes, pad_axis, read_codes, restore_rows
 from gptvq_jax.ops.tpu.layout import LANES, MAX_X_BYTES, SUBLANES, Layout, make_layout
 from gptvq_jax.ops.tpu.tables import expand_tables, grouped_loop, lookup, pack_right, pack_tables
 
+KINDS = (VQTensor, TrellisTensor)
 _MAX_BATCH_TILE = 256  # decoding once for so many rows of x costs less than the product
 _LOOKUPS = 256  # in a step of the loop over columns, about: they hide each other's latency
 
@@ -43,21 +49,29 @@ class PackedTPU:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 
-def check(tensor: VQTensor) -> None:
-    """Raises NotImplementedError for a tensor that the kernel cannot read, with the reason."""
-    if tensor.index_bits > 8:
+def check(tensor: QuantizedTensor) -> None:
+    """Raises NotImplementedError for a tensor that no kernel can read, with the reason."""
+    if isinstance(tensor, TrellisTensor):
+        trellis.check(tensor)
+    elif tensor.index_bits > 8:
         lookups = 2**tensor.index_bits // LANES
         raise NotImplementedError(
             f"codes of {tensor.index_bits} bits would take {lookups} lookups of {LANES} lanes"
         )
-    if tensor.block_scales is not None:
+    elif tensor.block_scales is not None:
         raise NotImplementedError("block scales would take two more lookups for every vector")
-    make_layout(tensor)
+    else:
+        make_layout(tensor)
+
+
+def pack(tensor: QuantizedTensor) -> PackedTPU | trellis.PackedTrellis:
+    """Rearranges codes and centroids, once; as packed as they were, but for padding."""
+    return trellis.pack(tensor) if isinstance(tensor, TrellisTensor) else pack_codebooks(tensor)
 
 
 @jax.jit
-def pack(tensor: VQTensor) -> PackedTPU:
-    """Rearranges codes and centroids, once; as packed as they were, but for padding."""
+def pack_codebooks(tensor: VQTensor) -> PackedTPU:
+    """`pack` of codes that stand for centroids."""
     layout = make_layout(tensor)
     return PackedTPU(
         pack_codes(tensor.unpack_codes(), layout),
@@ -67,7 +81,9 @@ def pack(tensor: VQTensor) -> PackedTPU:
     )
 
 
-def matmul(x: jax.Array, packed: PackedTPU, *, interpret=False) -> jax.Array:
+def matmul(
+    x: jax.Array, packed: PackedTPU | trellis.PackedTrellis, *, interpret=False
+) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32.
 
     Args:
@@ -75,6 +91,8 @@ def matmul(x: jax.Array, packed: PackedTPU, *, interpret=False) -> jax.Array:
       packed: of `pack`.
       interpret: as of pl.pallas_call.
     """
+    if isinstance(packed, trellis.PackedTrellis):
+        return trellis.matmul(x, packed, interpret=interpret)
     layout, batch = packed.layout, x.shape[0]
     narrow = x.dtype == jnp.bfloat16
     x, batch_tile = _arrange(x if narrow else x.astype(jnp.float32), layout)

@@ -24,6 +24,7 @@ from absl import logging
 from gptvq_jax.console.user_cache import VARIABLE
 from gptvq_jax.core.check_tensor import check_tensor
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 
 # Name -> (platform it runs on, or None for all; what it is).
@@ -37,6 +38,7 @@ IMPLEMENTATIONS = {
 }
 # What 'auto' tries, in this order. On a GPU nothing has been measured to beat the compiler.
 _PREFERRED = {"cpu": ("cpu", "xla"), "tpu": ("pallas_tpu", "xla")}
+_CODES = {VQTensor: "codes of centroids", TrellisTensor: "trellis codes"}
 _static = partial(dataclasses.field, metadata={"static": True})
 
 
@@ -117,7 +119,7 @@ def check_supported(tensor: QuantizedTensor, implementation: str) -> None:
     """Raises NotImplementedError where an implementation cannot take a tensor on any platform."""
     module = _module(implementation)
     if not isinstance(tensor, getattr(module, "KINDS", (VQTensor,))):
-        raise NotImplementedError("it has no kernel for trellis codes")
+        raise NotImplementedError(f"it has no kernel for {_CODES[type(tensor)]}")
     module.check(tensor.take_row_scales()[0])
 
 

@@ -10,7 +10,7 @@ from float64 import decode
 
 from gptvq_jax.core.code_usage import code_metrics
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
-from gptvq_jax.core.trellis_table import gaussian_values, ranks
+from gptvq_jax.core.trellis_table import gaussian_values, rank_parts, ranks
 from gptvq_jax.core.trellis_tensor import (
     count_outliers,
     pack_outliers,
@@ -107,6 +107,14 @@ def test_choices_are_spread_over_the_table(bits, rate):
     """A weight's 2^K windows, given the others' bits, lie one in each part of equal size."""
     parts = ranks(bits).reshape(-1, 2**rate) >> (bits - rate)
     assert np.all(np.sort(parts, axis=1) == np.arange(2**rate))
+
+
+@pytest.mark.parametrize("bits", [4, 7, 12, 16])
+def test_ranks_are_of_two_parts(bits):
+    (low, high, split), windows = rank_parts(bits), np.arange(2**bits)
+    assert (len(low), len(high)) == (2 ** (split - 1), 2 ** (bits - split))
+    rank = low[windows % 2**split >> 1] ^ high[windows >> split] ^ windows % 2 << (bits - 1)
+    np.testing.assert_array_equal(rank, ranks(bits))
 
 
 def test_the_table_is_a_stored_format():

@@ -1,14 +1,16 @@
 """Weights of the size of Llama's as shapes alone, to count bytes and to compile for."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
-from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor, random_trellis
 
 SHAPES = (4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)
 FORMATS = {
@@ -43,6 +45,12 @@ def abstract_tensor(fmt: TensorFormat, rows: int, cols: int) -> VQTensor:
         codes=with_rows(1, rows)(strip.codes),
         codebook=jax.tree.map(with_rows(2, grid.row_strips), strip.codebook),
     )
+
+
+@functools.cache
+def trellis_tensor(window_bits: int, level_bits: int = 0) -> TrellisTensor:
+    """4096 x 4096 weights of all rates from 0 to 6, as arrays: their sizes depend on the rates."""
+    return random_trellis(4096, 4096, window_bits, 256, outliers=4096, level_bits=level_bits)
 
 
 def first_device(topology: Any) -> NamedSharding:

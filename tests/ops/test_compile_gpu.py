@@ -16,11 +16,12 @@ from jax.sharding import (
     AbstractMesh,
     use_abstract_mesh,
 )
-from real_shapes import FORMATS, abstract_tensor, first_device, placed
+from real_shapes import FORMATS, abstract_tensor, first_device, placed, trellis_tensor
 
 from gptvq_jax.core.vq_tensor import BlockScales
 from gptvq_jax.moves.viterbi import search_streams
 from gptvq_jax.ops import pallas_gpu, xla
+from gptvq_jax.ops.gpu import trellis
 from gptvq_jax.study.sample_tensors import TensorFormat
 
 pytest.importorskip("jax_cuda13_plugin")
@@ -115,6 +116,33 @@ def test_many_rows_are_decoded_once():
     packed = jax.eval_shape(pallas_gpu.pack, tensor_of("2d 2 bit", 4096, 4096))
     program = compiled(pallas_gpu.matmul, jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16), packed)
     assert "vq_matmul" not in program.as_text()
+
+
+@functools.cache
+def packed_trellis(bits):
+    tensor = trellis_tensor(bits)
+    pallas_gpu.check(tensor)
+    return pallas_gpu.pack(tensor)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, jnp.bfloat16), (2, jnp.float16), (16, jnp.bfloat16), (16, jnp.float32)],
+)
+def test_trellis(bits, batch, dtype):
+    packed = packed_trellis(bits)
+    program = compiled(pallas_gpu.matmul, jax.ShapeDtypeStruct((batch, 4096), dtype), packed)
+    assert "trellis_matmul" in program.as_text()
+    # Of the decoded weight nothing is stored: only partial sums, x rearranged and outliers.
+    tile = trellis.choose_tile(packed.layout, batch, dtype)
+    expected = 4 * batch * (tile.splits * 4096 + 4 * packed.layout.cols + 4 * 4096)
+    assert program.memory_analysis().temp_size_in_bytes <= expected + 4096
+
+
+def test_many_rows_of_trellis_codes_are_decoded_once():
+    x = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16)
+    assert "trellis_matmul" not in compiled(pallas_gpu.matmul, x, packed_trellis(8)).as_text()
 
 
 @pytest.mark.parametrize("name", ["2d 2 bit", "2d 3 bit", "4d 2 bit", "1d 3 bit", "aqlm 2x8"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from real_shapes import FORMATS, abstract_tensor, first_device, placed
+from real_shapes import FORMATS, abstract_tensor, first_device, placed, trellis_tensor
 
 from gptvq_jax.moves.viterbi import search_streams
 from gptvq_jax.ops import pallas_tpu
@@ -61,7 +61,41 @@ def test_compiles(fmt, rows, cols, batch, dtype, name):
 @pytest.mark.parametrize("name", CHIPS)
 def test_pack_compiles(name):
     tensor = abstract_tensor(FORMATS["2d 3 bit"], 4096, 4096)
-    pallas_tpu.pack.trace(placed(tensor, chip(name))).lower(lowering_platforms=("tpu",)).compile()
+    pack = jax.jit(pallas_tpu.pack)
+    pack.trace(placed(tensor, chip(name))).lower(lowering_platforms=("tpu",)).compile()
+
+
+@functools.cache
+def packed_trellis(bits, level_bits):
+    tensor = trellis_tensor(bits, level_bits)
+    pallas_tpu.check(tensor)
+    return pallas_tpu.pack(tensor)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+@pytest.mark.parametrize(
+    ("bits", "level_bits", "batch", "dtype"),
+    [
+        (8, 0, 1, jnp.bfloat16),
+        (8, 0, 16, jnp.bfloat16),
+        (8, 0, 1, jnp.float32),
+        (12, 0, 1, jnp.bfloat16),
+        (12, 0, 16, jnp.bfloat16),
+        (12, 8, 1, jnp.bfloat16),
+        (12, 8, 1, jnp.float32),
+    ],
+)
+def test_trellis_compiles(bits, level_bits, batch, dtype, name):
+    packed = packed_trellis(bits, level_bits)
+    x = placed(jax.ShapeDtypeStruct((batch, 4096), dtype), chip(name))
+    program = jax.jit(pallas_tpu.matmul).trace(x, placed(packed, chip(name)))
+    compiled = program.lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    # Nothing is decoded outside of the kernel: x by blocks, results by tiles, and outliers.
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 4096 * 128
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, packed)))
+    assert memory.argument_size_in_bytes <= 1.01 * expected + 8 * x.dtype.itemsize * 4096
 
 
 @pytest.mark.parametrize("name", CHIPS)

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import real_shapes
-from base import CASES, TRELLIS, MatmulTests, relative_error, tensor_of
+from base import CASES, MatmulTests, relative_error, tensor_of
 from float64 import decode
 from jax.experimental.pallas import tpu as pltpu
 
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.ops import pallas_tpu, vq_matmul
-from gptvq_jax.ops.tpu import codes, layout
+from gptvq_jax.ops.tpu import codes, layout, tables, trellis
 from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
 
-REFUSED = ("block scales", "block scales, ragged", "aqlm 1x12", "aqlm 1x16", "4d 3 bit", *TRELLIS)
+REFUSED = ("block scales", "block scales, ragged", "aqlm 1x12", "aqlm 1x16", "4d 3 bit")
 # In bfloat16 the tables and the order of rows differ, not how codes and centroids are read.
 BFLOAT16 = ("1d 4 bit, ragged", "2d 2 bit, strips of 192", "2d 3 bit", "4d 2 bit", "aqlm 2x8")
+BFLOAT16 += ("trellis, 8 bits", "trellis, 12 bits, ragged")
+_SLOW = ("trellis, 12 bits, ragged", "trellis, levels")  # in float32: test_trellis_words.py is fast
 # Formats and grids (rows, columns, D, rows and columns of a strip) that need what CASES do not.
 SHAPES = {
     "several tiles of row strips": (TensorFormat(2, 4), GroupGrid(300, 256, 2, 2, 256)),
@@ -35,6 +37,13 @@ SHAPES = {
 def small_steps(monkeypatch):
     """One block of columns in a step: an interpreter has no latency to hide."""
     monkeypatch.setattr(pallas_tpu, "_LOOKUPS", 1)
+    monkeypatch.setattr(trellis, "_CYCLES", 1)
+    monkeypatch.setattr(tables, "_TOGETHER", 10**6)
+
+
+def slow_if(cases, slow):
+    """Test parameters, some of which are slow."""
+    return [pytest.param(c, marks=pytest.mark.slow if c in slow else ()) for c in cases]
 
 
 def interpreted(x, tensor, interpret=True):
@@ -59,7 +68,7 @@ class TestPallasTpu(MatmulTests):
     def run(self, x, tensor):
         return interpreted(x, tensor)
 
-    @pytest.mark.parametrize("case", supported)
+    @pytest.mark.parametrize("case", slow_if(supported, _SLOW))
     def test_float32_agrees_with_float64(self, case):
         # A batch is padded to 8 rows, up to which all are one kernel.
         self._compare(case, 3, jnp.float32, self.float32_error)
@@ -91,6 +100,15 @@ def test_steps_of_several_blocks(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "_LOOKUPS", 16)  # 5 blocks in steps of 2
     tensor = random_tensor(TensorFormat(2, 4), GroupGrid(64, 1280, 2, 4, 256))
     assert error(tensor) < 1e-5
+
+
+def test_lookups_of_one_register_at_a_time(monkeypatch):
+    monkeypatch.setattr(tables, "_TOGETHER", 8)
+    rng = np.random.default_rng(0)
+    chunks, index = rng.normal(size=(3, 16, 128)), rng.integers(0, 384, (16, 128))
+    found = tables.lookup(lambda i: jnp.asarray(chunks[i], jnp.float32), jnp.asarray(index), 3)
+    rows = np.arange(16)[:, None]
+    np.testing.assert_array_equal(found, chunks[index // 128, rows, index % 128].astype("float32"))
 
 
 # Transfers between memories are simulated: what is read before it has arrived is nan.

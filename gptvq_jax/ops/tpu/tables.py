@@ -15,7 +15,9 @@ from jax.experimental import pallas as pl
 from gptvq_jax.core import packing
 from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook
 from gptvq_jax.ops.tpu.codes import pad_axis
-from gptvq_jax.ops.tpu.layout import LANE_BITS, LANES, Layout
+from gptvq_jax.ops.tpu.layout import LANE_BITS, LANES, SUBLANES, Layout
+
+_TOGETHER = SUBLANES  # rows whose lookups in all chunks come one after the other: a register
 
 
 def pack_tables(book: DenseCodebook | FactoredCodebook, layout: Layout) -> jax.Array:
@@ -51,16 +53,25 @@ def pack_right(book: DenseCodebook | FactoredCodebook, layout: Layout) -> jax.Ar
 def lookup(chunk, index: jax.Array, width: int) -> jax.Array:
     """chunk(index // 128)[row, index % 128] of each row, for indices below width * 128.
 
-    A lookup has 128 lanes to choose from, so that wider tables take several and selects.
+    A lookup has 128 lanes to choose from, so that wider tables take several and selects. Those by
+    the same lanes come together: to say which lanes costs as much as to look up.
     """
     if width == 1:
-        return jnp.take_along_axis(chunk(0), index, axis=1, mode="promise_in_bounds")
-    lane, number = index & (LANES - 1), index >> LANE_BITS
-    found = jnp.take_along_axis(chunk(0), lane, axis=1, mode="promise_in_bounds")
-    for i in range(1, width):
-        here = jnp.take_along_axis(chunk(i), lane, axis=1, mode="promise_in_bounds")
-        found = jnp.where(number == i, here, found)
-    return found
+        return _take(chunk(0), index)
+    tables = [chunk(i) for i in range(width)]
+    registers = []
+    for first in range(0, len(index), _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        lane, number = index[rows] & (LANES - 1), index[rows] >> LANE_BITS
+        found = _take(tables[0][rows], lane)
+        for i in range(1, width):
+            found = jnp.where(number == i, _take(tables[i][rows], lane), found)
+        registers.append(found)
+    return jnp.concatenate(registers)
+
+
+def _take(lanes: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(lanes, index, axis=1, mode="promise_in_bounds")
 
 
 def grouped_loop(count: int, group: int, body) -> None:
