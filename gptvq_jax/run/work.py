@@ -163,7 +163,7 @@ def moments_flop(
 ) -> float:
     """Of adding tokens to the moments of some stages of a block, as calibrate.moment_flops."""
     size, stages = 0.0, set(stages)
-    for name, rows, cols in _owners(config, settings):
+    for name, rows, cols in owners(config, settings):
         if config.layers.stage_of[name] not in stages:
             continue
         seen = tokens
@@ -178,10 +178,10 @@ def moments_flop(
 
 def factors_flop(config: ModelConfig, settings: RunSettings) -> float:
     """Of the factors of a block's Hessians."""
-    return sum(inverse_cholesky(cols) for _, _, cols in _owners(config, settings))
+    return sum(inverse_cholesky(cols) for _, _, cols in owners(config, settings))
 
 
-def _owners(config: ModelConfig, settings: RunSettings) -> list[tuple[str, int, int]]:
+def owners(config: ModelConfig, settings: RunSettings) -> list[tuple[str, int, int]]:
     """(layer, rows, inputs) of each moment of a block: of those that share one, the first."""
     groups, shapes = settings.calibration.gradient_groups, layer_shapes(config)
     found = []

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from gptvq_jax.config import RunSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.rule_settings import is_open
 from gptvq_jax.run import work
-from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
+from gptvq_jax.run.disk import largest_plan
+from gptvq_jax.run.formats import num_quantized
 from gptvq_jax.run.passes import peak_bytes
 from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
@@ -58,21 +58,7 @@ def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
     """Of a run: what stays on the disk, and what it takes for a while beside it."""
     shape = settings.calibration.all_windows, settings.calibration.seqlen
     while_it_runs = peak_bytes(config, settings, shape, 0, made=True)
-    return stored_bytes(config, settings, _largest(config, settings)), while_it_runs
-
-
-def _largest(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str], Any]:
-    """A plan in which every layer has its largest candidate: more than a budget allows."""
-    if not settings.allocation.bits_per_value:
-        return {}
-    largest = {}
-    for layer in linear_layers(settings, config):
-        of = layer_format(settings, *layer)
-        if is_open(settings, of.rule):
-            largest[layer] = max(
-                work.used_settings(settings, of), key=lambda settings: settings.bits
-            )
-    return largest
+    return stored_bytes(config, settings, largest_plan(config, settings)), while_it_runs
 
 
 class Seconds(NamedTuple):
