@@ -69,8 +69,8 @@ def _full(path: str | os.PathLike, num_bytes: int) -> FullDiskError:
     needs = f"needs {size_text(num_bytes)} more" if num_bytes else "needs more room"
     return FullDiskError(
         errno.ENOSPC,
-        f"No space left on device: {path} {needs}, and {size_text(_free(path))} are free; make room and "
-        "give the same command again",
+        f"No space left on device: {path} {needs}, and {size_text(_free(path))} are free; make "
+        "room and give the same command again",
     )
 
 

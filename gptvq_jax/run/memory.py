@@ -33,6 +33,13 @@ from gptvq_jax.run.work import LAST, owners
 HOST, DEVICE = "host", "device"
 _QUERIES = 128  # of attention that go together
 
+# Items that are there whatever the compiler does.
+CERTAIN = (
+    *("block", "next block", "block as quantized so far", "embedding and head"),
+    *("sums of x x^T", "sums of float x times x^T", "Hessians and factors", "token weights"),
+    *("heads of both models", "head", "weights and their gradients"),
+)
+
 
 class Item(NamedTuple):
     """What is in memory in a phase."""
