@@ -24,6 +24,8 @@ PUBLISHED = "predicted from published rates"
 _TOKENS = {"wikitext2": 341_469}
 _OTHER_TOKENS = 300_000
 _UNKNOWN_BASE = 1 << 30  # of Python, JAX and compiled programs, where nothing is measured
+# Of the tokenizer and of texts while they are tokenized, as those of SmolLM2 and of Wikipedia take.
+_TOKEN_BYTES, _OF_TEXT = 1400, 18
 
 
 def make_plan(
@@ -66,12 +68,15 @@ def _here(
     every = [*predict.uses(shapes, settings), *predict.quick_uses(shapes, settings)]
     rates = measure(shapes, settings, predict.to_probe(every))
     stages = predict.here(shapes, settings, windows, rates)
+    compiled, kept = predict.compile_seconds(shapes, settings, rates)
+    stages.append(predict.Stage("kept programs", 0, 0, None, kept))
     shared = jax.default_backend() == "cpu"
     assumptions += [
         "all rounds and epochs run, none stops early",
         "nothing else runs on this machine",
-        f"text is tokenized at {predict.TOKENIZED / 1e6:g} MB/s, and {predict.START:g} s go to "
-        "opening the model and the report",
+        f"text is tokenized at {predict.TOKENIZED / 1e6:g} MB/s, weights are read at "
+        f"{predict.DECODED / 1e9:g} GB/s of float32, checkpoints stored at "
+        f"{predict.STORED / 1e9:g} GB/s; {predict.LAYER:g} s go to each layer beside its program",
     ]
     room = host_memory() if shared else None
     if not shared:
@@ -82,7 +87,7 @@ def _here(
         "device": processor_name() if shared else jax.local_devices()[0].device_kind,
         "basis": HERE,
         "assumptions": assumptions,
-        "base_bytes": rates.base_bytes,
+        "base_bytes": rates.base_bytes + _text_bytes(shapes, settings),
         "memory_room": room,
         "rates": {
             "product_tflops": rates.products / 1e12,
@@ -93,7 +98,7 @@ def _here(
         },
         "stages": [stage._asdict() for stage in stages],
         "seconds": sum(stage.seconds for stage in stages),
-        "compile_seconds": predict.compile_seconds(shapes, settings, rates),
+        "compile_seconds": max(0.0, compiled - kept),
         "causes": None,
     }
 
@@ -125,7 +130,7 @@ def _there(
         "device": device.title,
         "basis": PUBLISHED,
         "assumptions": assumptions,
-        "base_bytes": _UNKNOWN_BASE,
+        "base_bytes": _UNKNOWN_BASE + _text_bytes(shapes, settings),
         "memory_room": int(device.memory),
         "rates": {
             "product_tflops": device.float32 / 1e12,
@@ -160,6 +165,12 @@ def _common(
         "disk_peak": {"bytes": size, "phase": phase},
         "checkpoint_bytes": stored_bytes(shapes, settings, largest_plan(shapes, settings)),
     }
+
+
+def _text_bytes(shapes: ModelConfig, settings: RunSettings) -> int:
+    """Of the tokenizer, and of what tokenizing leaves behind."""
+    text = predict.TOKENIZED * predict.text_seconds(settings)
+    return int(_TOKEN_BYTES * shapes.vocab_size + _OF_TEXT * text)
 
 
 def _windows(settings: RunSettings) -> tuple[int, list[str]]:

@@ -11,7 +11,7 @@ from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.methods.pool import num_workers
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.shapes import outer_shapes
+from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.run import work
 from gptvq_jax.run.disk import largest_plan
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
@@ -22,8 +22,15 @@ from gptvq_jax.study.plan.rates import Rates
 from gptvq_jax.study.plan.traffic import launches, stage_bytes
 from gptvq_jax.study.random_model import model_bytes
 
-START = 4.0  # seconds of opening the model and drawing the report, about
+# Assumed of this machine too, from runs on 2 cores of an AMD EPYC (Zen 5, AVX-512).
+START = 2.5  # seconds of opening the model and drawing the report
 TOKENIZED = 1e6  # bytes of text a second
+DECODED = 0.4e9  # bytes/s of float32 weights as they are read and cast
+STORED = 0.12e9  # bytes/s of a checkpoint, with its checksums, ...
+STORED_BLOCK = 0.03  # ... and seconds of each of its trees
+KEPT_PROGRAM = 0.8  # seconds to read a layer's compiled program, which more than one core does ...
+KEPT_OTHERS = 2.0  # ... and all others
+LAYER = 0.07  # seconds of a layer beside the program that quantizes it: targets, errors, codes' use
 FILES = 2e9  # bytes/s of the disk of a machine that is not here; an assumption
 # Bytes of text that are tokenized: those of the packages and data sets themselves.
 TEXT_BYTES = {"wikipedia": 6.8e6, "wikitext2": 12.2e6, "ptb": 5.5e6, "c4": 20e6, "news": 1e6}
@@ -160,20 +167,33 @@ def here(config: ModelConfig, settings: RunSettings, evaluated: int, rates: Rate
         seconds["allocation"] += _layers_seconds(rates, quick_uses(config, settings))
     seconds["quantize"] = part["factors"] / rates.factor + part["measured"] / rates.products
     seconds["quantize"] += _layers_seconds(rates, uses(config, settings))
-    if "embed" in flop:
-        seconds["embed"] = flop["embed"] / rates.products
+    seconds["quantize"] += LAYER * len(linear_layers(settings, config))
+    outer = 4 * sum(map(math.prod, outer_shapes(config).values())) / DECODED  # a reading of it
+    seconds["embed"] = flop.get("embed", 0) / rates.products + 2 * outer
+    if "forward" in seconds:
+        seconds["forward"] += outer
     if "evaluate" in flop:
         heads = flop["evaluate"] - part["evaluated"]
         seconds["evaluate"] = part["evaluated"] / by["evaluate"] + heads / by["head"]
     stages = [Stage("read text", 0, 0, None, text_seconds(settings))]
+    idle = _dense_bytes(config, settings) / DECODED  # blocks that nothing else is done to meanwhile
+    stages.append(Stage("load block", 0, 0, None, idle))
     for stage, own in seconds.items():
         moved = size.get(stage, 0)
         stages.append(Stage(stage, flop.get(stage, 0), moved, None, own + moved / rates.files))
     stored = stored_bytes(config, settings, largest_plan(config, settings))
-    outer = 12 * sum(map(math.prod, outer_shapes(config).values()))
-    saving = (stored + outer) / rates.files + 3 * rates.sync * (config.num_hidden_layers + 2)
+    saving = stored / STORED + STORED_BLOCK * (config.num_hidden_layers + 2)
     stages.append(Stage("save", 0, stored, None, saving))
-    return [*stages, Stage("start and report", 0, 0, None, START)]
+    stages.append(Stage("start and report", 0, 0, None, START + 3 * outer))
+    return stages
+
+
+def _dense_bytes(config: ModelConfig, settings: RunSettings) -> int:
+    """Of the float32 weights of the blocks that stay dense, and of the first."""
+    last, depth = num_quantized(settings, config), config.num_hidden_layers
+    alone = [0, *range(last, depth)]
+    shapes = (block_shapes(config.of_block(index)).values() for index in alone)
+    return 4 * sum(math.prod(shape) for of_block in shapes for shape in of_block)
 
 
 def _unallocated(settings: RunSettings) -> RunSettings:
@@ -191,18 +211,21 @@ def text_seconds(settings: RunSettings) -> float:
     return sum(TEXT_BYTES.get(name, 5e6) for name in names) / TOKENIZED
 
 
-def compile_seconds(config: ModelConfig, settings: RunSettings, rates: Rates) -> float:
-    """Of the programs of a run, where none is kept from earlier ones."""
-    programs = {
-        (use.method, _program(use))
-        for use in [*uses(config, settings), *quick_uses(config, settings)]
-    }
-    of_layers = sum(rates.compile.get(f"a layer, {method}", 0.0) for method, _ in programs)
+def compile_seconds(
+    config: ModelConfig, settings: RunSettings, rates: Rates
+) -> tuple[float, float]:
+    """Of the programs of a run: compiled, and read where an earlier run has kept them."""
+    every = [*uses(config, settings), *quick_uses(config, settings)]
+    programs = {(use.method, _program(use)) for use in every}
+    at_once = max(1, min(num_workers(), len(programs)))
+    # As much again for the programs that make a layer's target and measure it.
+    of_layers = 2 * sum(rates.compile[f"a layer, {method}"] for method, _ in programs)
     kinds = len(config.block_counts())
     block, sums = rates.compile["block"], rates.compile["sums"]
-    others = kinds * (2 * block + sums) + 2 * rates.compile["head"]
+    others = kinds * (2 * block + 2 * sums) + 2 * rates.compile["head"]
     others += kinds * rates.compile.get("gradients", 0.0)
-    return of_layers / max(1, min(num_workers(), len(programs))) + others
+    kept = KEPT_OTHERS + KEPT_PROGRAM * len(programs)
+    return of_layers / at_once + others, kept
 
 
 def _program(use: Use) -> Any:

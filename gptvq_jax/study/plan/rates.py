@@ -30,6 +30,7 @@ from gptvq_jax.methods.pool import num_workers
 from gptvq_jax.methods.registry import METHODS
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.head_chunk import pair_chunk
 from gptvq_jax.models.llama import Params, block_forward
 from gptvq_jax.models.shapes import block_shapes
 from gptvq_jax.models.source import block_tree
@@ -37,7 +38,7 @@ from gptvq_jax.run.activations import Activations, writing
 from gptvq_jax.run.calibrate import LAST, FloatStates, init_moments, step
 from gptvq_jax.run.forward import block_halves, wants_middle
 from gptvq_jax.run.gradients import block_backward, head_backward
-from gptvq_jax.run.token_losses import token_nll
+from gptvq_jax.run.token_losses import token_figures
 from gptvq_jax.run.work import moments_flop
 from gptvq_jax.study.matmul_rate import matmul_rate
 
@@ -283,7 +284,7 @@ def random_hessian(cols: int) -> jax.Array:
 
 
 def _head(rates: Rates, config: ModelConfig, settings: RunSettings) -> None:
-    """Losses of a batch of short windows; a vocabulary of at most 32,768 tokens."""
+    """Figures of a batch of short windows; a vocabulary of at most 32,768 tokens."""
     e = settings.evaluation
     width = min(config.hidden_size, 1024)
     small = dataclasses.replace(
@@ -300,8 +301,10 @@ def _head(rates: Rates, config: ModelConfig, settings: RunSettings) -> None:
     }
     x = _inputs(small, batch, tokens)
     ids = jnp.zeros((batch, tokens), jnp.int32)
-    seconds, compiling = _timed(lambda: token_nll(small, outer, x, ids))
-    rates.by_stage["head"] = flops.head_forward(small, batch, tokens) / seconds
+    both = small, outer, x
+    seconds, compiling = _timed(lambda: token_figures(*both, *both, ids))
+    chunk = pair_chunk(small, batch)
+    rates.by_stage["head"] = 2 * flops.head_forward(small, batch, tokens, chunk) / seconds
     rates.compile["head"] = compiling
     if settings.weight_groups:
         seconds, _ = _timed(lambda: head_backward(small, outer, x, ids))

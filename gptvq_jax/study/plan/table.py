@@ -35,7 +35,7 @@ def _time(plan: dict[str, Any]) -> str:
     lines.append(f"{'total':<18s}{'':>35s}{total:>11,.1f}{tqdm.format_interval(total):>9s}")
     if plan["compile_seconds"] is not None:
         seconds = f"{plan['compile_seconds']:,.0f} s"
-        lines.append(f"and {seconds} to compile, where no program is kept from earlier runs")
+        lines.append(f"and {seconds} more to compile, where no program is kept from earlier runs")
     if plan["causes"] and total > _HOUR:
         parts = ", ".join(f"{what} {s / 60:,.0f} min" for what, s in plan["causes"].items())
         lines.append(f"over an hour: {parts}")
@@ -48,7 +48,7 @@ def _memory(plan: dict[str, Any]) -> str:
         items = _largest_items(plan, place, peak["phase"])
         size = peak["bytes"]
         if place == "host":
-            items.append(("Python, JAX, compiled programs", plan["base_bytes"]))
+            items.append(("Python, JAX, programs, text", plan["base_bytes"]))
             size += plan["base_bytes"]
         where = "host and device" if plan["one_memory"] else place
         lines.append(f"memory, {where}: {_gib(size)} at most, in '{peak['phase']}'")
