@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from gptvq_jax.config import default_config
+from gptvq_jax.models.byte_tokenizer import byte_tokenizer
 from gptvq_jax.study.random_model import write_random_llama
 
 NUM_BLOCKS = 3
@@ -31,14 +30,6 @@ def config_file(path: Path, model_dir: Path, text_files: list[str], *more: str) 
     lines = "\n    ".join(more)
     path.write_text(CONFIG.format(model=str(model_dir), texts=text_files, more=lines))
     return path
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -66,13 +66,14 @@ def _free(path: str | os.PathLike) -> int:
 
 
 def _full(path: str | os.PathLike, num_bytes: int) -> FullDiskError:
-    needs = f"needs {_gb(num_bytes)} more" if num_bytes else "needs more room"
+    needs = f"needs {size_text(num_bytes)} more" if num_bytes else "needs more room"
     return FullDiskError(
         errno.ENOSPC,
-        f"No space left on device: {path} {needs}, and {_gb(_free(path))} are free; make room and "
-        "give the same command again",
+        f"No space left on device: {path} {needs}, and {size_text(_free(path))} are free; make "
+        "room and give the same command again",
     )
 
 
-def _gb(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """In GB, 10^9 bytes."""
     return f"{num_bytes / 1e9:.{2 if num_bytes >= 1e8 else 6}f} GB"

@@ -35,7 +35,7 @@ def new_directory(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]
         try:
             with naming_full_disk(path, num_bytes):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_locked(path))
+                held.enter_context(locked(path))
                 _check_unused(path)  # another process may have finished it just now
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
@@ -66,7 +66,7 @@ def _check_unused(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds PATH.lock and removes it at the end; one that a killed process left is taken over."""
     file = path.with_name(f"{path.name}.lock")
     while True:

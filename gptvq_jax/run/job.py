@@ -18,8 +18,10 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
+from gptvq_jax.run.disk import check_disk
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
+from gptvq_jax.run.memory_check import check_memory
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
 from gptvq_jax.run.statistics_file import Statistics, statistics_text
@@ -118,6 +120,8 @@ def _quantize(
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out, tokens = texts(source, settings, workdir)
+    if not goes_on and prepare is None and shared is None:
+        check_disk(source.config, settings, workdir, len(held_out))
     of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
     blocks = quantize_model(source, settings, workdir, tokens, stopwatch, [of_float])
     blocks.finalize()
@@ -252,3 +256,4 @@ def check_plan(source: ModelSource, settings: RunSettings) -> None:
     check_formats(settings, source.config)
     if allocated:
         allocation.check_budget(source.config, settings)
+    check_memory(source.config, settings)

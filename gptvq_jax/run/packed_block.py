@@ -53,7 +53,7 @@ from gptvq_jax.storage.checkpoint import dequantize_block
 from gptvq_jax.storage.tree_io import cast_dense
 
 STREAM = "quantized"
-_EXPERTS_AT_ONCE = 4
+EXPERTS_AT_ONCE = 4
 _HALF, _INNER = "half", "inner"  # x and what a stage has opened, inside the block at work
 
 
@@ -303,7 +303,7 @@ def _at_once(names: Sequence[str]) -> list[list[str]]:
     parts: dict[int | None, list[str]] = {}
     for name in names:
         number = expert_of(name)
-        part = None if number is None else number // _EXPERTS_AT_ONCE
+        part = None if number is None else number // EXPERTS_AT_ONCE
         parts.setdefault(part, []).append(name)
     return list(parts.values())
 

@@ -88,16 +88,10 @@ def write_inputs(root: Path) -> dict[str, Any]:
     The run has token weights, an allocation of bits, an asymmetric target and block tuning, so that
     every kind of file is written.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    from gptvq_jax.models.byte_tokenizer import byte_tokenizer
     from gptvq_jax.study.random_model import write_random_llama
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    write_random_llama(root / "model", tokenizer, num_blocks=2, hidden=48, head_dim=16)
+    write_random_llama(root / "model", byte_tokenizer(), num_blocks=2, hidden=48, head_dim=16)
     text = root / "text.txt"
     text.write_text(" ".join(random.Random(0).choices(["etao", "inshr", "dlu", "fig"], k=2000)))
     small = {"num_windows": 6, "seqlen": 32}

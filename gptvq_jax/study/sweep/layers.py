@@ -20,6 +20,7 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.flops import block_inputs
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.run import job
+from gptvq_jax.run.work import method_flop
 from gptvq_jax.study.layer_benchmark import (
     geometric_mean,
     layer_files,
@@ -30,7 +31,6 @@ from gptvq_jax.study.layer_benchmark import (
 from gptvq_jax.study.sample_layers import SAMPLED_LAYERS, make_layers
 from gptvq_jax.study.sweep.cells import Cell, Sweep, refuse
 from gptvq_jax.study.sweep.directory import Directory
-from gptvq_jax.study.sweep.estimate import method_flop
 from gptvq_jax.study.sweep.sources import Sources
 
 _EVALUATION = ("dataset", "num_windows", "seqlen")

@@ -18,18 +18,12 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.moves import viterbi
+from gptvq_jax.run.work import OF_A_STEP, search_steps
 from gptvq_jax.study.sweep import start
 from gptvq_jax.study.sweep.axes import axis, sweep
 from gptvq_jax.study.sweep.cells import resolve
 from gptvq_jax.study.sweep.commands import command
-from gptvq_jax.study.sweep.estimate import (
-    OF_A_STEP,
-    cell_bytes,
-    cell_flop,
-    pass_flop,
-    search_steps,
-    seconds,
-)
+from gptvq_jax.study.sweep.estimate import cell_bytes, cell_flop, pass_flop, seconds
 from gptvq_jax.study.sweep.layers import Layers
 from gptvq_jax.study.sweep.models import Models
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, MOMENTS, Pass, pass_bytes

@@ -1,0 +1,48 @@
+"""Rates of accelerators that are not here, as their makers publish them."""
+
+from typing import NamedTuple
+
+# Of the published rates, what large products in float32 reach; an assumption.
+REACHED = 0.7
+# Seconds from one kernel to the next in a loop of XLA's; an assumption.
+GPU_LAUNCH, TPU_LAUNCH = 4e-6, 1e-6
+
+
+class Device(NamedTuple):
+    """One chip.
+
+    Attributes:
+      title: what it is.
+      float32: FLOP/s of products of float32 numbers to float32 accuracy.
+      basis: where that comes from.
+      bandwidth: bytes/s of its memory.
+      memory: bytes.
+      launch: seconds of a kernel that has nothing to do.
+      host_link: bytes/s from the host.
+    """
+
+    title: str
+    float32: float
+    basis: str
+    bandwidth: float
+    memory: float
+    launch: float
+    host_link: float
+
+
+DEVICES = {
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 67 TFLOP/s FP32, 3.35 TB/s, 80 GB; PCIe 5 x16.
+    "h100": Device(
+        "NVIDIA H100 SXM", 67e12, "FP32 without tensor cores", 3.35e12, 80e9, GPU_LAUNCH, 64e9
+    ),
+    # NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB: 19.5 TFLOP/s FP32, 2.039 TB/s; PCIe 4 x16.
+    "a100": Device(
+        "NVIDIA A100 SXM 80GB",
+        *(19.5e12, "FP32 without tensor cores", 2.039e12, 80e9, GPU_LAUNCH, 32e9),
+    ),
+    # Google Cloud, "TPU v5e": 197 TFLOP/s bf16, 819 GB/s, 16 GB. Six bf16 products make a float32
+    # one at precision "highest".
+    "v5e": Device("TPU v5e", 197e12 / 6, "bf16 in six passes", 819e9, 16e9, TPU_LAUNCH, 32e9),
+    # Google Cloud, "TPU v6e": 918 TFLOP/s bf16, 1638 GB/s, 32 GB.
+    "v6e": Device("TPU v6e", 918e12 / 6, "bf16 in six passes", 1638e9, 32e9, TPU_LAUNCH, 64e9),
+}

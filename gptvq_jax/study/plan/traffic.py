@@ -1,0 +1,83 @@
+"""Bytes of activations that stages read and write, and kernels that quantizing launches."""
+
+from typing import Any
+
+from gptvq_jax.config import RunSettings
+from gptvq_jax.methods.gptvq_settings import GPTVQSettings
+from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.models.shapes import opened_width
+from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
+from gptvq_jax.run.forward import wants_float, wants_middle
+from gptvq_jax.run.work import used_settings
+
+# Kernels of XLA's programs for an H100 of two layers of 8192 x 28672, 1.7 million in 2D with 16
+# centroids and 5.2 million in 4D with 256, laid on what they do: for each vector of a sweep or a
+# recode, for each centroid of a strip that k-means++ draws, for each step of EM of a strip. Those
+# for a vector and for a step grow with the groups of 16 centroids that a search goes through.
+OF_A_VECTOR, OF_A_SEED, OF_A_STEP = (14.0, 2.53), 84.0, (424.0, 22.4)
+_CHUNK = 16
+
+
+def stage_bytes(
+    config: ModelConfig, settings: RunSettings, evaluated: int | None = None
+) -> dict[str, int]:
+    """Bytes of files that each stage reads and writes, as the stopwatch counts them.
+
+    Args:
+      config: of the model.
+      settings: of the run.
+      evaluated: windows of the held-out text, where the settings take all of a text.
+    """
+    c, e, hidden = settings.calibration, settings.evaluation, config.hidden_size
+    depth, last = config.num_hidden_layers, num_quantized(settings, config)
+    stream, middle = 2 * c.all_windows * c.seqlen * hidden, wants_middle(settings)
+    found = dict.fromkeys(("forward", "gradients", "hessians", "advance", "evaluate"), 0)
+    if settings.weight_groups or wants_float(settings):
+        blocks = depth if settings.weight_groups else last
+        found["forward"] = stream * (blocks * (2 + middle) + 1)
+    if settings.weight_groups:
+        found["gradients"] = stream * (3 * depth + 2)
+    if not c.statistics:
+        for index in range(last):
+            block = config.of_block(index)
+            q, inner = (opened_width(block, stage) / hidden for stage in (0, 2))
+            crossed = 6 * middle  # entrance, middle and exit, for the stages that want them
+            if settings.true_sequential:
+                found["hessians"] += int(stream * (4 + q + crossed + q + 1 + inner))
+            else:
+                found["hessians"] += int(stream * (1 + 3 * middle))
+            if index + 1 < last and c.inputs == "quantized":
+                whole = not settings.true_sequential or settings.tune.block
+                found["advance"] += int(stream * (2 if whole else 2 + inner))
+    windows = evaluated or e.num_windows
+    found["evaluate"] = 2 * 2 * depth * 4 * windows * e.seqlen * hidden
+    return {stage: size for stage, size in found.items() if size}
+
+
+def layer_launches(settings: Any, rows: int, cols: int) -> float | None:
+    """Kernels that quantizing a whole layer launches on an accelerator; None: not known."""
+    if not isinstance(settings, GPTVQSettings):
+        return None
+    grid = settings.grid(rows, cols)
+    more = max(0, -(-settings.codebook_size // _CHUNK) - 1)
+    vectors, strips = grid.padded_cols // grid.dim, grid.col_strips
+    passes = 1 + settings.polish_rounds
+    size = vectors * passes * (OF_A_VECTOR[0] + more * OF_A_VECTOR[1])
+    size += strips * settings.codebook_size * OF_A_SEED * (settings.seed == "kmeans++")
+    return size + strips * settings.em_iterations * (OF_A_STEP[0] + more * OF_A_STEP[1])
+
+
+def launches(config: ModelConfig, settings: RunSettings) -> float | None:
+    """Of quantizing all layers; None where a method's are not known."""
+    size, groups = 0.0, settings.calibration.gradient_groups or 1
+    cache: dict[Any, float | None] = {}
+    for layer, (rows, cols) in linear_layers(settings, config).items():
+        used = used_settings(settings, layer_format(settings, *layer))
+        for of in used:
+            key = of, rows, cols
+            if key not in cache:
+                cache[key] = layer_launches(of, rows // groups, cols)
+            if cache[key] is None:
+                return None
+            size += groups * cache[key] / len(used)
+    return size
