@@ -126,9 +126,7 @@ def _home(config: ModelConfig, index: int, name: str, shape: tuple[int, int]) ->
     return fused_place(config, own, shape)[0].removesuffix(".weight")
 
 
-def _pairs(
-    directory: Path, known: Mapping[str, Any]
-) -> dict[str, dict[str, np.ndarray]]:
+def _pairs(directory: Path, known: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """{module: {"A": ..., "B": ...}}, float32, of modules that the model has."""
     path = directory / WEIGHTS
     if not path.is_file() and (directory / "adapter_model.bin").is_file():
@@ -239,4 +237,3 @@ def _targets(modules: Sequence[str], config: ModelConfig) -> list[str]:
     whole = sorted(end for end, homes in ends.items() if homes <= chosen)
     rest = [name for name in modules if name.rpartition(".")[2] not in whole]
     return whole + rest
-

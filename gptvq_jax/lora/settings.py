@@ -25,7 +25,8 @@ class LoraSettings:
     steps: int = 300
     batch: int = 4  # windows per step
     lr: float = 2e-4  # largest learning rate of AdamW
-    warmup: int = 10  # steps in which it rises; then it falls along a cosine
+    warmup: int | None = None  # steps in which it rises, then it falls along a cosine; None: 10,
+    # or all where these are fewer
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 25  # steps between two looks at the held-out loss, and two saved states
@@ -33,6 +34,8 @@ class LoraSettings:
     seed: int = 0
 
     def __post_init__(self):
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", min(10, self.steps))
         for name in ("rank", "held_out", "steps", "batch", "eval_every"):
             self._check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("warmup", "patience"):
