@@ -55,7 +55,8 @@ def updated(
 def _updated(state, gradient, rate, clip, decay):
     updates, adam = _adam(clip, decay).update(gradient, state.adam, state.adapters)
     adapters = jax.tree.map(lambda p, u: p - rate * u, state.adapters, updates)
-    return State(adapters, adam), optax.global_norm(gradient)
+    squares = [jnp.vdot(part, part) for part in jax.tree.leaves(gradient)]
+    return State(adapters, adam), jnp.sqrt(sum(squares))
 
 
 def _adam(clip: float, decay: float) -> optax.GradientTransformation:

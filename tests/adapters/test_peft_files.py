@@ -138,7 +138,10 @@ def rename(key, new):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda tensors: tensors.pop(KEY.format("B")), "has lora_A of .*1.self_attn.q_proj without"),
+        (
+            lambda tensors: tensors.pop(KEY.format("B")),
+            "has lora_A of .*1.self_attn.q_proj without",
+        ),
         (lambda tensors: tensors.clear(), "holds no adapter"),
         (lambda t: t.update({KEY.format("A"): np.full((3, 36), np.nan, "f4")}), "NaN or Inf"),
         (lambda t: t.update({KEY.format("A"): np.ones((3, 36), "i4")}), "is I32 of shape"),
@@ -151,7 +154,10 @@ def rename(key, new):
             rename(KEY.format("A"), KEY.format("A").replace("layers.1", "layers.2")),
             "has an adapter of model.layers.2.self_attn.q_proj, but",
         ),
-        (rename(KEY.format("A"), "base_model.model.x.lora_magnitude_vector"), "which is not A or B"),
+        (
+            rename(KEY.format("A"), "base_model.model.x.lora_magnitude_vector"),
+            "which is not A or B",
+        ),
     ],
 )
 def test_tensors_that_are_refused(edit, message, tmp_path):
@@ -176,7 +182,9 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         read_adapter(tmp_path, MODEL)
     (tmp_path / "adapter_model.bin").touch()
-    with pytest.raises(ValueError, match="as a PyTorch pickle, adapter_model.bin; save the adapter"):
+    with pytest.raises(
+        ValueError, match="as a PyTorch pickle, adapter_model.bin; save the adapter"
+    ):
         read_adapter(tmp_path, MODEL)
     (tmp_path / FILE).write_text('{"r": 3,')
     with pytest.raises(ValueError, match=f"{FILE} is not valid JSON"):

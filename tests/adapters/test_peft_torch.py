@@ -53,7 +53,9 @@ def torch_logits(model, tokens):
 
 def our_logits(served, tokens):
     params, config = served.params(), served.source.config
-    return np.asarray(head_logits(config, outer_params(params), last_hidden(config, params, tokens)))
+    return np.asarray(
+        head_logits(config, outer_params(params), last_hidden(config, params, tokens))
+    )
 
 
 def same_but_not_as_without(ours, theirs, without):
