@@ -52,7 +52,6 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             r"dataset_weights has no effect on a single text; set --config\.calibration\.datasets",
         ),
         (f"{LORA} --rank=0", "--rank=0 must be at least 1"),
-        (f"{LORA} --targets=", "--targets="),
         (f"{LORA} --model=M", "either --checkpoint=DIR or --model=NAME"),
         (f"{LORA} --chat --num_windows=9", "--num_windows has no effect with --chat, which trains"),
         (f"{LORA} --num_windows=3", "--num_windows=3 are fewer than a batch of 4; set --num_win"),

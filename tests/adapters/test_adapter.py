@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter")
-    write_adapter(path, MODEL, random_adapter(MODEL), alpha=6.0)
+    write_adapter(path, MODEL, random_adapter(MODEL), alpha=60.0)
     return str(path)
 
 
@@ -65,7 +65,7 @@ def test_beside_the_weights_is_merged_into_them(checkpoint, adapter):
         x = last_hidden(MODEL, params, tokens)
         return np.asarray(head_logits(MODEL, outer_params(params), x))
 
-    np.testing.assert_allclose(logits(params), logits(merged), atol=1e-3)
+    np.testing.assert_allclose(logits(params), logits(merged), rtol=1e-4, atol=1e-3)
     assert np.abs(logits(plain) - logits(params)).max() > 0.1
     packed, dense = memory_bytes(params)
     values = sum(layer.a.nbytes + layer.b.nbytes for layer in served.adapter.layers.values())
@@ -83,6 +83,7 @@ def test_a_leaf_keeps_the_dtype_of_its_inputs():
         x[..., 1:] @ kernel
 
 
+@pytest.mark.slow
 def test_generated_text_and_perplexity_are_those_of_the_merged_export(
     checkpoint, adapter, exported, tmp_path, capsys
 ):

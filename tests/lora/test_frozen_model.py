@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tiny_adapter import random_adapter
 from tiny_checkpoint import MODEL, TIED, random_block, random_tensor, write_checkpoint
+from tiny_families import random_tokens, write_model
 
 from gptvq_jax.lora.frozen_model import FrozenModel
 from gptvq_jax.lora.leaf import DroppedLora
 from gptvq_jax.models.llama import Decoder, get_layer, with_layer
+from gptvq_jax.models.open import open_source
 from gptvq_jax.ops.lora import LoraKernel
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
 from gptvq_jax.study.sample_tensors import TensorFormat
@@ -97,6 +99,27 @@ def test_the_gradient_predicts_small_changes_of_the_loss(model, adapters, batch)
         return model.loss(moved, tokens, learned) / learned.sum()
 
     np.testing.assert_allclose((loss(1) - loss(-1)) / (2 * step), size, rtol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma2", "phi3"])
+def test_gradients_of_other_families(family, tmp_path):
+    source = open_source(str(write_model(tmp_path, family)))
+    of_family = FrozenModel(source, SCALE)
+    adapters = {
+        name: {"a": jnp.asarray(layer.a), "b": jnp.asarray(layer.b)}
+        for name, layer in random_adapter(source.config, ("q_proj", "o_proj")).layers.items()
+    }
+    tokens = random_tokens(12, batch=2).astype(np.int32)
+    learned = np.ones((2, 11), bool)
+    loss, gradient = of_family.loss_and_gradient(adapters, tokens, learned, KEY, 0.0)
+    params = {f"layers_{i}": source.block(i) for i in range(source.config.num_hidden_layers)}
+    expected, of_dense = jax.value_and_grad(partial(definition, source.config), argnums=1)(
+        source.outer() | params, adapters, tokens, learned
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for found, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_dense), strict=True):
+        np.testing.assert_allclose(found, right, atol=1e-3 * np.abs(right).max())
 
 
 def test_blocks_below_the_lowest_adapter_are_not_gone_down_to(model, adapters, batch):

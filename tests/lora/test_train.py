@@ -1,6 +1,7 @@
 """Training of an adapter: it gains, goes on after a kill to the same bytes, and survives NaN."""
 
 import dataclasses
+import fcntl
 import json
 import logging
 import shutil
@@ -110,7 +111,9 @@ def test_the_learning_rate_rises_and_falls():
     assert LoraSettings(steps=3).warmup == 3 and LoraSettings(steps=30).warmup == 10
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_what_was_stopped_goes_on_to_the_same_bytes(
     step, model, settings, trained, tmp_path, monkeypatch
 ):
@@ -169,6 +172,15 @@ def test_other_settings_are_refused(model, settings, trained, tmp_path):
     (tmp_path / "manifest.json").touch()
     with pytest.raises(ValueError, match="holds manifest.json, .* pass another --out"):
         job.train(None, model, str(tmp_path), settings)
+
+
+def test_another_process_is_training(model, settings, trained):
+    with (
+        open(trained[0] / "lock") as held,
+        pytest.raises(ValueError, match="another process is training in .*; wait for it or pass"),
+    ):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        job.train(None, model, str(trained[0]), settings)
 
 
 def test_a_damaged_state(model, settings, trained, tmp_path):
