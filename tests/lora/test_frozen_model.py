@@ -102,7 +102,7 @@ def test_the_gradient_predicts_small_changes_of_the_loss(model, adapters, batch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["mixtral", "phi3"])
 def test_gradients_of_other_families(family, tmp_path):
     source = open_source(str(write_model(tmp_path, family)))
     of_family = FrozenModel(source, SCALE)
@@ -114,9 +114,8 @@ def test_gradients_of_other_families(family, tmp_path):
     learned = np.ones((2, 11), bool)
     loss, gradient = of_family.loss_and_gradient(adapters, tokens, learned, KEY, 0.0)
     params = {f"layers_{i}": source.block(i) for i in range(source.config.num_hidden_layers)}
-    expected, of_dense = jax.value_and_grad(partial(definition, source.config), argnums=1)(
-        source.outer() | params, adapters, tokens, learned
-    )
+    loss_of = jax.jit(jax.value_and_grad(partial(definition, source.config), argnums=1))
+    expected, of_dense = loss_of(source.outer() | params, adapters, tokens, learned)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for found, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_dense), strict=True):
         np.testing.assert_allclose(found, right, atol=1e-3 * np.abs(right).max())
