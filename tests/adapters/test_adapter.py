@@ -8,10 +8,11 @@ from documented import REPOSITORY, parsed
 from tiny_adapter import random_adapter
 from tiny_checkpoint import MODEL, random_block, write_checkpoint
 
+import gptvq_jax
 from gptvq_jax.adapters.adapted_source import AdaptedSource
 from gptvq_jax.adapters.adapter import Adapter
 from gptvq_jax.adapters.peft_files import write_adapter
-from gptvq_jax.models.llama import head_logits
+from gptvq_jax.models.llama import Decoder, head_logits
 from gptvq_jax.ops.lora import LoraKernel
 from gptvq_jax.run.evaluate_job import evaluate
 from gptvq_jax.serve.evaluate_tasks import _cache_file
@@ -70,6 +71,19 @@ def test_beside_the_weights_is_merged_into_them(checkpoint, adapter):
     packed, dense = memory_bytes(params)
     values = sum(layer.a.nbytes + layer.b.nbytes for layer in served.adapter.layers.values())
     assert (packed, dense - values - 6 * 4) == memory_bytes(plain)
+
+
+def test_from_python(checkpoint, adapter):
+    model = gptvq_jax.load(checkpoint, "xla", adapter)
+    tokens = np.arange(18).reshape(2, 9)
+    merged = Decoder(MODEL).apply({"params": model.dequantize()}, tokens)
+    np.testing.assert_allclose(model.logits(tokens), merged, rtol=1e-4, atol=1e-3)
+    plain = gptvq_jax.load(checkpoint, "xla")
+    assert np.abs(plain.logits(tokens) - merged).max() > 0.1
+    text = " ".join(f"w{i * i % 40}" for i in range(64))
+    assert abs(model.perplexity(text, seqlen=16) / plain.perplexity(text, seqlen=16) - 1) > 0.01
+    with pytest.raises(ValueError, match="adapter must be the path of a directory"):
+        gptvq_jax.load(checkpoint, adapter="")
 
 
 def test_a_leaf_keeps_the_dtype_of_its_inputs():
