@@ -96,25 +96,32 @@ def packed(model: Any, implementation: str = "auto") -> Callable[..., Any]:
     return run_packed.packed(model, implementation)
 
 
-def load(checkpoint: str | os.PathLike, implementation: str = "auto") -> "QuantizedModel":
+def load(
+    checkpoint: str | os.PathLike,
+    implementation: str = "auto",
+    adapter: str | os.PathLike | None = None,
+) -> "QuantizedModel":
     """Opens a quantized model, to be run from its packed codes.
 
     Args:
       checkpoint: directory of a packed checkpoint: a run's `checkpoint`, or what
         `gptvq_jax import` made.
       implementation: of products with packed weights, see `gptvq_jax.ops.vq_matmul`.
+      adapter: directory of a LoRA adapter in PEFT's format, kept beside the weights; None: none.
 
     Returns:
       A model with `logits(tokens)`, `perplexity(text)`, `generate(prompt)` and `dequantize()`.
 
     Raises:
-      FileNotFoundError: there is no finished checkpoint.
-      ValueError: it is damaged or no path, or there is no such implementation.
+      FileNotFoundError: there is no finished checkpoint, or no adapter.
+      ValueError: one is damaged, no path, or not of the other; there is no such implementation.
+      NotImplementedError: the adapter is of a kind that is not supported.
     """
     checkpoint = _directory("checkpoint", checkpoint)
+    adapter = None if adapter is None else _directory("adapter", adapter)
     from gptvq_jax.quantized_model import QuantizedModel
 
-    return QuantizedModel(checkpoint, implementation)
+    return QuantizedModel(checkpoint, implementation, adapter)
 
 
 def _directory(name: str, path: Any) -> str:

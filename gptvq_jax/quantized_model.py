@@ -7,11 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptvq_jax.adapters.adapted_source import AdaptedSource
+from gptvq_jax.adapters.adapter import beside
+from gptvq_jax.adapters.peft_files import open_adapter
 from gptvq_jax.config import RunSettings, evaluation_settings
 from gptvq_jax.data.vocabulary import check_tokens
 from gptvq_jax.data.windows import begun, evaluation_windows
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import head_logits
+from gptvq_jax.models.source import ModelSource
 from gptvq_jax.ops.vq_matmul import check_implementation
 from gptvq_jax.run import evaluate
 from gptvq_jax.serve.generate import check_prompts, generate
@@ -31,14 +35,22 @@ class QuantizedModel:
     Args:
       directory: of a packed checkpoint.
       implementation: of products with packed weights, see `ops.vq_matmul`.
+      adapter: directory of an adapter in PEFT's format, kept beside the weights; None: none.
 
     Raises:
-      FileNotFoundError, ValueError: as PackedCheckpoint; or there is no such implementation.
+      FileNotFoundError, ValueError: as PackedCheckpoint and `read_adapter`; or there is no such
+        implementation.
     """
 
-    def __init__(self, directory: str | os.PathLike, implementation: str = "auto"):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        implementation: str = "auto",
+        adapter: str | os.PathLike | None = None,
+    ):
         check_implementation(implementation)
         self.checkpoint = PackedCheckpoint(directory)
+        self._adapter = None if adapter is None else open_adapter(adapter, self.checkpoint)
         self.implementation = implementation
 
     def __repr__(self) -> str:
@@ -110,7 +122,7 @@ class QuantizedModel:
         )
         if settings.bos:
             windows = begun(self.tokenizer, windows, "evaluation.bos")
-        return evaluate.perplexity(self.checkpoint, windows, settings.batch_size)
+        return evaluate.perplexity(self._source, windows, settings.batch_size)
 
     def generate(
         self,
@@ -160,7 +172,8 @@ class QuantizedModel:
         return stream.add(result.tokens[0]) + stream.finish()
 
     def dequantize(self) -> dict[str, Any]:
-        """The weights that the packed ones stand for, as large as the float model.
+        """The weights that the packed ones stand for, as large as the float model; an adapter is
+        merged into them.
 
         Returns:
           The float32 tree of models/llama.py, on the host: {"embed_tokens": ..., "layers_0": ...,
@@ -171,12 +184,22 @@ class QuantizedModel:
           ValueError: the checkpoint is damaged.
         """
         depth = self.config.num_hidden_layers
-        blocks = {f"layers_{index}": self.checkpoint.block(index) for index in range(depth)}
+        blocks = {f"layers_{index}": self._source.block(index) for index in range(depth)}
         return self.checkpoint.outer() | blocks
 
     @cached_property
     def _params(self) -> dict[str, Any]:
-        return packed_params(self.checkpoint, self.implementation)
+        params = packed_params(self.checkpoint, self.implementation)
+        if self._adapter is None:
+            return params
+        return beside(self._adapter, params, self.config.num_hidden_layers)
+
+    @property
+    def _source(self) -> ModelSource:
+        """Block by block, dense."""
+        if self._adapter is None:
+            return self.checkpoint
+        return AdaptedSource(self.checkpoint, self._adapter)
 
     def _checked(self, tokens: Any) -> np.ndarray:
         """Tokens as int32 (batch, time)."""

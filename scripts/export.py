@@ -3,6 +3,7 @@
   python scripts/export.py --checkpoint=runs/smollm2_135m_2d/checkpoint --output=exported
   python scripts/export.py --checkpoint=DIR --output=DIR2 --dtype=bfloat16
   python scripts/export.py --checkpoint=DIR --output=DIR2 --format=hf-aqlm
+  python scripts/export.py --checkpoint=DIR --output=DIR2 --adapter=DIR3   # LoRA, merged
 
 Both formats are Hugging Face's: config.json, safetensors and the tokenizer. In hf-dense every
 quantized weight is replaced by its dequantized value: it is as large as the float model, and any
@@ -30,10 +31,14 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "float16", "bfloat16"],
     "Of the weights that are not packed; default float32 (exact) in hf-dense, float16 in hf-aqlm.",
 )
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "Directory of a LoRA adapter in PEFT's format, merged into hf-dense weights."
+)
 flags.mark_flags_as_required(["checkpoint", "output"])
 
 
 def main(_) -> None:
+    from gptvq_jax.adapters.peft_files import open_adapter
     from gptvq_jax.console.progress import Progress
     from gptvq_jax.exchange.hf_aqlm import hf_aqlm
     from gptvq_jax.exchange.hf_dense import hf_dense
@@ -43,10 +48,14 @@ def main(_) -> None:
         "hf-dense": (hf_dense, "float32"),
         "hf-aqlm": (hf_aqlm, "float16"),
     }[_FORMAT.value]
-    dtype = _DTYPE.value or default_dtype
+    dtype, options = _DTYPE.value or default_dtype, {}
+    if _FORMAT.value != "hf-dense":
+        cli.refuse(["adapter"], "on packed weights; add --format=hf-dense")
     checkpoint = PackedCheckpoint(_CHECKPOINT.value)
+    if _ADAPTER.value is not None:
+        options["adapter"] = open_adapter(_ADAPTER.value, checkpoint)
     with Progress(checkpoint.config.num_hidden_layers, "export", "block") as progress:
-        write(checkpoint, _OUTPUT.value, dtype, on_block=progress.advance)
+        write(checkpoint, _OUTPUT.value, dtype, on_block=progress.advance, **options)
     print(f"{checkpoint.name} written to {_OUTPUT.value} as {_FORMAT.value}, {dtype}")
 
 

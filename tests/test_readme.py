@@ -158,6 +158,16 @@ EFFECTS = {
     "python scripts/generate.py --checkpoint=DIR --prompt=One --dense": has(
         "DIR", None, ["One"], dense=True, implementation=None
     ),
+    "python scripts/lora.py --checkpoint=DIR --out=adapter --dataset=chats.jsonl --chat": (
+        lambda call: (
+            has("DIR", None, "adapter", job="train")(call),
+            has(dataset="chats.jsonl", chat=True, rank=16, targets=("q_proj", "v_proj"))(
+                SimpleNamespace(args=(), **vars(call.args[3]))
+            ),
+        )
+    ),
+    "python scripts/generate.py --checkpoint=DIR --adapter=adapter --chat "
+    "'--prompt=What is a fox?'": has("DIR", None, ["What is a fox?"], chat=True, adapter="adapter"),
     "python scripts/chat.py --checkpoint=DIR": has("DIR", None, job="chat", system=None, seed=0),
     "python scripts/serve.py --checkpoint=DIR": has(
         "DIR", None, job="serve", host="127.0.0.1", port=8000, api_key=None, slots=8, queue=64
@@ -267,6 +277,7 @@ def call(monkeypatch, tmp_path):
             job("run.evaluate_job", "compare")
             job("serve.generate_text", "generate_text")
             job("serve.evaluate_tasks", "evaluate_tasks")
+            job("lora.train", "train")
             job("serve.chat", "chat")
             job("serve.http.server", "serve")
             monkeypatch.setattr("gptvq_jax.storage.checkpoint.PackedCheckpoint", opened)

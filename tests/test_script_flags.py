@@ -7,6 +7,7 @@ SWEEP = "python scripts/sweep.py --config=configs/sweeps/smollm2_dimensionality.
 LAYERS = "python scripts/benchmark_layers.py"
 TASKS = "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=a"
 CHAT = "python scripts/chat.py --checkpoint=DIR"
+LORA = "python scripts/lora.py --checkpoint=DIR --out=A"
 SERVE = "python scripts/serve.py --checkpoint=DIR"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
@@ -50,6 +51,10 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
             "--config.calibration.dataset_weights=(1.,)",
             r"dataset_weights has no effect on a single text; set --config\.calibration\.datasets",
         ),
+        (f"{LORA} --rank=0", "--rank=0 must be at least 1"),
+        (f"{LORA} --model=M", "either --checkpoint=DIR or --model=NAME"),
+        (f"{LORA} --chat --num_windows=9", "--num_windows has no effect with --chat, which trains"),
+        (f"{LORA} --num_windows=3", "--num_windows=3 are fewer than a batch of 4; set --num_win"),
         ("python scripts/evaluate.py --checkpoint=DIR --model=M", "either --checkpoint=DIR or"),
         ("python scripts/evaluate.py --against=B", "either --checkpoint=DIR or"),
         (

@@ -10,7 +10,7 @@ flags.disclaim_key_flags()  # what is defined here belongs to the script that as
 
 
 class ModelFlags:
-    """Defines --checkpoint, --model, --implementation, --dtype and --dense."""
+    """Defines --checkpoint, --model, --implementation, --dtype, --dense and --adapter."""
 
     def __init__(self):
         self._checkpoint = flags.DEFINE_string(
@@ -33,6 +33,11 @@ class ModelFlags:
         self._dense = flags.DEFINE_bool(
             "dense", False, "Dequantize the checkpoint first, to compare."
         )
+        self._adapter = flags.DEFINE_string(
+            "adapter",
+            None,
+            "Directory of a LoRA adapter in PEFT's format, kept beside the weights.",
+        )
 
     @property
     def model(self) -> tuple[str | None, str | None]:
@@ -46,6 +51,7 @@ class ModelFlags:
             implementation=self._implementation.value,
             dtype=self._dtype.value,
             dense=self._dense.value,
+            adapter=self._adapter.value,
         )
 
 

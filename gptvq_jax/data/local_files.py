@@ -23,12 +23,12 @@ _WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"
 
 def read_txt(path: Path) -> Iterator[str]:
     """The one text of a file."""
-    yield "".join(_lines(path))
+    yield "".join(text_lines(path))
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
     """The field "text" of each line."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -107,7 +107,7 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is not UTF-8 text but a Parquet file; name it .parquet")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
     """Lines, each with a newline at its end; without a byte order mark."""
     # Bytes that are not UTF-8 become lone surrogates, which their line is searched for.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+from gptvq_jax.adapters.adapter import Adapter, merged
 from gptvq_jax.exchange.hf_layout import write_model
 from gptvq_jax.models.llama import Params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
@@ -14,6 +15,7 @@ def hf_dense(
     dtype: str = "float32",
     shard_bytes: int = 2 * 10**9,
     on_block: Callable[[], None] = lambda: None,
+    adapter: Adapter | None = None,
 ) -> None:
     """Writes the dequantized model in Hugging Face's layout: config, safetensors, tokenizer.
 
@@ -28,6 +30,7 @@ def hf_dense(
       dtype: 'float32' (exact), 'float16' or 'bfloat16'.
       shard_bytes: size of a file, at most, unless one tensor is larger.
       on_block: called after every block.
+      adapter: of the model, merged into the weights; None: none.
 
     Raises:
       ValueError: `output_dir` is in use or cannot be written, or a weight overflows `dtype`.
@@ -35,6 +38,7 @@ def hf_dense(
     """
 
     def block(index: int) -> Params:
-        return dequantize_tree(checkpoint.packed_block(index))
+        block = dequantize_tree(checkpoint.packed_block(index))
+        return block if adapter is None else merged(block, adapter.of_block(index))
 
     write_model(checkpoint, output_dir, {}, block, dtype, shard_bytes, on_block)

@@ -194,13 +194,13 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """Returns {tensor name: file that holds it}; opens every file once to see that it is whole."""
     single, index = directory / _SINGLE, directory / _INDEX
     if single.is_file():
-        with _open(single) as file:
+        with open_safetensors(single) as file:
             return dict.fromkeys(file.keys(), single)
     if index.is_file():
         files = _weight_map(index)
         unlisted = {}  # transformers reads them as well
         for path in sorted(set(files.values())):
-            with _open(path) as file:
+            with open_safetensors(path) as file:
                 held = set(file.keys())
             unlisted |= dict.fromkeys(held - files.keys(), path)
             for name in (name for name, home in files.items() if home == path):
@@ -238,7 +238,13 @@ def _names_file_within(shard: str) -> bool:
     return shard != "" and shard.isprintable() and not leaves_directory(shard)
 
 
-def _open(path: Path):
+def open_safetensors(path: Path) -> Any:
+    """The file as the library opens it, which sees that it is whole.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; is the download complete?")
     try:

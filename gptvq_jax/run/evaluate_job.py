@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gptvq_jax.adapters.adapted_source import AdaptedSource
+from gptvq_jax.adapters.peft_files import open_adapter
 from gptvq_jax.config import EvaluationSettings, RunSettings, evaluation_settings
 from gptvq_jax.console.comparison_text import comparison_lines, figure_text, protocol_text
 from gptvq_jax.console.progress import Progress
@@ -19,18 +21,21 @@ from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.storage.open_any import open_any
 
 
-def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> float:
+def evaluate(
+    checkpoint: str | None, model: str | None, adapter: str | None = None, **overrides: Any
+) -> float:
     """Prints and returns the perplexity of a model.
 
     Args:
       checkpoint, model: exactly one of them: directory of a packed checkpoint, or any model, as
         `open_any` takes it.
+      adapter: directory of one in PEFT's format, merged into the weights; None: none.
       overrides: fields of EvaluationSettings; None leaves what a checkpoint was made with.
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the flag or file.
     """
-    source = _open(checkpoint, model)
+    source = _open(checkpoint, model, adapter)
     settings, windows = _held_out([source], overrides)
     with (
         _evaluated(source, source.name, settings, windows) as evaluation,
@@ -42,15 +47,19 @@ def evaluate(checkpoint: str | None, model: str | None, **overrides: Any) -> flo
 
 
 def compare(
-    checkpoint: str | None, model: str | None, against: str, **overrides: Any
+    checkpoint: str | None,
+    model: str | None,
+    against: str,
+    adapter: str | None = None,
+    **overrides: Any,
 ) -> dict[str, Figure]:
     """Prints and returns how far a model is from another one, its reference, on the same text.
 
     They are read one after the other, block by block.
 
     Args:
-      checkpoint, model, overrides: as for `evaluate`.
-      against: the reference, as `open_any` takes it.
+      checkpoint, model, adapter, overrides: as for `evaluate`.
+      against: the reference, as `open_any` takes it; it has no adapter.
 
     Returns:
       As run.compare.comparison; "perplexity_float" is of the reference.
@@ -59,7 +68,7 @@ def compare(
       ValueError, FileNotFoundError: bad input, in one line that names the flag or file; two models
         whose vocabularies differ.
     """
-    source, reference = _open(checkpoint, model), open_any(against)
+    source, reference = _open(checkpoint, model, adapter), open_any(against)
     settings, windows = _held_out([source, reference], overrides)
     named = ((source, checkpoint or model), (reference, against))
     vocabularies = ((each.tokenizer, each.config.vocab_size, name) for each, name in named)
@@ -85,10 +94,11 @@ def compare(
     return compared
 
 
-def _open(checkpoint: str | None, model: str | None) -> ModelSource:
+def _open(checkpoint: str | None, model: str | None, adapter: str | None) -> ModelSource:
     if (checkpoint is None) == (model is None):
         raise ValueError("pass either --checkpoint=DIR or --model=NAME")
-    return PackedCheckpoint(checkpoint) if checkpoint else open_any(model)
+    source = PackedCheckpoint(checkpoint) if checkpoint else open_any(model)
+    return AdaptedSource(source, open_adapter(adapter, source)) if adapter else source
 
 
 def _held_out(
@@ -97,8 +107,9 @@ def _held_out(
     """The settings and windows of a text, cut by the tokenizer of the first model."""
     source = sources[0]
     # An imported checkpoint was made without a text.
-    packed = isinstance(source, PackedCheckpoint)
-    made_with = source.manifest["config"].get("evaluation", {}) if packed else {}
+    stored = source.base if isinstance(source, AdaptedSource) else source
+    packed = isinstance(stored, PackedCheckpoint)
+    made_with = stored.manifest["config"].get("evaluation", {}) if packed else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = RunSettings(evaluation=evaluation_settings(made_with, given))
     for each in sources:

@@ -40,11 +40,12 @@ def chat(
     implementation: str | None = None,
     dtype: str = "float32",
     dense: bool = False,
+    adapter: str | None = None,
 ) -> None:
     """Reads messages from standard input, and prints answers, until it ends.
 
     Args:
-      checkpoint, model, implementation, dense: see `ServedModel`.
+      checkpoint, model, implementation, dense, adapter: see `ServedModel`.
       system: system message; None: that of the model's chat template, if any.
       max_tokens: of an answer; None: 512, or half the context where that is less.
       sampling: how tokens are drawn; None: greedily.
@@ -55,7 +56,7 @@ def chat(
     Raises:
       ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
     """
-    served = ServedModel(checkpoint, model, implementation, dense)
+    served = ServedModel(checkpoint, model, implementation, dense, adapter)
     source = served.source
     check_options(source.config, context=context)
     room = context or source.config.max_position_embeddings

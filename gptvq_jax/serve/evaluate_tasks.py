@@ -40,11 +40,12 @@ def evaluate_tasks(
     implementation: str | None = None,
     dtype: str = "float32",
     dense: bool = False,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Prints the harness's table of results, with its standard errors, and returns what it stores.
 
     Args:
-      checkpoint, model, implementation, dense: see `ServedModel`.
+      checkpoint, model, implementation, dense, adapter: see `ServedModel`.
       tasks: names of tasks, groups or tags, patterns with * of them, or YAML files.
       version: of this package, for the file.
       num_fewshot: examples in the prompt; None: as each task says.
@@ -64,7 +65,7 @@ def evaluate_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval is not installed; pip install -r requirements-tasks.txt")
     _check(num_fewshot, limit, include_path, output)
-    served = ServedModel(checkpoint, model, implementation, dense)
+    served = ServedModel(checkpoint, model, implementation, dense, adapter)
     if chat and not getattr(served.source.tokenizer, "chat_template", None):
         raise ValueError("the model's tokenizer has no chat template; leave out --chat")
 
@@ -80,6 +81,8 @@ def evaluate_tasks(
         "name": served.source.name,
         "bits_per_value": served.bits_per_value,
         "fingerprint": served.source.fingerprint,
+        "adapter": adapter,
+        "adapter_fingerprint": served.adapter and served.adapter.fingerprint,
         "implementation": implementation,
         "dense": dense,
         "dtype": dtype,
@@ -210,7 +213,10 @@ def _cache_file(directory: str, of_model: dict[str, Any]) -> str:
     """The file of answers of one model, without the harness's ending."""
     make_directory(Path(directory).absolute())
     names = ("fingerprint", "implementation", "dense", "dtype", "max_length", "add_bos_token")
-    settings = json.dumps({name: of_model[name] for name in names})
+    settings = {name: of_model[name] for name in names}
+    if of_model["adapter_fingerprint"]:
+        settings["adapter_fingerprint"] = of_model["adapter_fingerprint"]
+    settings = json.dumps(settings)
     return str(Path(directory) / hashlib.sha256(settings.encode()).hexdigest()[:16])
 
 

@@ -27,6 +27,7 @@ def generate_text(
     implementation: str | None = None,
     dtype: str = "float32",
     dense: bool = False,
+    adapter: str | None = None,
 ) -> list[str]:
     """Prints and returns a continuation of each prompt, and prints time and memory.
 
@@ -41,11 +42,12 @@ def generate_text(
       implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto'.
       dtype: of the activations, and of weights that are not packed: float32 or bfloat16.
       dense: replace a checkpoint's packed weights by the dense ones that they stand for.
+      adapter: directory of one in PEFT's format, kept beside the weights.
 
     Raises:
       ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
     """
-    served = ServedModel(checkpoint, model, implementation, dense)
+    served = ServedModel(checkpoint, model, implementation, dense, adapter)
     source = served.source
     tokens = encode_prompts(source.tokenizer, prompts, chat, system)
     for index, prompt in enumerate(tokens):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from gptvq_jax.adapters.adapter import beside
+from gptvq_jax.adapters.peft_files import open_adapter
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.serve.params import Params, dense_params, packed_params
@@ -15,10 +17,12 @@ class ServedModel:
       checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
       implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto'.
       dense: replace a checkpoint's packed weights by the dense ones that they stand for.
+      adapter: directory of an adapter in PEFT's format, kept beside the weights; None: none.
 
     Attributes:
       source: config, tokenizer, stop tokens.
       bits_per_value: of the quantized layers of a checkpoint; None: of a float model.
+      adapter: that of the directory, or None.
 
     Raises:
       ValueError, FileNotFoundError, NotImplementedError: bad input, in one line with the way out.
@@ -30,6 +34,7 @@ class ServedModel:
         model: str | None,
         implementation: str | None = None,
         dense: bool = False,
+        adapter: str | None = None,
     ):
         if (checkpoint is None) == (model is None):
             raise ValueError("pass either --checkpoint=DIR or --model=NAME")
@@ -48,6 +53,7 @@ class ServedModel:
         else:
             self.source = PackedCheckpoint(checkpoint)
             self.bits_per_value = self.source.manifest["bits_per_value"]
+        self.adapter = None if adapter is None else open_adapter(adapter, self.source)
 
     @property
     def name(self) -> str:
@@ -67,5 +73,9 @@ class ServedModel:
           ValueError, NotImplementedError: see `packed_params`.
         """
         if self._packed:
-            return packed_params(self.source, self._implementation)
-        return dense_params(self.source, dtype)
+            params = packed_params(self.source, self._implementation)
+        else:
+            params = dense_params(self.source, dtype)
+        if self.adapter is None:
+            return params
+        return beside(self.adapter, params, self.source.config.num_hidden_layers)

@@ -32,11 +32,12 @@ def serve(
     implementation: str | None = None,
     dtype: str = "float32",
     dense: bool = False,
+    adapter: str | None = None,
 ) -> None:
     """Serves a model; returns or raises KeyboardInterrupt once it has been told to stop.
 
     Args:
-      checkpoint, model, implementation, dense: see `ServedModel`.
+      checkpoint, model, implementation, dense, adapter: see `ServedModel`.
       host, port: where to listen; port 0: one that is free, which is printed.
       api_key: that clients must send; needed unless `host` is this machine alone.
       name: under which clients ask for the model; None: that of its directory.
@@ -56,7 +57,7 @@ def serve(
         raise ValueError(
             f"--host={host} lets other machines in; add --api_key=KEY, or leave --host out"
         )
-    served = ServedModel(checkpoint, model, implementation, dense)
+    served = ServedModel(checkpoint, model, implementation, dense, adapter)
     source = served.source
     check_options(source.config, slots=slots, context=context, queue=queue)
     context = context or min(_CONTEXT, source.config.max_position_embeddings)
