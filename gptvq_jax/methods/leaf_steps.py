@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from gptvq_jax.methods import trainable
-from gptvq_jax.methods.trainable import CODEBOOKS, VALUES, Parameters, Unpacked, parameters
+from gptvq_jax.methods.trainable import (
+    CODEBOOKS,
+    VALUES,
+    Leaf,
+    Parameters,
+    Unpacked,
+    parameters,
+    with_codes,
+)
 from gptvq_jax.moves.refit import root_mean_square
 
 
@@ -60,6 +68,7 @@ def _size(name: str, values: jax.Array) -> jax.Array:
 
 
 decode = jax.jit(trainable.decode)
+_rounded = jax.jit(trainable.with_parameters)
 
 
 @jax.jit
@@ -93,6 +102,17 @@ def update(
     }
     finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]
     return LeafState(params, adam, sizes), jnp.all(jnp.stack(finite))
+
+
+def stored(leaf: Leaf, unpacked: Unpacked, state: LeafState) -> Leaf:
+    """The leaf with the parameters of a state, as `decode` has rounded them.
+
+    Args:
+      leaf: as it was before its codes were cut out.
+      unpacked: what `unpack` made of it.
+      state: of it.
+    """
+    return with_codes(leaf, _rounded(unpacked.leaf, state.params))
 
 
 def relative_moves(unpacked: Unpacked, state: LeafState) -> Parameters:

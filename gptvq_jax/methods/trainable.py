@@ -91,17 +91,26 @@ def parameters(leaf: Leaf) -> Parameters:
     return params
 
 
+def with_codes(leaf: Leaf, rounded: Leaf) -> Leaf:
+    """What `unpack` of a leaf has become (`with_parameters` of its `leaf`), with codes again."""
+    if isinstance(leaf, TrellisTensor):
+        found = {name: getattr(rounded, name) for name in _OF_TRELLIS}
+        added = leaf.outlier_values
+        found["outlier_values"] = None if added is None else rounded.outlier_values[: len(added)]
+        return dataclasses.replace(leaf, **found)
+    if not isinstance(leaf, VQTensor):
+        return rounded
+    return dataclasses.replace(rounded, codes=leaf.codes)
+
+
 def with_parameters(leaf: Leaf, params: Parameters) -> Leaf:
     """The leaf with other parameters, rounded as it stores them.
 
     The scales of int8 and int4 codebooks follow their largest entries. A leaf as the methods make
-    it gets its own bytes back from its own parameters. Of outliers, as many are taken as it has.
+    it gets its own bytes back from its own parameters.
     """
     if isinstance(leaf, TrellisTensor):
         stored = {name: value.astype(jnp.float16) for name, value in params.items()}
-        added = stored.pop("outlier_values", None)
-        if leaf.outlier_values is not None:
-            stored["outlier_values"] = added[: len(leaf.outlier_values)]
         return dataclasses.replace(leaf, **stored)
     if not isinstance(leaf, VQTensor):
         return params[VALUES].astype(leaf.dtype)

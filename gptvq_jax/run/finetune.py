@@ -39,7 +39,7 @@ from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.methods import leaf_steps
 from gptvq_jax.methods.leaf_steps import LeafState, Rates
-from gptvq_jax.methods.trainable import Leaf, Unpacked, unpack, with_parameters
+from gptvq_jax.methods.trainable import Leaf, Unpacked, unpack
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, Params, block_forward
@@ -132,7 +132,7 @@ def tune_block(
             kept,
         )
     if kept:
-        leaves = {n: stored(leaf, best[n]) for n, leaf in leaves.items()}
+        leaves = {n: leaf_steps.stored(leaf, trained[n], best[n]) for n, leaf in leaves.items()}
     row = {
         "tune_error_before": before,
         "tune_error_after": lowest,
@@ -142,8 +142,15 @@ def tune_block(
     return traverse_util.unflatten_dict({**fixed, **leaves}, sep="/"), row
 
 
-def split(block: Params, dense_dtype: str) -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
-    """What is tuned, norms as they will be stored; and the dense kernels: by their paths."""
+def split(
+    block: Params, dense_dtype: str = ""
+) -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
+    """What is tuned, norms and biases as they will be stored; and the dense kernels: by paths.
+
+    Args:
+      block: as `tune_block` takes it.
+      dense_dtype: of norms and biases; "": that which they have.
+    """
     trained, fixed = {}, {}
     for name, leaf in traverse_util.flatten_dict(block, sep="/").items():
         if isinstance(leaf, QuantizedTensor):
@@ -151,7 +158,7 @@ def split(block: Params, dense_dtype: str) -> tuple[dict[str, Leaf], dict[str, j
         elif name.endswith("kernel"):
             fixed[name] = leaf
         else:
-            trained[name] = jnp.asarray(cast_dense(leaf, dense_dtype, name))
+            trained[name] = jnp.asarray(cast_dense(leaf, dense_dtype, name) if dense_dtype else leaf)
     return trained, fixed
 
 
@@ -183,14 +190,6 @@ def _gradients(
         return jnp.mean(jnp.square(output - y)) / power
 
     return jax.value_and_grad(loss)(weights)
-
-
-_with_parameters = jax.jit(with_parameters)
-
-
-def stored(leaf: Leaf, state: LeafState) -> Leaf:
-    """The leaf as it is stored with the parameters of a state."""
-    return _with_parameters(leaf, state.params)
 
 
 def decoded(trained: dict[str, Unpacked], states: dict[str, LeafState]) -> dict[str, jax.Array]:

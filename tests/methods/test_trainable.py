@@ -13,17 +13,21 @@ from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook, VQTensor
 from gptvq_jax.methods import trainable
-from gptvq_jax.methods.trainable import parameters, straight_through, unpack
+from gptvq_jax.methods.trainable import parameters, straight_through, unpack, with_codes
 from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor, random_trellis
 
 # Programs of their own, as in the driver.
 _decode = jax.jit(trainable.decode)
-with_parameters = jax.jit(trainable.with_parameters)
+_with_parameters = jax.jit(trainable.with_parameters)
 _gradient = jax.jit(jax.grad(lambda p, tensor, by: jnp.vdot(by, trainable.decode(tensor, p))))
 
 
 def decode(leaf, params):
     return _decode(unpack(leaf), params)
+
+
+def with_parameters(leaf, params):
+    return with_codes(leaf, _with_parameters(unpack(leaf).leaf, params))
 
 
 def gradient(params, leaf, by):
@@ -52,7 +56,7 @@ def made(name: str) -> VQTensor | TrellisTensor:
         return jax.tree.map(jnp.asarray, tensor)
     fmt = FORMATS[name]
     tensor = jax.tree.map(jnp.asarray, random_tensor(fmt, fmt.grid(ROWS, COLS), seed=3))
-    return with_parameters(tensor, parameters(tensor))
+    return with_parameters(tensor, own(tensor))
 
 
 def own(tensor) -> dict[str, jax.Array]:
