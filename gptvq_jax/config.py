@@ -119,7 +119,7 @@ class FinetuneSettings:
     held_out: int = 16  # windows beside them, as calibration.held_out: which state to keep
     epochs: int = 4  # most passes over the windows
     batch_size: int = 8  # windows per step
-    micro_batch: int = 8  # of these, as many at once as memory has room for
+    micro_batch: int = 2  # of these at once: more take more memory, and no less time on a CPU
     learning_rate: float = 2e-3  # of centroids, factors and levels
     scale_learning_rate: float = 2e-3  # of row, column and block scales, and of outliers
     norm_learning_rate: float = 1e-3  # of norms and biases

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.head_chunk import head_chunk, pair_chunk
+from gptvq_jax.models.head_chunk import head_chunk, loss_chunk
 from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.models.stages import STAGES
 
@@ -120,7 +120,7 @@ def model_tuning(config: ModelConfig, batch: int, time: int) -> int:
 
 def divergence(config: ModelConfig, batch: int, time: int) -> int:
     """run.model_loss.divergence of all tokens of windows, in whole chunks."""
-    size = pair_chunk(config, batch)
+    size = loss_chunk(config, batch)
     return 3 * logits(config, batch, -(-time // size) * size)
 
 

@@ -120,9 +120,7 @@ class Evaluation:
     def visit(self, index: int, block: Params) -> None:
         """See Visitor."""
         last = index == self._depth - 1
-        stream, dtype = (
-            (self._outputs, self._outputs_dtype) if last else (self._inputs, FLOAT32)
-        )
+        stream, dtype = (self._outputs, self._outputs_dtype) if last else (self._inputs, FLOAT32)
         with self.stopwatch.stage("evaluate"):
             inputs = self._read(self._inputs, index)
             with self.files.write(stream, index + 1, self._shape, dtype) as out:

@@ -142,9 +142,7 @@ def tune_block(
     return traverse_util.unflatten_dict({**fixed, **leaves}, sep="/"), row
 
 
-def split(
-    block: Params, dense_dtype: str = ""
-) -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
+def split(block: Params, dense_dtype: str = "") -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
     """What is tuned, norms and biases as they will be stored; and the dense kernels: by paths.
 
     Args:
@@ -158,7 +156,9 @@ def split(
         elif name.endswith("kernel"):
             fixed[name] = leaf
         else:
-            trained[name] = jnp.asarray(cast_dense(leaf, dense_dtype, name) if dense_dtype else leaf)
+            trained[name] = jnp.asarray(
+                cast_dense(leaf, dense_dtype, name) if dense_dtype else leaf
+            )
     return trained, fixed
 
 

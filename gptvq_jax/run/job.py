@@ -19,6 +19,7 @@ from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
+from gptvq_jax.run.finetune_job import tune, tuning_tokens
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
@@ -86,6 +87,7 @@ def quantize(
         else:
             print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
         workdir.drop_evaluations()
+        workdir.drop_tuning()
         metrics = workdir.metrics()
     for name in ("perplexity_float", "perplexity_quantized"):
         summary[name] = float(summary[name])
@@ -118,11 +120,18 @@ def _quantize(
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out, tokens = texts(source, settings, workdir)
+        if settings.tune.model:
+            tuning_tokens(source, settings, workdir)
     of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
     blocks = quantize_model(source, settings, workdir, tokens, stopwatch, [of_float])
     blocks.finalize()
     if not of_float.finished:  # where a killed run has left it behind
         _evaluate(of_float, "float")
+    tuning = {}
+    if settings.tune.model:
+        untuned = PackedCheckpoint(workdir.quantized)
+        config = untuned.manifest["config"]
+        tuning = {"tuning": tune(source, untuned, settings, workdir, config, stopwatch)}
     packed = PackedCheckpoint(workdir.checkpoint)
     files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
     quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
@@ -150,6 +159,7 @@ def _quantize(
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "protocol": protocol(source, settings.evaluation.dataset, held_out),
         **_calibrated(settings),
+        **tuning,
         # What follows is of this process alone, and so are the rows of blocks from here on.
         "resumed_at": blocks.finished if goes_on else None,
         **stopwatch.summary(),

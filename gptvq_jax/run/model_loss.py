@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.head_chunk import pair_chunk
+from gptvq_jax.models.head_chunk import loss_chunk
 from gptvq_jax.models.llama import Params, head_logits
 
 
@@ -37,7 +37,7 @@ def divergence(
       and that with respect to the scale of the last norm (hidden,).
     """
     batch, time, _ = x.shape
-    size = pair_chunk(config, batch)
+    size = loss_chunk(config, batch)
 
     def chunks(array):
         array = jnp.pad(array, ((0, 0), (0, -time % size)) + ((0, 0),) * (array.ndim - 2))
