@@ -112,10 +112,13 @@ def block_tuning(config: ModelConfig, batch: int, time: int) -> int:
 def model_tuning(config: ModelConfig, batch: int, time: int) -> int:
     """A batch of a step of run.tune_model: loss of the whole model, and gradients of all weights.
 
-    Blocks go forward, forward again and backward; the head goes forward, in the float model too,
-    and backward, but not to its own weights.
+    Blocks go forward, forward again but for the last product, and backward; the head goes forward,
+    in the float model too, and backward, but not to its own weights.
     """
-    return 4 * blocks_forward(config, batch, time) + divergence(config, batch, time)
+    blocks = config.block_counts().items()
+    again = sum(count * block_inputs(block, batch, time) for block, count in blocks)
+    back = 3 * blocks_forward(config, batch, time)
+    return back + again + divergence(config, batch, time)
 
 
 def divergence(config: ModelConfig, batch: int, time: int) -> int:
