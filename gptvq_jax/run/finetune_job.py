@@ -275,7 +275,7 @@ def _finetune(
         "perplexity_float": compared["tuned"]["perplexity_float"]["value"],
         "perplexity_untuned": compared["untuned"]["perplexity"]["value"],
         "perplexity_quantized": compared["tuned"]["perplexity"]["value"],
-        "rise_removed": 1 - after / before if before else None,
+        "rise_removed": 1 - after / before if before > 0 else None,
         "comparison": compared["tuned"],
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "protocol": protocol(source, settings.evaluation.dataset, held_out),
@@ -310,8 +310,8 @@ def _check_given(settings: RunSettings, given: Collection[str]) -> None:
         if field.partition(".")[0] not in _SECTIONS and field not in counted:
             instead = "; name the float model with --model" if field == "model" else ""
             raise ValueError(
-                f"--config.{field} has no effect on a checkpoint whose codes are there; finetune.*, "
-                f"evaluation.* and calibration.{', '.join(_OF_TEXT)} have{instead}"
+                f"--config.{field} has no effect on a checkpoint whose codes are there; "
+                f"finetune.*, evaluation.* and calibration.{', '.join(_OF_TEXT)} have{instead}"
             )
         if field in reasons:
             raise ValueError(f"--config.{field} has no effect {reasons[field]}")

@@ -96,7 +96,7 @@ def tune_model(
         saved = time.monotonic()
         while place.step < settings.steps and not place.stopped:
             began = time.perf_counter()
-            rate = place.rate * float(schedule(place.step + 1))
+            rate = place.rate * float(schedule(place.step))
             loss, states = run.step(place, rate)
             if not np.isfinite(loss) or states is None:
                 _back(place, settings)
@@ -185,11 +185,10 @@ def _added(one: Gradients, other: Gradients) -> Gradients:
 
 
 def _schedule(settings: FinetuneSettings) -> optax.Schedule:
-    """The share of the rates at a step, from 1."""
+    """The share of the rates at a step, from 0."""
     warm = min(round(settings.warmup * settings.steps), settings.steps - 1)
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warm else 1.0, 1.0, warm, settings.steps, settings.final_rate
-    )
+    first = 1 / (warm + 1)
+    return optax.warmup_cosine_decay_schedule(first, 1.0, warm, settings.steps, settings.final_rate)
 
 
 def _judge(place: Place, held_out: float, settings: FinetuneSettings) -> None:
