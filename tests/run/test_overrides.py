@@ -147,6 +147,8 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({}, "tune.epochs", "--config.tune.block=True"),
         ({"tune.block": True, "tune.epochs": 1}, "tune.patience", "--config.tune.epochs=2"),
         ({"tune.block": True, "tune.patience": 8}, "tune.tolerance", "--config.tune.epochs above"),
+        ({}, "finetune.epochs", "--config.tune.model=True"),
+        ({"tune.model": True, "finetune.patience": 9}, "finetune.tolerance", "lower finetune.pa"),
         ({"method": "gptq"}, "seed", "--config.tune.block=True"),
         ({"method": "trellis"}, "seed", "--config.tune.block=True"),
         ({}, "trellis.bits", "--config.method=trellis"),

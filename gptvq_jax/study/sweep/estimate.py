@@ -53,7 +53,17 @@ def cell_flop(config: ModelConfig, settings: RunSettings) -> float:
     for name, of in outer_formats(settings, config).items():
         if of.method not in (DENSE, INT8):
             size += method_flop(of.settings, *matrices[name])
+    if settings.tune.model:
+        size += _tuning_flop(config, settings)
     return size + evaluation_flop(config, settings)
+
+
+def _tuning_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of tuning the whole model, if it does not stop early, and of the float model before that."""
+    f, time = settings.finetune, settings.calibration.seqlen
+    parts = f.steps * f.batch_size // f.micro_batch
+    before = flops.blocks_forward(config, f.num_windows + f.held_out, time)
+    return before + parts * flops.model_tuning(config, f.micro_batch, time)
 
 
 def _block_flop(config: ModelConfig, settings: RunSettings) -> float:
