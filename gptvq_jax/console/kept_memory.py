@@ -11,14 +11,20 @@ _LARGEST_THRESHOLD = 32 << 20  # that glibc takes
 _FREED_AT_ONCE = 4 << 20  # of other jobs (console/cli.py)
 
 
+_depth = 0
+
+
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
     """Freed arrays do not go back to the system at once, where the C library is glibc.
 
     A step that a program repeats thousands of times takes the same memory each time, and a page
     that the system hands out anew is zeroed first. Tuning SmolLM2-135M on 2 cores in a virtual
-    machine spends a third of its time on that otherwise.
+    machine spends a third of its time on that otherwise. Threads share what is free only if they
+    begin in this context: it does most before JAX has computed anything. One in another ends with
+    the outer one.
     """
+    global _depth
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(libc, "mallopt", None)
     if mallopt is None:
@@ -27,12 +33,20 @@ def kept_memory() -> Iterator[None]:
     mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 256 << 20)
-    mallopt(_ARENA_MAX, 1)  # threads that are begun from here on share what is free
+    mallopt(_ARENA_MAX, 1)
+    _depth += 1
     try:
         yield
     finally:
-        mallopt(_MMAP_THRESHOLD, _FREED_AT_ONCE)
-        mallopt(_TRIM_THRESHOLD, 128 << 10)
-        mallopt(_TOP_PAD, 128 << 10)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+        _depth -= 1
+        if not _depth:
+            _give_back(libc)
+
+
+def _give_back(libc: ctypes.CDLL) -> None:
+    """As other jobs have it, and what is free goes back now."""
+    libc.mallopt(_MMAP_THRESHOLD, _FREED_AT_ONCE)
+    libc.mallopt(_TRIM_THRESHOLD, 128 << 10)
+    libc.mallopt(_TOP_PAD, 128 << 10)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -69,6 +69,18 @@ def finetune(
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the flag, field or file.
     """
+    with kept_memory():  # before JAX begins its threads
+        return _run(checkpoint, workdir_path, config, model, given, command)
+
+
+def _run(
+    checkpoint: str,
+    workdir_path: str,
+    config: Any,
+    model: str | None,
+    given: Collection[str],
+    command: str,
+) -> dict[str, Any]:
     stopwatch = Stopwatch()
     settings = from_config(config)
     settings = dataclasses.replace(settings, tune=dataclasses.replace(settings.tune, model=True))

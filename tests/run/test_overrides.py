@@ -201,6 +201,7 @@ def test_a_field_with_an_effect_is_taken(base, field):
 def test_fields_of_the_run_itself_always_count():
     """What is left when each section is switched on: nothing but the other methods' fields."""
     everything = config_with({"tune.block": True, "calibration.gradient_groups": 1, **BUDGET})
+    everything.tune.model = True
     everything.vq.codebook_update = "adam"
     everything.vq.dim, everything.vq.bits = 2, 2.0
     everything.calibration.datasets = ("c4", "ptb")
