@@ -179,7 +179,7 @@ def tune(
     with stopwatch.stage("load model"):
         student = Student(packed, teacher, f.micro_batch, stopwatch)
     _drop_rows(workdir)
-    with Progress(f.steps, "tune model", "step") as progress, kept_memory():
+    with Progress(f.steps, "tune model", "step") as progress:
         tuned = tune_model(
             student,
             Text(tokens, outputs),

@@ -9,6 +9,7 @@ from absl import logging
 
 from gptvq_jax.config import RunSettings, from_config, to_dict
 from gptvq_jax.console import layer_plot, report
+from gptvq_jax.console.kept_memory import kept_memory
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.core.divergence import FIGURES
@@ -131,7 +132,9 @@ def _quantize(
     if settings.tune.model:
         untuned = PackedCheckpoint(workdir.quantized)
         config = untuned.manifest["config"]
-        tuning = {"tuning": tune(source, untuned, settings, workdir, config, stopwatch)}
+        with kept_memory():
+            row = tune(source, untuned, settings, workdir, config, stopwatch)
+        tuning = {"tuning": row}
     packed = PackedCheckpoint(workdir.checkpoint)
     files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
     quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
