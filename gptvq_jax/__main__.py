@@ -26,6 +26,7 @@ GROUPS = {
     "To quantize a model and use it": (
         "quantize",
         "calibrate",
+        "finetune",
         "lora",
         "evaluate",
         "evaluate-tasks",

@@ -81,9 +81,11 @@ class AllocationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TuneSettings:
-    """Gradient steps on codebooks, scales and norms after the codes are chosen (finetune.py)."""
+    """Gradient steps on codebooks, scales and norms after the codes are chosen."""
 
     block: bool = False  # of each block, towards the outputs of the float block (AQLM)
+    model: bool = False  # of the whole model, after the last block, as `finetune` says
+    # The rest is of `block`.
     epochs: int = 8  # most passes over the windows that are tuned on
     batch_size: int = 4  # windows per step of Adam
     learning_rate: float = 3e-3  # relative to the root mean square of each array
@@ -102,6 +104,66 @@ class TuneSettings:
         check(0 <= self.b2 < 1, "b2", "from 0 to below 1")
         check(self.patience >= 1, "patience", "at least 1")
         check(0 <= self.tolerance < 1, "tolerance", "from 0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """The tuning of the whole model: gradient steps on all codebooks, scales and norms together.
+
+    They lower the KL divergence of its next tokens from the float model's, on windows of the text
+    that calibration.datasets, seqlen and bos name. Learning rates are relative to the root mean
+    square of each array.
+    """
+
+    num_windows: int = 256  # that are tuned on
+    held_out: int = 16  # windows beside them, as calibration.held_out: which state to keep
+    epochs: int = 4  # most passes over the windows
+    batch_size: int = 8  # windows per step
+    micro_batch: int = 2  # of these at once: more take more memory, and no less time on a CPU
+    learning_rate: float = 2e-3  # of centroids, factors and levels
+    scale_learning_rate: float = 2e-3  # of row, column and block scales, and of outliers
+    norm_learning_rate: float = 1e-3  # of norms and biases
+    warmup: float = 0.05  # of all steps, from 0 to these rates; then along a cosine ...
+    final_rate: float = 0.05  # ... down to this share of them
+    b1: float = 0.9  # of AdamW
+    b2: float = 0.95
+    weight_decay: float = 0.0  # towards the arrays as they were quantized
+    evaluate_every: int = 16  # steps between two looks at the windows held out
+    patience: int = 4  # stop after so many looks in a row that gain too little
+    tolerance: float = 0.001  # the gain that is enough, as a fraction of their KL divergence
+    seed: int = 0  # of the windows, and of their order
+
+    def __post_init__(self):
+        check = field_check(self, "finetune")
+        check(self.num_windows >= 1, "num_windows", "at least 1")
+        check(self.held_out >= 1, "held_out", "at least 1: it says which state to keep")
+        check(self.epochs >= 1, "epochs", "at least 1")
+        check(self.batch_size >= 1, "batch_size", "at least 1")
+        most = f"at most finetune.num_windows={self.num_windows}; lower it, or raise that"
+        check(self.batch_size <= self.num_windows, "batch_size", most)
+        divides = self.micro_batch >= 1 and self.batch_size % self.micro_batch == 0
+        check(divides, "micro_batch", f"a divisor of finetune.batch_size={self.batch_size}")
+        for name in ("learning_rate", "scale_learning_rate", "norm_learning_rate"):
+            check(getattr(self, name) >= 0, name, "0 (none) or above")
+        rates = self.learning_rate, self.scale_learning_rate, self.norm_learning_rate
+        check(any(rates), "learning_rate", "above 0, or one of the two others: nothing moves")
+        for name in ("warmup", "b1", "b2", "tolerance"):
+            check(0 <= getattr(self, name) < 1, name, "from 0 to below 1")
+        check(0 <= self.final_rate <= 1, "final_rate", "from 0 to 1")
+        check(self.weight_decay >= 0, "weight_decay", "at least 0")
+        check(self.evaluate_every >= 1, "evaluate_every", "at least 1")
+        check(self.patience >= 1, "patience", "at least 1")
+        check(0 <= self.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """What does not fill a batch waits for another epoch, in another order."""
+        return self.num_windows // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """At most."""
+        return self.epochs * self.steps_of_epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +197,7 @@ class RunSettings:
     allocation: AllocationSettings = AllocationSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     tune: TuneSettings = TuneSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     def __post_init__(self):
@@ -217,6 +280,11 @@ class RunSettings:
                 "tune.batch_size",
                 f"at most calibration.num_windows={c.num_windows}",
             )
+        check(
+            not (t.model and c.statistics),
+            "calibration.statistics",
+            "empty if tune.model, which needs the text",
+        )
         if c.statistics:
             float_only = "with calibration.statistics, Hessians of the float model"
             check(c.inputs == "float", "calibration.inputs", f"'float' {float_only}")

@@ -196,6 +196,9 @@ def test_every_config_file_builds():
                 2.125,
                 3.085,
             )
+        elif file.stem.endswith("_tune"):
+            assert settings.tune.model and settings.method == "trellis"
+            assert from_config(get_config(file.stem, "2d")).method == "gptvq"
         elif file.stem.endswith("_mixed"):
             assert [rule.pattern for rule in settings.recipe][1:] == ["embed_tokens"]
         else:

@@ -87,6 +87,17 @@ def is_gemma(method):
     return check
 
 
+def is_trellis_tuned_as_a_whole(call):
+    settings = call.settings
+    assert (settings.method, settings.tune.model, settings.tune.block) == ("trellis", True, True)
+
+
+def tunes_a_checkpoint(call):
+    checkpoint, workdir, config, model, given, command = call.args
+    assert (checkpoint, workdir, model, given) == ("DIR", "runs/tuned", None, [])
+    assert config.tune.model and "finetune.py --checkpoint=DIR" in command
+
+
 def is_gptvq_tuned(call):
     assert (call.settings.method, call.settings.tune.block) == ("gptvq", True)
     assert budget(call.settings) == 3.085
@@ -175,6 +186,8 @@ EFFECTS = {
     "python scripts/serve.py --checkpoint=DIR --host=0.0.0.0 --api_key=KEY --slots=16": has(
         "DIR", None, job="serve", host="0.0.0.0", api_key="KEY", slots=16, name=None
     ),
+    f"{Q}smollm2_135m_tune.py": is_trellis_tuned_as_a_whole,
+    "python scripts/finetune.py --checkpoint=DIR --workdir=runs/tuned": tunes_a_checkpoint,
     "python scripts/calibrate.py --config=configs/smollm2_135m_2d.py --output=A": lambda call: (
         has(job="calibrate")(call),
         has("A", [])(SimpleNamespace(args=call.args[1:])),
@@ -271,6 +284,7 @@ def call(monkeypatch, tmp_path):
     def run(command):
         with parsed(command, monkeypatch) as module:
             job("run.job", "quantize")
+            job("run.finetune_job", "finetune")
             job("run.statistics", "calibrate")
             job("run.statistics", "add")
             job("run.evaluate_job", "evaluate")

@@ -87,6 +87,7 @@ def summary_text(
         ("perplexity", _perplexity_text(summary)),
         *_judged(summary),
         *([("block tuning", _tuning_text(tuned))] if tuned else []),
+        *([("model tuning", _model_tuning(summary))] if "tuning" in summary else []),
         ("calibration", summary["calibration"]),
         ("time", f"{summary['seconds']:.0f} s, of which compilation "
          f"{summary['compile_seconds']:.0f} s{stopped}"),
@@ -125,6 +126,20 @@ def _judged(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if "protocol" in summary:
         lines.append(("protocol", protocol_text(summary["protocol"])))
     return lines
+
+
+def _model_tuning(summary: dict[str, Any]) -> str:
+    """What the tuning of the whole model did."""
+    row, before = summary["tuning"], summary.get("perplexity_untuned")
+    text = (
+        f"held-out KL {row['held_out_before']:.4f} -> {row['held_out_after']:.4f}, the best after "
+        f"{row['best_step']} of {row['steps']} steps"
+    )
+    if before is not None:
+        removed = summary["rise_removed"]
+        text += f"; perplexity before {float(before):.3f}"
+        text += "" if removed is None else f", {100 * removed:.1f} % of its rise removed (log)"
+    return text
 
 
 def _tuning_text(tuned: Sequence[dict[str, Any]]) -> str:

@@ -58,6 +58,11 @@ def unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
     return codes.reshape(*codes.shape[:-2], chunks * chunk_codes)[..., :count]
 
 
+def in_fewest_bytes(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes of `bits` bits, 1 to 16, as uint8 or uint16."""
+    return codes.astype(jnp.uint8 if bits <= 8 else jnp.uint16)
+
+
 def _cut(chunk: jax.Array, start: int, bits: int) -> jax.Array:
     """The code at bit `start` of every chunk (..., bytes) int32."""
     first, last = start // 8, (start + bits - 1) // 8

@@ -78,15 +78,32 @@ class TrellisTensor(QuantizedTensor):
         """(2^L,) float32: what each window stands for."""
         return table_values(self.window_bits, self.levels)
 
-    def dequantize(self) -> jax.Array:
+    def small_codes(self) -> jax.Array:
+        """What `windows` gives, in the smallest unsigned integers that hold it."""
+        return packing.in_fewest_bytes(self.windows(), self.window_bits)
+
+    def dequantize(
+        self,
+        windows: jax.Array | None = None,
+        outliers: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """The weight (R, C), float32.
+
+        Args:
+          windows, outliers: what the methods `windows` and `outlier_positions` give, where they
+            are at hand: codes and gaps are not read then. An outlier beyond the last row counts
+            for nothing.
+        """
+        if windows is None:
+            windows = self.windows()
+            outliers = None if self.outlier_gaps is None else self.outlier_positions()
         scales = jnp.where(self.column_rates() > 0, self.col_scales.astype(jnp.float32), 0.0)
-        coded = self.values().at[self.windows()].get(mode="promise_in_bounds")
+        coded = self.values().at[windows].get(mode="promise_in_bounds")
         weight = coded * scales * jnp.asarray(self.row_scales, jnp.float32)[:, None]
-        if self.outlier_gaps is None:
+        if outliers is None:
             return weight
-        row, col = self.outlier_positions()
         added = jnp.asarray(self.outlier_values, jnp.float32)
-        return weight.at[row, col].add(added, mode="drop")
+        return weight.at[outliers].add(added, mode="drop")
 
     def outlier_positions(self) -> tuple[jax.Array, jax.Array]:
         """Rows and columns (N,) int32 of the outliers."""

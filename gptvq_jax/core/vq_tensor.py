@@ -109,6 +109,10 @@ class VQTensor(QuantizedTensor):
     def dequantize(self) -> jax.Array:
         return dequantize(self)
 
+    def small_codes(self) -> jax.Array:
+        """What `unpack_codes` gives, in the smallest unsigned integers that hold it."""
+        return packing.in_fewest_bytes(self.unpack_codes(), self.index_bits)
+
     def take_row_scales(self) -> tuple["VQTensor", jax.Array | None]:
         return dataclasses.replace(self, row_scales=None), self.row_scales
 
@@ -117,17 +121,22 @@ class VQTensor(QuantizedTensor):
         return packing.unpack(self.codes, self.index_bits, self.grid.num_vectors)
 
 
-def dequantize(tensor: VQTensor) -> jax.Array:
+def dequantize(tensor: VQTensor, codes: jax.Array | None = None) -> jax.Array:
     """The weight (R, C) that the packed arrays stand for, float32.
+
+    Args:
+      tensor: the weight.
+      codes: of it, unpacked (M, R, J), where they are at hand: its own are not read then.
 
     Raises:
       ValueError: the codebook or the codes have other sizes than the grid and `index_bits` say.
     """
     grid = tensor.grid
     codebook = tensor.codebook.values()  # (M, S, G, K, D)
-    _check_lookup(tensor, codebook.shape)
+    _check_lookup(tensor, tensor.codes if codes is None else codes, codebook.shape)
     # One flat index: XLA then loads the D values of a centroid together.
-    vectors = codebook.reshape(-1, grid.dim).at[flat_index(tensor)].get(mode="promise_in_bounds")
+    index = flat_index(tensor, codes)
+    vectors = codebook.reshape(-1, grid.dim).at[index].get(mode="promise_in_bounds")
     weight = jnp.sum(vectors, axis=0)  # (R, J, D)
     if tensor.block_scales is not None:
         scales = tensor.block_scales.per_vector(grid)[:, : grid.num_vectors]
@@ -161,26 +170,30 @@ def take_rows(tensor: VQTensor, rows: jax.Array) -> jax.Array:
     return dequantize(part)
 
 
-def _check_lookup(tensor: VQTensor, codebook_shape: tuple[int, ...]) -> None:
+def _check_lookup(tensor: VQTensor, codes: jax.Array, codebook_shape: tuple[int, ...]) -> None:
     """Keeps the promise that every lookup makes: that it is in bounds."""
-    grid, books = tensor.grid, tensor.codes.shape[0]
+    grid, books = tensor.grid, codes.shape[0]
     expected = (books, grid.col_strips, grid.row_strips, 2**tensor.index_bits, grid.dim)
-    if codebook_shape != expected or tensor.codes.shape[1] != grid.rows:
+    if codebook_shape != expected or codes.shape[1] != grid.rows:
         raise ValueError(
-            f"codes {tensor.codes.shape} of {tensor.index_bits} bits and {grid} need centroids "
+            f"codes {codes.shape} of {tensor.index_bits} bits and {grid} need centroids "
             f"{expected}, not {codebook_shape}"
         )
 
 
-def flat_index(tensor: VQTensor) -> jax.Array:
-    """Where the centroid of each vector stands among all (M * S * G * K): (M, R, J) int32."""
+def flat_index(tensor: VQTensor, codes: jax.Array | None = None) -> jax.Array:
+    """Where the centroid of each vector stands among all (M * S * G * K): (M, R, J) int32.
+
+    `codes` are as `dequantize` takes them.
+    """
     grid = tensor.grid
+    codes = tensor.unpack_codes() if codes is None else codes
     row_group = jnp.arange(grid.rows) // grid.strip_rows
     col_group = jnp.arange(grid.num_vectors) // grid.strip_vectors
     group = col_group * grid.row_strips + row_group[:, None]  # (R, J)
-    books = jnp.arange(tensor.codes.shape[0])[:, None, None]
+    books = jnp.arange(codes.shape[0])[:, None, None]
     group = group + books * (grid.col_strips * grid.row_strips)
-    return group * 2**tensor.index_bits + tensor.unpack_codes()
+    return group * 2**tensor.index_bits + codes.astype(jnp.int32)
 
 
 def pack_codes(codes: jax.Array, index_bits: int, grid: GroupGrid) -> jax.Array:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from gptvq_jax.core.flops import product
 from gptvq_jax.models.config import ModelConfig
-from gptvq_jax.models.head_chunk import head_chunk
+from gptvq_jax.models.head_chunk import head_chunk, loss_chunk
 from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.models.stages import STAGES
 
@@ -107,6 +107,24 @@ def block_backward(config: ModelConfig, batch: int, time: int) -> int:
 def block_tuning(config: ModelConfig, batch: int, time: int) -> int:
     """Loss of a block, and gradients with respect to all its weights and norms: a tuning step."""
     return 3 * block_forward(config, batch, time)
+
+
+def model_tuning(config: ModelConfig, batch: int, time: int) -> int:
+    """A batch of a step of run.tune_model: loss of the whole model, and gradients of all weights.
+
+    Blocks go forward, forward again but for the last product, and backward; the head goes forward,
+    in the float model too, and backward, but not to its own weights.
+    """
+    blocks = config.block_counts().items()
+    again = sum(count * block_inputs(block, batch, time) for block, count in blocks)
+    back = 3 * blocks_forward(config, batch, time)
+    return back + again + divergence(config, batch, time)
+
+
+def divergence(config: ModelConfig, batch: int, time: int) -> int:
+    """run.model_loss.divergence of all tokens of windows, in whole chunks."""
+    size = loss_chunk(config, batch)
+    return 3 * logits(config, batch, -(-time // size) * size)
 
 
 def logits(config: ModelConfig, batch: int, time: int) -> int:

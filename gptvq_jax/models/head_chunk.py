@@ -25,3 +25,14 @@ def head_chunk(config: ModelConfig, batch: int, tables: int = 1) -> int:
 def pair_chunk(config: ModelConfig, batch: int) -> int:
     """Likewise where two models' logits are, their logarithms, and what comes of these."""
     return min(MOST_TOKENS // 4, head_chunk(config, batch, tables=4))
+
+
+def loss_chunk(config: ModelConfig, batch: int) -> int:
+    """Likewise where a gradient goes back through them: large products, whatever the batch.
+
+    A table of embeddings is read five times for each chunk, which less tokens would not be worth.
+    """
+    size = max(1, 256 // batch)
+    while size > 1 and size * batch * config.vocab_size * 4 > MOST_BYTES // 2:
+        size //= 2
+    return size

@@ -49,8 +49,9 @@ class Evaluation:
       windows: tokens (n, T) int32.
       batch_size: windows per forward pass.
       files: of the walk. "evaluation-DIGEST" is what goes from block to block; "outputs-DIGEST",
-        (n, T, hidden) float32 behind the last block, is the result.
+        (n, T, hidden) behind the last block, is the result.
       stopwatch: receives the seconds of stage "evaluate".
+      outputs_dtype: of the result, float32 or bfloat16.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Evaluation:
         batch_size: int,
         files: StreamStore,
         stopwatch: Stopwatch,
+        outputs_dtype: np.dtype = FLOAT32,
     ):
         self.source, self.windows, self.files = source, windows, files
+        self._outputs_dtype = outputs_dtype
         self.config = source.config
         self._batch_size, self.stopwatch = batch_size, stopwatch
         self._depth = self.config.num_hidden_layers
@@ -116,10 +119,11 @@ class Evaluation:
 
     def visit(self, index: int, block: Params) -> None:
         """See Visitor."""
-        stream = self._inputs if index < self._depth - 1 else self._outputs
+        last = index == self._depth - 1
+        stream, dtype = (self._outputs, self._outputs_dtype) if last else (self._inputs, FLOAT32)
         with self.stopwatch.stage("evaluate"):
             inputs = self._read(self._inputs, index)
-            with self.files.write(stream, index + 1, self._shape, FLOAT32) as out:
+            with self.files.write(stream, index + 1, self._shape, dtype) as out:
                 for part in self.batches():
                     out[part] = np.asarray(self._forward(index, block, inputs[part]))
 

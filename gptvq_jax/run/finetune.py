@@ -9,8 +9,9 @@ not fitted to either.
 
 A step has three parts, compiled apart: weights from parameters, one program for each kind of
 tensor; loss and gradients with respect to the weights, one program for all blocks of a model; and
-from there to parameters and Adam, again by kind of tensor. So a block with another mix of index
-bits compiles nothing that is large.
+from there to parameters and Adam, again by kind of tensor (methods/leaf_steps.py, which the tuning
+of the whole model shares). So a block with another mix of index bits compiles nothing that is
+large.
 
 Costs, for P weights in a block and batches of N tokens, attention apart:
   flops: 2 P N forward and 4 P N backward. The lookups and the additions to centroids, P / D each,
@@ -30,18 +31,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from flax import traverse_util
 
 from gptvq_jax.config import TuneSettings
 from gptvq_jax.console.stopwatch import Stopwatch
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
-from gptvq_jax.methods.trainable import Leaf, Parameters, decode, parameters, with_parameters
+from gptvq_jax.methods import leaf_steps
+from gptvq_jax.methods.leaf_steps import LeafState, Rates
+from gptvq_jax.methods.trainable import Leaf, Unpacked, unpack
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, Params, block_forward
-from gptvq_jax.moves.refit import root_mean_square
 from gptvq_jax.run.activations import Activations
 from gptvq_jax.run.calibrate import batches, on_device
 from gptvq_jax.storage.tree_io import cast_dense
@@ -52,14 +53,6 @@ class Pairs(NamedTuple):
 
     inputs: Activations
     outputs: Activations
-
-
-class _State(NamedTuple):
-    """Of one leaf."""
-
-    params: Parameters
-    adam: optax.OptState
-    sizes: Parameters  # root mean squares of the arrays at the start: the unit of a step
 
 
 def tune_block(
@@ -98,7 +91,8 @@ def tune_block(
       epochs, those run; diverged: a step was not finite, which ended the tuning.
     """
     stopwatch = stopwatch or Stopwatch()
-    trained, fixed = _split(block, dense_dtype)
+    leaves, fixed = split(block, dense_dtype)
+    trained = {name: unpack(leaf) for name, leaf in leaves.items()}
     time = pairs.inputs.shape[1]
     count = len(pairs.inputs) - held_out
     kept_out = [
@@ -111,7 +105,7 @@ def tune_block(
         stopwatch.flops(flops.block_forward(config, held_out, time))
         return _squared_error(config, trained, fixed, states, pairs, kept_out) / power
 
-    states = {name: _start(leaf) for name, leaf in trained.items()}
+    states = {name: leaf_steps.start(leaf) for name, leaf in trained.items()}
     before = lowest = error_of(states)
     best, kept, stale, diverged = states, 0, 0, False
     epoch = 0
@@ -138,18 +132,23 @@ def tune_block(
             kept,
         )
     if kept:
-        trained = {n: _with_parameters(leaf, best[n].params) for n, leaf in trained.items()}
+        leaves = {n: leaf_steps.stored(leaf, trained[n], best[n]) for n, leaf in leaves.items()}
     row = {
         "tune_error_before": before,
         "tune_error_after": lowest,
         "epochs": epoch,
         "diverged": diverged,
     }
-    return traverse_util.unflatten_dict({**fixed, **trained}, sep="/"), row
+    return traverse_util.unflatten_dict({**fixed, **leaves}, sep="/"), row
 
 
-def _split(block: Params, dense_dtype: str) -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
-    """What is tuned, norms as they will be stored; and the dense kernels."""
+def split(block: Params, dense_dtype: str = "") -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
+    """What is tuned, norms and biases as they will be stored; and the dense kernels: by paths.
+
+    Args:
+      block: as `tune_block` takes it.
+      dense_dtype: of norms and biases; "": that which they have.
+    """
     trained, fixed = {}, {}
     for name, leaf in traverse_util.flatten_dict(block, sep="/").items():
         if isinstance(leaf, QuantizedTensor):
@@ -157,23 +156,20 @@ def _split(block: Params, dense_dtype: str) -> tuple[dict[str, Leaf], dict[str, 
         elif name.endswith("kernel"):
             fixed[name] = leaf
         else:
-            trained[name] = jnp.asarray(cast_dense(leaf, dense_dtype, name))
+            trained[name] = jnp.asarray(
+                cast_dense(leaf, dense_dtype, name) if dense_dtype else leaf
+            )
     return trained, fixed
-
-
-@jax.jit
-def _start(leaf: Leaf) -> _State:
-    params = parameters(leaf)
-    sizes = jax.tree.map(root_mean_square, params)
-    return _State(params, optax.adam(0.0).init(params), sizes)
 
 
 def _step(config, trained, fixed, states, x, y, power, settings) -> tuple[dict, list]:
     """One step of Adam on a batch; and whether everything in it was finite, as flags."""
-    weights = {name: _decode(leaf, states[name].params) for name, leaf in trained.items()}
-    loss, gradients = _gradients(config, weights, fixed, x, y, power)
-    rates = settings.learning_rate, settings.b1, settings.b2
-    updated = {n: _update(leaf, states[n], gradients[n], rates) for n, leaf in trained.items()}
+    loss, gradients = _gradients(config, decoded(trained, states), fixed, x, y, power)
+    rates = Rates(*(settings.learning_rate,) * 3, settings.b1, settings.b2)
+    updated = {}
+    for name, leaf in trained.items():
+        of_leaf = leaf_steps.pull_back(leaf, states[name].params, gradients[name])
+        updated[name] = leaf_steps.update(leaf, states[name], of_leaf, rates)
     finite = [jnp.isfinite(loss), *(of_leaf for _, of_leaf in updated.values())]
     return {name: state for name, (state, _) in updated.items()}, finite
 
@@ -190,35 +186,18 @@ def _gradients(
     """The loss of a batch (batch, T, hidden), and its gradients in the shapes of `weights`."""
 
     def loss(weights):
-        output = DecoderBlock(config).apply({"params": _as_block(weights, fixed)}, x)
+        output = DecoderBlock(config).apply({"params": as_block(weights, fixed)}, x)
         return jnp.mean(jnp.square(output - y)) / power
 
     return jax.value_and_grad(loss)(weights)
 
 
-@jax.jit
-def _update(
-    leaf: Leaf, state: _State, gradient: jax.Array, rates: tuple[float, float, float]
-) -> tuple[_State, jax.Array]:
-    """Adam on params / sizes, given the gradient with respect to the weight; if all is finite."""
-    _, pullback = jax.vjp(partial(decode, leaf), state.params)
-    gradients = jax.tree.map(jnp.multiply, pullback(gradient)[0], state.sizes)
-    updates, adam = _adam(*rates).update(gradients, state.adam)
-    params = jax.tree.map(lambda p, u, size: p + size * u, state.params, updates, state.sizes)
-    finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]
-    return _State(params, adam, state.sizes), jnp.all(jnp.stack(finite))
+def decoded(trained: dict[str, Unpacked], states: dict[str, LeafState]) -> dict[str, jax.Array]:
+    """Weights (out, in) and norms that they stand for as they would be stored, by their paths."""
+    return {name: leaf_steps.decode(leaf, states[name].params) for name, leaf in trained.items()}
 
 
-def _adam(learning_rate, b1, b2) -> optax.GradientTransformation:
-    # The more parameters share a loss, the smaller is the gradient of each: nothing to add to it.
-    return optax.adam(learning_rate, b1, b2, eps=1e-12)
-
-
-_decode = jax.jit(decode)
-_with_parameters = jax.jit(with_parameters)
-
-
-def _as_block(weights: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Params:
+def as_block(weights: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Params:
     """A block with dense kernels, from weights (out, in) and kernels (in, out)."""
     turned = {n: w.T if n.endswith("kernel") else w for n, w in weights.items()}
     return traverse_util.unflatten_dict({**fixed, **turned}, sep="/")
@@ -226,8 +205,7 @@ def _as_block(weights: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Par
 
 def _squared_error(config, trained, fixed, states, pairs, parts) -> float:
     """Mean |block(x) - y|^2 / hidden over windows, with the block as it would be stored."""
-    weights = {name: _decode(leaf, states[name].params) for name, leaf in trained.items()}
-    block = _as_block(weights, fixed)
+    block = as_block(decoded(trained, states), fixed)
     errors = []
     for part in parts:
         x, y = _read(pairs, part)

@@ -9,6 +9,7 @@ from absl import logging
 
 from gptvq_jax.config import RunSettings, from_config, to_dict
 from gptvq_jax.console import layer_plot, report
+from gptvq_jax.console.kept_memory import kept_memory
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.core.divergence import FIGURES
@@ -20,6 +21,7 @@ from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.disk import check_disk
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
+from gptvq_jax.run.finetune_job import tune, tuning_tokens
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.memory_check import check_memory
 from gptvq_jax.run.overrides import settle
@@ -88,6 +90,7 @@ def quantize(
         else:
             print(f"{workdir.path} holds the finished run of this config; nothing is left to do\n")
         workdir.drop_evaluations()
+        workdir.drop_tuning()
         metrics = workdir.metrics()
     for name in ("perplexity_float", "perplexity_quantized"):
         summary[name] = float(summary[name])
@@ -120,6 +123,8 @@ def _quantize(
     # Both texts are read before hours of work: what is wrong with them shows at once.
     with stopwatch.stage("read text"):
         held_out, tokens = texts(source, settings, workdir)
+        if settings.tune.model:
+            tuning_tokens(source, settings, workdir)
     if not goes_on and prepare is None and shared is None:
         check_disk(source.config, settings, workdir, len(held_out))
     of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
@@ -127,6 +132,13 @@ def _quantize(
     blocks.finalize()
     if not of_float.finished:  # where a killed run has left it behind
         _evaluate(of_float, "float")
+    tuning = {}
+    if settings.tune.model:
+        untuned = PackedCheckpoint(workdir.quantized)
+        config = untuned.manifest["config"]
+        with kept_memory():
+            row = tune(source, untuned, settings, workdir, config, stopwatch)
+        tuning = {"tuning": row}
     packed = PackedCheckpoint(workdir.checkpoint)
     files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
     quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
@@ -154,6 +166,7 @@ def _quantize(
         "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
         "protocol": protocol(source, settings.evaluation.dataset, held_out),
         **_calibrated(settings),
+        **tuning,
         # What follows is of this process alone, and so are the rows of blocks from here on.
         "resumed_at": blocks.finished if goes_on else None,
         **stopwatch.summary(),

@@ -142,6 +142,7 @@ def ignored(settings: RunSettings) -> dict[str, str]:
     _trellis(settings, when)
     _allocation(settings, when)
     _tune(settings, when)
+    _finetune(settings, when)
     _method(settings, when)
     _calibration(settings.calibration, when)
     when(
@@ -265,7 +266,7 @@ def _allocation(settings: RunSettings, when) -> None:
 
 def _tune(settings: RunSettings, when) -> None:
     t = settings.tune
-    others = [field for field in _fields(t) if field != "block"]
+    others = [field for field in _fields(t) if field not in ("block", "model")]
     when(
         not t.block,
         " ".join(f"tune.{field}" for field in others),
@@ -277,6 +278,22 @@ def _tune(settings: RunSettings, when) -> None:
         "tune.tolerance",
         f"with tune.patience={t.patience}, which {t.epochs} epochs do not exhaust; set "
         "--config.tune.epochs above it",
+    )
+
+
+def _finetune(settings: RunSettings, when) -> None:
+    f = settings.finetune
+    when(
+        not settings.tune.model,
+        " ".join(f"finetune.{field}" for field in _fields(f)),
+        "where the model is not tuned as a whole; set --config.tune.model=True",
+    )
+    looks = -(-f.steps // f.evaluate_every)
+    when(
+        f.patience >= looks,
+        "finetune.patience finetune.tolerance",
+        f"with finetune.patience={f.patience}, which {looks} looks at the windows held out do not "
+        "exhaust; lower finetune.patience or finetune.evaluate_every",
     )
 
 

@@ -21,6 +21,7 @@ from gptvq_jax.run.embedding import write_embeddings
 from gptvq_jax.run.formats import Plan, dense_layers, num_quantized
 from gptvq_jax.run.outer import stored_outer
 from gptvq_jax.run.packed_block import STREAM, PackedBlock, drop_inside
+from gptvq_jax.run.workdir import TUNE_KINDS
 from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_tree
 
 
@@ -37,7 +38,7 @@ class Quantize:
         self._context, self._tokens, self._plan = context, tokens, plan
         self.files = context.files
         settings = context.settings
-        self.writer = CheckpointWriter(context.workdir.checkpoint, settings.dense_dtype)
+        self.writer = CheckpointWriter(context.workdir.quantized, settings.dense_dtype)
         self.finished = self.writer.finished_blocks()
         self._last = num_quantized(settings, context.source.config)
         self._float_inputs = settings.calibration.inputs == "float"
@@ -49,7 +50,8 @@ class Quantize:
         files.drop(STREAM, keep=range(self.finished + 1))
         drop_inside(files)
         workdir = self._context.workdir
-        rows = [row for row in workdir.metrics() if row["kind"] in ("outer", "layer", "block")]
+        kinds = ("outer", "layer", "block", *TUNE_KINDS)
+        rows = [row for row in workdir.metrics() if row["kind"] in kinds]
         # Those of the embedding and the head come before block 0, which counts when it is written.
         workdir.keep_metrics([row for row in rows if row.get("block", 0) < self.finished])
         if self.finished:

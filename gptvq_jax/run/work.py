@@ -57,9 +57,20 @@ def run_flop(
         "quantize": quantize_flop(config, settings),
         "tune": tune_flop(config, settings),
         "embed": outer_flop(config, settings),
+        "tune model": model_tuning_flop(config, settings),
         "evaluate": evaluate_flop(config, settings, evaluated),
     }
     return {stage: flop for stage, flop in found.items() if flop}
+
+
+def model_tuning_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of tuning the whole model, and of what the float model leaves for it."""
+    if not settings.tune.model:
+        return 0
+    f, time = settings.finetune, settings.calibration.seqlen
+    outputs = flops.blocks_forward(config, f.num_windows + f.held_out, time)
+    micro_batches = f.steps * f.batch_size // f.micro_batch
+    return outputs + micro_batches * flops.model_tuning(config, f.micro_batch, time)
 
 
 def forward_flop(config: ModelConfig, settings: RunSettings) -> float:

@@ -19,7 +19,11 @@
                             (float32), the last one 00030.outputs-DIGEST.npy, until the summary is
                             written; figures.npy, which stays, has of each predicted token what
                             core/divergence.py calls FIGURES (n, T - 1, 4) float32
-    metrics.jsonl           one JSON object per line: layers, blocks, summary
+    tuning/                 of the whole model: tokens.npy, windows (n, T), at the end those held
+                            out; what the float model's last block leaves of them, and states
+                            (tune_state.py), until the summary is written
+    metrics.jsonl           one JSON object per line: layers, blocks, steps of tuning, summary
+    untuned/                where tune.model is on, the packed model as it was quantized
     checkpoint/             the packed model; a block in it is finished
 
 Everything is written under another name and renamed once it is on the disk (durable.py), so that a
@@ -45,6 +49,8 @@ from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_byte
 from gptvq_jax.run.activations import Activations
 from gptvq_jax.run.stream_files import StreamFiles
 
+TUNE_KINDS = ("tune", "tuned", "moved")  # of rows of metrics.jsonl: the tuning of the whole model
+
 # Files that no run writes beside its own.
 _OF_OTHERS = {
     "sweep.json": "the directory of a sweep",
@@ -65,6 +71,7 @@ class WorkDir:
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
         self.path = Path(path)
+        self._tunes = bool(config.get("tune", {}).get("model"))
         self._check_kind()
         try:
             with naming_full_disk(self.path):
@@ -123,6 +130,21 @@ class WorkDir:
         return self.path / "checkpoint"
 
     @property
+    def quantized(self) -> Path:
+        """The packed model before it is tuned as a whole; where it is not, the checkpoint."""
+        return self.path / "untuned" if self._tunes else self.checkpoint
+
+    @property
+    def tuning(self) -> Path:
+        """What the tuning of the whole model needs to go on."""
+        return self.path / "tuning"
+
+    def drop_tuning(self) -> None:
+        """Forgets it."""
+        if self.tuning.exists():
+            shutil.rmtree(self.tuning)
+
+    @property
     def _activations(self) -> Path:
         return self.path / "activations"
 
@@ -160,7 +182,8 @@ class WorkDir:
 
     def begun(self) -> bool:
         """Whether anything is there that was made with the config."""
-        made = ("tokens.npy", "checkpoint", "gradients", "curves", "activations/*", "metrics.jsonl")
+        made = ("tokens.npy", "checkpoint", "untuned", "gradients", "curves", "activations/*")
+        made += ("tuning", "metrics.jsonl")
         return any(any(self.path.glob(pattern)) for pattern in made)
 
     def _drop_partial(self) -> None:
@@ -171,6 +194,7 @@ class WorkDir:
             self.path / "gradients",
             self._curves(0).parent,
             self._evaluation,
+            self.tuning,
         ):
             durable.drop_partial(folder)
 
@@ -211,7 +235,9 @@ class WorkDir:
         durable.write_text(self.path / "command.txt", command + "\n")
 
     def load_tokens(self, name: str = "tokens") -> np.ndarray | None:
-        """Windows of an earlier start, or None: "tokens" to calibrate on, or "held_out"."""
+        """Windows of an earlier start, or None: "tokens" to calibrate on, "held_out", or
+        "tuning/tokens".
+        """
         path = self.path / f"{name}.npy"
         if not path.exists():
             return None
@@ -326,7 +352,7 @@ class Streams(StreamFiles):
             what = first_line(error).removeprefix(f"{path} ")
         # Each pass looks for what it needs, and starts again where that is not there.
         again = {
-            "quantized": self._workdir.checkpoint,
+            "quantized": self._workdir.quantized,
             "gradient": self.directory / "*.gradient.npy",
         }
         raise self._workdir._lost(path, what, again.get(stream, self.directory / "*.float.npy"))

@@ -21,6 +21,7 @@ from gptvq_jax.study.report.quality_figures import against_bits
 from gptvq_jax.study.report.results import Cell, named, read_results
 from gptvq_jax.study.report.texts import said
 from gptvq_jax.study.report.time_figures import time_by_stage
+from gptvq_jax.study.report.tuning_figures import of_tuning, tuning_line
 
 
 def report(
@@ -117,7 +118,20 @@ def _sections(cells: Sequence[Cell], notes: list[str]) -> list[Section]:
         ]
     return [
         Section("Quality", quality),
+        *_tunings(cells),
         Section("Layers", layers + code_usage(cells, notes), lines=lines),
         Section("Time", time_by_stage(cells, notes)),
         *single,
     ]
+
+
+def _tunings(cells: Sequence[Cell]) -> list[Section]:
+    """Of each run that was tuned as a whole."""
+    sections = []
+    for index, cell in enumerate(cells, 1):
+        line = tuning_line(cell)
+        if line is not None:
+            of, stem = (f" of {cell.name}", f"cell{index}_") if len(cells) > 1 else ("", "")
+            figures = of_tuning(cell, stem)
+            sections.append(Section(f"Tuning of the whole model{of}", figures, lines=[line]))
+    return sections

@@ -34,6 +34,8 @@ class Cell:
       layers: rows of layers; those of a sweep over layers have no block.
       blocks: rows of tuned blocks.
       outer: rows of the embedding and the head, where a recipe has rules for them.
+      tuning: rows of the steps that tuned the whole model, and of looks at windows held out.
+      moved: rows of what each of its parameters moved.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Cell:
     layers: Sequence[dict[str, Any]] = ()
     blocks: Sequence[dict[str, Any]] = ()
     outer: Sequence[dict[str, Any]] = ()
+    tuning: Sequence[dict[str, Any]] = ()
+    moved: Sequence[dict[str, Any]] = ()
 
     def number(self, name: str) -> float | None:
         """A number of the summary; of its comparison with the float model where that has it."""
@@ -131,7 +135,8 @@ def _run(directory: Path, name: str = "") -> Cell:
     for number, row in enumerate(rows, 1):
         check_row(row, f"{path}, line {number}")
     kinds = {
-        kind: [row for row in rows if row["kind"] == kind] for kind in ("layer", "block", "outer")
+        kind: [row for row in rows if row["kind"] == kind]
+        for kind in ("layer", "block", "outer", "tune", "moved")
     }
     summary = next((row for row in rows if row["kind"] == "summary"), {})
     config, command = directory / "config.json", directory / "command.txt"
@@ -145,6 +150,8 @@ def _run(directory: Path, name: str = "") -> Cell:
         layers=kinds["layer"],
         blocks=kinds["block"],
         outer=kinds["outer"],
+        tuning=kinds["tune"],
+        moved=kinds["moved"],
     )
 
 

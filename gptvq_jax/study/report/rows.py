@@ -18,6 +18,9 @@ _LAYER = {
 _OUTER = {"layer": str, "relative_error": float, "bits_per_value": float, "num_values": int}
 _BLOCK = {"block": int, "tune_error_before": float, "tune_error_after": float}
 _SUMMARY = {"bits_per_value": float, "perplexity_float": float, "perplexity_quantized": float}
+_TUNE = {"step": int}
+_MOVED = {"leaf": str, "parameter": str, "moved": float}
+_TUNED = {"steps": int, "best_step": int, "held_out_before": float, "held_out_after": float}
 _OF_LAYERS = {"bits_per_value": float, "relative_error": float}
 _OPTIONAL = {  # of a layer
     "code_entropy": float,
@@ -36,7 +39,16 @@ _PROTOCOL = {
     "context": int,
     "tokens": int,
 }
-_FIELDS = {"layer": _LAYER, "block": _BLOCK, "summary": _SUMMARY, "outer": _OUTER}
+_FIELDS = {
+    "layer": _LAYER,
+    "block": _BLOCK,
+    "summary": _SUMMARY,
+    "outer": _OUTER,
+    "tune": _TUNE,
+    "tuned": _TUNED,
+    "moved": _MOVED,
+}
+_OF_STEP = {"loss": float, "rate": float, "seconds": float, "tflop": float}
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
@@ -51,6 +63,8 @@ def check_row(row: dict[str, Any], where: str) -> None:
     _check(row, _FIELDS[row["kind"]], where)
     present = {name: kind for name, kind in _OPTIONAL.items() if row.get(name) is not None}
     _check(row, present, where)
+    if row["kind"] == "tune":
+        _check(row, {"held_out": float} if "held_out" in row else _OF_STEP, where)
     if row["kind"] == "summary":
         _check_optional(row, where)
 

@@ -21,7 +21,7 @@ from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
 
 # Stages of a run over the quantized model; those of the float one are passes that cells share.
-_OWN = ("hessians", "advance", "quantize", "tune", "embed")
+_OWN = ("hessians", "advance", "quantize", "tune", "embed", "tune model")
 
 
 def cell_flop(config: ModelConfig, settings: RunSettings) -> float:

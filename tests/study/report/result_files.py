@@ -79,3 +79,18 @@ def dimensions(path: Path) -> Path:
         rows.append({**summary, "cell": name})
     rows.append({"cell": "8d", "status": "failed", "error": "vq.dim=8 must be 1, 2 or 4"})
     return write_sweep(path, {**cells, "8d": {"vq.dim": 8}}, rows)
+
+
+def tuning_rows(steps=4):
+    """Of a tuning whose second step was made again, with looks at windows held out."""
+    rows = [{"kind": "tune", "step": 0, "held_out": 0.5}]
+    for step in (1, 2, *range(2, steps + 1)):
+        row = {"kind": "tune", "step": step, "loss": 0.6 / step, "rate": 1.0}
+        rows.append({**row, "seconds": 4.0, "tflop": 2.0})
+    rows.append({"kind": "tune", "step": steps, "held_out": 0.25})
+    for block in range(2):
+        leaf = f"layers_{block}/mlp/up_proj/kernel"
+        rows.append({"kind": "moved", "leaf": leaf, "parameter": "row_scales", "moved": 0.01})
+    rows.append({"kind": "moved", "leaf": "norm/scale", "parameter": "values", "moved": 0.02})
+    tuned = {"kind": "tuned", "steps": steps, "best_step": steps, "tries": 1}
+    return [*rows, {**tuned, "held_out_before": 0.5, "held_out_after": 0.25}]
