@@ -1,4 +1,4 @@
-"""The parts of a step of generation, each a program of its own, with what it must read and multiply.
+"""The parts of a step of generation, each a program of its own: what it reads, multiplies, takes.
 
 A part runs on the weights of all blocks in turn, each product waiting for the one before, so that
 they come from memory as in a step. What a call of a program costs apart from its work is measured
