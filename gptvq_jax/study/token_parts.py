@@ -87,24 +87,25 @@ def parts(
 def _products(
     configs: Sequence[ModelConfig], blocks: Sequence[Any], dtype: Any, batch: int
 ) -> list[Part]:
-    """Of linear layers that every token meets, a part for each name."""
-    named: dict[str, list[Any]] = {}
+    """Of linear layers that every token meets, a part for those that read the same array."""
+    grouped: dict[tuple[str, ...], list[list[Any]]] = {}
     for config, block in zip(configs, blocks, strict=True):
-        for name in config.linear_layers:
-            if "experts" not in name:
-                named.setdefault(name, []).append(get_layer(block, name)["kernel"])
+        for names in config.linear_groups:
+            if "experts" not in names[0]:
+                kernels = [get_layer(block, name)["kernel"] for name in names]
+                grouped.setdefault(names, []).append(kernels)
     made = []
-    for name, kernels in named.items():
-        shapes = [weight_shape(kernel) for kernel in kernels]
+    for names, groups in grouped.items():
+        shapes = [weight_shape(kernel) for kernels in groups for kernel in kernels]
         x = jax.random.normal(jax.random.key(0), (batch, 1, shapes[0][1]), dtype)
         made.append(
             Part(
-                name.rpartition("/")[2],
-                len(kernels),
-                sum(map(weight_bytes, kernels)),
+                " ".join(name.rpartition("/")[2] for name in names),
+                len(shapes),
+                weight_bytes(groups),
                 batch * sum(rows * cols for rows, cols in shapes),
-                partial(_multiply, x, kernels),
-                partial(_pass_on, x, kernels),
+                partial(_multiply, x, groups),
+                partial(_pass_on, x, groups),
             )
         )
     return made
@@ -239,9 +240,10 @@ def _free(config: ModelConfig, block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @jax.jit
-def _multiply(x: jax.Array, kernels: list[Any]) -> jax.Array:
-    for kernel in kernels:
-        x = _after(x, x @ kernel)
+def _multiply(x: jax.Array, groups: list[list[Any]]) -> jax.Array:
+    # Products of one array may go side by side, as they may within a step.
+    for kernels in groups:
+        x = _after(x, *[x @ kernel for kernel in kernels])
     return x
 
 
@@ -297,8 +299,8 @@ def _sample(logits: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     return sample(logits, now, Sampling()), key
 
 
-def _after(x: jax.Array, y: jax.Array) -> jax.Array:
-    return x + (y[..., :1] * _TINY).astype(x.dtype)
+def _after(x: jax.Array, *outputs: jax.Array) -> jax.Array:
+    return x + (sum(y[..., :1] for y in outputs) * _TINY).astype(x.dtype)
 
 
 def _feed_forward(block: DecoderBlock, x: jax.Array) -> jax.Array:
