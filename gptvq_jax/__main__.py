@@ -44,6 +44,7 @@ GROUPS = {
         "benchmark-memory",
         "benchmark-loading",
         "benchmark-decode",
+        "benchmark-serving",
         "torture",
     ),
 }

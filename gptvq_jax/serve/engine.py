@@ -125,6 +125,11 @@ class Engine:
         return self._num_jobs
 
     @property
+    def busy_slots(self) -> int:
+        """Slots that a request has; from any thread."""
+        return len(self._slots.jobs)
+
+    @property
     def closed(self) -> bool:
         """Whether it takes no further requests; from any thread."""
         return self._closed

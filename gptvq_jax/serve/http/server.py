@@ -47,11 +47,7 @@ def serve(
       ValueError, FileNotFoundError, NotImplementedError, OSError: bad input, in one line with the
         way out.
     """
-    missing = [each for each in _LIBRARIES if importlib.util.find_spec(each) is None]
-    if missing:
-        raise ValueError(
-            f"not installed: {', '.join(missing)}; pip install -r requirements-serve.txt"
-        )
+    check_installed()
     if api_key is None and not is_loopback(host):
         raise ValueError(
             f"--host={host} lets other machines in; add --api_key=KEY, or leave --host out"
@@ -122,6 +118,15 @@ def _run(
     finally:
         service.close()
         thread.join(_SECONDS_TO_END)
+
+
+def check_installed() -> None:
+    """Raises ValueError where a library that the server needs is missing."""
+    missing = [each for each in _LIBRARIES if importlib.util.find_spec(each) is None]
+    if missing:
+        raise ValueError(
+            f"not installed: {', '.join(missing)}; pip install -r requirements-serve.txt"
+        )
 
 
 def is_loopback(host: str) -> bool:
