@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from models.test_gguf_source import TOKENS, tiny_tensors, write_tiny
 from models.test_hf_source import random_tensors, write_model
 from tiny_checkpoint import tiny_tokenizer
+from tiny_gguf import TOKENS, tiny_tensors, write_tiny
 
 from gptvq_jax.exchange.hf_dense import hf_dense
 from gptvq_jax.models.companions import read_companions
