@@ -6,7 +6,8 @@ from typing import Any
 from gptvq_jax.console.compile_time import CompileTime
 from gptvq_jax.console.processor import processor_name
 from gptvq_jax.console.progress import Progress
-from gptvq_jax.serve.engine import Engine, check_options
+from gptvq_jax.serve.engine import Engine
+from gptvq_jax.serve.engine_options import check_options
 from gptvq_jax.serve.http.server import check_installed
 from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.study import serving_benchmark as bench

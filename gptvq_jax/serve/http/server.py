@@ -6,7 +6,8 @@ import socket
 
 from gptvq_jax.console.compile_time import CompileTime
 from gptvq_jax.console.progress import Progress
-from gptvq_jax.serve.engine import Engine, check_options
+from gptvq_jax.serve.engine import Engine
+from gptvq_jax.serve.engine_options import check_options
 from gptvq_jax.serve.engine_thread import EngineThread
 from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.serve.stop_tokens import stop_tokens
