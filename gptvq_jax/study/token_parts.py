@@ -2,7 +2,7 @@
 
 A part runs on the weights of all blocks in turn, each product waiting for the one before, so that
 they come from memory as in a step. What a call of a program costs apart from its work is measured
-by one with the same arguments that does nothing. Where a part is not a product, the products around
+by one with the same arguments that only negates the first. Where a part is not a product, the products around
 it are replaced by ones that only give an array of the right shape.
 """
 
@@ -35,7 +35,7 @@ class Part:
       bytes: of weights and caches that these must read, whatever they are read by.
       multiply_adds: of their products.
       run: does it once for a step; returns arrays to wait for.
-      nothing: takes the same arguments and does nothing.
+      nothing: takes the same arguments, and does as good as nothing: it only negates the first.
     """
 
     name: str
@@ -249,7 +249,7 @@ def _multiply(x: jax.Array, groups: list[list[Any]]) -> jax.Array:
 
 @partial(jax.jit, keep_unused=True)
 def _pass_on(x: jax.Array, _: Any) -> jax.Array:
-    return x
+    return -x
 
 
 @partial(jax.jit, static_argnames="configs")
@@ -273,7 +273,7 @@ def _mix(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: ja
 
 @partial(jax.jit, static_argnames="configs", donate_argnames="caches", keep_unused=True)
 def _mix_nothing(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: jax.Array):
-    return x, caches
+    return -x, caches
 
 
 @partial(jax.jit, static_argnames="configs")
