@@ -46,6 +46,7 @@ GROUPS = {
         "benchmark-memory",
         "benchmark-loading",
         "benchmark-decode",
+        "benchmark-serving",
         "torture",
     ),
 }

@@ -4,6 +4,8 @@
   python scripts/benchmark_decode.py --shapes=7b,70b --batches=1,8
   python scripts/benchmark_decode.py --formats=2d_2.25,2d_3.125 --implementations=cpu_int8,xla
   python scripts/benchmark_decode.py --json=rows.json --plot=decode.png
+  python scripts/benchmark_decode.py --model=CHECKPOINT              # a token of a model, by part
+  python scripts/benchmark_decode.py --model=CHECKPOINT --llama_cpp=F16,Q4_0,Q2_K
 
 Contenders are measured in turn, round after round; the ratios are medians over rounds. Each holds
 as many different weights as --working_set_mib asks for, so that they come from memory as in a
@@ -11,6 +13,12 @@ model; with 0 it is one weight, which stays in the caches if it fits. Columns: b
 of the weight; microseconds of one product, with its quartiles; GB/s at which the weight is read,
 and that as a fraction of what a copy moves; time relative to dense float32 and to 4-bit integers in
 groups of 128 (on a CPU our own C++ kernel, with int8 activations).
+
+With --model the table is of one greedy step of generation, as generate.py runs it: products by
+kind of layer, head, attention, and so on, each measured as a program of its own, then what a step
+takes beyond them; what each must read and multiply, and the time which that takes at the rates of a
+copy and of a large float32 product, measured in the same run. --llama_cpp adds llama.cpp's tokens
+per second on the same model, where llama-cpp-python is installed (it is optional).
 """
 
 import json
@@ -29,7 +37,9 @@ _SHAPES = flags.DEFINE_list(
 flags.DEFINE_list("batches", ["1"], "Rows of x.")
 _FORMATS = flags.DEFINE_list("formats", None, "Such as 2d_2.25; a wrong name lists them.")
 _IMPLEMENTATIONS = flags.DEFINE_list(
-    "implementations", None, "Of vq_matmul; default: auto, and on a CPU cpu_int8."
+    "implementations",
+    None,
+    "Of vq_matmul; default: auto, and of products on a CPU cpu_int8. Of a checkpoint also dense.",
 )
 _DENSE = flags.DEFINE_list(
     "dense", None, "Dense weights: float32, bfloat16; default: both, on a CPU float32."
@@ -38,11 +48,52 @@ _WORKING_SET = flags.DEFINE_integer(
     "working_set_mib", 256, "Of the copies of a weight.", lower_bound=0
 )
 _REPEATS = flags.DEFINE_integer("repeats", 25, "Rounds.", lower_bound=1)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Measure a token of this: a checkpoint's directory, or as config.model."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "With --model: of activations and dense weights."
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 128, "With --model: tokens before the one that is measured.", lower_bound=1
+)
+_LLAMA_CPP = flags.DEFINE_list(
+    "llama_cpp", [], "With --model: formats that llama.cpp runs in turn, as F16,Q4_0,Q2_K."
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")
 
 
 def main(_) -> None:
+    if _MODEL.value:
+        cli.refuse(
+            ["shapes", "formats", "dense", "working_set_mib", "plot"],
+            "on a token of a model; leave it or --model out",
+        )
+        measure_token()
+    else:
+        cli.refuse(["dtype", "context", "llama_cpp"], "without a model; add --model=CHECKPOINT")
+        measure_products()
+
+
+def measure_token() -> None:
+    from gptvq_jax.files.durable import write_text
+    from gptvq_jax.study.token_benchmark import benchmark_token
+
+    found = benchmark_token(
+        _MODEL.value,
+        _IMPLEMENTATIONS.value,
+        dtype=_DTYPE.value,
+        context=_CONTEXT.value,
+        batches=cli.integers("batches"),
+        repeats=_REPEATS.value,
+        llama_formats=_LLAMA_CPP.value,
+    )
+    if _JSON.value:
+        write_text(_JSON.value, json.dumps(found, indent=1) + "\n")
+
+
+def measure_products() -> None:
     import jax
 
     from gptvq_jax.console.progress import Progress

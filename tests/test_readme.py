@@ -233,6 +233,12 @@ EFFECTS = {
     ),
     "python scripts/benchmark_big_layer.py": has(["2d_2.125", "4d_2.222"]),
     "python scripts/benchmark_decode.py": has([(4096, 4096), (11008, 4096)], 1),
+    "python scripts/benchmark_decode.py --model=DIR --llama_cpp=F16,Q4_0": has(
+        "DIR", None, context=128, batches=[1], llama_formats=["F16", "Q4_0"], dtype="float32"
+    ),
+    "python scripts/benchmark_serving.py --checkpoint=DIR --clients=1,8": has(
+        "DIR", None, clients=[1, 8], requests=0, slots=8, implementation=None
+    ),
     f"python scripts/sweep.py --config={SWEEP}": lambda call: (
         has(job="sweep")(call),
         has(SWEEP, [], "runs/smollm2_dimensionality", None)(SimpleNamespace(args=call.args[1:])),
@@ -347,6 +353,8 @@ def call(monkeypatch, tmp_path):
         seconds = ("bytes", "read", "cast_host", "cast_device", "load", "ratio")
         job("study.loading_benchmark", "measure", dict.fromkeys(seconds, 1.0))
         monkeypatch.setattr("gptvq_jax.study.decode_benchmark.copy_bandwidth", lambda: 1e9)
+        job("study.token_benchmark", "benchmark_token", {})
+        job("study.serving_job", "benchmark_serving", {})
 
         def product(rows, cols, batch, *_):
             made.append((rows, cols))

@@ -9,6 +9,8 @@ TASKS = "python scripts/evaluate_tasks.py --checkpoint=DIR --tasks=a"
 CHAT = "python scripts/chat.py --checkpoint=DIR"
 LORA = "python scripts/lora.py --checkpoint=DIR --out=A"
 SERVE = "python scripts/serve.py --checkpoint=DIR"
+DECODE = "python scripts/benchmark_decode.py"
+SERVING = "python scripts/benchmark_serving.py --checkpoint=DIR"
 GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
 
 
@@ -29,6 +31,18 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{CHAT} --dense --implementation=xla", "--implementation is of packed weights"),
         (f"{SERVE} --model=M", "not installed|either --checkpoint=DIR or --model=NAME"),
         (f"{SERVE} --host=0.0.0.0", "not installed|--host=0.0.0.0 lets other machines in"),
+        (f"{DECODE} --model=M --shapes=7b", "--shapes has no effect on a token of a model; leave"),
+        (f"{DECODE} --model=M --plot=a.png", "--plot has no effect on a token of a model; leave"),
+        (
+            f"{DECODE} --context=3",
+            "--context has no effect without a model; add --model=CHECKPOINT",
+        ),
+        (f"{DECODE} --llama_cpp=F16", "--llama_cpp has no effect without a model; add --model"),
+        (f"{DECODE} --model=M --llama_cpp=Q9", "unknown format 'Q9' of llama.cpp; choose from F32"),
+        (f"{SERVING} --killed=0.1", "--killed has no effect without short requests; add --requ"),
+        (f"{SERVING} --clients=0", "--clients=0 must be integers of at least 1"),
+        (f"{SERVING} --requests=9 --killed=2", "not installed|killed=2.0 must be from 0 to 1"),
+        (f"{SERVING} --model=M", "not installed|either --checkpoint=DIR or --model=NAME"),
         (f"{TASKS} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{TASKS} --num_fewshot=-1", "lm-eval is not installed|num_fewshot=-1 must be 0"),
         ("python scripts/calibrate.py --output=A", "either --config=FILE, .* or --add=FILE twice"),

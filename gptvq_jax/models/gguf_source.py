@@ -45,7 +45,7 @@ class GGUFSource(CheckpointSource):
             self.config, self.stop_tokens = read_metadata(self._field, self._tensors)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{self._path}: {error}") from None
-        self._names = _gguf_names(self.config)
+        self._names = gguf_names(self.config)
         check_names(self._path, {*self._tensors} - {FREQUENCIES}, self._names.values())
         if fingerprint is None:
             offsets = [tensor.data_offset for tensor in self._reader.tensors]
@@ -144,7 +144,7 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ValueError(f"{path} is not a complete GGUF file: {first_line(error)}") from None
 
 
-def _gguf_names(config: ModelConfig) -> dict[str, str]:
+def gguf_names(config: ModelConfig) -> dict[str, str]:
     """{Hugging Face's name as stored: GGUF's} of all tensors of a model.
 
     Raises:
@@ -171,4 +171,10 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     its converter interleaves the halves.
     """
     halves = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k in llama.cpp's order, (heads * head_dim, ...) -> same."""
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from gptvq_jax.console.late_note import late_note
 from gptvq_jax.serve.answer import Answer, Piece
 from gptvq_jax.serve.conversation import Conversation
-from gptvq_jax.serve.engine import Engine, check_options
+from gptvq_jax.serve.engine import Engine
+from gptvq_jax.serve.engine_options import check_options
 from gptvq_jax.serve.params import implementations, memory_bytes
 from gptvq_jax.serve.requests import Request
 from gptvq_jax.serve.sampling import Sampling

@@ -9,8 +9,6 @@ A text does not depend on what else is in the batch, but by rounding: a product 
 added up in another order than that of many.
 """
 
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,16 +18,13 @@ import numpy as np
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.core.seeds import random_key
 from gptvq_jax.models.config import ModelConfig
+from gptvq_jax.serve.engine_options import CHUNK, check_options
+from gptvq_jax.serve.job_queue import JobQueue
 from gptvq_jax.serve.requests import Counts, Job, Listener, Request, TokenScore
 from gptvq_jax.serve.slot_runner import Next, SlotRunner
 from gptvq_jax.serve.slots import Slot, Slots
 
-CHUNK = 64  # tokens of a prompt that are read between two steps
 _NO_NUMBERS = "error: the model's scores are not finite; --dtype=float32 has the widest range"
-
-
-class EngineFull(Exception):
-    """As many requests as may wait are waiting."""
 
 
 class Engine:
@@ -72,9 +67,7 @@ class Engine:
         self._stop_tokens, self.num_slots = frozenset(stop_tokens), slots
         self.most_jobs = slots + queue
         self._runner = SlotRunner(config, params, slots, self.context, chunk, dtype)
-        self._lock = threading.Lock()  # of what follows
-        self._waiting: deque[Job] = deque()
-        self._num_jobs, self._closed = 0, False
+        self._queue = JobQueue(self.most_jobs)
         self._reading: Job | None = None  # that of `alone`, as long as its prompt is read
         self._prompt_scores: list[TokenScore] = []
 
@@ -110,29 +103,27 @@ class Engine:
         for request, listener in pairs:
             request.check(self._config, self.context)
             jobs.append(Job(request, listener, _key_data(request.seed)))
-        with self._lock:
-            if self._closed:
-                raise EngineFull("the engine is closed")
-            if self._num_jobs + len(jobs) > self.most_jobs:
-                raise EngineFull(f"{self._num_jobs} requests are worked on or wait already")
-            self._num_jobs += len(jobs)
-            self._waiting.extend(jobs)
+        self._queue.add(jobs)
         return jobs
 
     @property
     def num_jobs(self) -> int:
         """Requests that are worked on or wait; from any thread."""
-        return self._num_jobs
+        return self._queue.count
+
+    @property
+    def busy_slots(self) -> int:
+        """Slots that a request has; from any thread."""
+        return len(self._slots.jobs)
 
     @property
     def closed(self) -> bool:
         """Whether it takes no further requests; from any thread."""
-        return self._closed
+        return self._queue.closed
 
     def close(self) -> None:
         """Takes no further requests; the next `step` ends those that there are. Any thread."""
-        with self._lock:
-            self._closed = True
+        self._queue.close()
 
     # --- for one thread ---
 
@@ -142,7 +133,7 @@ class Engine:
         Raises:
           Exception: a program failed; all requests have been ended, and further ones are taken.
         """
-        if self._closed:
+        if self._queue.closed:
             self._end_all("closed")
             return
         try:
@@ -176,10 +167,7 @@ class Engine:
     # --- who enters and who leaves ---
 
     def _drop_cancelled(self) -> None:
-        with self._lock:
-            dropped = [job for job in self._waiting if job.cancelled]
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
-        for job in dropped:
+        for job in self._queue.take_cancelled():
             self._tell_end(job, "cancelled")
         for slot in self._slots.all:
             if slot.job is not None and slot.job.cancelled:
@@ -188,8 +176,7 @@ class Engine:
     def _admit(self) -> None:
         if len(self._slots.jobs) >= self.num_slots:
             return
-        with self._lock:
-            job = self._waiting.popleft() if self._waiting else None
+        job = self._queue.take()
         if job is not None:
             if self._slots.alone.job is not None:
                 self._slots.join()
@@ -214,8 +201,7 @@ class Engine:
         self._tell_end(job, reason)
 
     def _tell_end(self, job: Job, reason: str) -> None:
-        with self._lock:
-            self._num_jobs -= 1
+        self._queue.ended()
         job.listener.on_end(reason)
 
     def _end_all(self, reason: str) -> None:
@@ -223,10 +209,7 @@ class Engine:
         jobs = self._slots.jobs
         for slot in self._slots.all:
             slot.job = None
-        with self._lock:
-            jobs += self._waiting
-            self._waiting.clear()
-        for job in jobs:
+        for job in jobs + self._queue.take_all():
             self._tell_end(job, reason)
 
     # --- what a step does ---
@@ -256,7 +239,7 @@ class Engine:
         """Makes a token of every request whose prompt has been read."""
         slots = self._slots
         active = [slot for slot in slots.others if slot.job is not None]
-        if len(active) == 1 and slots.alone.job is None and not self._waiting:
+        if len(active) == 1 and slots.alone.job is None and not self._queue.waiting:
             slots.part(active[0])
             active = []
         if active:
@@ -294,23 +277,6 @@ class Engine:
         if enough:
             return "stop"
         return "length" if job.made == job.request.max_tokens else None
-
-
-def check_options(
-    config: ModelConfig,
-    *,
-    slots: int = 1,
-    context: int | None = None,
-    queue: int = 0,
-    chunk: int = CHUNK,
-) -> None:
-    """Raises ValueError for options of an `Engine` that are out of range."""
-    limit = config.max_position_embeddings
-    if context is not None and not 2 <= context <= limit:
-        raise ValueError(f"{context=} must be from 2 to {limit}, the model's positions")
-    for name, value, least in (("slots", slots, 1), ("queue", queue, 0), ("chunk", chunk, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def _key_data(seed: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from gptvq_jax.console.compile_time import PROCESS
 from gptvq_jax.models import llama
 from gptvq_jax.serve import slot_runner
 from gptvq_jax.serve import slots as slots_module
-from gptvq_jax.serve.engine import Engine, EngineFull
+from gptvq_jax.serve.engine import Engine
 from gptvq_jax.serve.generate import generate
+from gptvq_jax.serve.job_queue import EngineFull
 from gptvq_jax.serve.params import dense_params, packed_params
 from gptvq_jax.serve.requests import Request
 from gptvq_jax.serve.sampling import Sampling

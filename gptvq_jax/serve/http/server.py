@@ -6,7 +6,8 @@ import socket
 
 from gptvq_jax.console.compile_time import CompileTime
 from gptvq_jax.console.progress import Progress
-from gptvq_jax.serve.engine import Engine, check_options
+from gptvq_jax.serve.engine import Engine
+from gptvq_jax.serve.engine_options import check_options
 from gptvq_jax.serve.engine_thread import EngineThread
 from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.serve.stop_tokens import stop_tokens
@@ -48,11 +49,7 @@ def serve(
       ValueError, FileNotFoundError, NotImplementedError, OSError: bad input, in one line with the
         way out.
     """
-    missing = [each for each in _LIBRARIES if importlib.util.find_spec(each) is None]
-    if missing:
-        raise ValueError(
-            f"not installed: {', '.join(missing)}; pip install -r requirements-serve.txt"
-        )
+    check_installed()
     if api_key is None and not is_loopback(host):
         raise ValueError(
             f"--host={host} lets other machines in; add --api_key=KEY, or leave --host out"
@@ -123,6 +120,15 @@ def _run(
     finally:
         service.close()
         thread.join(_SECONDS_TO_END)
+
+
+def check_installed() -> None:
+    """Raises ValueError where a library that the server needs is missing."""
+    missing = [each for each in _LIBRARIES if importlib.util.find_spec(each) is None]
+    if missing:
+        raise ValueError(
+            f"not installed: {', '.join(missing)}; pip install -r requirements-serve.txt"
+        )
 
 
 def is_loopback(host: str) -> bool:

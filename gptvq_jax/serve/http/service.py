@@ -9,15 +9,13 @@ from typing import Any
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.data.vocabulary import check_tokens, encode
 from gptvq_jax.models.source import ModelSource
-from gptvq_jax.serve.engine import EngineFull
 from gptvq_jax.serve.engine_thread import EngineThread
 from gptvq_jax.serve.http.calls import ChatCall, CompletionCall
 from gptvq_jax.serve.http.choices import Choices
 from gptvq_jax.serve.http.errors import APIError, bad_field
+from gptvq_jax.serve.job_queue import EngineFull
 from gptvq_jax.serve.prompts import check_unicode, render_chat
 from gptvq_jax.serve.requests import Request
-
-_RETRY_SECONDS = 1  # after which a client whom the queue had no room for may come again
 
 
 class Service:
@@ -109,7 +107,7 @@ class Service:
                 429,
                 f"{error}; come again later",
                 code="queue_full",
-                headers={"retry-after": str(_RETRY_SECONDS)},
+                headers={"retry-after": str(error.seconds or 1)},
             ) from None
         for choice, job in zip(found.choices, jobs, strict=True):
             choice.job = job

@@ -471,6 +471,10 @@ def test_a_full_queue(client, service):
         answer = client.post("/v1/completions", json=fields)
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "rate_limit_error"
+        # None of them has ended in 20 seconds: so long does the next place take.
+        service.thread.engine._queue._departures._start -= 20
+        answer = client.post("/v1/completions", json=fields | {"n": 2})
+        assert answer.status_code == 429 and 40 <= int(answer.headers["retry-after"]) <= 60
         for job in jobs:
             job.cancel()
 

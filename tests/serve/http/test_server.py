@@ -137,7 +137,7 @@ def test_who_hangs_up_frees_the_slot(live, streaming):
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         while not service.thread.engine.num_jobs:
             time.sleep(0.01)
-        (cancelled,) = service.thread.engine._waiting or service.thread.engine._slots.jobs
+        (cancelled,) = service.thread.engine._queue.waiting or service.thread.engine._slots.jobs
         connection.sock.close()
         connection.close()
         for _ in range(1000):
