@@ -32,6 +32,7 @@ _SOURCES = (
     "simd.h",
     "trellis.h",
     "trellis_call.h",
+    "trellis_runs.h",
     "trellis_simd.h",
     "viterbi.h",
 )

@@ -11,6 +11,7 @@
 
 #include "parallel.h"
 #include "products.h"
+#include "trellis_runs.h"
 #include "trellis_simd.h"
 
 namespace {
@@ -26,6 +27,7 @@ struct TrellisFormat {
   const float* table;                    // (2^L,) of float levels, or
   const uint8_t *levels, *parts;  // (2^L,) plus kBias; of LongWindows, null where there are none
   float level_scale;
+  bool shared;  // levels that other layers have too
   int64_t num_outliers;
   const int32_t *outlier_rows, *outlier_cols, *outlier_starts;  // by cut: (cuts + 1,)
   const float* outlier_values;
@@ -82,28 +84,11 @@ inline std::vector<TrellisBlock> trellis_blocks(const TrellisFormat& f) {
   return blocks;
 }
 
-// Looks up `rows` windows, or up to 7 more, of a stream; `step` from one to the next in `found`.
-template <int RATE, int STEP, class T>
-inline void look_up(const uint8_t* stream, const T* table, int64_t bits, int64_t rows, T* found) {
-  const uint32_t mask = (1u << bits) - 1;
-  for (int64_t row = 0; row < rows; row += 8, stream += RATE, found += 8 * STEP) {
-    uint64_t word;
-    std::memcpy(&word, stream, 8);
-    for (int i = 0; i < 8; i++) found[i * STEP] = table[word >> i * RATE & mask];
-  }
-}
-template <int STEP, class T>
-void look_up(int rate, const uint8_t* stream, const T* table, int64_t bits, int64_t rows,
-             T* found) {
-  constexpr decltype(&look_up<1, STEP, T>) kEach[] = {
-      look_up<1, STEP, T>, look_up<2, STEP, T>, look_up<3, STEP, T>,
-      look_up<4, STEP, T>, look_up<5, STEP, T>, look_up<6, STEP, T>};
-  kEach[rate - 1](stream, table, bits, rows, found);
-}
-
 // Float levels, and x as it is.
 struct TrellisFloats {
   using Level = float;
+  explicit TrellisFloats(const TrellisFormat& f)
+      : f(f), tables(run_tables(f.table, f.bits, f.shared)) {}
   struct Input {
     Input(const TrellisFormat& f, const std::vector<TrellisBlock>&, const float* from,
           int64_t batch)
@@ -117,10 +102,10 @@ struct TrellisFloats {
   };
 
   // Columns one after another, of a tile each.
-  static void decode(const TrellisFormat& f, const TrellisBlock& b, const uint8_t* streams,
-                     int64_t rows, float* levels) {
+  void decode(const TrellisBlock& b, const uint8_t* streams, int64_t rows, float* levels) const {
     for (int64_t c = 0; c < 4 * b.quads; c++)
-      look_up<1>(b.rate, streams + c * b.size, f.table, f.bits, rows, levels + c * kTile);
+      look_up<float>(b.rate, tables->of_rate[b.rate], streams + c * b.size, f.bits, rows,
+                     levels + c * kTile);
   }
   static void multiply(const TrellisBlock& b, int64_t, const float* levels, const Input& in,
                        int64_t batch, float* sums, int64_t stride) {
@@ -138,69 +123,95 @@ struct TrellisFloats {
       std::memcpy(sums + n * stride, sum, sizeof sum);
     }
   }
+
+ private:
+  const TrellisFormat& f;
+  const std::shared_ptr<const RunTables<float>> tables;
 };
 
-// int8 levels, and x rounded to int8 with a scale for each block.
+// int8 levels, and x rounded to Q digits of int8 with a scale for each block.
+template <int Q>
 struct TrellisBytes {
   using Level = uint8_t;
+  explicit TrellisBytes(const TrellisFormat& f) : f(f) {
+    if (!in_registers()) tables = run_tables(f.levels, f.bits, f.shared);
+  }
   struct Input {
     Input(const TrellisFormat& f, const std::vector<TrellisBlock>& blocks, const float* from,
           int64_t batch)
-        : slots(4 * f.num_quads), count(blocks.size()), x(batch * slots), starts(batch * count),
-          factors(batch * count) {
+        : x(Q * batch * 4 * f.num_quads), starts(batch * blocks.size()),
+          factors(batch * blocks.size()) {
       float scaled[4 * kBlockQuads];
-      for (int64_t n = 0; n < batch; n++)
-        for (int64_t i = 0; i < count; i++) {
-          const TrellisBlock& b = blocks[i];
-          for (int64_t c = 0, slot = 4 * b.first; c < 4 * b.quads; c++, slot++)
+      for (size_t i = 0; i < blocks.size(); i++) {
+        const TrellisBlock& b = blocks[i];
+        const int64_t count = 4 * b.quads;
+        for (int64_t n = 0; n < batch; n++) {
+          for (int64_t c = 0, slot = 4 * b.first; c < count; c++, slot++)
             scaled[c] = from[n * f.cols + f.order[slot]] * f.col_scales[slot];
-          int8_t* digits = &x[n * slots + 4 * b.first];
-          factors[i * batch + n] = f.level_scale * round_row<1>(scaled, 4 * b.quads, digits);
-          int32_t sum = 0;
-          for (int64_t c = 0; c < 4 * b.quads; c++) sum += digits[c];
-          starts[i * batch + n] = -int32_t{kBias} * sum;
+          int8_t* digits = &x[Q * (4 * b.first * batch + n * count)];
+          factors[i * batch + n] = f.level_scale * round_row<Q>(scaled, count, digits);
+          for (int q = 0; q < Q; q++) {
+            int32_t sum = 0;
+            for (int64_t c = 0; c < count; c++) sum += digits[q * count + c];
+            starts[i * batch + n].digit[q] = -int32_t{kBias} * sum;
+          }
         }
+      }
     }
-    const int64_t slots, count;
-    std::vector<int8_t> x;
-    std::vector<int32_t> starts;  // block after block, minus what kBias adds
+    struct Starts {
+      int32_t digit[Q];
+    };
+    std::vector<int8_t> x;  // block after block, row after row, digit after digit
+    std::vector<Starts> starts;  // minus what kBias adds
     std::vector<float> factors;
   };
 
-  static void decode(const TrellisFormat& f, const TrellisBlock& b, const uint8_t* streams,
-                     int64_t rows, uint8_t* levels) {
+  void decode(const TrellisBlock& b, const uint8_t* streams, int64_t rows, uint8_t* levels) const {
     auto each = [&](const auto& windows) {
       for (int64_t q = 0; q < b.quads; q++)
-        windows(streams + 4 * q * b.size, b.size, rows, levels + 4 * q * kTile);
+        windows(streams + 4 * q * b.size, b.size, levels + 4 * q * kTile);
     };
 #ifdef GPTVQ_SHORT_WINDOWS
     if (f.bits <= 8) return each(ShortWindows(f.levels, b.rate));
-#endif
-#ifdef GPTVQ_LONG_WINDOWS
     if (f.parts) return each(LongWindows(f.parts, b.rate, f.bits));
 #endif
-    each([&](const uint8_t* stream, int64_t size, int64_t rows, uint8_t* packed) {
-      for (int c = 0; c < 4; c++)
-        look_up<4>(b.rate, stream + c * size, f.levels, f.bits, rows, packed + c);
-    });
+    uint8_t columns[4 * kBlockQuads * kTile];  // all, so that none is read while it is written
+    for (int64_t c = 0; c < 4 * b.quads; c++)
+      look_up<uint8_t>(b.rate, tables->of_rate[b.rate], streams + c * b.size, f.bits, rows,
+                       columns + c * kTile);
+    for (int64_t q = 0; q < b.quads; q++)
+      interleave(columns + 4 * q * kTile, levels + 4 * q * kTile);
   }
   static void multiply(const TrellisBlock& b, int64_t index, const uint8_t* levels,
                        const Input& in, int64_t batch, float* sums, int64_t stride) {
-    constexpr int kAlone = kLanes == 64 ? 4 : 8, kTogether = kLanes == 64 ? 4 : 2;
-    const int32_t* starts = &in.starts[index * batch];
-    const float* factors = &in.factors[index * batch];
+    constexpr int kAlone = kLanes == 64 ? 4 : 8 / Q, kTogether = kLanes == 64 ? 4 / Q : 2 / Q;
+    const int64_t count = 4 * b.quads;
     const int8_t* x[4];
     float* to[4];
-    for (int64_t n = 0, count; n < batch; n += count) {
-      count = batch - n >= 4 ? 4 : 1;
-      for (int64_t i = 0; i < count; i++) {
-        x[i] = &in.x[(n + i) * in.slots + 4 * b.first];
+    for (int64_t n = 0, rows; n < batch; n += rows) {
+      rows = batch - n >= 4 ? 4 : 1;
+      for (int64_t i = 0; i < rows; i++) {
+        x[i] = &in.x[Q * (4 * b.first * batch + (n + i) * count)];
         to[i] = sums + (n + i) * stride;
       }
-      if (count == 4) multiply_tile<kTogether, 4>(levels, b.quads, x, starts + n, factors + n, to);
-      else multiply_tile<kAlone, 1>(levels, b.quads, x, starts + n, factors + n, to);
+      const auto* starts = &in.starts[index * batch + n].digit;
+      const float* factors = &in.factors[index * batch + n];
+      if (rows == 4)
+        multiply_tile<kTogether, 4, Q>(levels, b.quads, x, count, starts, factors, kBase, to);
+      else multiply_tile<kAlone, 1, Q>(levels, b.quads, x, count, starts, factors, kBase, to);
     }
   }
+
+ private:
+  bool in_registers() const {
+#ifdef GPTVQ_SHORT_WINDOWS
+    return f.bits <= 8 || f.parts;
+#else
+    return false;
+#endif
+  }
+  const TrellisFormat& f;
+  std::shared_ptr<const RunTables<uint8_t>> tables;
 };
 
 // Shares of the columns of a cut, of which every item takes one: as many as keep threads busy, but
@@ -211,10 +222,18 @@ inline int64_t column_shares(const TrellisFormat& f, int64_t blocks, int64_t thr
   return std::max<int64_t>(1, std::min({wanted, most, blocks}));
 }
 
+// Of `size` bytes at p what is due when a tile begins, of `rows` rows: blocks are read by tiles, and
+// their first tile reads all of their lines.
+inline void prefetch(const uint8_t* p, int64_t row, int64_t rows, int64_t size) {
+  for (int64_t at = row * size / rows; at < std::min(size, (row + kTile) * size / rows); at += 64)
+    __builtin_prefetch(p + at);
+}
+
 template <class Kind, class Pool>
 void trellis_product(const TrellisFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
   using Level = typename Kind::Level;
   const std::vector<TrellisBlock> blocks = trellis_blocks(f);
+  const Kind kind(f);
   const typename Kind::Input input(f, blocks, x, batch);
   const int64_t count = blocks.size(), shares = column_shares(f, count, pool.num_threads());
   const int64_t tiles = divide_up(f.stream_rows, kTile), stride = tiles * kTile;
@@ -229,8 +248,9 @@ void trellis_product(const TrellisFormat& f, const float* x, int64_t batch, Pool
       const TrellisBlock& b = blocks[i];
       const uint8_t* streams = f.codes + cut * cut_bytes + b.offset;
       for (int64_t at = 0; at < rows; at += kTile) {
-        Kind::decode(f, b, streams + at / 8 * b.rate, std::min<int64_t>(kTile, rows - at),
-                     levels.get());
+        prefetch(streams + 4 * b.quads * b.size, at, rows, 4 * b.quads * b.size);
+        kind.decode(b, streams + at / 8 * b.rate, std::min<int64_t>(kTile, rows - at),
+                    levels.get());
         Kind::multiply(b, i, levels.get(), input, batch, &sums[at], stride);
       }
     }

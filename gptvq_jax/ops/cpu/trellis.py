@@ -37,6 +37,7 @@ class PackedTrellis:
     cols: int = dataclasses.field(metadata={"static": True})
     stream_rows: int = dataclasses.field(metadata={"static": True})
     window_bits: int = dataclasses.field(metadata={"static": True})
+    shared: bool = dataclasses.field(metadata={"static": True})  # levels that other layers have too
 
 
 def check(tensor: TrellisTensor) -> None:
@@ -84,6 +85,7 @@ def pack(tensor: TrellisTensor, int8: bool) -> PackedTrellis:
         cols=tensor.cols,
         stream_rows=tensor.stream_rows,
         window_bits=tensor.window_bits,
+        shared=tensor.levels is None,
     )
 
 
@@ -100,8 +102,13 @@ def matmul(x: jax.Array, packed: PackedTrellis) -> jax.Array:
     else:
         call = jax.ffi.ffi_call("gptvq_trellis_matmul", result)
         arrays.append(packed.table)
-    sizes = {"stream_rows": packed.stream_rows, "bits": packed.window_bits}
-    return call(x.astype(jnp.float32), *arrays, **{k: np.int64(v) for k, v in sizes.items()})
+    return call(
+        x.astype(jnp.float32),
+        *arrays,
+        stream_rows=np.int64(packed.stream_rows),
+        bits=np.int64(packed.window_bits),
+        shared=packed.shared,
+    )
 
 
 _ARRAYS = (

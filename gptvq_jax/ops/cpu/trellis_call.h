@@ -21,13 +21,13 @@ struct TrellisArrays {
                    const Integers& order, const Floats& col_scales, const Floats& row_scales,
                    const Integers& outlier_rows, const Integers& outlier_cols,
                    const Floats& outlier_values, const Integers& outlier_starts,
-                   int64_t stream_rows, int64_t bits, Result& y, TrellisFormat& f) {
+                   int64_t stream_rows, int64_t bits, bool shared, Result& y, TrellisFormat& f) {
     f = {.rows = size(row_scales), .cols = x.dimensions()[1], .stream_rows = stream_rows,
          .bits = bits, .num_bytes = size(codes), .num_quads = size(order) / 4,
          .codes = codes.typed_data(), .rate_quads = rate_quads.typed_data(),
          .order = order.typed_data(), .col_scales = col_scales.typed_data(),
          .row_scales = row_scales.typed_data(), .table = nullptr, .levels = nullptr,
-         .parts = nullptr, .level_scale = 1, .num_outliers = size(outlier_values),
+         .parts = nullptr, .level_scale = 1, .shared = shared, .num_outliers = size(outlier_values),
          .outlier_rows = outlier_rows.typed_data(), .outlier_cols = outlier_cols.typed_data(),
          .outlier_starts = outlier_starts.typed_data(),
          .outlier_values = outlier_values.typed_data()};
@@ -53,10 +53,11 @@ xla::ffi::Error TrellisMatmul(xla::ffi::ThreadPool pool, TrellisArrays::Matrix x
                               TrellisArrays::Floats row_scales, TrellisArrays::Integers rows,
                               TrellisArrays::Integers cols, TrellisArrays::Floats values,
                               TrellisArrays::Integers starts, TrellisArrays::Floats table,
-                              int64_t stream_rows, int64_t bits, TrellisArrays::Result y) {
+                              int64_t stream_rows, int64_t bits, bool shared,
+                              TrellisArrays::Result y) {
   TrellisFormat f;
   if (!TrellisArrays::read(x, codes, rate_quads, order, col_scales, row_scales, rows, cols, values,
-                           starts, stream_rows, bits, y, f) ||
+                           starts, stream_rows, bits, shared, y, f) ||
       TrellisArrays::size(table) != int64_t{1} << bits)
     return TrellisArrays::mismatch();
   f.table = table.typed_data();
@@ -71,17 +72,20 @@ xla::ffi::Error TrellisInt8Matmul(xla::ffi::ThreadPool pool, TrellisArrays::Matr
                                   TrellisArrays::Integers cols, TrellisArrays::Floats values,
                                   TrellisArrays::Integers starts, TrellisArrays::Bytes levels,
                                   TrellisArrays::Floats unit, TrellisArrays::Bytes parts,
-                                  int64_t stream_rows, int64_t bits, TrellisArrays::Result y) {
+                                  int64_t stream_rows, int64_t bits, bool shared,
+                              TrellisArrays::Result y) {
   TrellisFormat f;
   const int64_t size = TrellisArrays::size(parts);
   if (!TrellisArrays::read(x, codes, rate_quads, order, col_scales, row_scales, rows, cols, values,
-                           starts, stream_rows, bits, y, f) ||
+                           starts, stream_rows, bits, shared, y, f) ||
       TrellisArrays::size(levels) != std::max<int64_t>(256, int64_t{1} << bits) ||
       TrellisArrays::size(unit) != 1 || (size && (size != kPartBytes || bits < 9 || bits > 12)))
     return TrellisArrays::mismatch();
   f.levels = levels.typed_data(), f.parts = size ? parts.typed_data() : nullptr;
   f.level_scale = unit.typed_data()[0];
-  trellis_product<TrellisBytes>(f, x.typed_data(), TrellisArrays::size(x), pool, y->typed_data());
+  const int64_t batch = TrellisArrays::size(x);
+  if (bits <= 8) trellis_product<TrellisBytes<1>>(f, x.typed_data(), batch, pool, y->typed_data());
+  else trellis_product<TrellisBytes<2>>(f, x.typed_data(), batch, pool, y->typed_data());
   return xla::ffi::Error::Success();
 }
 
@@ -92,6 +96,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(trellis_matmul, TrellisMatmul,
                                   .Arg<TrellisArrays::Floats>()
                                   .Attr<int64_t>("stream_rows")
                                   .Attr<int64_t>("bits")
+                                  .Attr<bool>("shared")
                                   .Ret<TrellisArrays::Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(trellis_int8_matmul, TrellisInt8Matmul,
                               TrellisArrays::binding()
@@ -100,4 +105,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(trellis_int8_matmul, TrellisInt8Matmul,
                                   .Arg<TrellisArrays::Bytes>()
                                   .Attr<int64_t>("stream_rows")
                                   .Attr<int64_t>("bits")
+                                  .Attr<bool>("shared")
                                   .Ret<TrellisArrays::Matrix>());

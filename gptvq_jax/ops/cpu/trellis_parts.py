@@ -37,7 +37,7 @@ def level_parts(bits: int, bias: int) -> tuple[np.ndarray, float]:
     """
     rank, below = ranks(bits), bits - 8
     by_low = rank[np.arange(256) % 2 ** (bits - 4)]
-    by_high = rank[(np.arange(64) % 16) << (bits - 4)] ^ rank[0]
+    by_high = rank[(np.arange(64) % 16) << (bits - 4)]  # its lowest bits do not depend on others
     upper = gaussian_levels(2**bits).astype(np.float64)[2 ** (bits - 1) :]
     unit = upper[-1] / _MAX
     level, slope, added = _fit(upper.reshape(128, -1) / unit)
@@ -45,7 +45,7 @@ def level_parts(bits: int, bias: int) -> tuple[np.ndarray, float]:
     padded[:, : 2**below] = added
     tables = (
         by_low >> below,
-        by_high >> below,
+        (by_high ^ rank[0]) >> below,
         by_high & (2**below - 1),
         level + bias,
         16 * slope,

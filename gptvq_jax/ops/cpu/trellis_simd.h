@@ -16,15 +16,14 @@ constexpr int kTile = 64;           // rows that are decoded together
 constexpr int kTrellisSlack = 128;  // bytes behind the last stream
 constexpr int kPartBytes = 256 + 2 * 64 + 3 * 128;  // of LongWindows: see trellis_parts.py
 
-// Levels of windows of up to 8 bits: 256 of them, repeated where there are fewer, plus kBias.
-// `packed` are those of 4 columns, of a tile: [row][column].
+//   ints(value)  a vector of int32
+//   interleave   four columns of a tile, one after another, to four columns of a row after another
+//   ShortWindows, LongWindows
+//                levels, plus kBias, of four streams of so many bytes, for all rows of a tile,
+//                interleaved
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-inline Bytes quad(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm512_set1_epi32(four);
-}
+inline Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
 
 // Where the 64 windows of a column are: position 16 l + 4 j + i of a vector has row 16 j + 4 l + i,
 // which interleaving four columns brings in order. Four rows come from 32 bits: they begin at bit 0
@@ -43,7 +42,6 @@ struct Spread {
   Bytes from, shift;
 };
 
-// Four columns of 64 rows each, to rows of four.
 inline void interleave(const Bytes (&column)[4], uint8_t* packed) {
   const Bytes low01 = _mm512_unpacklo_epi8(column[0], column[1]);
   const Bytes high01 = _mm512_unpackhi_epi8(column[0], column[1]);
@@ -55,10 +53,18 @@ inline void interleave(const Bytes (&column)[4], uint8_t* packed) {
   _mm512_storeu_si512(packed + 192, _mm512_unpackhi_epi16(high01, high23));
 }
 
+inline void interleave(const uint8_t* column, uint8_t* packed) {
+  const Bytes four[4] = {load(column), load(column + kTile), load(column + 2 * kTile),
+                         load(column + 3 * kTile)};
+  interleave(four, packed);
+}
+
+// Levels of windows of up to 8 bits, of which the tables lie in registers: 256 levels, repeated where
+// there are fewer.
 #define GPTVQ_SHORT_WINDOWS 1
 struct ShortWindows {
   ShortWindows(const uint8_t* levels, int rate) : spread(rate, 0), table(levels) {}
-  void operator()(const uint8_t* stream, int64_t size, int64_t, uint8_t* packed) const {
+  void operator()(const uint8_t* stream, int64_t size, uint8_t* packed) const {
     Bytes column[4];
     for (int c = 0; c < 4; c++) {
       const Bytes bytes = _mm512_permutexvar_epi8(spread.from, load(stream + c * size));
@@ -74,14 +80,13 @@ struct ShortWindows {
 // lower bits and its highest 4 stand for (trellis_table.py), of which only the sign is needed where
 // levels are those of a symmetric distribution. A level is that of the next 7 bits of the rank, and
 // what the last ones add to it, which depends on how steep the distribution is there.
-#define GPTVQ_LONG_WINDOWS 1
 struct LongWindows {
   LongWindows(const uint8_t* parts, int rate, int bits)
       : low(rate, 0), high(rate, bits - 4), of_low(parts), of_high(load(parts + 256)),
         rest(load(parts + 320)), level{load(parts + 384), load(parts + 448)},
         slope{load(parts + 512), load(parts + 576)}, step{load(parts + 640), load(parts + 704)},
         last(fill((1 << (bits - 8)) - 1)) {}
-  void operator()(const uint8_t* stream, int64_t size, int64_t, uint8_t* packed) const {
+  void operator()(const uint8_t* stream, int64_t size, uint8_t* packed) const {
     Bytes column[4];
     for (int c = 0; c < 4; c++) {
       const Bytes bytes = _mm512_permutexvar_epi8(low.from, load(stream + c * size));
@@ -108,87 +113,93 @@ struct LongWindows {
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
-inline Bytes quad(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
+inline Ints ints(int32_t value) { return _mm256_set1_epi32(value); }
+inline void interleave(const uint8_t* column, uint8_t* packed) {
+  for (int row = 0; row < kTile; row += 32, packed += 128) {
+    Bytes part[4], quads[4];
+    for (int c = 0; c < 4; c++) part[c] = load(column + c * kTile + row);
+    const Bytes low01 = _mm256_unpacklo_epi8(part[0], part[1]);
+    const Bytes high01 = _mm256_unpackhi_epi8(part[0], part[1]);
+    const Bytes low23 = _mm256_unpacklo_epi8(part[2], part[3]);
+    const Bytes high23 = _mm256_unpackhi_epi8(part[2], part[3]);
+    quads[0] = _mm256_unpacklo_epi16(low01, low23);  // rows 0-3 and 16-19, and so on
+    quads[1] = _mm256_unpackhi_epi16(low01, low23);
+    quads[2] = _mm256_unpacklo_epi16(high01, high23);
+    quads[3] = _mm256_unpackhi_epi16(high01, high23);
+    for (int i = 0; i < 4; i++) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + 16 * i),
+                       _mm256_castsi256_si128(quads[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + 64 + 16 * i),
+                       _mm256_extracti128_si256(quads[i], 1));
+    }
+  }
 }
 
-#define GPTVQ_SHORT_WINDOWS 1
-// 16 rows of a column at a time: of each, the two bytes that hold its window are moved to the top
-// by a multiplication. Lanes hold rows 0-3, 8-11 and 4-7, 12-15, which interleaving brings in order.
-struct ShortWindows {
-  ShortWindows(const uint8_t* levels, int rate) : rate(rate), table(levels) {
-    alignas(32) uint8_t bytes[32];
-    alignas(32) uint16_t factors[16];
-    for (int at = 0; at < 16; at++) {
-      const int row = at / 8 * 4 + at / 4 % 2 * 8 + at % 4, bit = row * rate;
-      bytes[2 * at] = bit / 8, bytes[2 * at + 1] = bit / 8 + 1;
-      factors[at] = 1 << (8 - bit % 8);
-    }
-    from = load(bytes), lift = load(factors);
-  }
-  void operator()(const uint8_t* stream, int64_t size, int64_t rows, uint8_t* packed) const {
-    for (int64_t row = 0; row < rows; row += 16, stream += 2 * rate, packed += 64) {
-      const Bytes first = both(stream, size), second = both(stream + 2 * size, size);
-      store(packed, _mm256_unpacklo_epi16(first, second));
-      store(packed + 32, _mm256_unpackhi_epi16(first, second));
-    }
-  }
+#elif defined(__aarch64__)
 
- private:
-  static void store(uint8_t* to, Bytes v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+inline Ints ints(int32_t value) { return vdupq_n_s32(value); }
+inline void interleave(const uint8_t* column, uint8_t* packed) {
+  for (int row = 0; row < kTile; row += 16) {
+    uint8x16x4_t four;
+    for (int c = 0; c < 4; c++) four.val[c] = vld1q_u8(column + c * kTile + row);
+    vst4q_u8(packed + 4 * row, four);
   }
-  Bytes lifted(const uint8_t* stream) const {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stream));
-    return _mm256_mullo_epi16(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), from), lift);
-  }
-  Bytes both(const uint8_t* stream, int64_t size) const {  // levels of two columns, side by side
-    const Bytes even = _mm256_srli_epi16(lifted(stream), 8), odd = lifted(stream + size);
-    return table(_mm256_or_si256(even, _mm256_and_si256(odd, _mm256_set1_epi16(-256))));
-  }
-  const int rate;
-  const Table<8> table;
-  Bytes from, lift;
-};
+}
 
 #else
-inline Bytes quad(const int8_t* x) {
-  alignas(16) int8_t four[16];
-  for (int i = 0; i < 16; i += 4) std::memcpy(four + i, x, 4);
-  return load(four);
+
+inline Ints ints(int32_t value) {
+  return each<Ints>([=](int) { return value; });
+}
+inline void interleave(const uint8_t* column, uint8_t* packed) {
+  for (int row = 0; row < kTile; row++)
+    for (int c = 0; c < 4; c++) packed[4 * row + c] = column[c * kTile + row];
 }
 #endif
 
-// sums[n][row] += factors[n] (starts[n] + products of a tile with x[n]), for G vectors of rows and N
-// rows of x. `packed` are `quads` times four columns of a tile.
-template <int G, int N>
+// Four bytes, repeated.
+inline Bytes quad(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const Ints repeated = ints(four);
+  Bytes same;
+  std::memcpy(&same, &repeated, sizeof same);
+  return same;
+}
+
+// sums[n][row] += factors[n] (products of a tile with x[n]), for G vectors of rows and N rows of x at
+// a time. `packed` are `quads` times four columns of a tile; x[n] is `digits` Q times, to the base
+// `base`, each the number given by `step` behind the one before, and products with them begin at
+// starts[n][q].
+template <int G, int N, int Q>
 inline void multiply_tile(const uint8_t* packed, int64_t quads, const int8_t* const* x,
-                          const int32_t* starts, const float* factors, float* const* sums) {
+                          int64_t step, const int32_t (*starts)[Q], const float* factors,
+                          float base, float* const* sums) {
   constexpr int kRows = kLanes / 4;  // of a vector
   for (int first = 0; first < kTile / kRows; first += G) {
-    Ints sum[G][N];
-    for (int n = 0; n < N; n++) {
-      alignas(64) int32_t start[kRows];
-      for (int32_t& lane : start) lane = starts[n];
-      for (int g = 0; g < G; g++) std::memcpy(&sum[g][n], start, sizeof(Ints));
-    }
+    Ints sum[N][Q][G];
+    for (int n = 0; n < N; n++)
+      for (int q = 0; q < Q; q++) {
+        const Ints start = ints(starts[n][q]);
+        for (int g = 0; g < G; g++) sum[n][q][g] = start;
+      }
     const uint8_t* p = packed + first * kLanes;
-    for (int64_t q = 0; q < quads; q++, p += 4 * kTile) {
+    for (int64_t i = 0; i < quads; i++, p += 4 * kTile) {
       Bytes weight[G];
       for (int g = 0; g < G; g++) weight[g] = load(p + g * kLanes);
-      for (int n = 0; n < N; n++) {
-        const Bytes input = quad(x[n] + 4 * q);
-        for (int g = 0; g < G; g++) sum[g][n] = dot(sum[g][n], weight[g], input);
-      }
+      for (int n = 0; n < N; n++)
+        for (int q = 0; q < Q; q++) {
+          const Bytes input = quad(x[n] + q * step + 4 * i);
+          for (int g = 0; g < G; g++) sum[n][q][g] = dot(sum[n][q][g], weight[g], input);
+        }
     }
     for (int n = 0; n < N; n++)
       for (int g = 0; g < G; g++) {
         float* to = sums[n] + (first + g) * kRows;
-        Floats total;
+        Floats value = to_float(sum[n][Q - 1][g]), total;
+        for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / base, to_float(sum[n][q][g]));
         std::memcpy(&total, to, sizeof total);
-        total = fma(to_float(sum[g][n]), factors[n], total);
+        total = fma(value, factors[n], total);
         std::memcpy(to, &total, sizeof total);
       }
   }
