@@ -112,15 +112,20 @@ struct TrellisFloats {
     constexpr int kLane = sizeof(Floats) / 4, kVectors = kTile / kLane;
     for (int64_t n = 0; n < batch; n++) {
       const float *x = &in.x[n * in.slots + 4 * b.first], *p = levels;
+      float* const to = sums + n * stride;
       Floats sum[kVectors];
-      std::memcpy(sum, sums + n * stride, sizeof sum);
-      for (int64_t c = 0; c < 4 * b.quads; c++, p += kTile)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) std::memcpy(&sum[v], to + v * kLane, sizeof sum[v]);
+      for (int64_t c = 0; c < 4 * b.quads; c++, p += kTile) {
+#pragma GCC unroll 16
         for (int v = 0; v < kVectors; v++) {
           Floats level;
           std::memcpy(&level, p + v * kLane, sizeof level);
           sum[v] = fma(level, x[c], sum[v]);
         }
-      std::memcpy(sums + n * stride, sum, sizeof sum);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) std::memcpy(to + v * kLane, &sum[v], sizeof sum[v]);
     }
   }
 

@@ -72,16 +72,25 @@ std::shared_ptr<const RunTables<T>> run_tables(const T* levels, int bits, bool s
   return kept.front().tables;
 }
 
-// Levels of `rows` windows of a stream, or of up to 7 more.
+// Levels of 8 windows of a stream.
+template <int RATE, int RUN, class T>
+inline void look_up_8(const uint8_t* stream, const T* table, uint64_t mask, T* found) {
+  uint64_t word;
+  std::memcpy(&word, stream, 8);
+  for (int i = 0; i < 8; i += RUN)
+    std::memcpy(found + i, table + RUN * (word >> i * RATE & mask), RUN * sizeof(T));
+}
+// Of `rows` windows, or of up to 7 more.
 template <int RATE, int RUN, class T>
 void look_up(const uint8_t* stream, const T* table, int bits, int64_t rows, T* found) {
   const uint64_t mask = (uint64_t{1} << (bits + (RUN - 1) * RATE)) - 1;
-  for (int64_t row = 0; row < rows; row += 8, stream += RATE, found += 8) {
-    uint64_t word;
-    std::memcpy(&word, stream, 8);
-    for (int i = 0; i < 8; i += RUN)
-      std::memcpy(found + i, table + RUN * (word >> i * RATE & mask), RUN * sizeof(T));
-  }
+  int64_t row = 0;
+  for (; row + 32 <= rows; row += 32)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      look_up_8<RATE, RUN>(stream + (row / 8 + i) * RATE, table, mask, found + row + 8 * i);
+  for (; row < rows; row += 8)
+    look_up_8<RATE, RUN>(stream + row / 8 * RATE, table, mask, found + row);
 }
 template <class T>
 void look_up(int rate, const typename RunTables<T>::Table& table, const uint8_t* stream, int bits,

@@ -54,8 +54,10 @@ inline void interleave(const Bytes (&column)[4], uint8_t* packed) {
 }
 
 inline void interleave(const uint8_t* column, uint8_t* packed) {
-  const Bytes four[4] = {load(column), load(column + kTile), load(column + 2 * kTile),
-                         load(column + 3 * kTile)};
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Bytes four[4];
+  for (int c = 0; c < 4; c++)
+    four[c] = _mm512_permutexvar_epi32(order, load(column + c * kTile));
   interleave(four, packed);
 }
 
@@ -176,32 +178,35 @@ inline void multiply_tile(const uint8_t* packed, int64_t quads, const int8_t* co
                           int64_t step, const int32_t (*starts)[Q], const float* factors,
                           float base, float* const* sums) {
   constexpr int kRows = kLanes / 4;  // of a vector
+  const int8_t* rows[N * Q];
+  for (int i = 0; i < N * Q; i++) rows[i] = x[i / Q] + i % Q * step;
   for (int first = 0; first < kTile / kRows; first += G) {
-    Ints sum[N][Q][G];
-    for (int n = 0; n < N; n++)
-      for (int q = 0; q < Q; q++) {
-        const Ints start = ints(starts[n][q]);
-        for (int g = 0; g < G; g++) sum[n][q][g] = start;
-      }
+    Ints sum[N * Q * G];
+#pragma GCC unroll 16
+    for (int i = 0; i < N * Q * G; i++) sum[i] = ints(starts[i / (Q * G)][i / G % Q]);
     const uint8_t* p = packed + first * kLanes;
-    for (int64_t i = 0; i < quads; i++, p += 4 * kTile) {
+    for (int64_t q = 0; q < quads; q++, p += 4 * kTile) {
       Bytes weight[G];
+#pragma GCC unroll 16
       for (int g = 0; g < G; g++) weight[g] = load(p + g * kLanes);
-      for (int n = 0; n < N; n++)
-        for (int q = 0; q < Q; q++) {
-          const Bytes input = quad(x[n] + q * step + 4 * i);
-          for (int g = 0; g < G; g++) sum[n][q][g] = dot(sum[n][q][g], weight[g], input);
-        }
-    }
-    for (int n = 0; n < N; n++)
-      for (int g = 0; g < G; g++) {
-        float* to = sums[n] + (first + g) * kRows;
-        Floats value = to_float(sum[n][Q - 1][g]), total;
-        for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / base, to_float(sum[n][q][g]));
-        std::memcpy(&total, to, sizeof total);
-        total = fma(value, factors[n], total);
-        std::memcpy(to, &total, sizeof total);
+#pragma GCC unroll 16
+      for (int i = 0; i < N * Q * G; i += G) {
+        const Bytes input = quad(rows[i / G] + 4 * q);
+#pragma GCC unroll 16
+        for (int g = 0; g < G; g++) sum[i + g] = dot(sum[i + g], weight[g], input);
       }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N * G; i++) {
+      const int n = i / G, g = i % G;
+      float* to = sums[n] + (first + g) * kRows;
+      Floats value = to_float(sum[(n * Q + Q - 1) * G + g]), total;
+#pragma GCC unroll 16
+      for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / base, to_float(sum[(n * Q + q) * G + g]));
+      std::memcpy(&total, to, sizeof total);
+      total = fma(value, factors[n], total);
+      std::memcpy(to, &total, sizeof total);
+    }
   }
 }
 
