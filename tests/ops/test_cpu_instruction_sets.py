@@ -1,8 +1,8 @@
 """The C++ kernels in every instruction set they are written for, compiled here or across.
 
 check_kernels.cc and check_trellis.cc compare them with the definition in double precision, at every
-width of a code and every dimension. Programs for Arm run in an emulator. All are slow to compile; test_cpu.py tests the
-kernels of this machine.
+width of a code and every dimension. Programs for Arm run in an emulator. All are slow to compile;
+test_cpu.py and test_cpu_trellis.py test the kernels of this machine.
 """
 
 import platform
