@@ -159,6 +159,17 @@ inline void interleave(const uint8_t* column, uint8_t* packed) {
 }
 #endif
 
+// `dot` where four neighbouring bytes belong to a lane: those of a row.
+inline Ints dot_rows(Ints sum, Bytes weight, Bytes x) {
+#if defined(__aarch64__) && !defined(__ARM_FEATURE_DOTPROD)
+  const int8x16_t a = vreinterpretq_s8_u8(weight), b = vreinterpretq_s8_u8(x);
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return vpadalq_s16(sum, vpaddq_s16(low, high));  // of levels and digits of at most 127
+#else
+  return dot(sum, weight, x);
+#endif
+}
+
 // Four bytes, repeated.
 inline Bytes quad(const int8_t* x) {
   int32_t four;
@@ -193,7 +204,7 @@ inline void multiply_tile(const uint8_t* packed, int64_t quads, const int8_t* co
       for (int i = 0; i < N * Q * G; i += G) {
         const Bytes input = quad(rows[i / G] + 4 * q);
 #pragma GCC unroll 16
-        for (int g = 0; g < G; g++) sum[i + g] = dot(sum[i + g], weight[g], input);
+        for (int g = 0; g < G; g++) sum[i + g] = dot_rows(sum[i + g], weight[g], input);
       }
     }
 #pragma GCC unroll 16
@@ -202,7 +213,8 @@ inline void multiply_tile(const uint8_t* packed, int64_t quads, const int8_t* co
       float* to = sums[n] + (first + g) * kRows;
       Floats value = to_float(sum[(n * Q + Q - 1) * G + g]), total;
 #pragma GCC unroll 16
-      for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / base, to_float(sum[(n * Q + q) * G + g]));
+      for (int q = Q - 2; q >= 0; q--)
+        value = fma(value, 1 / base, to_float(sum[(n * Q + q) * G + g]));
       std::memcpy(&total, to, sizeof total);
       total = fma(value, factors[n], total);
       std::memcpy(to, &total, sizeof total);
