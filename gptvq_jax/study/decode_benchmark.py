@@ -18,7 +18,7 @@ from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.ops.int4 import GROUP_SIZE, random_int4
 from gptvq_jax.ops.vq_matmul import make_kernel
 from gptvq_jax.paper import GROUP_SIZES
-from gptvq_jax.study.sample_tensors import TensorFormat, random_tensor
+from gptvq_jax.study.sample_tensors import TensorFormat, TrellisFormat, random_tensor
 
 # Outputs x inputs.
 MODELS = {
@@ -34,7 +34,12 @@ AQLM_FORMATS = {
     "aqlm_2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2, row_scales=True),
     "aqlm_1x16": TensorFormat(8, 16, codebook_bits=16, row_scales=True),
 }
-FORMATS = VQ_FORMATS | AQLM_FORMATS
+TRELLIS_FORMATS = {
+    "trellis_2.0_l8": TrellisFormat(2, window_bits=8),
+    "trellis_2.0": TrellisFormat(2),
+    "trellis_3.0": TrellisFormat(3),
+}
+FORMATS = VQ_FORMATS | AQLM_FORMATS | TRELLIS_FORMATS
 DENSE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _MOST_COPIES = 32  # of a weight: each is compiled
 _MOST_SECONDS = 4  # that a contender may take: slow ones are measured in fewer rounds
@@ -179,9 +184,14 @@ def _copies(contender: Contender, rows: int, cols: int, working_set: int) -> tup
     return [first, *(make(seed) for seed in range(1, count))], size
 
 
-def _quantized(fmt: TensorFormat, implementation: str, rows: int, cols: int, seed: int) -> Any:
-    tensor = jax.tree.map(jnp.asarray, random_tensor(fmt, fmt.grid(rows, cols), seed))
-    return make_kernel(tensor, implementation)
+def _quantized(
+    fmt: TensorFormat | TrellisFormat, implementation: str, rows: int, cols: int, seed: int
+) -> Any:
+    if isinstance(fmt, TrellisFormat):
+        tensor = fmt.random(rows, cols, seed)
+    else:
+        tensor = random_tensor(fmt, fmt.grid(rows, cols), seed)
+    return make_kernel(jax.tree.map(jnp.asarray, tensor), implementation)
 
 
 def _dense(dtype: Any, rows: int, cols: int, seed: int) -> RowWeight:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _HEADER = (
-    "weight      implementation  bits      MB        us   quartiles        GB/s  of copy  "
+    "weight         implementation  bits      MB        us   quartiles        GB/s  of copy  "
     "x float32  x int4"
 )
 
@@ -21,7 +21,7 @@ def table(rows: Sequence[dict[str, Any]], copy_bandwidth: float) -> str:
     for (shape_rows, cols, batch), group in _groups(rows).items():
         lines += ["", f"{shape_rows} x {cols}, batch {batch}", _HEADER]
         for row in group:
-            start = f"{row['name']:11s} {row['implementation']:13s}"
+            start = f"{row['name']:14s} {row['implementation']:13s}"
             if "skipped" in row:
                 lines.append(f"{start} not measured: {row['skipped']}")
                 continue

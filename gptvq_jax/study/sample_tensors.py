@@ -8,6 +8,7 @@ from gptvq_jax.core.grid import GroupGrid, make_grid
 from gptvq_jax.core.packing import pack, packed_length
 from gptvq_jax.core.trellis_tensor import MAX_RATE, TrellisTensor, stream_bytes
 from gptvq_jax.core.vq_tensor import BlockScales, DenseCodebook, FactoredCodebook, VQTensor
+from gptvq_jax.methods.trellis_settings import TrellisSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,27 @@ class TensorFormat:
             dim=self.dim,
             group_size=self.group_size,
             max_group_cols=self.max_group_cols,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrellisFormat:
+    """Trellis codes as the method makes them: rates near one, and an outlier in 2000 weights."""
+
+    rate: int  # bits of half of the columns; a quarter has one less, a quarter one more
+    window_bits: int = 12  # L
+
+    def random(self, rows: int, cols: int, seed: int = 0) -> TrellisTensor:
+        """A tensor of host arrays, in streams of about 256 rows."""
+        settings = TrellisSettings(window_bits=self.window_bits)
+        return random_trellis(
+            rows,
+            cols,
+            window_bits=self.window_bits,
+            stream_rows=settings.rows_of_stream(rows),
+            outliers=rows * cols // 2000,
+            rates=self.rate + np.random.default_rng(seed).choice([-1, 0, 0, 1], cols),
+            seed=seed,
         )
 
 
@@ -90,9 +112,10 @@ def random_trellis(
     stream_rows: int = 16,
     outliers: int = 3,
     level_bits: int = 0,
+    rates: np.ndarray | None = None,
     seed: int = 0,
 ) -> TrellisTensor:
-    """Trellis codes of host arrays: uniform streams, rates from 0 up, weights of about 0.02.
+    """Trellis codes of host arrays: uniform streams, weights of about 0.02.
 
     Args:
       rows, cols: R and C.
@@ -100,10 +123,12 @@ def random_trellis(
       stream_rows: T.
       outliers: N.
       level_bits: B of learned levels; 0: the table of quantiles.
+      rates: K_j (C,); by default uniform from 0 up.
       seed: of everything.
     """
     rng = np.random.default_rng(seed)
-    rates = rng.integers(0, min(MAX_RATE, window_bits) + 1, cols)
+    if rates is None:
+        rates = rng.integers(0, min(MAX_RATE, window_bits) + 1, cols)
     size = -(-rows // stream_rows) * int(stream_bytes(rates, stream_rows).sum())
     gaps = rng.integers(0, rows * cols // (outliers + 1) + 1, outliers).astype(np.uint16)
     return TrellisTensor(

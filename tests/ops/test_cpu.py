@@ -9,7 +9,7 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
 )
 pytestmark = needs_compiler
-_NOT_INT8 = ("4d 3 bit", "float16", "block", "svd", "uniform", "int8 rows", "aqlm", "trellis")
+_NOT_INT8 = ("4d 3 bit", "float16", "block", "svd", "uniform", "int8 rows", "aqlm")
 
 
 class TestExact(MatmulTests):

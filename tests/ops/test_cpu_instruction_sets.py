@@ -1,8 +1,8 @@
 """The C++ kernels in every instruction set they are written for, compiled here or across.
 
-check_kernels.cc compares them with the definition in double precision, at every width of a code and
-every dimension. Programs for Arm run in an emulator. All are slow to compile; test_cpu.py tests the
-kernels of this machine.
+check_kernels.cc and check_trellis.cc compare them with the definition in double precision, at every
+width of a code and every dimension. Programs for Arm run in an emulator. All are slow to compile;
+test_cpu.py and test_cpu_trellis.py test the kernels of this machine.
 """
 
 import platform
@@ -29,18 +29,19 @@ TARGETS = {
 }
 
 
+@pytest.mark.parametrize("program", ["check_kernels.cc", "check_trellis.cc"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_kernels_agree_with_the_definition(name, tmp_path):
+def test_kernels_agree_with_the_definition(name, program, tmp_path):
     compiler, flags, emulator = TARGETS[name]
     if name in ("avx2", "scalar") and platform.machine() != "x86_64":
         pytest.skip("for x86-64")
     if name == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
-    for program in filter(None, (compiler, emulator)):
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
+    for needed in filter(None, (compiler, emulator)):
+        if not shutil.which(needed):
+            pytest.skip(f"{needed} is not installed")
     binary = tmp_path / "check"
-    source = Path(__file__).with_name("check_kernels.cc")
+    source = Path(__file__).with_name(program)
     include = f"-I{Path(build.__file__).parent}"
     command = [compiler or build.find_compiler(), "-O1", "-std=c++20", *flags, include]
     subprocess.run([*command, str(source), "-o", str(binary)], check=True)

@@ -31,9 +31,19 @@ _SOURCES = (
     "parallel.h",
     "simd.h",
     "trellis.h",
+    "trellis_call.h",
+    "trellis_runs.h",
+    "trellis_simd.h",
     "viterbi.h",
 )
-_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul", "viterbi", "trellis_matmul")
+_TARGETS = (
+    "vq_matmul",
+    "vq_direct_matmul",
+    "int4_matmul",
+    "viterbi",
+    "trellis_matmul",
+    "trellis_int8_matmul",
+)
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300

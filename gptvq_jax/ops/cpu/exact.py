@@ -6,7 +6,6 @@ from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.cpu import kernels, trellis
-from gptvq_jax.ops.cpu.build import library
 from gptvq_jax.ops.cpu.trellis import PackedTrellis
 
 KINDS = (VQTensor, TrellisTensor)
@@ -15,14 +14,14 @@ KINDS = (VQTensor, TrellisTensor)
 def check(tensor: QuantizedTensor) -> None:
     """Raises NotImplementedError for what the kernels cannot read, or if they cannot be built."""
     if isinstance(tensor, TrellisTensor):
-        library()
+        trellis.check(tensor)
     else:
         kernels.check(tensor)
 
 
 def pack(tensor: QuantizedTensor) -> VQTensor | PackedTrellis:
     """Codebooks are read as they are stored."""
-    return trellis.pack(tensor) if isinstance(tensor, TrellisTensor) else tensor
+    return trellis.pack(tensor, int8=False) if isinstance(tensor, TrellisTensor) else tensor
 
 
 def matmul(x: jax.Array, weight: VQTensor | PackedTrellis) -> jax.Array:

@@ -1,22 +1,36 @@
-"""The C++ kernel with activations rounded to int8, one scale for each row of x."""
+"""The C++ kernels with activations rounded to int8.
+
+One scale for each row of x; with trellis codes, one for every 64 columns of it.
+"""
 
 import jax
 
+from gptvq_jax.core.quantized_tensor import QuantizedTensor
+from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
-from gptvq_jax.ops.cpu import kernels
-from gptvq_jax.ops.reference import pack
+from gptvq_jax.ops.cpu import kernels, trellis
+from gptvq_jax.ops.cpu.trellis import PackedTrellis
 
-__all__ = ["check", "matmul", "pack"]
+KINDS = (VQTensor, TrellisTensor)
 
 
-def check(tensor: VQTensor) -> None:
+def check(tensor: QuantizedTensor) -> None:
     """Raises NotImplementedError for what has no kernel with int8 activations."""
+    if isinstance(tensor, TrellisTensor):
+        return trellis.check(tensor)
     reason = kernels.why_not_in_registers(tensor)
     if reason:
         raise NotImplementedError(reason)
     kernels.check(tensor)
 
 
-def matmul(x: jax.Array, weight: VQTensor) -> jax.Array:
+def pack(tensor: QuantizedTensor) -> VQTensor | PackedTrellis:
+    """Codebooks are read as they are stored."""
+    return trellis.pack(tensor, int8=True) if isinstance(tensor, TrellisTensor) else tensor
+
+
+def matmul(x: jax.Array, weight: VQTensor | PackedTrellis) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32."""
+    if isinstance(weight, PackedTrellis):
+        return trellis.matmul(x, weight)
     return kernels.matmul(x, weight, round_x=True)

@@ -2,7 +2,7 @@
 #include "direct.h"
 #include "lookup.h"
 #include "products.h"
-#include "trellis.h"
+#include "trellis_call.h"
 #include "viterbi.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -23,7 +23,6 @@ using Result = ffi::ResultBuffer<ffi::F32, 2>;
 using Scalar = ffi::Buffer<ffi::S32, 0>;
 using Integers = ffi::Buffer<ffi::S32, 2>;
 using IntVector = ffi::Buffer<ffi::S32, 1>;
-using Stream = ffi::Buffer<ffi::U8, 1>;
 
 constexpr char kMismatch[] = "the shapes of the arrays do not fit each other";
 
@@ -101,27 +100,6 @@ int64_t log2_of(int64_t size) {  // -1: not a power of two
   return int64_t{1} << bits == size ? bits : -1;
 }
 
-ffi::Error TrellisMatmul(ffi::ThreadPool pool, Matrix x, Stream codes, IntVector rates,
-                         Integers offsets, Vector table, Vector row_scales, Vector col_scales,
-                         IntVector outlier_rows, IntVector outlier_cols, Vector outlier_values,
-                         int64_t stream_rows, Result y) {
-  auto size = [](const auto& array) { return array.dimensions()[0]; };
-  const int64_t batch = size(x), rows = size(row_scales), cols = size(rates);
-  const TrellisFormat f{rows, cols, stream_rows, log2_of(size(table)), size(codes),
-                        codes.typed_data(), rates.typed_data(), offsets.typed_data(),
-                        table.typed_data(), row_scales.typed_data(), col_scales.typed_data(),
-                        size(outlier_values), outlier_rows.typed_data(),
-                        outlier_cols.typed_data(), outlier_values.typed_data()};
-  if (stream_rows < 1 || f.bits < 1 || f.bits > 16 || stream_rows < f.bits ||
-      x.dimensions()[1] != cols || size(col_scales) != cols || size(offsets) != f.cuts() ||
-      offsets.dimensions()[1] != cols || size(outlier_rows) != f.num_outliers ||
-      size(outlier_cols) != f.num_outliers || y->dimensions()[0] != batch ||
-      y->dimensions()[1] != rows || !f.consistent())
-    return ffi::Error::InvalidArgument(kMismatch);
-  trellis_product(f, x.typed_data(), batch, pool, y->typed_data());
-  return ffi::Error::Success();
-}
-
 ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vector table,
                          Scalar rate, IntVector overlap, int64_t trace_back,
                          ffi::Result<Integers> windows, ffi::Result<Vector> loss) {
@@ -145,6 +123,7 @@ ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vec
 }  // namespace
 
 extern "C" const char* simd_name() { return SIMD_NAME; }
+extern "C" int weight_bias() { return simd::kBias; }  // of int8 levels of trellis codes
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_matmul, VqMatmul,
                               ffi::Ffi::Bind()
@@ -188,18 +167,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(viterbi, ViterbiSearch,
                                   .Attr<int64_t>("trace_back")
                                   .Ret<Integers>()
                                   .Ret<Vector>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(trellis_matmul, TrellisMatmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Matrix>()
-                                  .Arg<Stream>()
-                                  .Arg<IntVector>()
-                                  .Arg<Integers>()
-                                  .Arg<Vector>()
-                                  .Arg<Vector>()
-                                  .Arg<Vector>()
-                                  .Arg<IntVector>()
-                                  .Arg<IntVector>()
-                                  .Arg<Vector>()
-                                  .Attr<int64_t>("stream_rows")
-                                  .Ret<Matrix>());

@@ -1,95 +1,278 @@
-// Products with trellis-coded weights (core/trellis_tensor.py): a column's streams are decoded one
-// after the other, and added to the outputs of their rows. Columns of rate 0 are not read.
+// Products with trellis-coded weights (core/trellis_tensor.py), in the layout of trellis_layout.py:
+// columns of one rate, four by four, each with whole streams that go on behind their ends. Some of
+// them, a block, are decoded for the rows of a tile, and multiplied with every row of x.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
+#include "products.h"
+#include "trellis_runs.h"
+#include "trellis_simd.h"
 
 namespace {
 
+constexpr int64_t kBlockQuads = 16;  // of columns that are decoded together, and share a scale of x
+
 struct TrellisFormat {
-  int64_t rows, cols, stream_rows, bits, num_bytes;
+  int64_t rows, cols, stream_rows, bits, num_bytes, num_quads;
   const uint8_t* codes;
-  const int32_t* rates;    // (C,)
-  const int32_t* offsets;  // (cuts, C): where in codes a stream begins
-  const float *table, *row_scales, *col_scales;
+  const int32_t* rate_quads;  // (7,): quads of columns of every rate, 0 of rate 0
+  const int32_t* order;       // (4 quads,): the column of each
+  const float *col_scales, *row_scales;  // (4 quads,), 0 where a quad is not full; (R,)
+  const float* table;                    // (2^L,) of float levels, or
+  const uint8_t *levels, *parts;  // (2^L,) plus kBias; of LongWindows, null where there are none
+  float level_scale;
+  bool shared;  // levels that other layers have too
   int64_t num_outliers;
-  const int32_t *outlier_rows, *outlier_cols;
+  const int32_t *outlier_rows, *outlier_cols, *outlier_starts;  // by cut: (cuts + 1,)
   const float* outlier_values;
 
   int64_t cuts() const { return divide_up(rows, stream_rows); }
-  int64_t stream_bytes(int64_t rate) const { return divide_up(stream_rows * rate, 8); }
+  int64_t stream_bytes(int64_t rate) const {
+    return divide_up(stream_rows * rate + bits - rate, 8);
+  }
+  int64_t cut_bytes() const {
+    int64_t size = 0;
+    for (int64_t rate = 1; rate <= 6; rate++) size += 4 * rate_quads[rate] * stream_bytes(rate);
+    return size;
+  }
 
   // Whether nothing lies outside of the arrays.
   bool consistent() const {
-    for (int64_t i = 0; i < cuts() * cols; i++) {
-      const int64_t rate = rates[i % cols];
-      if (rate < 0 || rate > std::min<int64_t>(6, bits)) return false;
-      if (rate && (offsets[i] < 0 || offsets[i] + stream_bytes(rate) > num_bytes)) return false;
+    int64_t quads = 0;
+    for (int64_t rate = 0; rate <= 6; rate++) {
+      if (rate_quads[rate] < 0 || (rate_quads[rate] && (!rate || rate > bits))) return false;
+      quads += rate_quads[rate];
     }
-    for (int64_t i = 0; i < num_outliers; i++)
-      if (outlier_rows[i] < 0 || outlier_rows[i] >= rows || outlier_cols[i] < 0 ||
-          outlier_cols[i] >= cols)
-        return false;
+    if (quads != num_quads || num_bytes < cuts() * cut_bytes() + kTrellisSlack) return false;
+    uint32_t most = 0;
+    for (int64_t i = 0; i < 4 * quads; i++) most = std::max<uint32_t>(most, order[i]);
+    if (most >= cols || outlier_starts[0] || outlier_starts[cuts()] != num_outliers) return false;
+    for (int64_t cut = 0; cut < cuts(); cut++) {
+      const int64_t first = cut * stream_rows, end = std::min(rows, first + stream_rows);
+      if (outlier_starts[cut + 1] < outlier_starts[cut]) return false;
+      for (int64_t i = outlier_starts[cut]; i < outlier_starts[cut + 1]; i++)
+        if (outlier_rows[i] < first || outlier_rows[i] >= end || outlier_cols[i] < 0 ||
+            outlier_cols[i] >= cols)
+          return false;
+    }
     return true;
   }
 };
 
-// The bits of a stream, and behind them its first 32 once more.
-inline void bite_tail(const uint8_t* stream, int64_t num_bits, std::vector<uint8_t>& whole) {
-  const int64_t bytes = divide_up(num_bits, 8), full = num_bits / 8, shift = num_bits % 8;
-  whole.assign(bytes + 12, 0);
-  std::memcpy(whole.data(), stream, bytes);
-  if (shift) whole[full] &= (1 << shift) - 1;
-  uint64_t first = 0;
-  std::memcpy(&first, whole.data(), std::min<int64_t>(4, bytes));
-  uint64_t there;
-  std::memcpy(&there, &whole[full], 8);
-  there |= first << shift;
-  std::memcpy(&whole[full], &there, 8);
-}
+struct TrellisBlock {
+  int rate;
+  int64_t first, quads, offset, size;  // of all quads; bytes within a cut, of a stream
+};
 
-template <int RATE>
-void decode_stream(const uint8_t* stream, const float* table, uint32_t mask, int64_t count,
-                   float* values) {
-  for (int64_t r = 0; r < count; r++) {
-    uint32_t word;
-    std::memcpy(&word, stream + r * RATE / 8, 4);
-    values[r] = table[word >> r * RATE % 8 & mask];
+inline std::vector<TrellisBlock> trellis_blocks(const TrellisFormat& f) {
+  std::vector<TrellisBlock> blocks;
+  int64_t first = 0, offset = 0;
+  for (int rate = 1; rate <= 6; rate++) {
+    const int64_t size = f.stream_bytes(rate);
+    for (int64_t left = f.rate_quads[rate], count; left > 0; left -= count) {
+      count = std::min(left, kBlockQuads);
+      blocks.push_back({rate, first, count, offset, size});
+      first += count, offset += 4 * count * size;
+    }
   }
+  return blocks;
 }
 
-template <class Pool>
-void trellis_product(const TrellisFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
-  constexpr decltype(&decode_stream<1>) kDecode[] = {decode_stream<1>, decode_stream<2>,
-                                                     decode_stream<3>, decode_stream<4>,
-                                                     decode_stream<5>, decode_stream<6>};
-  const uint32_t mask = (1u << f.bits) - 1;
-  parallel(pool, f.cuts(), [&](int64_t cut) {
-    const int64_t first = cut * f.stream_rows, count = std::min(f.stream_rows, f.rows - first);
-    std::vector<float> sums(batch * count, 0.f), values(count);
-    std::vector<uint8_t> whole;
-    for (int64_t j = 0; j < f.cols; j++) {
-      const int64_t rate = f.rates[j];
-      if (!rate) continue;
-      bite_tail(f.codes + f.offsets[cut * f.cols + j], f.stream_rows * rate, whole);
-      kDecode[rate - 1](whole.data(), f.table, mask, count, values.data());
-      for (int64_t n = 0; n < batch; n++) {
-        const float factor = x[n * f.cols + j] * f.col_scales[j];
-        float* __restrict sum = &sums[n * count];
-        for (int64_t r = 0; r < count; r++) sum[r] += factor * values[r];
+// Float levels, and x as it is.
+struct TrellisFloats {
+  using Level = float;
+  explicit TrellisFloats(const TrellisFormat& f)
+      : f(f), tables(run_tables(f.table, f.bits, f.shared)) {}
+  struct Input {
+    Input(const TrellisFormat& f, const std::vector<TrellisBlock>&, const float* from,
+          int64_t batch)
+        : slots(4 * f.num_quads), x(batch * slots) {
+      for (int64_t n = 0; n < batch; n++)
+        for (int64_t i = 0; i < slots; i++)
+          x[n * slots + i] = from[n * f.cols + f.order[i]] * f.col_scales[i];
+    }
+    const int64_t slots;
+    std::vector<float> x;
+  };
+
+  // Columns one after another, of a tile each.
+  void decode(const TrellisBlock& b, const uint8_t* streams, int64_t rows, float* levels) const {
+    for (int64_t c = 0; c < 4 * b.quads; c++)
+      look_up<float>(b.rate, tables->of_rate[b.rate], streams + c * b.size, f.bits, rows,
+                     levels + c * kTile);
+  }
+  static void multiply(const TrellisBlock& b, int64_t, const float* levels, const Input& in,
+                       int64_t batch, float* sums, int64_t stride) {
+    constexpr int kLane = sizeof(Floats) / 4, kVectors = kTile / kLane;
+    for (int64_t n = 0; n < batch; n++) {
+      const float *x = &in.x[n * in.slots + 4 * b.first], *p = levels;
+      float* const to = sums + n * stride;
+      Floats sum[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) std::memcpy(&sum[v], to + v * kLane, sizeof sum[v]);
+      for (int64_t c = 0; c < 4 * b.quads; c++, p += kTile) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; v++) {
+          Floats level;
+          std::memcpy(&level, p + v * kLane, sizeof level);
+          sum[v] = fma(level, x[c], sum[v]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) std::memcpy(to + v * kLane, &sum[v], sizeof sum[v]);
+    }
+  }
+
+ private:
+  const TrellisFormat& f;
+  const std::shared_ptr<const RunTables<float>> tables;
+};
+
+// int8 levels, and x rounded to Q digits of int8 with a scale for each block.
+template <int Q>
+struct TrellisBytes {
+  using Level = uint8_t;
+  explicit TrellisBytes(const TrellisFormat& f) : f(f) {
+    if (!in_registers()) tables = run_tables(f.levels, f.bits, f.shared);
+  }
+  struct Input {
+    Input(const TrellisFormat& f, const std::vector<TrellisBlock>& blocks, const float* from,
+          int64_t batch)
+        : x(Q * batch * 4 * f.num_quads), starts(batch * blocks.size()),
+          factors(batch * blocks.size()) {
+      float scaled[4 * kBlockQuads];
+      for (size_t i = 0; i < blocks.size(); i++) {
+        const TrellisBlock& b = blocks[i];
+        const int64_t count = 4 * b.quads;
+        for (int64_t n = 0; n < batch; n++) {
+          for (int64_t c = 0, slot = 4 * b.first; c < count; c++, slot++)
+            scaled[c] = from[n * f.cols + f.order[slot]] * f.col_scales[slot];
+          int8_t* digits = &x[Q * (4 * b.first * batch + n * count)];
+          factors[i * batch + n] = f.level_scale * round_row<Q>(scaled, count, digits);
+          for (int q = 0; q < Q; q++) {
+            int32_t sum = 0;
+            for (int64_t c = 0; c < count; c++) sum += digits[q * count + c];
+            starts[i * batch + n].digit[q] = -int32_t{kBias} * sum;
+          }
+        }
       }
     }
-    for (int64_t n = 0; n < batch; n++)
-      for (int64_t r = 0; r < count; r++)
-        y[n * f.rows + first + r] = sums[n * count + r] * f.row_scales[first + r];
+    struct Starts {
+      int32_t digit[Q];
+    };
+    std::vector<int8_t> x;  // block after block, row after row, digit after digit
+    std::vector<Starts> starts;  // minus what kBias adds
+    std::vector<float> factors;
+  };
+
+  void decode(const TrellisBlock& b, const uint8_t* streams, int64_t rows, uint8_t* levels) const {
+    auto each = [&](const auto& windows) {
+      for (int64_t q = 0; q < b.quads; q++)
+        windows(streams + 4 * q * b.size, b.size, levels + 4 * q * kTile);
+    };
+#ifdef GPTVQ_SHORT_WINDOWS
+    if (f.bits <= 8) return each(ShortWindows(f.levels, b.rate));
+    if (f.parts) return each(LongWindows(f.parts, b.rate, f.bits));
+#endif
+    uint8_t columns[4 * kBlockQuads * kTile];  // all, so that none is read while it is written
+    for (int64_t c = 0; c < 4 * b.quads; c++)
+      look_up<uint8_t>(b.rate, tables->of_rate[b.rate], streams + c * b.size, f.bits, rows,
+                       columns + c * kTile);
+    for (int64_t q = 0; q < b.quads; q++)
+      interleave(columns + 4 * q * kTile, levels + 4 * q * kTile);
+  }
+  static void multiply(const TrellisBlock& b, int64_t index, const uint8_t* levels,
+                       const Input& in, int64_t batch, float* sums, int64_t stride) {
+    constexpr int kAlone = kLanes == 64 ? 4 : 8 / Q, kTogether = kLanes == 64 ? 4 / Q : 2 / Q;
+    const int64_t count = 4 * b.quads;
+    const int8_t* x[4];
+    float* to[4];
+    for (int64_t n = 0, rows; n < batch; n += rows) {
+      rows = batch - n >= 4 ? 4 : 1;
+      for (int64_t i = 0; i < rows; i++) {
+        x[i] = &in.x[Q * (4 * b.first * batch + (n + i) * count)];
+        to[i] = sums + (n + i) * stride;
+      }
+      const auto* starts = &in.starts[index * batch + n].digit;
+      const float* factors = &in.factors[index * batch + n];
+      if (rows == 4)
+        multiply_tile<kTogether, 4, Q>(levels, b.quads, x, count, starts, factors, kBase, to);
+      else multiply_tile<kAlone, 1, Q>(levels, b.quads, x, count, starts, factors, kBase, to);
+    }
+  }
+
+ private:
+  bool in_registers() const {
+#ifdef GPTVQ_SHORT_WINDOWS
+    return f.bits <= 8 || f.parts;
+#else
+    return false;
+#endif
+  }
+  const TrellisFormat& f;
+  std::shared_ptr<const RunTables<uint8_t>> tables;
+};
+
+// Shares of the columns of a cut, of which every item takes one: as many as keep threads busy, but
+// of no fewer weights than are worth an item.
+inline int64_t column_shares(const TrellisFormat& f, int64_t blocks, int64_t threads) {
+  const int64_t wanted = divide_up(4 * threads, f.cuts());
+  const int64_t most = 4 * f.num_quads * std::min(f.rows, f.stream_rows) / (1 << 15);
+  return std::max<int64_t>(1, std::min({wanted, most, blocks}));
+}
+
+// Of `size` bytes at p what is due when a tile begins, of `rows` rows: blocks are read by tiles, and
+// their first tile reads all of their lines.
+inline void prefetch(const uint8_t* p, int64_t row, int64_t rows, int64_t size) {
+  for (int64_t at = row * size / rows; at < std::min(size, (row + kTile) * size / rows); at += 64)
+    __builtin_prefetch(p + at);
+}
+
+template <class Kind, class Pool>
+void trellis_product(const TrellisFormat& f, const float* x, int64_t batch, Pool& pool, float* y) {
+  using Level = typename Kind::Level;
+  const std::vector<TrellisBlock> blocks = trellis_blocks(f);
+  const Kind kind(f);
+  const typename Kind::Input input(f, blocks, x, batch);
+  const int64_t count = blocks.size(), shares = column_shares(f, count, pool.num_threads());
+  const int64_t tiles = divide_up(f.stream_rows, kTile), stride = tiles * kTile;
+  const int64_t cut_bytes = f.cut_bytes();
+  std::vector<float> partial(shares > 1 ? shares * batch * f.rows : 0);
+  parallel(pool, f.cuts() * shares, [&](int64_t item) {
+    const int64_t cut = item / shares, share = item % shares;
+    const int64_t row = cut * f.stream_rows, rows = std::min(f.stream_rows, f.rows - row);
+    std::vector<float> sums(batch * stride);
+    const std::unique_ptr<Level[]> levels(new Level[4 * kBlockQuads * kTile]());
+    for (int64_t i = share * count / shares; i < (share + 1) * count / shares; i++) {
+      const TrellisBlock& b = blocks[i];
+      const uint8_t* streams = f.codes + cut * cut_bytes + b.offset;
+      for (int64_t at = 0; at < rows; at += kTile) {
+        prefetch(streams + 4 * b.quads * b.size, at, rows, 4 * b.quads * b.size);
+        kind.decode(b, streams + at / 8 * b.rate, std::min<int64_t>(kTile, rows - at),
+                    levels.get());
+        Kind::multiply(b, i, levels.get(), input, batch, &sums[at], stride);
+      }
+    }
+    float* to = shares > 1 ? &partial[share * batch * f.rows] : y;
+    const int64_t kept = f.outlier_starts[cut], all = f.outlier_starts[cut + 1] - kept;
+    for (int64_t n = 0; n < batch; n++) {
+      for (int64_t r = 0; r < rows; r++)
+        to[n * f.rows + row + r] = sums[n * stride + r] * f.row_scales[row + r];
+      for (int64_t i = kept + share * all / shares; i < kept + (share + 1) * all / shares; i++)
+        to[n * f.rows + f.outlier_rows[i]] += x[n * f.cols + f.outlier_cols[i]] * f.outlier_values[i];
+    }
   });
-  for (int64_t n = 0; n < batch; n++)
-    for (int64_t i = 0; i < f.num_outliers; i++)
-      y[n * f.rows + f.outlier_rows[i]] += x[n * f.cols + f.outlier_cols[i]] * f.outlier_values[i];
+  if (shares == 1) return;
+  for (int64_t i = 0; i < batch * f.rows; i++) {
+    y[i] = partial[i];
+    for (int64_t s = 1; s < shares; s++) y[i] += partial[s * batch * f.rows + i];
+  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The C++ product with trellis codes as a JAX function."""
+"""The C++ products with trellis codes as JAX functions."""
 
 import dataclasses
 
@@ -6,61 +6,119 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptvq_jax.core.trellis_tensor import TrellisTensor, stream_offsets
+from gptvq_jax.core.trellis_tensor import TrellisTensor
+from gptvq_jax.ops.cpu import trellis_parts
 from gptvq_jax.ops.cpu.build import library
+from gptvq_jax.ops.cpu.trellis_layout import arrange_outliers, arrange_streams
+
+_MAX = 127  # of an int8 level
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedTrellis:
-    """The stored streams, and beside them what the kernel would have to work out every time."""
+    """Streams in the order of the kernels, with what these would have to work out every time.
+
+    Fields up to `rate_quads` are those of `trellis_layout.Streams`.
+    """
 
     codes: jax.Array  # (bytes,) uint8
-    rates: jax.Array  # (C,) int32
-    offsets: jax.Array  # (cuts, C) int32: where the streams begin
-    table: jax.Array  # (2^L,) float32
+    rate_quads: jax.Array  # (7,) int32
+    order: jax.Array  # (4 quads,) int32
+    col_scales: jax.Array  # (4 quads,) float32, in this order
     row_scales: jax.Array  # (R,) float32
-    col_scales: jax.Array  # (C,) float32
+    table: jax.Array  # (2^L,) float32; or int8 plus the bias of the kernels as uint8, at least 256
+    unit: jax.Array  # (1,) float32, of int8 levels
+    parts: jax.Array  # of trellis_parts.py, or (0,) uint8
     outlier_rows: jax.Array  # (N,) int32
     outlier_cols: jax.Array  # (N,) int32
     outlier_values: jax.Array  # (N,) float32
+    outlier_starts: jax.Array  # (cuts + 1,) int32
+    cols: int = dataclasses.field(metadata={"static": True})
     stream_rows: int = dataclasses.field(metadata={"static": True})
+    window_bits: int = dataclasses.field(metadata={"static": True})
+    shared: bool = dataclasses.field(metadata={"static": True})  # levels that other layers have too
 
 
-def pack(tensor: TrellisTensor) -> PackedTrellis:
-    """Offsets, the table and positions of outliers, worked out once."""
-    rates = tensor.column_rates()
-    none = jnp.zeros(0, jnp.int32)
-    row, col = (none, none) if tensor.outlier_gaps is None else tensor.outlier_positions()
-    added = () if tensor.outlier_values is None else tensor.outlier_values
+def check(tensor: TrellisTensor) -> None:
+    """Raises NotImplementedError for a traced tensor, or if the kernels cannot be built."""
+    if isinstance(tensor.codes, jax.core.Tracer):
+        raise NotImplementedError(
+            "its streams are put in another order first, which cannot be compiled; make the kernel "
+            "outside of jax.jit"
+        )
+    library()
+
+
+def pack(tensor: TrellisTensor, int8: bool) -> PackedTrellis:
+    """The layout that the kernels read.
+
+    Args:
+      tensor: one that `check` accepts.
+      int8: whether levels are rounded to int8, and so x as it is multiplied.
+    """
+    streams, outliers = arrange_streams(tensor), arrange_outliers(tensor)
+    table, unit, parts = np.asarray(tensor.values()), 1.0, np.zeros(0, np.uint8)
+    if int8:
+        bias = library().weight_bias()
+        by_parts = trellis_parts.FEWEST_BITS <= tensor.window_bits <= trellis_parts.MOST_BITS
+        if by_parts and tensor.levels is None:
+            parts, unit = trellis_parts.level_parts(tensor.window_bits, bias)
+        else:
+            unit = float(np.abs(table).max()) / _MAX or 1.0
+        table = np.round(table / unit).astype(np.int16) + bias
+        table = np.tile(table.astype(np.uint8), max(1, 256 // len(table)))
+    scales = np.asarray(tensor.col_scales, np.float32)[streams.order]
     return PackedTrellis(
-        codes=jnp.asarray(tensor.codes),
-        rates=rates,
-        offsets=stream_offsets(rates, tensor.cuts, tensor.stream_rows),
-        table=tensor.values(),
+        codes=jnp.asarray(streams.codes),
+        rate_quads=jnp.asarray(streams.rate_quads),
+        order=jnp.asarray(streams.order),
+        col_scales=jnp.asarray(np.where(streams.filled, scales, 0), jnp.float32),
         row_scales=jnp.asarray(tensor.row_scales, jnp.float32),
-        col_scales=jnp.asarray(tensor.col_scales, jnp.float32),
-        outlier_rows=row,
-        outlier_cols=col,
-        outlier_values=jnp.asarray(added, jnp.float32),
+        table=jnp.asarray(table),
+        unit=jnp.full(1, unit, jnp.float32),
+        parts=jnp.asarray(parts),
+        outlier_rows=jnp.asarray(outliers.rows),
+        outlier_cols=jnp.asarray(outliers.cols),
+        outlier_values=jnp.asarray(outliers.values),
+        outlier_starts=jnp.asarray(outliers.starts),
+        cols=tensor.cols,
         stream_rows=tensor.stream_rows,
+        window_bits=tensor.window_bits,
+        shared=tensor.levels is None,
     )
 
 
 def matmul(x: jax.Array, packed: PackedTrellis) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32; x may be of any float dtype."""
+    if x.ndim != 2 or x.shape[1] != packed.cols:
+        raise ValueError(f"x has shape {x.shape}, the weight {packed.cols} columns")
     library()
     result = jax.ShapeDtypeStruct((x.shape[0], packed.row_scales.shape[0]), jnp.float32)
-    arrays = (
-        packed.codes,
-        packed.rates,
-        packed.offsets,
-        packed.table,
-        packed.row_scales,
-        packed.col_scales,
-        packed.outlier_rows,
-        packed.outlier_cols,
-        packed.outlier_values,
+    arrays = [getattr(packed, name) for name in _ARRAYS]
+    if packed.table.dtype == jnp.uint8:
+        call = jax.ffi.ffi_call("gptvq_trellis_int8_matmul", result)
+        arrays += [packed.table, packed.unit, packed.parts]
+    else:
+        call = jax.ffi.ffi_call("gptvq_trellis_matmul", result)
+        arrays.append(packed.table)
+    return call(
+        x.astype(jnp.float32),
+        *arrays,
+        stream_rows=np.int64(packed.stream_rows),
+        bits=np.int64(packed.window_bits),
+        shared=packed.shared,
     )
-    call = jax.ffi.ffi_call("gptvq_trellis_matmul", result)
-    return call(x.astype(jnp.float32), *arrays, stream_rows=np.int64(packed.stream_rows))
+
+
+_ARRAYS = (
+    "codes",
+    "rate_quads",
+    "order",
+    "col_scales",
+    "row_scales",
+    "outlier_rows",
+    "outlier_cols",
+    "outlier_values",
+    "outlier_starts",
+)
