@@ -77,6 +77,14 @@ def disk_items(
         Item("evaluate", "both models on the held-out text", 4 * held_out),
         Item("evaluate", "figures of its tokens", 4 * windows * e.seqlen * len(FIGURES)),
     ]
+    if settings.tune.model:
+        f = settings.finetune
+        outputs = file_bytes((f.num_windows + f.held_out, c.seqlen, config.hidden_size))
+        found += [
+            Item("tune model", "checkpoint, before and after", 2 * stored),
+            Item("tune model", "outputs of the float model", 3 * outputs),
+            Item("tune model", "both models on the held-out text", 4 * held_out),
+        ]
     return [item for item in found if item.num_bytes]
 
 

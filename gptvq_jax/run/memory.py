@@ -75,6 +75,7 @@ def memory_items(
             found += _hessians(block, settings)
             found += _quantize(block, settings, index, platform)
             found += _tune(block, settings)
+    found += _tune_model(config, settings)
     return [item for item in found if item.num_bytes]
 
 
@@ -306,6 +307,33 @@ def _tune(config: ModelConfig, settings: RunSettings) -> list[Item]:
         Item(phase, "next block", DEVICE, 4 * values),
         Item(phase, "weights and their gradients", DEVICE, 2 * 4 * values),
         Item(phase, "what a batch keeps for its way back", DEVICE, 4 * 2 * kept),
+    ]
+
+
+def _tune_model(config: ModelConfig, settings: RunSettings) -> list[Item]:
+    """See run/student.py; codes count two bytes each, one for every weight."""
+    f, phase = settings.finetune, "tune model"
+    if not settings.tune.model:
+        return []
+    of_blocks = [
+        (sum(map(math.prod, block_shapes(b).values())), b, n)
+        for b, n in config.block_counts().items()
+    ]
+    largest, block, _ = max(of_blocks, key=lambda found: found[0])
+    tokens = f.micro_batch * settings.calibration.seqlen
+    depth, head = config.num_hidden_layers, 4 * config.vocab_size * config.hidden_size
+    return [
+        Item(phase, "codes of all blocks", DEVICE, 2 * sum(size * n for size, _, n in of_blocks)),
+        Item(phase, "a block as weights, twice, and gradients", DEVICE, 3 * 4 * largest),
+        Item(phase, "what blocks read", DEVICE, 4 * tokens * depth * config.hidden_size),
+        Item(
+            phase,
+            "what a block keeps for its way back",
+            DEVICE,
+            4 * 2 * tokens * sum(map(sum, layer_shapes(block).values())),
+        ),
+        Item(phase, "heads of both models", DEVICE, 2 * head),
+        Item(phase, "embedding and head", HOST, _outer(config, settings)[0].num_bytes),
     ]
 
 
