@@ -2,8 +2,8 @@
 
 A part runs on the weights of all blocks in turn, each product waiting for the one before, so that
 they come from memory as in a step. What a call of a program costs apart from its work is measured
-by one with the same arguments that only negates the first. Where a part is not a product, the products around
-it are replaced by ones that only give an array of the right shape.
+by one with the same arguments that only negates the first. Where a part is not a product, the
+products around it are replaced by ones that only give an array of the right shape.
 """
 
 import dataclasses
