@@ -54,12 +54,15 @@ struct TrellisFormat {
     for (int64_t i = 0; i < 4 * quads; i++) most = std::max<uint32_t>(most, order[i]);
     if (most >= cols || outlier_starts[0] || outlier_starts[cuts()] != num_outliers) return false;
     for (int64_t cut = 0; cut < cuts(); cut++) {
-      const int64_t first = cut * stream_rows, end = std::min(rows, first + stream_rows);
-      if (outlier_starts[cut + 1] < outlier_starts[cut]) return false;
-      for (int64_t i = outlier_starts[cut]; i < outlier_starts[cut + 1]; i++)
-        if (outlier_rows[i] < first || outlier_rows[i] >= end || outlier_cols[i] < 0 ||
-            outlier_cols[i] >= cols)
-          return false;
+      const int64_t first = cut * stream_rows, count = std::min(stream_rows, rows - first);
+      const int64_t begin = outlier_starts[cut], end = outlier_starts[cut + 1];
+      if (end < begin || end > num_outliers) return false;
+      uint32_t row = 0, col = 0;  // the largest; negative ones are too large as well
+      for (int64_t i = begin; i < end; i++) {
+        row = std::max<uint32_t>(row, outlier_rows[i] - first);
+        col = std::max<uint32_t>(col, outlier_cols[i]);
+      }
+      if (row >= count || col >= cols) return false;
     }
     return true;
   }
@@ -261,11 +264,15 @@ void trellis_product(const TrellisFormat& f, const float* x, int64_t batch, Pool
     }
     float* to = shares > 1 ? &partial[share * batch * f.rows] : y;
     const int64_t kept = f.outlier_starts[cut], all = f.outlier_starts[cut + 1] - kept;
+    const int64_t kept_first = kept + share * all / shares;
+    const int64_t kept_last = kept + (share + 1) * all / shares;
     for (int64_t n = 0; n < batch; n++) {
       for (int64_t r = 0; r < rows; r++)
         to[n * f.rows + row + r] = sums[n * stride + r] * f.row_scales[row + r];
-      for (int64_t i = kept + share * all / shares; i < kept + (share + 1) * all / shares; i++)
-        to[n * f.rows + f.outlier_rows[i]] += x[n * f.cols + f.outlier_cols[i]] * f.outlier_values[i];
+      float *__restrict sum = to + n * f.rows;
+      const float* input = x + n * f.cols;
+      for (int64_t i = kept_first; i < kept_last; i++)
+        sum[f.outlier_rows[i]] += input[f.outlier_cols[i]] * f.outlier_values[i];
     }
   });
   if (shares == 1) return;
