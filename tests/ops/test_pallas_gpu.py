@@ -94,12 +94,12 @@ class TestPallasGPU(MatmulTests):
             patch.setattr(pallas_gpu, "matmul", partial(pallas_gpu.matmul, interpret=True))
             return kernel_product(x, vq_matmul.pack(tensor, "pallas_gpu"))
 
-    @pytest.mark.parametrize("case", slow_unless(ALL_CASES, (*CASES, "trellis, 12 bits, ragged")))
+    @pytest.mark.parametrize("case", slow_unless(ALL_CASES, (*CASES, TRELLIS[1])))
     def test_float32_agrees_with_float64(self, case):
         # Programs take two rows of x: 3 make two programs, one of them with padding.
         self._compare(case, 3, jnp.float32, self.float32_error)
 
-    @pytest.mark.parametrize("case", slow_unless(ALL_CASES, BFLOAT16))
+    @pytest.mark.parametrize("case", slow_unless((*CASES, *TRELLIS[:2]), BFLOAT16))
     def test_bfloat16_agrees_with_float64(self, case):
         self._compare(case, 20, jnp.bfloat16, self.bfloat16_error)
 
