@@ -35,6 +35,7 @@ GROUPS = {
         "import",
     ),
     "To see what it costs and what each choice is worth": (
+        "plan",
         "report",
         "benchmark-pipeline",
         "sweep",
@@ -44,6 +45,7 @@ GROUPS = {
         "benchmark-memory",
         "benchmark-loading",
         "benchmark-decode",
+        "make-synthetic",
         "torture",
     ),
 }
