@@ -37,6 +37,7 @@ GROUPS = {
         "import",
     ),
     "To see what it costs and what each choice is worth": (
+        "plan",
         "report",
         "benchmark-pipeline",
         "sweep",
@@ -47,6 +48,7 @@ GROUPS = {
         "benchmark-loading",
         "benchmark-decode",
         "benchmark-serving",
+        "make-synthetic",
         "torture",
     ),
 }

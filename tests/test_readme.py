@@ -243,6 +243,12 @@ EFFECTS = {
         has(job="sweep")(call),
         has(SWEEP, [], "runs/smollm2_dimensionality", None)(SimpleNamespace(args=call.args[1:])),
     ),
+    "python scripts/plan.py --config=configs/llama2_70b_2d.py --device=h100": lambda call: has(
+        "llama2_70b_2d", "h100", None, []
+    )(SimpleNamespace(args=call.args[1:])),
+    "python scripts/make_synthetic.py --like=llama2_70b --blocks=2 --output=out": has(
+        "llama2_70b", "out", 2, 0
+    ),
     "python scripts/ablate.py": has(["layers", "model"]),
     "python scripts/torture.py": lambda call: has(100, 0)(SimpleNamespace(args=call.args[1:])),
 }
@@ -311,6 +317,9 @@ def call(monkeypatch, tmp_path):
             monkeypatch.setattr("gptvq_jax.study.matmul_rate.matmul_rate", lambda: RATE)
             monkeypatch.setattr("gptvq_jax.console.processor.processor_name", lambda: "here")
             job("study.torture", "torture", (Counter(), 0, 0))
+            job("study.plan.plan", "make_plan")
+            monkeypatch.setattr("gptvq_jax.study.plan.table.plan_text", lambda plan: "")
+            job("study.synthetic", "make_synthetic")
             job("study.sweep.start", "sweep", [])
             benchmarks(module)
             module.main(sys.argv)
