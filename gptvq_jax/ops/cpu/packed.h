@@ -96,6 +96,7 @@ class Planes {
   Planes(const Format& f, uint8_t bias)
       : f(f),
         split(f.size, D, bias),
+        bias(bias),
         strips(f.books * f.col_strips),
         together(std::clamp<int64_t>(kCacheBytes / (strips * D << B), 1, 16)),
         planes(new uint8_t[(together * strips * D << B) + kOverread]),
@@ -122,14 +123,16 @@ class Planes {
           __builtin_prefetch(f.centroids + next + line);
         const int8_t* book = f.centroids + group * f.size * D;
         uint8_t* plane = planes.get() + (to * D << B);
-        if constexpr (whole_entries(B, D)) std::memcpy(plane, book, f.size * D);
-        else split.template operator()<B>(book, plane);
+        if constexpr (whole_entries(B, D)) {
+          for (int64_t i = 0; i < f.size * D; i++) plane[i] = static_cast<uint8_t>(book[i]) ^ bias;
+        } else split.template operator()<B>(book, plane);
         scales[to] = half_to_float(f.scales[group]);
       }
   }
   static constexpr int64_t kCacheBytes = 1 << 14, kOverread = 4;
   const Format& f;
   const Split split;
+  const uint8_t bias;
   const int64_t strips, together;
   int64_t begin = -1 - (int64_t{1} << 40), at = 0;
   std::unique_ptr<uint8_t[]> planes;

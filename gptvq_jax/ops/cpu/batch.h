@@ -1,0 +1,142 @@
+// Products with many rows of x: the bytes of a few rows of W are looked up once, and stay in the
+// caches while all rows of x are multiplied with them.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "activations.h"
+#include "packed.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kDecodeOnce = 4;  // rows of x from which on it pays
+
+// What a vector of codes stands for, d-th of D vectors, in the tables of a strip.
+template <int B, int D>
+struct Weights {
+  Weights(const uint8_t* plane, int d) : table(plane + (d << B)) {}
+  Bytes operator()(Bytes code) const { return table(code); }
+  const Table<B> table;
+};
+template <int B, int D>
+  requires(whole_entries(B, D))
+struct Weights<B, D> {
+  Weights(const uint8_t* plane, int d) : plane(plane), d(d) {}
+  Bytes operator()(Bytes code) const { return gather<D>(plane, code, d); }
+  const uint8_t* plane;
+  const int d;
+};
+
+// The value of a sum over Q digits.
+template <int Q>
+Floats digits_to_float(const Ints (&sum)[Q]) {
+  Floats value = to_float(sum[Q - 1]);
+  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kBase<Q>, to_float(sum[q]));
+  return value;
+}
+
+template <int Q, int B, int D, int P>
+class DecodedRows {
+ public:
+  DecodedRows(const Format& f, const Digits<Q, B, D, P>& digits, int64_t batch)
+      : f(f), digits(digits), bytes(batch < kDecodeOnce ? 0 : f.books * digits.row_size * kRows) {}
+
+  // y of rows [row, end) of W, of one row strip, and all rows of x.
+  void products(const Reader<P>& read, CodeRows& codes, const Planes<B, D>& planes, int64_t row,
+                int64_t end, int64_t batch, float* y) {
+    for (int64_t count; row < end; row += count) {
+      count = end - row >= kRows ? kRows : 1;
+      const Rows rows = codes.rows(row, count);
+      if (count == kRows) multiply<kRows>(read, planes, rows, batch, y + row);
+      else multiply<1>(read, planes, rows, batch, y + row);
+    }
+  }
+
+ private:
+  static constexpr int kRows = 4;
+  // Rows of x at a time: what registers hold sums of, 32 of 64 bytes or of Arm, 16 of 32 bytes.
+  static constexpr int kTogether = std::max(1, (kLanes == 32 ? 2 : 4) / (Q > 1 ? 2 : 1));
+
+  template <int T>
+  void multiply(const Reader<P>& read, const Planes<B, D>& planes, const Rows rows, int64_t batch,
+                float* y) {
+    decode<T>(read, planes, rows);
+    int64_t n = 0;
+    for (; n + kTogether <= batch; n += kTogether) dots<T, kTogether>(planes, n, y);
+    for (; n < batch; n++) dots<T, 1>(planes, n, y);
+  }
+
+  // The weights of T rows in the order of activations, T vectors side by side.
+  template <int T>
+  [[gnu::noinline]] void decode(const Reader<P>& read, const Planes<B, D>& planes,
+                                const Rows rows) {
+    const uint8_t* plane = planes.first_plane();
+    uint8_t* to = bytes.data();
+    for (int64_t m = 0; m < f.books; m++)
+      for (int64_t s = 0; s < f.col_strips; s++, plane += D << B) {
+        const uint8_t* p = rows.first + m * rows.book + s * rows.strip;
+        for (int64_t c = 0; c < digits.strip_size; c += digits.kChunkCols, p += read.step) {
+          for (int t = 0; t < T; t++) {
+            Bytes found[P];
+            read(p + t * rows.row, found);
+            for (int i = 0; i < P; i++)
+              for (int d = 0; d < D; d++)
+                store(to + ((i * D + d) * T + t) * kLanes, Weights<B, D>(plane, d)(found[i]));
+          }
+          to += T * digits.kChunkCols;
+        }
+      }
+  }
+
+  // y of the T decoded rows and N rows of x from n on.
+  template <int T, int N>
+  [[gnu::noinline]] void dots(const Planes<B, D>& planes, int64_t n, float* y) const {
+    Floats total[T][N];
+    for (auto& of_row : total)
+      for (Floats& value : of_row) value = zero();
+    const int64_t next_row = Q * digits.row_size, next_scale = digits.blocks;
+    const uint8_t* weight = bytes.data();
+    const float* scale = planes.first_scale();
+    for (int64_t m = 0; m < f.books; m++) {
+      const int8_t* x = digits.row(n);
+      const float* x_scale = digits.row_scales(n);
+      const int32_t* start = digits.row_starts(n);
+      for (int64_t s = 0; s < f.col_strips; s++, scale++) {
+        const int8_t* const strip_end = x + digits.strip_size;
+        do {
+          Ints sum[T][N][Q];
+          for (int i = 0; i < N; i++)
+            for (int q = 0; q < Q; q++) {
+              const Ints first = load_ints(start + (i * Q + q) * next_scale * kIntLanes);
+              for (int t = 0; t < T; t++) sum[t][i][q] = first;
+            }
+          const int8_t* const block_end = std::min(strip_end, x + digits.kBlock);
+          for (; x < block_end; x += kLanes, weight += T * kLanes)
+            for (int i = 0; i < N; i++)
+              for (int q = 0; q < Q; q++) {
+                const Bytes input = keep(load(x + i * next_row + q * digits.row_size));
+                for (int t = 0; t < T; t++)
+                  sum[t][i][q] = dot(sum[t][i][q], load(weight + t * kLanes), input);
+              }
+          for (int i = 0; i < N; i++) {
+            const float together = *scale * x_scale[i * next_scale];
+            for (int t = 0; t < T; t++)
+              total[t][i] = fma(digits_to_float<Q>(sum[t][i]), together, total[t][i]);
+          }
+          x_scale++, start += kIntLanes;
+        } while (x < strip_end);
+      }
+    }
+    for (int t = 0; t < T; t++)
+      for (int i = 0; i < N; i++) y[(n + i) * f.rows + t] = sum(total[t][i]);
+  }
+
+  const Format& f;
+  const Digits<Q, B, D, P>& digits;
+  std::vector<uint8_t> bytes;
+};
+
+}  // namespace
