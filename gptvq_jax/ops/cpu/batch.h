@@ -45,7 +45,7 @@ class DecodedRows {
       : f(f), digits(digits), bytes(batch < kDecodeOnce ? 0 : f.books * digits.row_size * kRows) {}
 
   // y of rows [row, end) of W, of one row strip, and all rows of x.
-  void products(const Reader<P>& read, CodeRows& codes, const Planes<B, D>& planes, int64_t row,
+  void products(const Reader<B, P>& read, CodeRows& codes, const Planes<B, D>& planes, int64_t row,
                 int64_t end, int64_t batch, float* y) {
     for (int64_t count; row < end; row += count) {
       count = end - row >= kRows ? kRows : 1;
@@ -61,7 +61,7 @@ class DecodedRows {
   static constexpr int kTogether = std::max(1, (kLanes == 32 ? 2 : 4) / (Q > 1 ? 2 : 1));
 
   template <int T>
-  void multiply(const Reader<P>& read, const Planes<B, D>& planes, const Rows rows, int64_t batch,
+  void multiply(const Reader<B, P>& read, const Planes<B, D>& planes, const Rows rows, int64_t batch,
                 float* y) {
     decode<T>(read, planes, rows);
     int64_t n = 0;
@@ -71,7 +71,7 @@ class DecodedRows {
 
   // The weights of T rows in the order of activations, T vectors side by side.
   template <int T>
-  [[gnu::noinline]] void decode(const Reader<P>& read, const Planes<B, D>& planes,
+  [[gnu::noinline]] void decode(const Reader<B, P>& read, const Planes<B, D>& planes,
                                 const Rows rows) {
     const uint8_t* plane = planes.first_plane();
     uint8_t* to = bytes.data();

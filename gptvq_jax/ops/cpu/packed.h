@@ -25,7 +25,7 @@ struct Format {
 
 // Reads a chunk of codes: P vectors of them, where a byte holds P whole codes, the first vector
 // with the first code of every byte; otherwise one vector.
-template <int P>
+template <int B, int P>
 class Reader {
  public:
   static constexpr int kChunk = P * kLanes;
@@ -41,7 +41,7 @@ class Reader {
   const int64_t step;  // bytes from one chunk to the next
 
  private:
-  const Unpack unpack;
+  const Unpack<B> unpack;
 };
 
 // The codes of some rows, where every strip begins with a byte and whole chunks can be read.
@@ -153,10 +153,12 @@ bool with_dim(int64_t dim, Run&& run) {
 }
 template <class Run>
 bool specialize(const Format& f, Run&& run) {
+  if constexpr (kSmallTable < 5)
+    if (f.bits == 5) return with_dim<5, 1>(f.dim, run);
   return (f.bits == 2 && with_dim<kSmallTable, 4>(f.dim, run)) ||
          (f.bits == 4 && with_dim<kSmallTable, 2>(f.dim, run)) ||
          (f.bits <= kSmallTable && with_dim<kSmallTable, 1>(f.dim, run)) ||
-         (f.bits <= 6 && with_dim<6, 1>(f.dim, run)) ||
+         (f.bits == 6 && with_dim<6, 1>(f.dim, run)) ||
          (f.bits == 7 && with_dim<7, 1>(f.dim, run)) ||
          (f.bits == 8 && with_dim<8, 1>(f.dim, run));
 }

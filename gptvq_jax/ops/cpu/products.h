@@ -19,29 +19,34 @@
 
 namespace {
 
-// Adds products with the i-th vectors of codes. Where a table takes several registers, one row after
-// the other, so that its codes are prepared once; otherwise one d after the other.
+// Adds products with a chunk of codes at p. With few registers one row after the other, for which
+// activations are read again; otherwise one table after the other, and activations stay.
 template <int T, int Q, int B, int D, int P>
-[[gnu::always_inline]] inline void multiply(const Bytes (&found)[T][P], int i, const uint8_t* plane,
-                                            const int8_t* x, int64_t row_size, Ints (&sum)[T][Q]) {
-  auto add = [&](int t, int d) {
+[[gnu::always_inline]] inline void multiply(const Reader<B, P>& read, const uint8_t* p, int64_t row,
+                                            const uint8_t* plane, const int8_t* x,
+                                            int64_t row_size, Ints (&sum)[T][Q]) {
+  Bytes found[T][P];
+  auto add = [&](int t, int i, int d) {
     const Bytes weight = Weights<B, D>(plane, d)(found[t][i]);
     for (int q = 0; q < Q; q++)
-      sum[t][q] = dot(sum[t][q], weight, load(x + (i * D + d) * kLanes + q * row_size));
+      sum[t][q] = in_order(dot(sum[t][q], weight, load(x + (i * D + d) * kLanes + q * row_size)));
   };
-  if constexpr (kSmallTable < B && B < 8) {
-    for (int t = 0; t < T; t++)
-      for (int d = 0; d < D; d++) add(t, d);
-  } else {
-    for (int d = 0; d < D; d++)
-      for (int t = 0; t < T; t++) add(t, d);
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    read(p + t * row, found[t]);
+    __builtin_prefetch(p + (4 * T + t) * row);  // of the rows that come next
+    for (int i = 0; kFewRegisters && i < P; i++)
+      for (int d = 0; d < D; d++) add(t, i, d);
   }
+  for (int i = 0; !kFewRegisters && i < P; i++)
+    for (int d = 0; d < D; d++)
+      for (int t = 0; t < T; t++) add(t, i, d);
 }
 
 // Products of T rows of W, of one row strip, with row n of x: y[t].
 template <int T, int Q, int B, int D, int P>
 [[gnu::noinline]] void tile(const Format& f, const Digits<Q, B, D, P>& digits,
-                            const Reader<P>& read, const Planes<B, D>& planes, const Rows rows,
+                            const Reader<B, P>& read, const Planes<B, D>& planes, const Rows rows,
                             int64_t n, float* y) {
   Floats total[T];
   for (Floats& value : total) value = zero();
@@ -65,12 +70,7 @@ template <int T, int Q, int B, int D, int P>
         }
         const int8_t* const block_end = std::min(strip_end, x + digits.kBlock);
         do {
-          Bytes found[T][P];
-          for (int t = 0; t < T; t++) {
-            read(p + t * rows.row, found[t]);
-            __builtin_prefetch(p + (4 * T + t) * rows.row);  // of the rows that come next
-          }
-          for (int i = 0; i < P; i++) multiply<T, Q, B, D, P>(found, i, plane, x, row_size, sum);
+          multiply<T, Q, B, D, P>(read, p, rows.row, plane, x, row_size, sum);
           x += P * D * kLanes;
           p += step;
         } while (x < block_end);
@@ -85,7 +85,7 @@ template <int T, int Q, int B, int D, int P>
 
 // y of rows [row, end) of W, of one row strip, and row n of x.
 template <int Q, int B, int D, int P>
-void tiles(const Format& f, const Digits<Q, B, D, P>& digits, const Reader<P>& read,
+void tiles(const Format& f, const Digits<Q, B, D, P>& digits, const Reader<B, P>& read,
            CodeRows& codes, const Planes<B, D>& planes, int64_t row, int64_t end, int64_t n,
            float* y) {
   constexpr int T = 4;
@@ -100,11 +100,11 @@ void tiles(const Format& f, const Digits<Q, B, D, P>& digits, const Reader<P>& r
 template <int Q, int B, int D, int P, class Pool>
 void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* y) {
   const Digits<Q, B, D, P> digits(f, x, batch, pool);
-  const Reader<P> read(f);
+  const Reader<B, P> read(f);
   const int64_t step = item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads());
   parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
     Planes<B, D> planes(f, kBias);
-    CodeRows codes(f, D * Reader<P>::kChunk, read.step);
+    CodeRows codes(f, D * Reader<B, P>::kChunk, read.step);
     DecodedRows<Q, B, D, P> decoded(f, digits, batch);
     const int64_t last = std::min(f.rows, (item + 1) * step);
     for (int64_t row = item * step, end; row < last; row = end) {

@@ -3,6 +3,7 @@
 #define SIMD_NAME "avx2"
 
 namespace simd {
+constexpr bool kFewRegisters = true;
 constexpr int kLanes = 32, kSlack = 16;
 constexpr uint8_t kBias = 128;
 using Bytes = __m256i;
@@ -18,6 +19,10 @@ constexpr int kPairLimit = 128;  // times 255, the largest weight, is in 16 bits
 inline Bytes load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Bytes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline Bytes keep(Bytes v) {
+  asm("" : "+x"(v));
+  return v;
+}
+inline Ints in_order(Ints v) {
   asm("" : "+x"(v));
   return v;
 }
@@ -52,6 +57,7 @@ inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2
 // 8 to 23 of four: of each, one is multiplied to the upper byte and one to the lower, the second
 // code first.
 inline int code_at(int bits, int lane) { return bits == 6 ? lane ^ 1 : lane; }
+template <int B>
 struct Unpack {
   explicit Unpack(int bits) : bits(bits), down(_mm_cvtsi32_si128(16 - bits)) {
     alignas(32) uint8_t from[2][32];
@@ -62,18 +68,18 @@ struct Unpack {
       int bit = lane % 16 * bits, slot = half * 8 + at;
       from[word][2 * slot] = bit / 8, from[word][2 * slot + 1] = bit / 8 + 1;
       up[word][slot] = 1 << (16 - bits - bit % 8);
-      if (bits == 6) from[0][lane] = lane % 16 / 4 * 3 + (lane % 4 + 1) / 2;
+      if (B == 6) from[0][lane] = lane % 16 / 4 * 3 + (lane % 4 + 1) / 2;
     }
     for (int w = 0; w < 2; w++) {
       spread[w] = load(from[w]), lift[w] = load(up[w]);
     }
   }
   Bytes operator()(const uint8_t* p) const {
-    if (bits == 8) return load(p);
+    if constexpr (B == 8) return load(p);
     const __m256i packed = _mm256_inserti128_si256(
         _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * bits)), 1);
-    if (bits == 6) return four_in_three(_mm256_shuffle_epi8(packed, spread[0]));
+    if constexpr (B == 6) return four_in_three(_mm256_shuffle_epi8(packed, spread[0]));
     __m256i part[2];
     for (int w = 0; w < 2; w++) {
       __m256i pair = _mm256_shuffle_epi8(packed, spread[w]);

@@ -3,6 +3,7 @@
 #define SIMD_NAME "avx512"
 
 namespace simd {
+constexpr bool kFewRegisters = false;
 constexpr int kLanes = 64, kSlack = 0;
 constexpr uint8_t kBias = 128;
 constexpr int kPairLimit = 0;
@@ -16,6 +17,7 @@ inline Bytes keep(Bytes v) {
   asm("" : "+v"(v));
   return v;
 }
+inline Ints in_order(Ints v) { return v; }
 inline Bytes fill(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
@@ -30,19 +32,19 @@ inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2
 
 // A qword takes the `bits` bytes of 8 codes, then shifts each code to a byte of its own.
 inline int code_at(int, int lane) { return lane; }
+template <int B>
 struct Unpack {
-  explicit Unpack(int bits) : bytes(bits == 8 ? ~0ull : (1ull << 8 * bits) - 1), whole(bits == 8) {
+  explicit Unpack(int bits) : bytes(bits == 8 ? ~0ull : (1ull << 8 * bits) - 1) {
     alignas(64) uint8_t from[64], start[64];
     for (int i = 0; i < 64; i++) from[i] = (i / 8 * bits + i % 8) % 64, start[i] = i % 8 * bits;
     spread = load(from), shift = load(start);
   }
   Bytes operator()(const uint8_t* p) const {
     Bytes packed = _mm512_maskz_loadu_epi8(bytes, p);
-    if (whole) return packed;
+    if constexpr (B == 8) return packed;
     return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, packed));
   }
   __mmask64 bytes;
-  bool whole;
   Bytes spread, shift;
 };
 

@@ -3,6 +3,7 @@
 #define SIMD_NAME "neon"
 
 namespace simd {
+constexpr bool kFewRegisters = false;
 constexpr int kLanes = 16, kSlack = 16;
 constexpr uint8_t kBias = 0;
 constexpr int kPairLimit = 0;
@@ -18,6 +19,7 @@ inline Bytes keep(Bytes v) {
   asm("" : "+w"(v));
   return v;
 }
+inline Ints in_order(Ints v) { return v; }
 inline Bytes fill(uint8_t value) { return vdupq_n_u8(value); }
 inline Ints zero_ints() { return vdupq_n_s32(0); }
 inline Ints sub(Ints a, Ints b) { return vsubq_s32(a, b); }
@@ -39,6 +41,7 @@ inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2
 
 // Codes straddle two bytes at most: each 16-bit lane takes both and shifts its code down.
 inline int code_at(int, int lane) { return lane; }
+template <int B>
 struct Unpack {
   explicit Unpack(int bits) : mask(fill(bits == 8 ? 255 : (1 << bits) - 1)) {
     for (int lane = 0; lane < 16; lane++) {
@@ -66,13 +69,18 @@ struct Table {
     for (int i = 0; i < kParts; i++) part[i] = load(t + 16 * i);
   }
   Bytes operator()(Bytes code) const {
-    if constexpr (B == 4) return vqtbl1q_u8(part[0], code);
-    Bytes found = fill(0);
-    for (int i = 0; i < kParts; i += 4) {  // out of range keeps what was found
-      uint8x16x4_t four = {part[i], part[i + 1], part[i + 2], part[i + 3]};
-      found = vqtbx4q_u8(found, four, vsubq_u8(code, fill(16 * i)));
+    if constexpr (B == 4) {
+      return vqtbl1q_u8(part[0], code);
+    } else if constexpr (B == 5) {
+      return vqtbl2q_u8({part[0], part[1]}, code);
+    } else {
+      Bytes found = fill(0);
+      for (int i = 0; i < kParts; i += 4) {  // out of range keeps what was found
+        uint8x16x4_t four = {part[i], part[i + 1], part[i + 2], part[i + 3]};
+        found = vqtbx4q_u8(found, four, vsubq_u8(code, fill(16 * i)));
+      }
+      return found;
     }
-    return found;
   }
   static constexpr int kParts = 1 << (B - 4);
   Bytes part[kParts];

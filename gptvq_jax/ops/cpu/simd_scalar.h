@@ -3,6 +3,7 @@
 #define SIMD_NAME "scalar"
 
 namespace simd {
+constexpr bool kFewRegisters = false;
 constexpr int kLanes = 16, kSlack = 1;
 constexpr uint8_t kBias = 0;
 constexpr int kPairLimit = 0;
@@ -25,6 +26,7 @@ inline Bytes load(const void* p) {
 }
 inline void store(void* p, Bytes v) { std::memcpy(p, v.at, 16); }
 inline Bytes keep(Bytes v) { return v; }
+inline Ints in_order(Ints v) { return v; }
 inline Bytes fill(uint8_t value) { return each<Bytes>([=](int) { return value; }); }
 inline Ints zero_ints() { return each<Ints>([](int) { return 0; }); }
 inline Ints sub(Ints a, Ints b) { return each<Ints>([=](int i) { return a.at[i] - b.at[i]; }); }
@@ -43,6 +45,7 @@ inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2
 }
 
 inline int code_at(int, int lane) { return lane; }
+template <int B>
 struct Unpack {
   explicit Unpack(int bits) : bits(bits) {}
   Bytes operator()(const uint8_t* p) const {
