@@ -4,6 +4,7 @@
   python scripts/benchmark_decode.py --shapes=7b,70b --batches=1,8
   python scripts/benchmark_decode.py --formats=2d_2.25,2d_3.125 --implementations=cpu_int8,xla
   python scripts/benchmark_decode.py --json=rows.json --plot=decode.png
+  python scripts/benchmark_decode.py --march=x86-64-v3               # with AVX2 alone
 
 Contenders are measured in turn, round after round; the ratios are medians over rounds. Each holds
 as many different weights as --working_set_mib asks for, so that they come from memory as in a
@@ -38,6 +39,9 @@ _WORKING_SET = flags.DEFINE_integer(
     "working_set_mib", 256, "Of the copies of a weight.", lower_bound=0
 )
 _REPEATS = flags.DEFINE_integer("repeats", 25, "Rounds.", lower_bound=1)
+_MARCH = flags.DEFINE_string(
+    "march", None, "Compile the C++ kernels for this instruction set; default: that of this machine."
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")
 
@@ -47,9 +51,12 @@ def main(_) -> None:
 
     from gptvq_jax.console.progress import Progress
     from gptvq_jax.files.durable import write_text
+    from gptvq_jax.ops.cpu import build
     from gptvq_jax.study import decode_benchmark as bench
     from gptvq_jax.study import decode_report
 
+    if _MARCH.value:
+        build.choose_march(_MARCH.value)
     on_cpu = jax.default_backend() == "cpu"
     implementations = _IMPLEMENTATIONS.value or (["cpu_int8", "auto"] if on_cpu else ["auto"])
     dense = _DENSE.value or (["float32"] if on_cpu else ["float32", "bfloat16"])
@@ -60,6 +67,8 @@ def main(_) -> None:
     copy = bench.copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}: a copy moves {copy / 1e9:.1f} GB/s")
+    if on_cpu:
+        print(f"C++ kernels: {build.instruction_set()}")
     rows = []
     with Progress(len(shapes) * len(batches) * len(chosen), "decode", "kernel") as progress:
         for shape in shapes:

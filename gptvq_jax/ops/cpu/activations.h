@@ -30,12 +30,14 @@ inline uint32_t bits_of(float value) {
 // ordered as their bits are; a NaN or infinity comes out as it is.
 inline float bound_of(const float* x, int64_t count, bool pairs) {
   uint32_t peak = 0;
+  if (pairs)
+    for (int64_t i = 0; i + 1 < count; i += 2) {
+      const float a = x[i], b = x[i + 1], c = (a > 0 ? a : 0) + (b > 0 ? b : 0);
+      const float d = (a < 0 ? -a : 0) + (b < 0 ? -b : 0);  // neither is negative
+      const uint32_t above = bits_of(c), below = bits_of(d);
+      peak = std::max(peak, above > below ? above : below);
+    }
   for (int64_t i = 0; i < count; i++) peak = std::max(peak, bits_of(x[i]) & 0x7fffffffu);
-  for (int64_t i = 0; pairs && i < count; i += 2) {
-    const float a = x[i], b = x[i + 1];
-    const float above = (a > 0 ? a : 0) + (b > 0 ? b : 0), below = (a < 0 ? a : 0) + (b < 0 ? b : 0);
-    peak = std::max({peak, bits_of(above), bits_of(below) & 0x7fffffffu});
-  }
   float bound;
   std::memcpy(&bound, &peak, 4);
   return bound;
@@ -81,18 +83,18 @@ inline void begin_sum(const int8_t* x, int64_t count, uint8_t bias, int32_t* sta
 // Rows of x as Q rows of digits each. A row is strip after strip, a strip whole chunks, of which
 // each has kLanes values for each d of each of the P vectors of codes, or, where entries are looked
 // up whole, values as they are; 0 beyond the strip. A strip is one block or several.
-template <int Q, int B, int D, int P>
+template <int Q>
 class Digits {
  public:
-  static constexpr int kChunkCols = P * D * kLanes;
-  // Large enough that the scale of a block costs little, small enough that it fits its activations.
-  static constexpr int64_t kBlock = std::max(1, 256 / kChunkCols) * kChunkCols;
-
+  // `chunk_cols`: P D kLanes. `whole`: entries are looked up whole.
   template <class Pool>
-  Digits(const Format& f, const float* x, int64_t rows, Pool& pool)
-      : strip_size(divide_up(f.strip_cols, kChunkCols) * kChunkCols),
+  Digits(const Format& f, int64_t chunk_cols, bool whole, const float* x, int64_t rows, Pool& pool)
+      : strip_size(divide_up(f.strip_cols, chunk_cols) * chunk_cols),
         row_size(f.col_strips * strip_size),
-        blocks(f.col_strips * divide_up(strip_size, kBlock)),
+        block_size(std::max<int64_t>(1, 256 / chunk_cols) * chunk_cols),
+        blocks(f.col_strips * divide_up(strip_size, block_size)),
+        chunk_cols(chunk_cols),
+        whole(whole),
         values(divide_up(rows * Q * row_size, sizeof(Line))),
         scales(rows * blocks),
         starts(rows * Q * blocks * kIntLanes) {
@@ -104,7 +106,9 @@ class Digits {
   const int32_t* row_starts(int64_t n) const { return starts.data() + n * Q * blocks * kIntLanes; }
 
   const int64_t strip_size, row_size;  // values
-  const int64_t blocks;                // of a row
+  // Large enough that the scale of a block costs little, small enough that it fits its activations.
+  const int64_t block_size;
+  const int64_t blocks;  // of a row
 
  private:
   void round(const Format& f, const float* x, int64_t n) {
@@ -114,7 +118,7 @@ class Digits {
     for (int64_t s = 0; s < f.col_strips; s++) {
       order(f, s, x, ordered.data());
       for (int64_t i = 0, size; i < strip_size; i += size, scale++, start += kIntLanes) {
-        size = std::min(kBlock, strip_size - i);
+        size = std::min(block_size, strip_size - i);
         int8_t* to = values.data()->at + n * Q * row_size + s * strip_size + i;
         *scale = round_to_digits<Q>(ordered.data() + i, size, kPairLimit, to, row_size);
         for (int q = 0; q < Q; q++)
@@ -122,22 +126,25 @@ class Digits {
       }
     }
   }
-  static void order(const Format& f, int64_t s, const float* x, float* to) {
+  void order(const Format& f, int64_t s, const float* x, float* to) const {
     const float* from = x + s * f.strip_cols;
-    for (int64_t left = f.cols_in(s), done = 0; done < divide_up(f.strip_cols, kChunkCols);
-         done++, left -= kChunkCols, from += kChunkCols, to += kChunkCols) {
-      float padded[kChunkCols] = {};
-      if (left < kChunkCols) std::copy_n(from, std::max<int64_t>(left, 0), padded);
-      const float* chunk = left < kChunkCols ? padded : from;
-      if constexpr (whole_entries(B, D)) std::copy_n(chunk, kChunkCols, to);
-      else
-        for (int lane = 0; lane < kLanes; lane++) {
-          const float* code = chunk + code_at(f.bits, lane) * P * D;
-          for (int i = 0; i < P * D; i++) to[i * kLanes + lane] = code[i];
-        }
+    const int64_t count = f.cols_in(s);
+    if (whole) {
+      std::copy_n(from, count, to);
+      std::fill(to + count, to + strip_size, 0.f);
+      return;
     }
+    const int64_t together = chunk_cols / kLanes;  // P D values of the codes of a lane
+    for (int64_t first = 0; first < strip_size; first += chunk_cols, to += chunk_cols)
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int64_t c = first + code_at(f.bits, lane) * together;
+        for (int64_t i = 0; i < together; i++)
+          to[i * kLanes + lane] = c + i < count ? from[c + i] : 0;
+      }
   }
   struct alignas(64) Line { int8_t at[64]; };  // so that no vector straddles two
+  const int64_t chunk_cols;
+  const bool whole;
   std::vector<Line> values;
   std::vector<float> scales;    // row after row, block after block
   std::vector<int32_t> starts;  // digit after digit within a row

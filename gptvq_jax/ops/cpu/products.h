@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include "activations.h"
 #include "batch.h"
@@ -45,7 +46,7 @@ template <int T, int Q, int B, int D, int P>
 
 // Products of T rows of W, of one row strip, with row n of x: y[t].
 template <int T, int Q, int B, int D, int P>
-[[gnu::noinline]] void tile(const Format& f, const Digits<Q, B, D, P>& digits,
+[[gnu::noinline]] void tile(const Format& f, const Digits<Q>& digits,
                             const Reader<B, P>& read, const Planes<B, D>& planes, const Rows rows,
                             int64_t n, float* y) {
   Floats total[T];
@@ -68,7 +69,7 @@ template <int T, int Q, int B, int D, int P>
           const Ints first = load_ints(start + q * digits.blocks * kIntLanes);
           for (int t = 0; t < T; t++) sum[t][q] = first;
         }
-        const int8_t* const block_end = std::min(strip_end, x + digits.kBlock);
+        const int8_t* const block_end = std::min(strip_end, x + digits.block_size);
         do {
           multiply<T, Q, B, D, P>(read, p, rows.row, plane, x, row_size, sum);
           x += P * D * kLanes;
@@ -85,34 +86,35 @@ template <int T, int Q, int B, int D, int P>
 
 // y of rows [row, end) of W, of one row strip, and row n of x.
 template <int Q, int B, int D, int P>
-void tiles(const Format& f, const Digits<Q, B, D, P>& digits, const Reader<B, P>& read,
+void tiles(const Format& f, const Digits<Q>& digits, const Reader<B, P>& read,
            CodeRows& codes, const Planes<B, D>& planes, int64_t row, int64_t end, int64_t n,
            float* y) {
   constexpr int T = 4;
   for (int64_t count; row < end; row += count) {
     count = end - row >= T ? T : 1;
     const Rows rows = codes.rows(row, count);
-    if (count == T) tile<T>(f, digits, read, planes, rows, n, y + n * f.rows + row);
-    else tile<1>(f, digits, read, planes, rows, n, y + n * f.rows + row);
+    if (count == T) tile<T, Q, B, D, P>(f, digits, read, planes, rows, n, y + n * f.rows + row);
+    else tile<1, Q, B, D, P>(f, digits, read, planes, rows, n, y + n * f.rows + row);
   }
 }
 
 template <int Q, int B, int D, int P, class Pool>
 void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* y) {
-  const Digits<Q, B, D, P> digits(f, x, batch, pool);
+  const Digits<Q> digits(f, P * D * kLanes, whole_entries(B, D), x, batch, pool);
   const Reader<B, P> read(f);
   const int64_t step = item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads());
   parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
     Planes<B, D> planes(f, kBias);
     CodeRows codes(f, D * Reader<B, P>::kChunk, read.step);
-    DecodedRows<Q, B, D, P> decoded(f, digits, batch);
+    std::optional<DecodedRows<Q>> decoded;
+    if (batch >= kDecodeOnce) decoded.emplace(f, digits, batch);
     const int64_t last = std::min(f.rows, (item + 1) * step);
     for (int64_t row = item * step, end; row < last; row = end) {
       end = std::min(last, (row / f.strip_rows + 1) * f.strip_rows);
       planes.seek(row / f.strip_rows);
-      if (batch >= kDecodeOnce) decoded.products(read, codes, planes, row, end, batch, y);
+      if (decoded) decoded->products(read, codes, planes, row, end, y);
       else
-        for (int64_t n = 0; n < batch; n++) tiles(f, digits, read, codes, planes, row, end, n, y);
+        for (int64_t n = 0; n < batch; n++) tiles<Q, B, D, P>(f, digits, read, codes, planes, row, end, n, y);
     }
   });
 }

@@ -17,7 +17,10 @@ inline Bytes keep(Bytes v) {
   asm("" : "+v"(v));
   return v;
 }
-inline Ints in_order(Ints v) { return v; }
+inline Ints in_order(Ints v) {
+  asm("" : "+v"(v));
+  return v;
+}
 inline Bytes fill(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
