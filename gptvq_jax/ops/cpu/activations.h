@@ -12,12 +12,13 @@
 
 namespace {
 
-// Of a number in Q digits: the largest, and the base. Where products are added in pairs in 16 bits,
-// a digit of several is at most half of what a pair may reach.
+constexpr float kBase = 254;  // of activations in several digits: half of it is a digit
+// Of those that are multiplied with tables: where products are added in pairs in 16 bits, a digit of
+// several is at most half of what a pair may reach, and the sum of two that are rounded one below it.
 template <int Q>
-constexpr int kDigit = Q > 1 && kPairLimit ? kPairLimit / 2 : 127;
+constexpr int kLargest = !kPairLimit ? 127 : Q > 1 ? kPairLimit / 2 : kPairLimit - 1;
 template <int Q>
-constexpr float kBase = 2 * kDigit<Q>;
+constexpr float kTableBase = 2 * kLargest<Q>;
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -43,24 +44,27 @@ inline float bound_of(const float* x, int64_t count, bool pairs) {
   return bound;
 }
 
-// Rounds activations to Q digits, x = scale (q[0] + q[1] / base + q[2] / base^2), and returns the
-// scale. Rounding by adding 1.5 x 2^23 is to the nearest, and makes vectors of it. A NaN or infinity
-// makes the scale one, and so all products of the row.
+// Rounds activations to Q digits, x = scale (q[0] + q[1] / base + q[2] / base^2), the first at most
+// `largest`, and returns the scale. Rounding by adding 1.5 x 2^23 is to the nearest, and makes
+// vectors of it. A NaN or infinity as the bound makes the scale one, and so all products of the row.
 template <int Q>
-float round_to_digits(const float* x, int64_t count, bool pairs, int8_t* digits, int64_t next) {
-  // Half of what is lost by rounding two to integers is room below the limit of a pair.
-  constexpr int kLargest = Q == 1 && kPairLimit ? kPairLimit - 1 : kDigit<Q>;
-  const float bound = bound_of(x, count, pairs && Q == 1);
-  const float inverse = bound > 1e-36f ? kLargest / bound : 0;  // the quotient must be finite
+float round_to_digits(const float* x, int64_t count, float bound, int largest, float base,
+                      int8_t* digits, int64_t next) {
+  const float inverse = bound > 1e-36f ? largest / bound : 0;  // the quotient must be finite
   for (int64_t i = 0; i < count; i++) {
     float rest = x[i] * inverse;
     for (int q = 0; q < Q; q++) {
       const float shifted = rest + 12582912.0f, digit = shifted - 12582912.0f;
       digits[q * next + i] = static_cast<int8_t>(static_cast<int>(digit));
-      rest = (rest - digit) * kBase<Q>;
+      rest = (rest - digit) * base;
     }
   }
-  return bound / kLargest;
+  return bound / largest;
+}
+// A row with one scale.
+template <int Q>
+float round_row(const float* x, int64_t count, int8_t* digits) {
+  return round_to_digits<Q>(x, count, bound_of(x, count, false), 127, kBase, digits, count);
 }
 
 inline Ints load_ints(const int32_t* p) {
@@ -75,7 +79,7 @@ constexpr int kIntLanes = sizeof(Ints) / 4;
 inline void begin_sum(const int8_t* x, int64_t count, uint8_t bias, int32_t* start) {
   Ints added = zero_ints();
   for (int64_t i = 0; bias && i < count; i += kLanes)
-    added = dot(added, simd::fill(bias), load(x + i));
+    added = dot_table(added, simd::fill(bias), load(x + i));
   added = sub(zero_ints(), added);
   std::memcpy(start, &added, sizeof added);
 }
@@ -120,9 +124,11 @@ class Digits {
       for (int64_t i = 0, size; i < strip_size; i += size, scale++, start += kIntLanes) {
         size = std::min(block_size, strip_size - i);
         int8_t* to = values.data()->at + n * Q * row_size + s * strip_size + i;
-        *scale = round_to_digits<Q>(ordered.data() + i, size, kPairLimit, to, row_size);
+        const float bound = bound_of(ordered.data() + i, size, kPairLimit && Q == 1);
+        *scale = round_to_digits<Q>(ordered.data() + i, size, bound, kLargest<Q>, kTableBase<Q>, to,
+                                    row_size);
         for (int q = 0; q < Q; q++)
-          begin_sum(to + q * row_size, size, kBias, start + q * blocks * kIntLanes);
+          begin_sum(to + q * row_size, size, kTableBias, start + q * blocks * kIntLanes);
       }
     }
   }

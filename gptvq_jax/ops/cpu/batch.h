@@ -19,7 +19,7 @@ template <int B, int D>
 struct Weights {
   Weights(const uint8_t* plane, int d) : table(plane + (d << B)) {}
   Bytes operator()(Bytes code) const { return table(code); }
-  const Table<B> table;
+  const Lookup<B> table;
 };
 template <int B, int D>
   requires(whole_entries(B, D))
@@ -34,7 +34,7 @@ struct Weights<B, D> {
 template <int Q>
 Floats digits_to_float(const Ints (&sum)[Q]) {
   Floats value = to_float(sum[Q - 1]);
-  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kBase<Q>, to_float(sum[q]));
+  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kTableBase<Q>, to_float(sum[q]));
   return value;
 }
 
@@ -114,7 +114,7 @@ class DecodedRows {
               for (int q = 0; q < Q; q++) {
                 const Bytes input = keep(load(x + i * next_row + q * digits.row_size));
                 for (int t = 0; t < T; t++)
-                  sum[t][i][q] = in_order(dot(sum[t][i][q], of_row[t], input));
+                  sum[t][i][q] = in_order(dot_table(sum[t][i][q], of_row[t], input));
               }
           }
           for (int i = 0; i < N; i++) {

@@ -26,7 +26,7 @@ struct Int4Activations {
     std::vector<int8_t> rounded(w.cols);
     for (int64_t n = 0; n < batch; n++) {
       int8_t* to = values.data() + n * w.cols;
-      scales[n] = round_to_digits<1>(x + n * w.cols, w.cols, false, rounded.data(), 0);
+      scales[n] = round_row<1>(x + n * w.cols, w.cols, rounded.data());
       for (int64_t c = 0; c < w.cols; c += 2 * kLanes)
         for (int odd = 0; odd < 2; odd++)
           for (int i = 0; i < kLanes; i++) to[c + odd * kLanes + i] = rounded[c + 2 * i + odd];

@@ -30,7 +30,7 @@ template <int T, int Q, int B, int D, int P>
   auto add = [&](int t, int i, int d) {
     const Bytes weight = Weights<B, D>(plane, d)(found[t][i]);
     for (int q = 0; q < Q; q++)
-      sum[t][q] = in_order(dot(sum[t][q], weight, load(x + (i * D + d) * kLanes + q * row_size)));
+      sum[t][q] = in_order(dot_table(sum[t][q], weight, load(x + (i * D + d) * kLanes + q * row_size)));
   };
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {
@@ -104,7 +104,7 @@ void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* 
   const Reader<B, P> read(f);
   const int64_t step = item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads());
   parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
-    Planes<B, D> planes(f, kBias);
+    Planes<B, D> planes(f, kTableBias);
     CodeRows codes(f, D * Reader<B, P>::kChunk, read.step);
     std::optional<DecodedRows<Q>> decoded;
     if (batch >= kDecodeOnce) decoded.emplace(f, digits, batch);

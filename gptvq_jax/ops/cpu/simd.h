@@ -1,21 +1,28 @@
 // Vectors of bytes in one instruction set, chosen at compile time:
 //
 //   kLanes        bytes in a vector
-//   kBias         what is added to the int8 entries of a table, where `dot` wants unsigned weights
-//   Unpack(bits)  reads kLanes codes of `bits` bits, least significant bit first. It may read
-//                 kSlack bytes beyond them.
+//   kFewRegisters 16 of them, not 32
+//   kBias, kTableBias
+//                 what is added to int8 weights where `dot`, or `dot_table`, wants unsigned ones
+//   kPairLimit    where `dot_table` adds two neighbouring products in 16 bits: activations of one
+//                 sign in a pair must not sum to more; 0: any will do
+//   Unpack<B>(bits) reads kLanes codes of `bits` bits, at most B, least significant bit first. It may
+//                 read kSlack bytes beyond them. Lane l holds code code_at(bits, l).
 //   code(v, i, n) the code of n bits at bit i of every byte
 //                 Both may leave other bits above a code where tables ignore them.
 //   keep          its argument, in a register: otherwise compilers load again for each use
 //   mask, shift   the low n bits of every byte; bytes shifted down (mask what is left above)
+//   in_order      its argument: a sum that stays in one register, added to as the program says
 //   Split(K, D)   writes one plane for each d: entry [k, d] of a codebook at k, 0 <= k < 2^B, where
-//                 a codebook of fewer than 2^B entries repeats
-//   Table<B>      a plane in registers, looked up by the low B bits of every lane
+//                 a codebook of fewer than 2^B entries repeats; in the form that Lookup<B> reads
+//   Table<B>      2^B bytes as they are, looked up by the low B bits of every lane
+//   Lookup<B>     the same of a plane, by codes of at most B bits
 //   whole_entries(B, D), gather<D>
 //                 where shuffles would take longer, entries of D bytes are loaded whole: the d-th
 //                 vector has those of the lanes from d kLanes / D on
-//   dot           adds products of neighbouring bytes, weight x int8, to int32 lanes
-//   dot_nibbles   the same for weights of 0 to 15
+//   dot, dot_table
+//                 adds products of neighbouring bytes, weight x int8, to int32 lanes
+//   dot_nibbles   the same for two vectors of weights of 0 to 15
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -5,7 +5,7 @@
 namespace simd {
 constexpr bool kFewRegisters = true;
 constexpr int kLanes = 32, kSlack = 16;
-constexpr uint8_t kBias = 128;
+constexpr uint8_t kBias = 0, kTableBias = 128;
 using Bytes = __m256i;
 using Ints = __m256i;
 using Floats = __m256;
@@ -35,7 +35,12 @@ inline Bytes code(Bytes v, int first, int bits) { return mask(shift(v, first), b
 inline Ints add_pairs(Ints acc, __m256i pairs) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+// |w| as the unsigned operand, its sign moved to x: no pair of products leaves int16.
 inline Ints dot(Ints acc, Bytes weight, Bytes x) {
+  return add_pairs(acc,
+                   _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight)));
+}
+inline Ints dot_table(Ints acc, Bytes weight, Bytes x) {
 #if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(acc, weight, x);
 #else
@@ -45,7 +50,7 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
 // Two sums of pairs fit 16 bits.
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
 #if defined(__AVXVNNI__)
-  return dot(dot(acc, weight, x), weight2, x2);
+  return dot_table(dot_table(acc, weight, x), weight2, x2);
 #else
   return add_pairs(acc, _mm256_add_epi16(_mm256_maddubs_epi16(weight, x),
                                          _mm256_maddubs_epi16(weight2, x2)));
@@ -98,12 +103,35 @@ struct Unpack {
   Bytes spread[2], lift[2];
 };
 
+template <int B>
+struct Table {
+  explicit Table(const uint8_t* t) {
+    for (int i = 0; i < kParts; i++)
+      part[i] = _mm256_broadcastsi128_si256(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(t + 16 * i)));
+  }
+  Bytes operator()(Bytes code) const {
+    if constexpr (B == 4) return _mm256_shuffle_epi8(part[0], code);
+    // A shuffle takes 16 entries: choose between halves of the table bit by bit, from bit 4 up.
+    Bytes low = mask(code, 4), found[kParts];
+    for (int i = 0; i < kParts; i++) found[i] = _mm256_shuffle_epi8(part[i], low);
+    for (int bit = 4, n = kParts / 2; n; bit++, n /= 2) {
+      Bytes high = _mm256_slli_epi16(code, 7 - bit);  // bit 7 of a byte chooses in a blend
+      for (int i = 0; i < n; i++)
+        found[i] = _mm256_blendv_epi8(found[2 * i], found[2 * i + 1], high);
+    }
+    return found[0];
+  }
+  static constexpr int kParts = 1 << (B - 4);
+  Bytes part[kParts];
+};
+
 // A shuffle takes 16 entries, and gives 0 where bit 7 of a code is set. So of larger tables each part
 // of 16 entries but the first is stored as its difference (exclusive or) from the one before, and
 // looked up by what a code is above its first entry: below it, 0 is found.
 template <int B>
-struct Table {
-  explicit Table(const uint8_t* t) : entries(t) {}
+struct Lookup {
+  explicit Lookup(const uint8_t* t) : entries(t) {}
   Bytes operator()(Bytes code) const {
     if constexpr (B < 8) return parts(0, code);
     const Bytes low = mask(code, 7);
@@ -134,7 +162,7 @@ struct Split {
         split_plane(book + d, size, dim, bias, 1 << B, planes + (d << B));
     if constexpr (B > 4)
       for (int part = (dim << (B - 4)) - 1; part > 0; part--)
-        if (part % Table<B>::kParts) difference(planes + 16 * part);
+        if (part % Lookup<B>::kParts) difference(planes + 16 * part);
   }
 
  private:

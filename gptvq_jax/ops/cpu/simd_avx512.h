@@ -5,7 +5,7 @@
 namespace simd {
 constexpr bool kFewRegisters = false;
 constexpr int kLanes = 64, kSlack = 0;
-constexpr uint8_t kBias = 128;
+constexpr uint8_t kBias = 128, kTableBias = kBias;
 constexpr int kPairLimit = 0;
 using Bytes = __m512i;
 using Ints = __m512i;
@@ -29,6 +29,7 @@ inline Bytes shift(Bytes v, int n) { return _mm512_srli_epi16(v, n); }
 // Tables repeat: bits above a code are ignored.
 inline Bytes code(Bytes v, int first, int) { return first ? shift(v, first) : v; }
 inline Ints dot(Ints acc, Bytes weight, Bytes x) { return _mm512_dpbusd_epi32(acc, weight, x); }
+inline Ints dot_table(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
   return dot(dot(acc, weight, x), weight2, x2);
 }
@@ -101,6 +102,8 @@ struct Table {
   static constexpr int kParts = B == 6 ? 1 : B == 7 ? 2 : 4;
   Bytes part[kParts];
 };
+template <int B>
+using Lookup = Table<B>;
 constexpr int kSmallTable = 6;  // bits of the smallest table
 constexpr bool whole_entries(int, int) { return false; }
 template <int D>

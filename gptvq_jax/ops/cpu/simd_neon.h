@@ -5,7 +5,7 @@
 namespace simd {
 constexpr bool kFewRegisters = false;
 constexpr int kLanes = 16, kSlack = 16;
-constexpr uint8_t kBias = 0;
+constexpr uint8_t kBias = 0, kTableBias = kBias;
 constexpr int kPairLimit = 0;
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;
@@ -35,6 +35,7 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   return vpadalq_s16(vpadalq_s16(acc, low), high);
 #endif
 }
+inline Ints dot_table(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
   return dot(dot(acc, weight, x), weight2, x2);
 }
@@ -85,6 +86,8 @@ struct Table {
   static constexpr int kParts = 1 << (B - 4);
   Bytes part[kParts];
 };
+template <int B>
+using Lookup = Table<B>;
 constexpr int kSmallTable = 4;
 constexpr bool whole_entries(int, int) { return false; }
 template <int D>

@@ -5,7 +5,7 @@
 namespace simd {
 constexpr bool kFewRegisters = false;
 constexpr int kLanes = 16, kSlack = 1;
-constexpr uint8_t kBias = 0;
+constexpr uint8_t kBias = 0, kTableBias = kBias;
 constexpr int kPairLimit = 0;
 struct Bytes { uint8_t at[16]; };
 struct Ints { int32_t at[4]; };
@@ -40,6 +40,7 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
     acc.at[i / 4] += static_cast<int8_t>(weight.at[i]) * static_cast<int8_t>(x.at[i]);
   return acc;
 }
+inline Ints dot_table(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
   return dot(dot(acc, weight, x), weight2, x2);
 }
@@ -65,6 +66,8 @@ struct Table {
   }
   const uint8_t* entry;
 };
+template <int B>
+using Lookup = Table<B>;
 constexpr int kSmallTable = 4;
 constexpr bool whole_entries(int, int) { return false; }
 template <int D>
