@@ -40,7 +40,7 @@ _WORKING_SET = flags.DEFINE_integer(
 )
 _REPEATS = flags.DEFINE_integer("repeats", 25, "Rounds.", lower_bound=1)
 _MARCH = flags.DEFINE_string(
-    "march", None, "Compile the C++ kernels for this instruction set; default: that of this machine."
+    "march", None, "Of the C++ kernels, as the compiler calls it; default: native."
 )
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")

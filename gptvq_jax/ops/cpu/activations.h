@@ -13,8 +13,8 @@
 namespace {
 
 constexpr float kBase = 254;  // of activations in several digits: half of it is a digit
-// Of those that are multiplied with tables: where products are added in pairs in 16 bits, a digit of
-// several is at most half of what a pair may reach, and the sum of two that are rounded one below it.
+// Of those multiplied with tables: where products are added in pairs in 16 bits, a digit of several
+// is at most half of what a pair may reach; of one digit a pair's sum, before rounding, one less.
 template <int Q>
 constexpr int kLargest = !kPairLimit ? 127 : Q > 1 ? kPairLimit / 2 : kPairLimit - 1;
 template <int Q>
@@ -46,7 +46,7 @@ inline float bound_of(const float* x, int64_t count, bool pairs) {
 
 // Rounds activations to Q digits, x = scale (q[0] + q[1] / base + q[2] / base^2), the first at most
 // `largest`, and returns the scale. Rounding by adding 1.5 x 2^23 is to the nearest, and makes
-// vectors of it. A NaN or infinity as the bound makes the scale one, and so all products of the row.
+// vectors of it. A NaN or infinity as the bound makes the scale one, and so all products.
 template <int Q>
 float round_to_digits(const float* x, int64_t count, float bound, int largest, float base,
                       int8_t* digits, int64_t next) {

@@ -65,7 +65,7 @@ class DecodedRows {
   // Rows of x at a time: what registers hold sums of, 32 of 64 bytes or of Arm, 16 of 32 bytes.
   static constexpr int kTogether = std::max(1, (kFewRegisters ? 2 : 4) / (Q > 1 ? 2 : 1));
 
-  // The weights of the t-th of kRows rows in the order of activations, vectors of rows side by side.
+  // The weights of the t-th row in the order of activations, vectors of kRows rows side by side.
   template <int B, int D, int P>
   [[gnu::noinline]] void decode(const Reader<B, P>& read, const Planes<B, D>& planes,
                                 const Rows rows, int64_t t) {

@@ -29,8 +29,9 @@ template <int T, int Q, int B, int D, int P>
   Bytes found[T][P];
   auto add = [&](int t, int i, int d) {
     const Bytes weight = Weights<B, D>(plane, d)(found[t][i]);
+    const int8_t* input = x + (i * D + d) * kLanes;
     for (int q = 0; q < Q; q++)
-      sum[t][q] = in_order(dot_table(sum[t][q], weight, load(x + (i * D + d) * kLanes + q * row_size)));
+      sum[t][q] = in_order(dot_table(sum[t][q], weight, load(input + q * row_size)));
   };
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {
@@ -114,7 +115,8 @@ void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* 
       planes.seek(row / f.strip_rows);
       if (decoded) decoded->products(read, codes, planes, row, end, y);
       else
-        for (int64_t n = 0; n < batch; n++) tiles<Q, B, D, P>(f, digits, read, codes, planes, row, end, n, y);
+        for (int64_t n = 0; n < batch; n++)
+          tiles<Q, B, D, P>(f, digits, read, codes, planes, row, end, n, y);
     }
   });
 }

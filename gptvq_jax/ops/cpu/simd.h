@@ -6,7 +6,8 @@
 //                 what is added to int8 weights where `dot`, or `dot_table`, wants unsigned ones
 //   kPairLimit    where `dot_table` adds two neighbouring products in 16 bits: activations of one
 //                 sign in a pair must not sum to more; 0: any will do
-//   Unpack<B>(bits) reads kLanes codes of `bits` bits, at most B, least significant bit first. It may
+//   Unpack<B>(bits)
+//                 reads kLanes codes of `bits` bits, at most B, least significant bit first. It may
 //                 read kSlack bytes beyond them. Lane l holds code code_at(bits, l).
 //   code(v, i, n) the code of n bits at bit i of every byte
 //                 Both may leave other bits above a code where tables ignore them.

@@ -126,9 +126,9 @@ struct Table {
   Bytes part[kParts];
 };
 
-// A shuffle takes 16 entries, and gives 0 where bit 7 of a code is set. So of larger tables each part
-// of 16 entries but the first is stored as its difference (exclusive or) from the one before, and
-// looked up by what a code is above its first entry: below it, 0 is found.
+// A shuffle takes 16 entries, and gives 0 where bit 7 of a code is set. So of larger tables each
+// part of 16 entries but the first is stored as its difference (exclusive or) from the one before,
+// and looked up by what a code is above its first entry: below it, 0 is found.
 template <int B>
 struct Lookup {
   explicit Lookup(const uint8_t* t) : entries(t) {}
