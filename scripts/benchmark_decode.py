@@ -6,6 +6,7 @@
   python scripts/benchmark_decode.py --json=rows.json --plot=decode.png
   python scripts/benchmark_decode.py --model=CHECKPOINT              # a token of a model, by part
   python scripts/benchmark_decode.py --model=CHECKPOINT --llama_cpp=F16,Q4_0,Q2_K
+  python scripts/benchmark_decode.py --march=x86-64-v3               # with AVX2 alone
 
 Contenders are measured in turn, round after round; the ratios are medians over rounds. Each holds
 as many different weights as --working_set_mib asks for, so that they come from memory as in a
@@ -60,11 +61,19 @@ _CONTEXT = flags.DEFINE_integer(
 _LLAMA_CPP = flags.DEFINE_list(
     "llama_cpp", [], "With --model: formats that llama.cpp runs in turn, as F16,Q4_0,Q2_K."
 )
+_MARCH = flags.DEFINE_string(
+    "march", None, "Of the C++ kernels, as the compiler calls it; default: native."
+)
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")
 
 
 def main(_) -> None:
+    from gptvq_jax.ops.cpu import build
+
+    if _MARCH.value:
+        build.choose_march(_MARCH.value)
     if _MODEL.value:
         cli.refuse(
             ["shapes", "formats", "dense", "working_set_mib", "plot"],
@@ -96,8 +105,8 @@ def measure_token() -> None:
 def measure_products() -> None:
     import jax
 
-    from gptvq_jax.console.progress import Progress
     from gptvq_jax.files.durable import write_text
+    from gptvq_jax.ops.cpu import build
     from gptvq_jax.study import decode_benchmark as bench
     from gptvq_jax.study import decode_report
 
@@ -111,20 +120,10 @@ def measure_products() -> None:
     copy = bench.copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}: a copy moves {copy / 1e9:.1f} GB/s")
-    rows = []
-    with Progress(len(shapes) * len(batches) * len(chosen), "decode", "kernel") as progress:
-        for shape in shapes:
-            for batch in batches:
-                measured = bench.measure(
-                    *shape,
-                    batch,
-                    chosen,
-                    _WORKING_SET.value << 20,
-                    _REPEATS.value,
-                    progress.advance,
-                )
-                progress.advance(steps=sum("skipped" in row for row in measured))
-                rows += measured
+    if on_cpu:
+        print(f"C++ kernels: {build.instruction_set()}")
+    sizes = _WORKING_SET.value << 20, _REPEATS.value
+    rows = bench.measure_all(shapes, batches, chosen, *sizes)
     print(decode_report.table(rows, copy))
     if _JSON.value:
         text = json.dumps({"device": device, "copy_bandwidth": copy, "rows": rows}, indent=1)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.ops.int4 import GROUP_SIZE, random_int4
 from gptvq_jax.ops.vq_matmul import make_kernel
@@ -73,6 +74,23 @@ def contenders(
         make = partial(_quantized, FORMATS[name], implementation)
         listed.append(Contender(name, implementation, make))
     return listed
+
+
+def measure_all(
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    chosen: Sequence[Contender],
+    working_set: int,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """`measure` of all shapes and batches, with a bar."""
+    rows = []
+    with Progress(len(shapes) * len(batches) * len(chosen), "decode", "kernel") as progress:
+        for shape, batch in itertools.product(shapes, batches):
+            found = measure(*shape, batch, chosen, working_set, repeats, progress.advance)
+            progress.advance(steps=sum("skipped" in row for row in found))
+            rows += found
+    return rows
 
 
 def measure(

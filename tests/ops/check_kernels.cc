@@ -3,6 +3,7 @@
 // is too large.
 #include "direct.h"
 #include "lookup.h"
+#include "int4.h"
 #include "products.h"
 
 #include <cmath>

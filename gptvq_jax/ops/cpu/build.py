@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,15 @@ _SOURCES = (
     "packed.h",
     "lookup.h",
     "direct.h",
+    "activations.h",
+    "batch.h",
+    "int4.h",
     "parallel.h",
     "simd.h",
+    "simd_avx2.h",
+    "simd_avx512.h",
+    "simd_neon.h",
+    "simd_scalar.h",
     "trellis.h",
     "trellis_call.h",
     "trellis_runs.h",
@@ -47,6 +55,37 @@ _TARGETS = (
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300
+_INSTRUCTIONS = re.compile(r"#define __((?:AVX|SSE|FMA|F16C|BMI|ARM_FEATURE_)\w*?)__? 1\b")
+_chosen_flags: tuple[str, ...] = ()
+
+
+def choose_march(name: str) -> None:
+    """Compiles for -march=`name` from here on instead of for this processor.
+
+    Args:
+      name: as the compiler knows it, such as x86-64-v3 (AVX2) or x86-64 (no vectors of ours).
+
+    Raises:
+      ValueError: the compiler does not know it, this processor cannot run it, or the kernels are
+        in use already.
+      NotImplementedError: there is no compiler.
+    """
+    global _chosen_flags
+    if _load_once.cache_info().currsize:
+        raise ValueError(f"march={name!r} comes too late: the CPU kernels are in use already")
+    compiler = find_compiler()
+    native = set(_INSTRUCTIONS.findall(_defines(compiler, _FLAGS)))
+    flags = (f"-march={name}",)
+    try:
+        missing = set(_INSTRUCTIONS.findall(_defines(compiler, (*_FLAGS, *flags)))) - native
+    except NotImplementedError as error:
+        raise ValueError(f"march={name!r} is not known: {error}") from None
+    if missing:
+        raise ValueError(
+            f"this processor cannot run march={name!r}: it lacks {', '.join(sorted(missing))}; "
+            "choose an older one, or native"
+        )
+    _chosen_flags = flags
 
 
 def library() -> ctypes.CDLL:
@@ -66,7 +105,7 @@ def library() -> ctypes.CDLL:
 def _load_once() -> ctypes.CDLL | str:
     """The library, or why there is none: a compiler that failed is not called again."""
     try:
-        loaded = _load(build(user_cache("native")))
+        loaded = _load(build(user_cache("native"), _chosen_flags))
     except (NotImplementedError, OSError) as error:
         return str(error)
     for name in _TARGETS:
@@ -108,7 +147,7 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     compiler = find_compiler()
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
     # What the compiler defines tells its version and every instruction set in use.
-    defines = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    defines = _defines(compiler, flags)
     key = hashlib.sha256(repr((defines, flags, jax.__version__)).encode())
     for source in sources:
         key.update(source.read_bytes())
@@ -126,6 +165,10 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
                 "directory that can be written"
             ) from None
     return target
+
+
+def _defines(compiler: str, flags: tuple[str, ...]) -> str:
+    return _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
 
 
 def _compile(command: list[str], target: Path) -> None:

@@ -1,6 +1,7 @@
 // The kernels as XLA calls them.
 #include "direct.h"
 #include "lookup.h"
+#include "int4.h"
 #include "products.h"
 #include "trellis_call.h"
 #include "viterbi.h"

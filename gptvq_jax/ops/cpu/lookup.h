@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "direct.h"
@@ -38,12 +39,17 @@ class ProductTables {
   }
   float sum(const uint8_t* codes, int64_t count) const {
     const float* table = products.data();
-    float sums[4] = {};
+    float sums[8] = {};  // separate: one addition waits for another as long as several loads take
     int64_t v = 0;
-    for (; v + 4 <= count; v += 4)
-      for (int i = 0; i < 4; i++) sums[i] += table[(v + i) * 256 + codes[v + i]];
-    for (; v < count; v++) sums[0] += table[v * 256 + codes[v]];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (; v + 8 <= count; v += 8, table += 8 * 256) {
+      uint64_t eight;
+      std::memcpy(&eight, codes + v, 8);  // least significant byte first
+      for (int i = 0; i < 8; i++) sums[i] += table[i * 256 + (eight >> 8 * i & 255)];
+    }
+    for (; v < count; v++, table += 256) sums[0] += table[codes[v]];
+    for (int half = 4; half; half /= 2)
+      for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
   }
 
  private:

@@ -25,7 +25,7 @@ struct Format {
 
 // Reads a chunk of codes: P vectors of them, where a byte holds P whole codes, the first vector
 // with the first code of every byte; otherwise one vector.
-template <int P>
+template <int B, int P>
 class Reader {
  public:
   static constexpr int kChunk = P * kLanes;
@@ -41,7 +41,7 @@ class Reader {
   const int64_t step;  // bytes from one chunk to the next
 
  private:
-  const Unpack unpack;
+  const Unpack<B> unpack;
 };
 
 // The codes of some rows, where every strip begins with a byte and whole chunks can be read.
@@ -96,6 +96,7 @@ class Planes {
   Planes(const Format& f, uint8_t bias)
       : f(f),
         split(f.size, D, bias),
+        bias(bias),
         strips(f.books * f.col_strips),
         together(std::clamp<int64_t>(kCacheBytes / (strips * D << B), 1, 16)),
         planes(new uint8_t[(together * strips * D << B) + kOverread]),
@@ -122,14 +123,16 @@ class Planes {
           __builtin_prefetch(f.centroids + next + line);
         const int8_t* book = f.centroids + group * f.size * D;
         uint8_t* plane = planes.get() + (to * D << B);
-        if constexpr (whole_entries(B, D)) std::memcpy(plane, book, f.size * D);
-        else split.template operator()<B>(book, plane);
+        if constexpr (whole_entries(B, D)) {
+          for (int64_t i = 0; i < f.size * D; i++) plane[i] = static_cast<uint8_t>(book[i]) ^ bias;
+        } else split.template operator()<B>(book, plane);
         scales[to] = half_to_float(f.scales[group]);
       }
   }
   static constexpr int64_t kCacheBytes = 1 << 14, kOverread = 4;
   const Format& f;
   const Split split;
+  const uint8_t bias;
   const int64_t strips, together;
   int64_t begin = -1 - (int64_t{1} << 40), at = 0;
   std::unique_ptr<uint8_t[]> planes;
@@ -150,10 +153,12 @@ bool with_dim(int64_t dim, Run&& run) {
 }
 template <class Run>
 bool specialize(const Format& f, Run&& run) {
+  if constexpr (kSmallTable < 5)
+    if (f.bits == 5) return with_dim<5, 1>(f.dim, run);
   return (f.bits == 2 && with_dim<kSmallTable, 4>(f.dim, run)) ||
          (f.bits == 4 && with_dim<kSmallTable, 2>(f.dim, run)) ||
          (f.bits <= kSmallTable && with_dim<kSmallTable, 1>(f.dim, run)) ||
-         (f.bits <= 6 && with_dim<6, 1>(f.dim, run)) ||
+         (f.bits == 6 && with_dim<6, 1>(f.dim, run)) ||
          (f.bits == 7 && with_dim<7, 1>(f.dim, run)) ||
          (f.bits == 8 && with_dim<8, 1>(f.dim, run));
 }
