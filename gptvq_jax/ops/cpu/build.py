@@ -24,16 +24,21 @@ from gptvq_jax.console.user_cache import VARIABLE, user_cache
 
 _SOURCES = (
     "kernels.cc",
+    "attention.h",
+    "block.h",
+    "block_call.h",
     "products.h",
     "packed.h",
     "lookup.h",
     "direct.h",
     "parallel.h",
     "simd.h",
+    "team.h",
     "trellis.h",
+    "vector_math.h",
     "viterbi.h",
 )
-_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul", "viterbi", "trellis_matmul")
+_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul", "viterbi", "trellis_matmul", "block_step")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300

@@ -4,9 +4,10 @@ import jax
 
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.cpu import kernels
+from gptvq_jax.ops.cpu.call import Call
 from gptvq_jax.ops.reference import pack
 
-__all__ = ["check", "matmul", "pack"]
+__all__ = ["call", "check", "matmul", "pack"]
 
 
 def check(tensor: VQTensor) -> None:
@@ -17,6 +18,11 @@ def check(tensor: VQTensor) -> None:
     kernels.check(tensor)
 
 
+def call(weight: VQTensor) -> Call:
+    """The kernel for a packed weight."""
+    return kernels.call(weight, round_x=True)
+
+
 def matmul(x: jax.Array, weight: VQTensor) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32."""
-    return kernels.matmul(x, weight, round_x=True)
+    return call(weight)(x)

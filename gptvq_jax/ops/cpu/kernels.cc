@@ -1,4 +1,5 @@
 // The kernels as XLA calls them.
+#include "block_call.h"
 #include "direct.h"
 #include "lookup.h"
 #include "products.h"
@@ -203,3 +204,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(trellis_matmul, TrellisMatmul,
                                   .Arg<Vector>()
                                   .Attr<int64_t>("stream_rows")
                                   .Ret<Matrix>());
+
+// Those whose arguments are x (N, C) and the arrays of a weight (R, C), and that give (N, R).
+namespace {
+XLA_FFI_Handler* layer_handler(std::string_view target) {
+  if (target == "gptvq_vq_matmul") return vq_matmul;
+  if (target == "gptvq_vq_direct_matmul") return vq_direct_matmul;
+  if (target == "gptvq_trellis_matmul") return trellis_matmul;
+  return nullptr;
+}
+}  // namespace

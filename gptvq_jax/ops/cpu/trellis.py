@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.core.trellis_tensor import TrellisTensor, stream_offsets
-from gptvq_jax.ops.cpu.build import library
+from gptvq_jax.ops.cpu.call import Call
 
 
 @jax.tree_util.register_dataclass
@@ -47,10 +47,8 @@ def pack(tensor: TrellisTensor) -> PackedTrellis:
     )
 
 
-def matmul(x: jax.Array, packed: PackedTrellis) -> jax.Array:
-    """x (N, C), weight of shape (R, C) -> (N, R) float32; x may be of any float dtype."""
-    library()
-    result = jax.ShapeDtypeStruct((x.shape[0], packed.row_scales.shape[0]), jnp.float32)
+def call(packed: PackedTrellis) -> Call:
+    """The kernel for a weight of shape (R, C)."""
     arrays = (
         packed.codes,
         packed.rates,
@@ -62,5 +60,5 @@ def matmul(x: jax.Array, packed: PackedTrellis) -> jax.Array:
         packed.outlier_cols,
         packed.outlier_values,
     )
-    call = jax.ffi.ffi_call("gptvq_trellis_matmul", result)
-    return call(x.astype(jnp.float32), *arrays, stream_rows=np.int64(packed.stream_rows))
+    attributes = {"stream_rows": np.int64(packed.stream_rows)}
+    return Call("gptvq_trellis_matmul", packed.row_scales.shape[0], arrays, attributes)
