@@ -31,6 +31,8 @@ _SOURCES = (
     "packed.h",
     "lookup.h",
     "direct.h",
+    "int8_rows.h",
+    "int8_rows_call.h",
     "parallel.h",
     "simd.h",
     "team.h",
@@ -38,7 +40,15 @@ _SOURCES = (
     "vector_math.h",
     "viterbi.h",
 )
-_TARGETS = ("vq_matmul", "vq_direct_matmul", "int4_matmul", "viterbi", "trellis_matmul", "block_step")
+_TARGETS = (
+    "vq_matmul",
+    "vq_direct_matmul",
+    "int4_matmul",
+    "viterbi",
+    "trellis_matmul",
+    "block_step",
+    "int8_rows_matmul",
+)
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300

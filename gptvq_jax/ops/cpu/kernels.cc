@@ -1,6 +1,7 @@
 // The kernels as XLA calls them.
 #include "block_call.h"
 #include "direct.h"
+#include "int8_rows_call.h"
 #include "lookup.h"
 #include "products.h"
 #include "trellis.h"
