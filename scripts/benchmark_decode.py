@@ -64,7 +64,6 @@ _LLAMA_CPP = flags.DEFINE_list(
 _MARCH = flags.DEFINE_string(
     "march", None, "Of the C++ kernels, as the compiler calls it; default: native."
 )
-)
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _PLOT = flags.DEFINE_string("plot", None, "Also plot the times to this PNG file.")
 

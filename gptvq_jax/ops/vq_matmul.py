@@ -6,6 +6,7 @@ An implementation is a module of this package with these names:
     check(tensor)        raises NotImplementedError for a tensor it does not support
     pack(tensor)         the tensor in the layout that its kernel reads, still packed; done once
     matmul(x, packed)    x (N, C) -> (N, R) float32
+    call(packed)         the C++ call that matmul is, if it is nothing else
 
 None of them sees row scales of a VQTensor: they commute with the product, so they are taken off the
 tensor first and VQKernel multiplies by them.
@@ -26,6 +27,7 @@ from gptvq_jax.core.check_tensor import check_tensor
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
+from gptvq_jax.ops.cpu.call import Call
 
 # Name -> (platform it runs on, or None for all; what it is).
 IMPLEMENTATIONS = {
@@ -94,6 +96,11 @@ class VQKernel:
     @property
     def num_bytes(self) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def native_call(self) -> Call | None:
+        """The C++ kernel with which x is multiplied before row scales; None if there is none."""
+        call = getattr(_module(self.implementation), "call", None)
+        return call and call(self.packed)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> (..., R) in the dtype of x."""

@@ -13,6 +13,7 @@ from jax import lax
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.kv_cache import LayerCache
 from gptvq_jax.models.llama import block_step, embed, head_logits
+from gptvq_jax.serve.native_block import native_step, runs_natively
 from gptvq_jax.serve.params import outer_params
 
 Caches = tuple[LayerCache, ...]  # one per layer
@@ -36,8 +37,9 @@ def run_blocks(
 ) -> tuple[jax.Array, Caches]:
     """Runs tokens (batch, time) through all blocks.
 
-    Each is a branch of a condition that always holds, which the compiler does not know. Without it
-    XLA decodes the packed weights of all blocks first, or even once before the loop over steps.
+    One that is not a call of its own (native_block.py) is a branch of a condition that always
+    holds, which the compiler does not know. Without it XLA decodes the packed weights of all blocks
+    first, or even once before the loop over steps.
 
     Args:
       config: of the model.
@@ -53,10 +55,12 @@ def run_blocks(
     x = embed(config, params, tokens).astype(caches[0].k.dtype)
     updated = []
     for index, cache in enumerate(caches):
-        block = partial(block_step, config.of_block(index), positions=positions)
-        x, cache = lax.cond(
-            true, block, lambda _, x, cache: (x, cache), params[f"layers_{index}"], x, cache
-        )
+        of_block, block = config.of_block(index), params[f"layers_{index}"]
+        if runs_natively(of_block, block, x, cache, positions):
+            x, cache = native_step(of_block, block, x, cache, positions)
+        else:
+            step = partial(block_step, of_block, positions=positions)
+            x, cache = lax.cond(true, step, lambda _, x, cache: (x, cache), block, x, cache)
         updated.append(cache)
     return x, tuple(updated)
 

@@ -15,7 +15,9 @@ from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.experts import stack_experts
 from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.models.source import ModelSource
+from gptvq_jax.ops import int8_head
 from gptvq_jax.ops.coded_rows import CodedRows
+from gptvq_jax.ops.int8_head import Int8Head
 from gptvq_jax.ops.vq_matmul import IMPLEMENTATIONS, VQKernel, make_kernel
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -27,21 +29,28 @@ def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") ->
 
     Args:
       checkpoint: its dense arrays keep the dtype that they are stored in, float16 by default.
-      implementation: of products with quantized layers, see `ops.vq_matmul`.
+      implementation: of products with quantized layers, see `ops.vq_matmul`. With 'cpu_int8' a
+        dense head is rounded to int8 rows, as activations are; looked-up embeddings stay exact.
 
     Raises:
       ValueError: the checkpoint is damaged, or there is no such implementation.
       NotImplementedError: the named implementation does not support a layer or this platform.
     """
 
+    tied = checkpoint.config.tie_word_embeddings
+    head = "embed_tokens/embedding" if tied else "lm_head/kernel"
+
     def leaf(name: str, stored: Any) -> Any:
         if not isinstance(stored, QuantizedTensor):
+            if name == head and implementation == "cpu_int8" and int8_head.can_run():
+                return Int8Head.rounded(stored if tied else stored.T, tied)
             return _dense_leaf(name, stored)
         if is_int8_rows(stored):
-            return RowWeight.from_int8_rows(stored)
+            rows = RowWeight.from_int8_rows(stored)
+            native = name == head and implementation.startswith("cpu") and int8_head.can_run()
+            return Int8Head(rows, None) if native else rows
         try:
             if name == "embed_tokens/embedding":
-                tied = checkpoint.config.tie_word_embeddings
                 return CodedRows.make(stored, tied, implementation)
             return make_kernel(stored, implementation)
         except NotImplementedError as error:

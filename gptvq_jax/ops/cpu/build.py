@@ -25,6 +25,9 @@ from gptvq_jax.console.user_cache import VARIABLE, user_cache
 
 _SOURCES = (
     "kernels.cc",
+    "attention.h",
+    "block.h",
+    "block_call.h",
     "products.h",
     "packed.h",
     "lookup.h",
@@ -32,16 +35,20 @@ _SOURCES = (
     "activations.h",
     "batch.h",
     "int4.h",
+    "int8_rows.h",
+    "int8_rows_call.h",
     "parallel.h",
     "simd.h",
     "simd_avx2.h",
     "simd_avx512.h",
     "simd_neon.h",
     "simd_scalar.h",
+    "team.h",
     "trellis.h",
     "trellis_call.h",
     "trellis_runs.h",
     "trellis_simd.h",
+    "vector_math.h",
     "viterbi.h",
 )
 _TARGETS = (
@@ -51,6 +58,8 @@ _TARGETS = (
     "viterbi",
     "trellis_matmul",
     "trellis_int8_matmul",
+    "block_step",
+    "int8_rows_matmul",
 )
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")

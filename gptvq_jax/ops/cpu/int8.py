@@ -9,6 +9,7 @@ from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.ops.cpu import kernels, trellis
+from gptvq_jax.ops.cpu.call import Call
 from gptvq_jax.ops.cpu.trellis import PackedTrellis
 
 KINDS = (VQTensor, TrellisTensor)
@@ -29,8 +30,13 @@ def pack(tensor: QuantizedTensor) -> VQTensor | PackedTrellis:
     return trellis.pack(tensor, int8=True) if isinstance(tensor, TrellisTensor) else tensor
 
 
+def call(weight: VQTensor | PackedTrellis) -> Call:
+    """The kernel for a packed weight."""
+    if isinstance(weight, PackedTrellis):
+        return trellis.call(weight)
+    return kernels.call(weight, round_x=True)
+
+
 def matmul(x: jax.Array, weight: VQTensor | PackedTrellis) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32."""
-    if isinstance(weight, PackedTrellis):
-        return trellis.matmul(x, weight)
-    return kernels.matmul(x, weight, round_x=True)
+    return call(weight)(x)

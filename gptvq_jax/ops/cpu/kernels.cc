@@ -1,5 +1,7 @@
 // The kernels as XLA calls them.
+#include "block_call.h"
 #include "direct.h"
+#include "int8_rows_call.h"
 #include "lookup.h"
 #include "int4.h"
 #include "products.h"
@@ -168,3 +170,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(viterbi, ViterbiSearch,
                                   .Attr<int64_t>("trace_back")
                                   .Ret<Integers>()
                                   .Ret<Vector>());
+
+// Those whose arguments are x (N, C) and the arrays of a weight (R, C), and that give (N, R).
+namespace {
+XLA_FFI_Handler* layer_handler(std::string_view target) {
+  if (target == "gptvq_vq_matmul") return vq_matmul;
+  if (target == "gptvq_vq_direct_matmul") return vq_direct_matmul;
+  if (target == "gptvq_trellis_matmul") return trellis_matmul;
+  if (target == "gptvq_trellis_int8_matmul") return trellis_int8_matmul;
+  return nullptr;
+}
+}  // namespace

@@ -8,6 +8,7 @@ from gptvq_jax.core import packing
 from gptvq_jax.core.check_tensor import check_tensor
 from gptvq_jax.core.vq_tensor import DenseCodebook, VQTensor, block_scale_values
 from gptvq_jax.ops.cpu.build import library
+from gptvq_jax.ops.cpu.call import Call
 
 INT4_GROUP_SIZE = 128  # inputs that share a scale, in int4.py
 _DIMS = (1, 2, 4, 8, 16)
@@ -33,25 +34,39 @@ def check(tensor: VQTensor) -> None:
     library()
 
 
+def call(tensor: VQTensor, round_x: bool) -> Call:
+    """The kernel for a weight of shape (R, C).
+
+    Args:
+      tensor: one that `check` accepts.
+      round_x: whether x may be rounded to int8, with one scale per row.
+
+    Raises:
+      ValueError: the arrays of the tensor do not fit each other.
+    """
+    assert tensor.row_scales is None, "row scales are VQKernel's to apply"
+    check_tensor(tensor)  # the last door: beyond it are pointers
+    rows = tensor.shape[0]
+    if why_not_in_registers(tensor):
+        arrays, attributes = _direct_arrays(tensor), _direct(tensor)
+        return Call("gptvq_vq_direct_matmul", rows, arrays, attributes)
+    attributes = _geometry(tensor) | {"round_x": round_x}
+    return Call("gptvq_vq_matmul", rows, _arrays(tensor), attributes)
+
+
 def matmul(x: jax.Array, tensor: VQTensor, round_x: bool) -> jax.Array:
     """x (N, C), weight of shape (R, C) -> (N, R) float32.
 
     Args:
       x: any float dtype.
-      tensor: one that `check` accepts.
-      round_x: whether x may be rounded to int8, with one scale per row.
+      tensor, round_x: as in `call`.
 
     Raises:
       ValueError: the arrays of the tensor do not fit each other, or x does not have C columns.
     """
-    assert tensor.row_scales is None, "row scales are VQKernel's to apply"
-    check_tensor(tensor)  # the last door: beyond it are pointers
+    kernel = call(tensor, round_x)
     _check_columns(x, tensor.shape[1])
-    x = x.astype(jnp.float32)
-    shape = (x.shape[0], tensor.shape[0])
-    if why_not_in_registers(tensor):
-        return _call("vq_direct_matmul", shape, x, *_direct_arrays(tensor), **_direct(tensor))
-    return _call("vq_matmul", shape, x, *_arrays(tensor), **_geometry(tensor), round_x=round_x)
+    return kernel(x)
 
 
 def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
@@ -69,7 +84,7 @@ def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     _check_columns(x, cols)
     if cols % INT4_GROUP_SIZE or scale.shape != (rows, cols // INT4_GROUP_SIZE):
         raise ValueError(f"codes {codes.shape} and scales {scale.shape} are not of one weight")
-    return _call("int4_matmul", (x.shape[0], codes.shape[0]), x, codes, scale)
+    return Call("gptvq_int4_matmul", codes.shape[0], (codes, scale), {})(x)
 
 
 def _check_columns(x: jax.Array, cols: int) -> None:
@@ -109,9 +124,3 @@ def _geometry(tensor: VQTensor) -> dict[str, np.int64]:
 def _direct(tensor: VQTensor) -> dict[str, np.int64]:
     scales = tensor.block_scales
     return _geometry(tensor) | {"block_size": np.int64(scales.block_size if scales else 0)}
-
-
-def _call(name: str, shape: tuple[int, int], *arrays: jax.Array, **attributes) -> jax.Array:
-    library()
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(f"gptvq_{name}", result)(*arrays, **attributes)

@@ -6,12 +6,21 @@
 #include <memory>
 #include <thread>
 
+#include "team.h"
+
 namespace {
 
-// Calls work(i) for i < items on the threads of XLA's pool and this one. This thread takes items
-// too, so that it never waits for a task that has not begun.
+// Calls work(i) for i < items, on as many threads as the pool has: those of the team, or, while it
+// is at work for another call, the pool's own. This thread takes items too, so that it never waits
+// for a task that has not begun.
 template <class Pool, class Work>
 void parallel(Pool& pool, int64_t items, Work&& work) {
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), items);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < items; i++) work(i);
+    return;
+  }
+  if (Team::get().run(threads, items, work)) return;
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
   };
@@ -23,21 +32,24 @@ void parallel(Pool& pool, int64_t items, Work&& work) {
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
-  for (int64_t h = 0; h < helpers; h++) pool.Schedule(decltype(run)(run));
+  for (int64_t h = 1; h < threads; h++) pool.Schedule(decltype(run)(run));
   run();
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < items; spins++)
     if (spins > 1000) std::this_thread::yield();
 }
 
-// Rows of one work item: a few items for each thread, of whole row strips, whose tables are then
-// made once; but not so few weights that handing them to a thread costs more than they do.
-constexpr int64_t kItemsPerThread = 8, kItemWeights = 1 << 18;
+// Rows of one work item: as many items for each thread, a few where there are many weights, so that
+// threads end together; fewer, or one in all, where handing them over would cost more than they do.
+// They are whole tiles of rows, and, where that is no detour, whole row strips, whose tables are
+// then made once.
+constexpr int64_t kItemsPerThread = 8, kItemWeights = 1 << 17, kTileRows = 4;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t item_rows(int64_t rows, int64_t cols, int64_t strip_rows, int64_t threads) {
-  const int64_t share = divide_up(rows, kItemsPerThread * threads);
-  const int64_t wanted = std::max(share, divide_up(kItemWeights, cols));
-  return wanted < strip_rows ? wanted : divide_up(wanted, strip_rows) * strip_rows;
+  const int64_t most = rows * cols / kItemWeights;  // items
+  const int64_t each = std::clamp<int64_t>(most / threads, 1, kItemsPerThread);
+  const int64_t share = most < 1 ? rows : divide_up(rows, each * threads);
+  const int64_t whole = divide_up(share, strip_rows) * strip_rows;
+  return 8 * (whole - share) <= share ? whole : divide_up(share, kTileRows) * kTileRows;
 }
 
 }  // namespace

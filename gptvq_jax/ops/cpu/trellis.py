@@ -9,6 +9,7 @@ import numpy as np
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.ops.cpu import trellis_parts
 from gptvq_jax.ops.cpu.build import library
+from gptvq_jax.ops.cpu.call import Call
 from gptvq_jax.ops.cpu.trellis_layout import arrange_outliers, arrange_streams
 
 _MAX = 127  # of an int8 level
@@ -89,26 +90,18 @@ def pack(tensor: TrellisTensor, int8: bool) -> PackedTrellis:
     )
 
 
-def matmul(x: jax.Array, packed: PackedTrellis) -> jax.Array:
-    """x (N, C), weight of shape (R, C) -> (N, R) float32; x may be of any float dtype."""
-    if x.ndim != 2 or x.shape[1] != packed.cols:
-        raise ValueError(f"x has shape {x.shape}, the weight {packed.cols} columns")
-    library()
-    result = jax.ShapeDtypeStruct((x.shape[0], packed.row_scales.shape[0]), jnp.float32)
+def call(packed: PackedTrellis) -> Call:
+    """The kernel for a weight of shape (R, C)."""
     arrays = [getattr(packed, name) for name in _ARRAYS]
-    if packed.table.dtype == jnp.uint8:
-        call = jax.ffi.ffi_call("gptvq_trellis_int8_matmul", result)
-        arrays += [packed.table, packed.unit, packed.parts]
-    else:
-        call = jax.ffi.ffi_call("gptvq_trellis_matmul", result)
-        arrays.append(packed.table)
-    return call(
-        x.astype(jnp.float32),
-        *arrays,
-        stream_rows=np.int64(packed.stream_rows),
-        bits=np.int64(packed.window_bits),
-        shared=packed.shared,
-    )
+    int8 = packed.table.dtype == jnp.uint8
+    arrays += [packed.table, packed.unit, packed.parts] if int8 else [packed.table]
+    attributes = {
+        "stream_rows": np.int64(packed.stream_rows),
+        "bits": np.int64(packed.window_bits),
+        "shared": packed.shared,
+    }
+    target = "gptvq_trellis_int8_matmul" if int8 else "gptvq_trellis_matmul"
+    return Call(target, packed.row_scales.shape[0], tuple(arrays), attributes)
 
 
 _ARRAYS = (

@@ -1,0 +1,87 @@
+// Arithmetic of float32 rows in loops that compilers make vectors of.
+#pragma once
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "simd.h"
+
+namespace {
+
+constexpr int kWide = 16;  // partial sums, side by side
+
+// e^x to 2e-7 of it, 0 below -87 and infinity above 88.7: 2^n times a polynomial of degree 6.
+inline float exponential(float x) {
+  constexpr float kShift = 12582912.0f;  // adding 1.5 x 2^23 rounds to the nearest integer
+  const float bounded = x > 89.0f ? 89.0f : x < -87.0f ? -87.0f : x;  // NaN stays NaN
+  const float shifted = bounded * 1.44269504f + kShift, n = shifted - kShift;
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.38888889e-3f * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = (p * r + 0.5f) * r + 1.0f;
+  p = p * r + 1.0f;
+  // In two factors: 2^128 alone is no float32.
+  const int32_t power = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kShift);
+  const int32_t half = power >> 1, rest = power - half;
+  const float value = p * std::bit_cast<float>((half + 127) << 23) *
+                      std::bit_cast<float>((rest + 127) << 23);
+  return x < -87.0f ? 0.0f : value;
+}
+
+inline float sum_of(const float (&parts)[kWide]) {
+  float sum = 0;
+  for (const float part : parts) sum += part;
+  return sum;
+}
+
+inline float inner_product(const float* a, const float* b, int64_t count) {
+  float parts[kWide] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kWide <= count; i += kWide)
+    for (int lane = 0; lane < kWide; lane++) parts[lane] += a[i + lane] * b[i + lane];
+  for (; i < count; i++) sum += a[i] * b[i];
+  return sum + sum_of(parts);
+}
+
+// x to its root mean square, and times `scale`.
+inline void rms_norm(const float* x, const float* scale, float eps, int64_t count, float* y) {
+  const float inverse = 1 / std::sqrt(inner_product(x, x, count) / count + eps);
+  for (int64_t i = 0; i < count; i++) y[i] = x[i] * inverse * scale[i];
+}
+
+// In place: e^(x - max) divided by their sum.
+inline void softmax(float* x, int64_t count) {
+  float largest[kWide], peak = x[0];
+  for (float& value : largest) value = x[0];
+  int64_t i = 0;
+  for (; i + kWide <= count; i += kWide)
+    for (int lane = 0; lane < kWide; lane++)
+      largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
+  for (; i < count; i++) peak = x[i] > peak ? x[i] : peak;
+  for (const float value : largest) peak = value > peak ? value : peak;
+  for (int64_t j = 0; j < count; j++) x[j] = exponential(x[j] - peak);
+  float parts[kWide] = {}, sum = 0;
+  for (i = 0; i + kWide <= count; i += kWide)
+    for (int lane = 0; lane < kWide; lane++) parts[lane] += x[i + lane];
+  for (; i < count; i++) sum += x[i];
+  const float inverse = 1 / (sum + sum_of(parts));
+  for (int64_t j = 0; j < count; j++) x[j] *= inverse;
+}
+
+// float16 values as float32.
+inline void widen(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(
+                                 reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < count; i++) to[i] = simd::half_to_float(from[i]);
+}
+
+}  // namespace
