@@ -54,21 +54,6 @@ def call(tensor: VQTensor, round_x: bool) -> Call:
     return Call("gptvq_vq_matmul", rows, _arrays(tensor), attributes)
 
 
-def matmul(x: jax.Array, tensor: VQTensor, round_x: bool) -> jax.Array:
-    """x (N, C), weight of shape (R, C) -> (N, R) float32.
-
-    Args:
-      x: any float dtype.
-      tensor, round_x: as in `call`.
-
-    Raises:
-      ValueError: the arrays of the tensor do not fit each other, or x does not have C columns.
-    """
-    kernel = call(tensor, round_x)
-    _check_columns(x, tensor.shape[1])
-    return kernel(x)
-
-
 def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """x (N, C) float32, rounded to int8, times 4-bit integers -> (N, R) float32; see ops/int4.py.
 
