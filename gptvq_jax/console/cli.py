@@ -5,7 +5,6 @@ This file imports nothing that takes long: from its import on, Ctrl-C ends a scr
 
 import atexit
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -104,6 +103,7 @@ from absl import app, flags  # noqa: E402 - Ctrl-C is one line from here on
 from absl import logging as absl_logging  # noqa: E402
 
 from gptvq_jax.console.flag_values import in_words  # noqa: E402
+from gptvq_jax.console.freed_memory import return_freed_memory  # noqa: E402
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script that asked for it
 
@@ -137,7 +137,7 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
                     "lists them"
                 )
             _refuse_empty_flags()
-            _return_freed_memory()
+            return_freed_memory()
             _quiet_logs()
             _keep_compiled_programs()
             main(argv)
@@ -299,18 +299,6 @@ def _written_output() -> Iterator[None]:
         print_error(error)
         _drop_output()
         sys.exit(1)
-
-
-def _return_freed_memory() -> None:
-    """Large arrays go back to the system when freed, where the C library is glibc.
-
-    By default it learns to keep blocks of up to 32 MiB, and peak memory drifts with the order in
-    which the arrays of a block come and go.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_mmap_threshold = -3  # from malloc.h
-        mallopt(m_mmap_threshold, 4 << 20)
 
 
 def _quiet_logs() -> None:

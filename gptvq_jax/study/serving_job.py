@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptvq_jax.console.compile_time import CompileTime
+from gptvq_jax.console.freed_memory import keep_freed_memory
 from gptvq_jax.console.processor import processor_name
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.serve.engine import Engine
@@ -55,6 +56,7 @@ def benchmark_serving(
     engine = Engine(
         config, served.params(dtype), slots=slots, context=context, queue=most, dtype=dtype
     )
+    keep_freed_memory()  # as the server does
     apart = CompileTime()
     with Progress(engine.num_programs(), "compile", "program", compiling=apart) as progress:
         engine.warm_up(progress.advance)

@@ -5,6 +5,7 @@ import ipaddress
 import socket
 
 from gptvq_jax.console.compile_time import CompileTime
+from gptvq_jax.console.freed_memory import keep_freed_memory
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.serve.engine import Engine
 from gptvq_jax.serve.engine_options import check_options
@@ -69,6 +70,7 @@ def serve(
             stop_tokens=stop_tokens(source),
             dtype=dtype,
         )
+        keep_freed_memory()
         # Compilation is all that is done: its seconds are those of the steps to come.
         nothing_apart = CompileTime()
         with Progress(
