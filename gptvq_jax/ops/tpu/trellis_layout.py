@@ -14,7 +14,7 @@ from gptvq_jax.ops.trellis_words import ROWS, Outside, Streams, check_known, out
 
 _MAX_BITS = 12  # of a window: 2^12 float32 are 32 lookups
 _MAX_TILE_BYTES = 3 * 2**20  # of words in VMEM, twice; see layout.py for the rest
-_MAX_TILE_CHUNKS = 64
+_MAX_TILE_CHUNKS = 32  # 1024 rows: results of 256 rows of x take 1 MiB, twice
 _static = partial(dataclasses.field, metadata={"static": True})
 
 
