@@ -103,7 +103,9 @@ def test_parts_of_a_batch_add_up(everything):
         np.testing.assert_allclose(np.add(one, other), both, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("size", [5, 12, 64])  # ends short, is all, is more
+@pytest.mark.parametrize(
+    "size", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 64))]
+)  # ends short, is all, is more
 def test_the_loss_of_chunks(everything, size, monkeypatch):
     student, packed, other, _, reference = everything
     head = head_on_device(packed.config, packed.outer())
@@ -160,6 +162,7 @@ print(json.dumps([float(kl.sum()), float(again.sum()), sums]))
 """
 
 
+@pytest.mark.slow
 def test_a_batch_over_several_devices_has_the_same_loss(tmp_path):
     """4 of 8 virtual devices, which divide the batch, and one."""
     here = Path(__file__).parent

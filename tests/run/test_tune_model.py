@@ -160,7 +160,7 @@ def test_as_the_last_stage_of_a_run_it_is_the_same(tuned, tmp_path):
     assert len(rows(tmp_path, "tune")) == len(rows(tuned.path, "tune"))
 
 
-@pytest.mark.parametrize("saved_at", ["every step", "looks"])
+@pytest.mark.parametrize("saved_at", ["every step", pytest.param("looks", marks=pytest.mark.slow)])
 def test_resumes_at_any_step_with_the_same_bytes(tuned, saved_at, monkeypatch):
     monkeypatch.setattr(tune_model, "_SAVE_SECONDS", 0.0 if saved_at == "every step" else 1e9)
     name = f"killed {saved_at}"
@@ -241,7 +241,6 @@ def test_early_stop(tuned):
         {"weight_decay": 0.9},
         {"warmup": 0.5},
         {"final_rate": 1.0},
-        {"batch_size": 2},
     ],
 )
 def test_every_field_counts(tuned, changes):
