@@ -23,6 +23,25 @@ class Examples(NamedTuple):
     learned: np.ndarray  # (n, T - 1) bool: of tokens 2..T, each predicted from those before it
 
 
+def batch_of(examples: Examples, step: int, size: int, seed: int) -> Examples:
+    """Those of step 1, 2, ...: every pass over the examples has an order of its own.
+
+    Args:
+      examples: n of them.
+      step: number of the batch.
+      size: of a batch.
+      seed: of the orders.
+    """
+    count, chosen = len(examples.tokens), []
+    orders: dict[int, np.ndarray] = {}
+    for place in range((step - 1) * size, step * size):
+        epoch, within = divmod(place, count)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+        chosen.append(orders[epoch][within])
+    return Examples(examples.tokens[chosen], examples.learned[chosen])
+
+
 def load_examples(source: ModelSource, settings: LoraSettings) -> tuple[Examples, Examples]:
     """Those to train on, and those held out, which no other overlaps.
 

@@ -22,7 +22,7 @@ from gptvq_jax.adapters.peft_config import scale
 from gptvq_jax.adapters.peft_files import write_adapter
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.seeds import random_key
-from gptvq_jax.lora.examples import Examples, load_examples
+from gptvq_jax.lora.examples import Examples, batch_of, load_examples
 from gptvq_jax.lora.frozen_model import Adapters, FrozenModel
 from gptvq_jax.lora.optimizer import State, from_host, learning_rate, start, to_host, updated
 from gptvq_jax.lora.settings import LoraSettings
@@ -101,7 +101,6 @@ class _Trainer:
         self._start = start(dict(shapes), settings)
         self._model = FrozenModel(source, self._scale)
         self._key = random_key(settings.seed)
-        self._orders: dict[int, np.ndarray] = {}
 
     def run(self) -> _Point:
         point = self._resumed()
@@ -156,7 +155,9 @@ class _Trainer:
         for step in range(begun + 1, end + 1):
             before = time.perf_counter()
             rate = learning_rate(step, self._settings) * point.factor
-            tokens, learned = self._batch(step)
+            tokens, learned = batch_of(
+                self._examples, step, self._settings.batch, self._settings.seed
+            )
             loss, gradient = self._model.loss_and_gradient(
                 state.adapters, tokens, learned, self._key_of(step), self._settings.dropout
             )
@@ -210,18 +211,6 @@ class _Trainer:
 
     def _key_of(self, step: int):
         return jax.random.fold_in(self._key, step)
-
-    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of step 1, 2, ...; every pass over the examples has an order of its own."""
-        count, batch = len(self._examples.tokens), self._settings.batch
-        chosen = []
-        for place in range((step - 1) * batch, step * batch):
-            epoch, within = divmod(place, count)
-            if epoch not in self._orders:
-                order = np.random.default_rng([self._settings.seed, epoch]).permutation(count)
-                self._orders = {epoch: order}
-            chosen.append(self._orders[epoch][within])
-        return self._examples.tokens[chosen], self._examples.learned[chosen]
 
     def _held_out_loss(self, adapters: Adapters) -> float:
         """In nats per token that is learned."""

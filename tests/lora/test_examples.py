@@ -4,10 +4,11 @@ import json
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_run import byte_tokenizer
 
-from gptvq_jax.lora.examples import chat_tokens, load_examples
+from gptvq_jax.lora.examples import Examples, batch_of, chat_tokens, load_examples
 from gptvq_jax.lora.settings import LoraSettings
 
 TEMPLATE = (
@@ -99,6 +100,16 @@ def test_lines_that_are_no_chat(line, message, source, tmp_path):
     path.write_text(json.dumps({"messages": say("Hi", "Hello")}) + f"\n{line}\n")
     with pytest.raises(ValueError, match=message):
         load_examples(source, LoraSettings(dataset=str(path), chat=True, seqlen=32))
+
+
+def test_every_pass_reads_each_example_once_in_another_order():
+    examples = Examples(np.arange(5)[:, None], np.ones((5, 0), bool))
+    batches = [batch_of(examples, step, 2, seed=3).tokens[:, 0] for step in range(1, 6)]
+    read = np.concatenate(batches)
+    assert sorted(read[:5]) == sorted(read[5:]) == [0, 1, 2, 3, 4]
+    assert list(read[:5]) != list(read[5:])
+    again = batch_of(examples, 3, 2, seed=3).tokens[:, 0]
+    np.testing.assert_array_equal(again, batches[2])
 
 
 def test_too_little(source, tmp_path):
