@@ -77,9 +77,7 @@ def native_step(
     rows = x.reshape(-1, x.shape[-1])
     results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (rows, cache.k, cache.v))
     library()
-    step = jax.ffi.ffi_call(
-        "gptvq_block_step", results, input_output_aliases={0: 0, 3: 1, 4: 2}
-    )
+    step = jax.ffi.ffi_call("gptvq_block_step", results, input_output_aliases={0: 0, 3: 1, 4: 2})
     rows, k, v = step(
         rows,
         positions.reshape(-1).astype(jnp.int32),
@@ -123,9 +121,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "residual_scale": config.residual_scale,
         "scale": 1 / math.sqrt(config.head_dim) if scale is None else scale,
         "softcap": config.attention_softcap or 0,
-        "rotary_factor": (
-            scaling.attention_factor if isinstance(scaling, YarnRopeScaling) else 1
-        ),
+        "rotary_factor": (scaling.attention_factor if isinstance(scaling, YarnRopeScaling) else 1),
     }
     counts = {
         "heads": config.num_attention_heads,

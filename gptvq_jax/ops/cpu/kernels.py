@@ -124,4 +124,3 @@ def _geometry(tensor: VQTensor) -> dict[str, np.int64]:
 def _direct(tensor: VQTensor) -> dict[str, np.int64]:
     scales = tensor.block_scales
     return _geometry(tensor) | {"block_size": np.int64(scales.block_size if scales else 0)}
-
