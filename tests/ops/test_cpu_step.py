@@ -1,4 +1,4 @@
-"""What a step has beside its products, in every instruction set: threads, int8 rows, exponentials."""
+"""What a step has beside products, in every instruction set: threads, int8 rows, exponentials."""
 
 import platform
 import shutil
