@@ -1,0 +1,96 @@
+// Runs what a step has beside its products with packed weights, in the instruction set that it is
+// compiled for and without JAX: the threads, int8 rows, exponentials. Exits with 1 on an error.
+#include "int8_rows.h"
+#include "parallel.h"
+#include "vector_math.h"
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <sys/wait.h>
+#include <unistd.h>
+
+namespace {
+
+struct Threads {  // a pool whose tasks run at once
+  int64_t num_threads() const { return 3; }
+  template <class F>
+  void Schedule(F&& f) { f(); }
+};
+
+bool good = true;
+void expect(bool holds, const char* what) {
+  if (!holds) std::printf("wrong: %s\n", what);
+  good = good && holds;
+}
+
+// Whether every item of many small jobs is done once, with jobs within jobs.
+bool all_done() {
+  Threads pool;
+  for (int job = 0; job < 2000; job++) {
+    std::vector<std::atomic<int>> count(job % 7);
+    parallel(pool, count.size(), [&](int64_t i) {
+      std::atomic<int> inner{0};
+      if (job % 50 == 0) parallel(pool, 4, [&](int64_t) { inner++; });
+      count[i] += job % 50 == 0 ? inner == 4 : 1;
+    });
+    for (const auto& c : count)
+      if (c != 1) return false;
+    if (job % 500 == 0) usleep(1000);  // the threads go to sleep
+  }
+  return true;
+}
+
+void check_threads() {
+  expect(all_done(), "items of jobs");
+  std::thread other([] { expect(all_done(), "items of jobs of another thread"); });
+  expect(all_done(), "items of jobs beside another thread");
+  other.join();
+  const pid_t child = fork();
+  if (child == 0) _exit(all_done() ? 0 : 1);
+  int status = 1;
+  waitpid(child, &status, 0);
+  expect(status == 0, "jobs of a forked process");
+}
+
+void check_rows(int64_t rows, int64_t cols, int64_t batch) {
+  std::mt19937 random(cols);
+  std::vector<uint8_t> codes(rows * cols);
+  std::vector<uint16_t> scales(rows);
+  std::vector<float> x(batch * cols), y(batch * rows);
+  for (auto& v : codes) v = random();
+  for (auto& v : scales) v = 0x2000 + random() % 0x400;
+  for (auto& v : x) v = std::normal_distribution<float>()(random);
+  Threads pool;
+  int8_rows_product({rows, cols, codes.data(), scales.data()}, x.data(), batch, pool, y.data());
+  double error = 0, norm = 0;
+  for (int64_t n = 0; n < batch; n++)
+    for (int64_t r = 0; r < rows; r++) {
+      double value = 0;
+      for (int64_t c = 0; c < cols; c++) value += (codes[r * cols + c] - 127.5) * x[n * cols + c];
+      value *= simd::half_to_float(scales[r]);
+      error += std::pow(value - y[n * rows + r], 2), norm += value * value;
+    }
+  expect(std::sqrt(error / norm) < 1e-6, "products with int8 rows");
+}
+
+void check_exponential() {
+  double worst = 0;
+  for (float x = -86; x < 88.5f; x += 0.0137f)
+    worst = std::max(worst, std::abs(exponential(x) / std::exp(double(x)) - 1));
+  expect(worst < 3e-7, "exponentials");
+  expect(exponential(-90) == 0 && exponential(-INFINITY) == 0, "small exponentials");
+  expect(std::isinf(exponential(90)) && std::isinf(exponential(INFINITY)), "large exponentials");
+  expect(std::isnan(exponential(NAN)), "the exponential of what is no number");
+}
+
+}  // namespace
+
+int main() {
+  check_threads();
+  for (const int64_t cols : {1, 40, 64, 83, 200}) check_rows(37, cols, cols % 3 + 1);
+  check_rows(700, 1024, 2);
+  check_exponential();
+  std::printf("%s: %s\n", SIMD_NAME, good ? "good" : "not good");
+  return good ? 0 : 1;
+}
