@@ -84,6 +84,10 @@ inline void begin_sum(const int8_t* x, int64_t count, uint8_t bias, int32_t* sta
   std::memcpy(start, &added, sizeof added);
 }
 
+// Columns that share a scale, if a chunk has no more: it costs little in 256 of them. Where pairs
+// limit it, a pair of large activations should cost the precision of few others.
+constexpr int64_t kBlockCols = kPairLimit ? 64 : 256;
+
 // Rows of x as Q rows of digits each. A row is strip after strip, a strip whole chunks, of which
 // each has kLanes values for each d of each of the P vectors of codes, or, where entries are looked
 // up whole, values as they are; 0 beyond the strip. A strip is one block or several.
@@ -95,7 +99,7 @@ class Digits {
   Digits(const Format& f, int64_t chunk_cols, bool whole, const float* x, int64_t rows, Pool& pool)
       : strip_size(divide_up(f.strip_cols, chunk_cols) * chunk_cols),
         row_size(f.col_strips * strip_size),
-        block_size(std::max<int64_t>(1, 256 / chunk_cols) * chunk_cols),
+        block_size(std::max<int64_t>(1, kBlockCols / chunk_cols) * chunk_cols),
         blocks(f.col_strips * divide_up(strip_size, block_size)),
         chunk_cols(chunk_cols),
         whole(whole),
@@ -110,8 +114,7 @@ class Digits {
   const int32_t* row_starts(int64_t n) const { return starts.data() + n * Q * blocks * kIntLanes; }
 
   const int64_t strip_size, row_size;  // values
-  // Large enough that the scale of a block costs little, small enough that it fits its activations.
-  const int64_t block_size;
+  const int64_t block_size;            // values that share a scale
   const int64_t blocks;  // of a row
 
  private:
