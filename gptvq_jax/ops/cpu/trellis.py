@@ -61,6 +61,7 @@ def pack(tensor: TrellisTensor, int8: bool) -> PackedTrellis:
     Raises:
       ValueError: rates, streams and outliers contradict each other.
     """
+    tensor = jax.tree.map(np.asarray, tensor)
     check_values(tensor)
     streams, outliers = arrange_streams(tensor), arrange_outliers(tensor)
     table, unit, parts = np.asarray(tensor.values()), 1.0, np.zeros(0, np.uint8)
