@@ -74,3 +74,14 @@ def test_shapes_and_names():
 
 def test_a_copy_has_a_bandwidth():
     assert bench.copy_bandwidth(1 << 20, 2) > 1e6
+
+
+@pytest.mark.parametrize("name, bits", [("trellis_2.0_l8", 8), ("trellis_2.0", 12)])
+def test_trellis_formats_have_the_rates_that_they_are_called_by(name, bits):
+    *_, contender = bench.contenders([name], ["xla"], [])
+    weights, size = bench._copies(contender, 512, 512, 0)
+    tensor = weights[0].packed
+    rates = np.asarray(tensor.column_rates())
+    assert tensor.window_bits == bits and tensor.stream_rows == 256
+    assert np.mean(rates == 2) == pytest.approx(0.5, abs=0.1) and set(rates) == {1, 2, 3}
+    assert 8 * size / 512**2 == pytest.approx(2.1, abs=0.1)

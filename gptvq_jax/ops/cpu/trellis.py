@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptvq_jax.core.check_trellis import check_values
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.ops.cpu import trellis_parts
 from gptvq_jax.ops.cpu.build import library
@@ -57,7 +58,12 @@ def pack(tensor: TrellisTensor, int8: bool) -> PackedTrellis:
     Args:
       tensor: one that `check` accepts.
       int8: whether levels are rounded to int8, and so x as it is multiplied.
+
+    Raises:
+      ValueError: rates, streams and outliers contradict each other.
     """
+    tensor = jax.tree.map(np.asarray, tensor)
+    check_values(tensor)
     streams, outliers = arrange_streams(tensor), arrange_outliers(tensor)
     table, unit, parts = np.asarray(tensor.values()), 1.0, np.zeros(0, np.uint8)
     if int8:
