@@ -1,0 +1,104 @@
+"""Plans: of this machine and of one that is not here, and what they make of bad input."""
+
+import json
+
+import pytest
+from tiny_run import model_dir, text_files, tiny_config  # noqa: F401 - fixtures
+
+from gptvq_jax.console.config_file import load_config
+from gptvq_jax.methods.gptvq_settings import GPTVQSettings
+from gptvq_jax.study.plan import plan, predict, table
+from gptvq_jax.study.plan.devices import DEVICES
+from gptvq_jax.study.plan.plan import make_plan
+from gptvq_jax.study.plan.rates import Rates, divided, probe_config
+from gptvq_jax.study.plan.shapes import model_shapes
+from gptvq_jax.study.plan.table import plan_text
+from gptvq_jax.study.plan.traffic import layer_launches
+
+
+def test_launches_are_those_of_the_two_programs_that_were_counted():
+    """Of a layer of 8192 x 28672 on an H100: 1.7 and 5.2 million."""
+    two = GPTVQSettings(dim=2, bits=2.0, group_size=2048)
+    four = GPTVQSettings(dim=4, bits=2.0, group_size=65536)
+    assert layer_launches(two, 8192, 28672) == pytest.approx(1.7e6, rel=0.01)
+    assert layer_launches(four, 8192, 28672) == pytest.approx(5.2e6, rel=0.01)
+
+
+def test_a_plan_of_70b_prints_everything_that_it_assumes():
+    found = make_plan(load_config("llama2_70b_2d"), "llama2_70b_2d", "h100")
+    text = plan_text(json.loads(json.dumps(found)))
+    assert found["basis"] == "predicted from published rates" and found["basis"] in text
+    assert "NVIDIA H100 SXM" in text and "fits: 74.51 GiB" in text and "80 blocks" in text
+    for line in found["assumptions"]:
+        assert line in text
+    assert found["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]))
+    stages = {s["name"]: s for s in found["stages"]}
+    # 2 FLOP for each weight of the blocks and token, and attention beside.
+    least = 2 * 855_638_016 * 80 * 142 * 2048
+    assert least < stages["forward"]["flop"] < 1.1 * least
+    assert ("over an hour: products" in text) == (found["seconds"] > 3600)
+    assert found["causes"]["launches"] == stages["quantize"]["launches"] * 4e-6
+
+
+def test_a_slower_device_and_more_text_take_longer(tiny_config):  # noqa: F811
+    def planned(device="h100"):
+        return make_plan(tiny_config, "tiny", device, like="smollm2_135m")
+
+    seconds = {device: planned(device)["seconds"] for device in DEVICES}
+    assert seconds["v6e"] < seconds["v5e"] and seconds["h100"] < seconds["a100"]
+    before = planned()["disk_peak"]["bytes"]
+    tiny_config.calibration.num_windows = 2560
+    assert planned()["seconds"] > seconds["h100"] and planned()["disk_peak"]["bytes"] > before
+
+
+def test_what_does_not_fit_is_said():
+    found = {
+        "memory_peaks": {"device": {"bytes": 2 << 30, "phase": "quantize"}},
+        "memory": [{"phase": "quantize", "name": "block", "where": "device", "num_bytes": 2 << 30}],
+        "one_memory": False,
+        "base_bytes": 0,
+        "memory_room": 1 << 30,
+    }
+    assert "DOES NOT FIT: 1.00 GiB are there" in table._memory(found)
+
+
+def test_seconds_lie_on_a_line_between_the_fewest_and_the_most_centroids():
+    few, some, many = (GPTVQSettings(dim=2, bits=bits) for bits in (1.0, 2.0, 3.0))
+    uses = [predict.Use("gptvq", s, 64, 64, 1.0) for s in (some, few, many)]
+    assert [settings for _, settings, _ in predict.to_probe(uses)] == [few, many]
+    rates = Rates(per_weight={few: 4.0, many: 64.0})
+    assert predict.per_weight(rates, some) == pytest.approx(4 + 60 * (16 - 4) / (64 - 4))
+    assert predict.per_weight(rates, few) == 4.0
+
+
+def test_a_block_that_is_too_large_is_measured_with_its_widths_divided():
+    config, _ = model_shapes("meta-llama/Llama-2-70b-hf", "llama2_70b_2d")
+    small = probe_config(config)
+    assert small.head_dim == 128 and small.hidden_size < 4096
+    assert small.num_attention_heads // small.num_key_value_heads == 8
+    assert divided(small, 1) == small
+
+
+@pytest.mark.slow
+def test_a_plan_of_this_machine(tiny_config, capsys):  # noqa: F811
+    """It measures every rate that it uses, with a bar."""
+    tiny_config.calibration.asymmetry, tiny_config.calibration.gradient_groups = 0.25, 1
+    found = make_plan(tiny_config, "tiny")
+    assert found["basis"] == plan.HERE and "measuring this machine" in capsys.readouterr().err
+    assert all(stage["seconds"] >= 0 for stage in found["stages"]) and found["seconds"] > 0
+    assert all(rate > 0 for rate in found["rates"]["stage_tflops"].values())
+    assert found["base_bytes"] > 2**26
+    text = plan_text(found)
+    assert "to compile, where no program is kept" in text and "gradients" in text
+
+
+def test_bad_input(tiny_config):  # noqa: F811
+    with pytest.raises(ValueError, match="--device=h999 is none of h100, a100, v5e, v6e"):
+        make_plan(tiny_config, "tiny", "h999")
+    tiny_config.model = "somebody/something"
+    with pytest.raises(ValueError, match="no config.json of 'somebody/something'.*--like"):
+        make_plan(tiny_config, "tiny", "h100")
+    with pytest.raises(ValueError, match="none of the published models"):
+        make_plan(tiny_config, "tiny", "h100", like="llama9")
+    found = make_plan(tiny_config, "tiny", "h100", like="smollm2_135m")
+    assert found["blocks"] == 30 and "the published smollm2_135m" in found["assumptions"][0]
