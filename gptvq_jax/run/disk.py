@@ -4,6 +4,7 @@ The passes compare their own part with what is free as they begin (passes.py); t
 said before the first one.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from gptvq_jax.run.activations import FLOAT32, file_bytes
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_float, wants_middle
 from gptvq_jax.run.passes import peak_bytes
-from gptvq_jax.run.sizes import stored_bytes
+from gptvq_jax.run.sizes import dense_item, format_bytes, stored_bytes
 from gptvq_jax.run.work import used_settings
 from gptvq_jax.run.workdir import WorkDir
 
@@ -44,7 +45,7 @@ def disk_items(
     shape, depth = (c.all_windows, c.seqlen), config.num_hidden_layers
     windows = evaluated or e.num_windows
     held_out = file_bytes((windows, e.seqlen, config.hidden_size), FLOAT32)
-    stored = stored_bytes(config, settings, largest_plan(config, settings))
+    stored = most_stored_bytes(config, settings)
     found, kept = [], 0
     if settings.weight_groups:
         allocates = settings.allocation.bits_per_value > 0
@@ -96,17 +97,21 @@ def disk_peak(items: Iterable[Item]) -> tuple[int, str]:
     return max((size, phase) for phase, size in sums.items())
 
 
-def largest_plan(config: ModelConfig, settings: RunSettings) -> dict[tuple[int, str], object]:
-    """A plan in which every layer has its largest candidate: more than a budget allows."""
-    if not settings.allocation.bits_per_value:
-        return {}
-    largest = {}
-    for layer in linear_layers(settings, config):
+def most_stored_bytes(config: ModelConfig, settings: RunSettings) -> int:
+    """Of the packed checkpoint, at most; a budget of bits is never exceeded."""
+    budget, plan, most, values = settings.allocation.bits_per_value, {}, 0, 0
+    if not budget:
+        return stored_bytes(config, settings, plan)
+    item, groups = dense_item(settings), settings.calibration.gradient_groups or 1
+    for layer, shape in linear_layers(settings, config).items():
         of = layer_format(settings, *layer)
         if is_open(settings, of.rule):
-            used = used_settings(settings, of)
-            largest[layer] = max(used, key=lambda candidate: candidate.bits)
-    return largest
+            plan[layer] = max(used_settings(settings, of), key=lambda candidate: candidate.bits)
+            with_largest = layer_format(settings, *layer, plan)
+            most += format_bytes(with_largest, *shape, item, groups)
+            values += math.prod(shape)
+    saved = max(0, most - math.ceil(budget * values / 8))
+    return stored_bytes(config, settings, plan) - saved
 
 
 def check_disk(config: ModelConfig, settings: RunSettings, workdir: WorkDir, windows: int) -> None:

@@ -9,11 +9,10 @@ from gptvq_jax.config import RunSettings, from_config
 from gptvq_jax.console.processor import processor_name
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.run import memory
-from gptvq_jax.run.disk import disk_items, disk_peak, largest_plan
+from gptvq_jax.run.disk import disk_items, disk_peak, most_stored_bytes
 from gptvq_jax.run.formats import check_formats, check_given
 from gptvq_jax.run.memory_check import host_memory
 from gptvq_jax.run.overrides import settle
-from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.plan import devices, predict
 from gptvq_jax.study.plan.rates import measure
 from gptvq_jax.study.plan.shapes import model_shapes
@@ -163,7 +162,7 @@ def _common(
         },
         "disk": [item._asdict() for item in on_disk],
         "disk_peak": {"bytes": size, "phase": phase},
-        "checkpoint_bytes": stored_bytes(shapes, settings, largest_plan(shapes, settings)),
+        "checkpoint_bytes": most_stored_bytes(shapes, settings),
     }
 
 

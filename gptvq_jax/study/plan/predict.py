@@ -13,10 +13,9 @@ from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import block_shapes, outer_shapes
 from gptvq_jax.run import work
-from gptvq_jax.run.disk import largest_plan
+from gptvq_jax.run.disk import most_stored_bytes
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_middle
-from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.plan.devices import REACHED, Device
 from gptvq_jax.study.plan.rates import Rates
 from gptvq_jax.study.plan.traffic import launches, stage_bytes
@@ -181,7 +180,7 @@ def here(config: ModelConfig, settings: RunSettings, evaluated: int, rates: Rate
     for stage, own in seconds.items():
         moved = size.get(stage, 0)
         stages.append(Stage(stage, flop.get(stage, 0), moved, None, own + moved / rates.files))
-    stored = stored_bytes(config, settings, largest_plan(config, settings))
+    stored = most_stored_bytes(config, settings)
     saving = stored / STORED + STORED_BLOCK * (config.num_hidden_layers + 2)
     stages.append(Stage("save", 0, stored, None, saving))
     stages.append(Stage("start and report", 0, 0, None, START + 3 * outer))
@@ -259,7 +258,7 @@ def elsewhere(
         launched = count if stage == "quantize" else None
         seconds = own / rate + size.get(stage, 0) / FILES + (launched or 0) * device.launch
         stages.append(Stage(stage, own, size.get(stage, 0), launched, seconds))
-    stored = stored_bytes(config, settings, largest_plan(config, settings))
+    stored = most_stored_bytes(config, settings)
     stages.append(Stage("save", 0, stored, None, stored / FILES))
     return [*stages, Stage("start and report", 0, 0, None, START)]
 

@@ -10,10 +10,11 @@ from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_float, wants_middle
 from gptvq_jax.run.work import used_settings
 
-# Kernels of XLA's programs for an H100 of two layers of 8192 x 28672, 1.7 million in 2D with 16
-# centroids and 5.2 million in 4D with 256, laid on what they do: for each vector of a sweep or a
-# recode, for each centroid of a strip that k-means++ draws, for each step of EM of a strip. Those
-# for a vector and for a step grow with the groups of 16 centroids that a search goes through.
+# An estimate. XLA's programs for an H100 launch 1.7 million kernels for a layer of 8192 x 28672 in
+# 2D with 16 centroids, and 5.2 million in 4D with 256. How these are shared by each vector of a
+# sweep or a recode, each centroid of a strip that k-means++ draws, and each step of EM of a strip
+# was not counted; those for a vector and for a step are taken to grow with the groups of 16
+# centroids that a search goes through.
 OF_A_VECTOR, OF_A_SEED, OF_A_STEP = (14.0, 2.53), 84.0, (424.0, 22.4)
 _CHUNK = 16
 

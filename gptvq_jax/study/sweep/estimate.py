@@ -14,10 +14,9 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.run import work
-from gptvq_jax.run.disk import largest_plan
+from gptvq_jax.run.disk import most_stored_bytes
 from gptvq_jax.run.formats import num_quantized
 from gptvq_jax.run.passes import peak_bytes
-from gptvq_jax.run.sizes import stored_bytes
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, Pass
 
 # Stages of a run over the quantized model; those of the float one are passes that cells share.
@@ -58,7 +57,7 @@ def cell_bytes(config: ModelConfig, settings: RunSettings) -> tuple[int, int]:
     """Of a run: what stays on the disk, and what it takes for a while beside it."""
     shape = settings.calibration.all_windows, settings.calibration.seqlen
     while_it_runs = peak_bytes(config, settings, shape, 0, made=True)
-    return stored_bytes(config, settings, largest_plan(config, settings)), while_it_runs
+    return most_stored_bytes(config, settings), while_it_runs
 
 
 class Seconds(NamedTuple):
