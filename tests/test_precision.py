@@ -22,7 +22,7 @@ from gptvq_jax.methods import gptvq
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.methods.registry import METHODS
-from gptvq_jax.methods.trainable import decode, parameters
+from gptvq_jax.methods.trainable import decode, parameters, unpack
 from gptvq_jax.methods.uniform import UniformSettings
 from gptvq_jax.models import llama
 from gptvq_jax.models.config import ModelConfig
@@ -313,7 +313,7 @@ def test_products_around_a_method_are_of_float32():
     )
 
     def gradient(tensor):
-        return jax.grad(lambda params: jnp.sum(decode(tensor, params)))(parameters(tensor))
+        return jax.grad(lambda params: jnp.sum(decode(unpack(tensor), params)))(parameters(tensor))
 
     for products, inexact in [
         inexact_products(hessian.add_inputs, hessian.init_moment(C), tokens),

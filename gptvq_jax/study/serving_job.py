@@ -29,11 +29,12 @@ def benchmark_serving(
     implementation: str | None = None,
     dtype: str = "float32",
     dense: bool = False,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Measures, prints and returns what `serving_benchmark` says.
 
     Args:
-      checkpoint, model, implementation, dense: see `ServedModel`.
+      checkpoint, model, implementation, dense, adapter: see `ServedModel`.
       clients: how many ask at once, in turn.
       tokens: of an answer, at most.
       repeats: rounds.
@@ -47,7 +48,7 @@ def benchmark_serving(
     check_installed()
     if not 0 <= killed <= 1:
         raise ValueError(f"killed={killed} must be from 0 to 1, a share of the requests")
-    served = ServedModel(checkpoint, model, implementation, dense)
+    served = ServedModel(checkpoint, model, implementation, dense, adapter)
     config = served.source.config
     context = min(context, config.max_position_embeddings)
     check_options(config, slots=slots, context=context)

@@ -97,7 +97,7 @@ def test_a_grid_that_is_not_that_of_the_arrays_is_refused(field, change):
     # Every door: the product, one that is prepared, one of a named kernel, the kernel itself.
     x = jnp.ones((1, grid.cols))
     for take in (make_kernel, lambda t: pack(t, "cpu"), lambda t: vq_matmul(x, t),
-                 lambda t: kernels.matmul(x, t, False), RowWeight.from_int8_rows):  # fmt: skip
+                 lambda t: kernels.call(t, False)(x), RowWeight.from_int8_rows):  # fmt: skip
         with pytest.raises(ValueError):
             take(broken)
 

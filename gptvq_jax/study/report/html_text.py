@@ -2,6 +2,8 @@
 
 import html
 
+from gptvq_jax.console.errors import printable
+
 
 class Markup(str):
     """HTML; any other text is escaped where it is put into an element."""
@@ -17,7 +19,7 @@ def element(name: str, *children: str, **attributes: str | None) -> Markup:
         they are left out.
     """
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -27,7 +29,11 @@ def element(name: str, *children: str, **attributes: str | None) -> Markup:
 def join(*children: str) -> Markup:
     """Several after each other."""
     return Markup(
-        "".join(
-            child if isinstance(child, Markup) else html.escape(str(child)) for child in children
-        )
+        "".join(child if isinstance(child, Markup) else escaped(str(child)) for child in children)
     )
+
+
+def escaped(text: str) -> str:
+    """A text as it stands in HTML, which has no control characters but tabs and ends of lines."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return html.escape("".join(c if c in "\t\n" else printable(c) for c in text))

@@ -1,6 +1,5 @@
 """What models say: as they say it elsewhere, asked once, and quiet about what is not there."""
 
-import html
 import json
 import shutil
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import gptvq_jax
 from gptvq_jax.run import job
 from gptvq_jax.study.decode_benchmark import FORMATS
 from gptvq_jax.study.report import texts
+from gptvq_jax.study.report.html_text import escaped
 from gptvq_jax.study.report.report import report
 from gptvq_jax.study.report.results import read_results
 
@@ -40,7 +40,7 @@ def test_each_model_is_asked_once(run, model_dir, tmp_path, monkeypatch, capsys)
     text = page.read_text()
     for prompt, answers in said.items():
         assert f"<h3>{prompt}</h3>" in text
-        assert all(html.escape(answer.strip()) in text for answer in answers.values())
+        assert all(escaped(answer.strip()) in text for answer in answers.values())
 
     def refuse(*_, **__):
         raise InterruptedError
