@@ -29,8 +29,10 @@ from gptvq_jax.study.sweep.models import Models
 from gptvq_jax.study.sweep.passes import FLOAT, GRADIENTS, MOMENTS, Pass, pass_bytes
 
 
-def test_the_plan_goes_by_finished_cells(base, tmp_path, capsys):
+def test_the_plan_goes_by_finished_cells(base, tmp_path, capsys, monkeypatch):
     config = in_step(base)
+    # Of a slow machine, or the expected seconds are over before they are shown.
+    monkeypatch.setattr(start, "matmul_rate", lambda: 1e6)
     run(config, tmp_path, cells="asymmetry0$")
     assert "[00:00, ETA at least " in capsys.readouterr().err  # before the cell
     start.plan(config, "tiny.py", (), str(tmp_path))
