@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "block.h"
+#include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -119,7 +120,8 @@ inline Values values_of(const ffi::AnyBuffer& array) {
   if (array.element_type() == ffi::F32)
     std::memcpy(values.data(), array.untyped_data(), 4 * values.size());
   else if (array.element_type() == ffi::F16)
-    widen(static_cast<const uint16_t*>(array.untyped_data()), values.size(), values.data());
+    simd::half_to_floats(static_cast<const uint16_t*>(array.untyped_data()), values.size(),
+                         values.data());
   else values.clear();
   return values;
 }

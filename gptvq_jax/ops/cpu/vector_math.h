@@ -4,11 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#include "simd.h"
 
 namespace {
 
@@ -71,17 +66,6 @@ inline void softmax(float* x, int64_t count) {
   for (; i < count; i++) sum += x[i];
   const float inverse = 1 / (sum + sum_of(parts));
   for (int64_t j = 0; j < count; j++) x[j] *= inverse;
-}
-
-// float16 values as float32.
-inline void widen(const uint16_t* from, int64_t count, float* to) {
-  int64_t i = 0;
-#if defined(__F16C__) && defined(__AVX__)
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                 reinterpret_cast<const __m128i*>(from + i))));
-#endif
-  for (; i < count; i++) to[i] = simd::half_to_float(from[i]);
 }
 
 }  // namespace
