@@ -118,15 +118,13 @@ def measure(checkpoint: PackedCheckpoint, tokens: Sequence[int]) -> Effect:
     try:
         stored = checkpoint.packed_outer()
         outer = {name: outer_on_device(stored, leaf) for name, leaf in leaves.items()}
-        x = {name: embed(config, tree, batch.tokens) for name, tree in outer.items()}
+        x = {name: embed(config, outer[name], batch.tokens).astype("float32") for name in leaves}
         with Progress(depth, "effect of int8 activations", "block") as progress:
             for index in range(depth):
-                stored, of_block = checkpoint.packed_block(index), config.of_block(index)
-                for name, leaf in leaves.items():
-                    block = block_on_device(config, index, stored, leaf)
-                    x[name] = DecoderBlock(of_block).apply(
-                        {"params": block}, x[name].astype("float32")
-                    )
+                stored, block = checkpoint.packed_block(index), DecoderBlock(config.of_block(index))
+                made = {n: block_on_device(config, index, stored, leaves[n]) for n in leaves}
+                # Not one program: each block may have other codes, and would compile its own.
+                x = {n: block.apply({"params": made[n]}, x[n]) for n in leaves}
                 jax.block_until_ready(x)
                 progress.advance()
     except NotImplementedError:
