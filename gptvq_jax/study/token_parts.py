@@ -36,6 +36,7 @@ class Part:
       multiply_adds: of their products.
       run: does it once for a step; returns arrays to wait for.
       nothing: takes the same arguments, and does as good as nothing: it only negates the first.
+      within: whether another part has it in it, measured as the step runs it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Part:
     multiply_adds: int
     run: Callable[[], Any]
     nothing: Callable[[], Any]
+    within: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -151,14 +153,28 @@ def _attention(configs, blocks, caches: Caches, x: jax.Array, position: int) -> 
         work += len(x) * 2 * seen * config.num_attention_heads * config.head_dim
     positions = jnp.full((len(x), 1), position, jnp.int32)
     free = [_free(config, block) for config, block in zip(configs, blocks, strict=True)]
+    calls = on_caches(_mix, configs, free, caches, x, positions)
+    return Part("attention with cache", len(blocks), size, work, *calls)
+
+
+def on_caches(program, configs, free, caches: Caches, x: jax.Array, positions: jax.Array):
+    """`run` and `nothing` of a program that takes and returns caches, which each keeps for itself.
+
+    Args:
+      program: donates caches; of all arguments that follow, (y, caches).
+      configs: of blocks.
+      free: their parameters.
+      caches: copied.
+      x: (batch, 1, hidden).
+      positions: (batch, 1).
+    """
     held = {"run": jax.tree.map(jnp.copy, caches), "nothing": jax.tree.map(jnp.copy, caches)}
 
     def call(kind: str, program: Callable[..., Any]) -> jax.Array:
         y, held[kind] = program(configs, free, held[kind], x, positions)
         return y
 
-    run, nothing = partial(call, "run", _mix), partial(call, "nothing", _mix_nothing)
-    return Part("attention with cache", len(blocks), size, work, run, nothing)
+    return partial(call, "run", program), partial(call, "nothing", _pass_on_caches)
 
 
 def _between(configs, blocks, x: jax.Array) -> Part:
@@ -272,7 +288,7 @@ def _mix(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: ja
 
 
 @partial(jax.jit, static_argnames="configs", donate_argnames="caches", keep_unused=True)
-def _mix_nothing(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: jax.Array):
+def _pass_on_caches(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: jax.Array):
     return -x, caches
 
 
