@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from gptvq_jax.console.compile_time import CompileTime
 from gptvq_jax.console.errors import first_line
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.user_cache import user_cache
@@ -119,7 +120,9 @@ def measure(checkpoint: PackedCheckpoint, tokens: Sequence[int]) -> Effect:
         stored = checkpoint.packed_outer()
         outer = {name: outer_on_device(stored, leaf) for name, leaf in leaves.items()}
         x = {name: embed(config, outer[name], batch.tokens).astype("float32") for name in leaves}
-        with Progress(depth, "effect of int8 activations", "block") as progress:
+        # Sizes differ between layers, so that every block compiles: a part of what is left.
+        bar = Progress(depth, "effect of int8 activations", "block", compiling=CompileTime())
+        with bar as progress:
             for index in range(depth):
                 stored, block = checkpoint.packed_block(index), DecoderBlock(config.of_block(index))
                 made = {n: block_on_device(config, index, stored, leaves[n]) for n in leaves}
