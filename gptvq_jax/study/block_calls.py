@@ -18,7 +18,12 @@ _OUTSIDE = ("embedding", "head, with its norm", "sampling")
 
 
 def with_block_calls(
-    parts: Sequence[Part], config: ModelConfig, params: Any, caches: Caches, position: int
+    parts: Sequence[Part],
+    config: ModelConfig,
+    params: Any,
+    caches: Caches,
+    position: int,
+    batch: int,
 ) -> list[Part]:
     """Parts of a step, with all blocks as one of them if each is a call of its own.
 
@@ -29,12 +34,13 @@ def with_block_calls(
       params: its tree.
       caches: of the sequences, not donated.
       position: tokens before the one that is fed.
+      batch: sequences.
     """
     depth = config.num_hidden_layers
     configs = tuple(config.of_block(index) for index in range(depth))
     blocks = [params[f"layers_{index}"] for index in range(depth)]
-    batch, dtype = caches[0].k.shape[0], caches[0].k.dtype
-    x = jax.random.normal(jax.random.key(0), (batch, 1, config.hidden_size), dtype)
+    shape = (batch, 1, config.hidden_size)
+    x = jax.random.normal(jax.random.key(0), shape, caches[0].k.dtype)
     positions = jnp.full((batch, 1), position, jnp.int32)
     each = zip(configs, blocks, caches, strict=True)
     if not all(runs_natively(of, block, x, cache, positions) for of, block, cache in each):

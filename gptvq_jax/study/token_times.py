@@ -51,7 +51,7 @@ class Steps:
         self._params, self._position = params, position
         caches = _filled(empty_caches(config, batch, length, dtype))
         of_step = parts(config, params, caches, position, batch)
-        self.parts: list[Part] = with_block_calls(of_step, config, params, caches, position)
+        self.parts: list[Part] = with_block_calls(of_step, config, params, caches, position, batch)
         self._state = State(
             caches=caches,
             tokens=jnp.arange(batch, dtype=jnp.int32) % config.vocab_size,

@@ -226,6 +226,7 @@ def test_the_table_has_every_part_and_the_sum():
 
 
 INT8 = TensorFormat(2, 4, 1024, 256)
+TWO_HEADS = dataclasses.replace(TIED, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -233,14 +234,14 @@ def native(tmp_path_factory):
     """Parameters each of whose layers has a C++ kernel."""
     if not int8_head.can_run():
         pytest.skip("no C++ compiler")
-    blocks = [random_block(seed, TIED, INT8) for seed in range(2)]
-    path = write_checkpoint(tmp_path_factory.mktemp("native") / "packed", TIED, blocks=blocks)
+    blocks = [random_block(seed, TWO_HEADS, INT8) for seed in range(2)]
+    path = write_checkpoint(tmp_path_factory.mktemp("native") / "packed", TWO_HEADS, blocks=blocks)
     return packed_params(PackedCheckpoint(path), "cpu")
 
 
 def test_blocks_of_one_call_are_a_part_that_has_others_in_it(native, dense):
     assert not any(part.within for part in token_times.Steps(TIED, dense, POSITION, 1).parts)
-    whole, *others = token_times.Steps(TIED, native, POSITION, 2).parts
+    whole, *others = token_times.Steps(TWO_HEADS, native, POSITION, 2).parts
     within = [part for part in others if part.within]
     assert (whole.name, whole.calls, whole.within) == (block_calls.BLOCKS, 2, False)
     assert [part.name for part in others if not part.within] == [*block_calls._OUTSIDE]
@@ -250,7 +251,7 @@ def test_blocks_of_one_call_are_a_part_that_has_others_in_it(native, dense):
 
 
 def test_blocks_of_one_call_are_those_of_the_step(native):
-    whole = token_times.Steps(TIED, native, POSITION, 2).parts[0]
+    whole = token_times.Steps(TWO_HEADS, native, POSITION, 2).parts[0]
     configs, blocks, caches, x, positions = captured(whole)
     expected = x
     caches = jax.tree.map(jnp.copy, caches)
@@ -262,7 +263,7 @@ def test_blocks_of_one_call_are_those_of_the_step(native):
 
 
 def test_the_rest_leaves_out_what_is_within_another(native, monkeypatch):
-    steps = token_times.Steps(TIED, native, POSITION, 1)
+    steps = token_times.Steps(TWO_HEADS, native, POSITION, 1)
     clock = {part.run: float(number) for number, part in enumerate(steps.parts, 1)}
     clock |= {part.nothing: 0.0 for part in steps.parts} | {steps.run: 100.0 * STEPS_PER_CALL}
     monkeypatch.setattr(token_times, "_seconds", clock.__getitem__)
