@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, embed, get_layer
 from gptvq_jax.ops.coded_rows import CodedRows
+from gptvq_jax.ops.int8_head import Int8Head
 from gptvq_jax.serve.forward import Caches, next_logits
 from gptvq_jax.serve.params import outer_params
 from gptvq_jax.serve.sampling import Sampling, sample
@@ -192,11 +193,8 @@ def _ends(config: ModelConfig, params: Any, x: jax.Array) -> list[Part]:
     """What comes before the first block and after the last."""
     batch, hidden, vocab = len(x), config.hidden_size, config.vocab_size
     outer, table = outer_params(params), params["embed_tokens"]["embedding"]
-    rows = table.tensor if isinstance(table, CodedRows) else table
-    if config.tie_word_embeddings:
-        head = table.kernel if isinstance(table, CodedRows) else table
-    else:
-        head = params["lm_head"]["kernel"]
+    looked_up = _looked_up(table)
+    head = _multiplied(table if config.tie_word_embeddings else params["lm_head"]["kernel"])
     tokens = jnp.arange(batch, dtype=jnp.int32)[:, None] % vocab
     logits = jax.random.normal(jax.random.key(1), (batch, vocab), jnp.float32)
     key = jax.random.key(2)
@@ -204,7 +202,7 @@ def _ends(config: ModelConfig, params: Any, x: jax.Array) -> list[Part]:
         Part(
             "embedding",
             1,
-            batch * weight_bytes(rows) // vocab,
+            batch * weight_bytes(looked_up) // vocab,
             0,
             partial(_embed, config, outer, tokens),
             partial(_pass_on, tokens, outer),
@@ -226,6 +224,20 @@ def _ends(config: ModelConfig, params: Any, x: jax.Array) -> list[Part]:
             partial(_pass_on, logits[:1, :1], key),
         ),
     ]
+
+
+def _looked_up(table: Any) -> Any:
+    """What of an embedding tokens are looked up in."""
+    if isinstance(table, Int8Head):
+        return table.coded if table.rows is None else table.rows
+    return table.tensor if isinstance(table, CodedRows) else table
+
+
+def _multiplied(head: Any) -> Any:
+    """What of a head its product reads."""
+    if isinstance(head, Int8Head):
+        return head.coded
+    return head.kernel if isinstance(head, CodedRows) else head
 
 
 def weight_bytes(tree: Any) -> int:

@@ -272,6 +272,15 @@ def test_the_rest_leaves_out_what_is_within_another(native, monkeypatch):
     assert rows[-1]["seconds"] == 100 - (1 + 8 + 9 + 10)
 
 
+def test_a_rounded_head_is_read_and_its_exact_rows_are_looked_up(native):
+    table = native["embed_tokens"]["embedding"].values
+    rounded = int8_head.Int8Head.rounded(np.asarray(table), tied=True)
+    found = parts_of(TWO_HEADS, {**native, "embed_tokens": {"embedding": rounded}})
+    norm = weight_bytes(native["norm"])
+    assert found["head, with its norm"].bytes == weight_bytes(rounded.coded) + norm
+    assert found["embedding"].bytes == table.nbytes // 40
+
+
 def test_models_untied_have_a_head_of_their_own(tmp_path):
     path = write_checkpoint(tmp_path / "packed", MODEL)
     params = packed_params(PackedCheckpoint(path), "xla")
