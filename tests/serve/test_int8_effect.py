@@ -1,6 +1,7 @@
 """What 'auto' is where a model generates: measured once, said in one line, never in the way."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -25,6 +26,9 @@ from gptvq_jax.serve.served_model import ServedModel
 from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
 from gptvq_jax.study.sample_tensors import TensorFormat
 
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
 INT8 = TensorFormat(2, 4, 1024, 256)
 
 
