@@ -18,6 +18,7 @@ from gptvq_jax.models.llama import head_logits
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.ops.vq_matmul import check_implementation
 from gptvq_jax.run import evaluate
+from gptvq_jax.serve import int8_effect
 from gptvq_jax.serve.generate import check_prompts, generate
 from gptvq_jax.serve.loglikelihood import last_hidden
 from gptvq_jax.serve.params import outer_params, packed_params
@@ -34,7 +35,9 @@ class QuantizedModel:
 
     Args:
       directory: of a packed checkpoint.
-      implementation: of products with packed weights, see `ops.vq_matmul`.
+      implementation: of products with packed weights, see `ops.vq_matmul`. 'auto' may on a CPU be
+        `cpu_int8`, which rounds activations (serve/int8_effect.py); a line on standard error says
+        so. Perplexities are exact in any case.
       adapter: directory of an adapter in PEFT's format, kept beside the weights; None: none.
 
     Raises:
@@ -189,7 +192,8 @@ class QuantizedModel:
 
     @cached_property
     def _params(self) -> dict[str, Any]:
-        params = packed_params(self.checkpoint, self.implementation)
+        chosen = int8_effect.choose(self.checkpoint, self.implementation)
+        params = packed_params(self.checkpoint, chosen)
         if self._adapter is None:
             return params
         return beside(self._adapter, params, self.config.num_hidden_layers)

@@ -22,7 +22,8 @@ class ModelFlags:
         self._implementation = flags.DEFINE_string(
             "implementation",
             None,
-            "Of products with packed weights: auto, cpu, xla, ...; default auto.",
+            "Of products with packed weights: cpu (exact), cpu_int8 (activations rounded), xla, "
+            "... or auto, the default: on a CPU cpu_int8 where it hardly changes the perplexity.",
         )
         self._dtype = flags.DEFINE_enum(
             "dtype",

@@ -65,7 +65,7 @@ def evaluate_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval is not installed; pip install -r requirements-tasks.txt")
     _check(num_fewshot, limit, include_path, output)
-    served = ServedModel(checkpoint, model, implementation, dense, adapter)
+    served = ServedModel(checkpoint, model, implementation, dense, adapter, exact=True)
     if chat and not getattr(served.source.tokenizer, "chat_template", None):
         raise ValueError("the model's tokenizer has no chat template; leave out --chat")
 

@@ -98,7 +98,18 @@ def score_batch(
       dtype: of the activations; the logits are float32.
     """
     x = last_hidden(config, params, batch.tokens, dtype)
-    outer = outer_params(params)
+    return score_outputs(config, outer_params(params), batch, x)
+
+
+def score_outputs(config: ModelConfig, outer: Any, batch: Batch, x: jax.Array) -> dict[int, Score]:
+    """`score_batch` behind the last block.
+
+    Args:
+      config: of the model.
+      outer: its tree without the blocks.
+      batch: from `plan_batches`.
+      x: (batch, time, hidden), the outputs of the last block.
+    """
     logprobs, greedy = [], []
     size = head_chunk(config, 1)
     for start in range(0, len(batch.rows), size):

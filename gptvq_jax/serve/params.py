@@ -1,6 +1,6 @@
 """The parameter tree that generation runs on, held on the device: packed, or dense."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from gptvq_jax.ops.vq_matmul import IMPLEMENTATIONS, VQKernel, make_kernel
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 Params = dict[str, Any]
+Leaf = Callable[[str, Any], Any]  # of a name such as "layers_0/mlp/up_proj/kernel", and its array
 
 
 def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") -> Params:
@@ -36,8 +37,13 @@ def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") ->
       ValueError: the checkpoint is damaged, or there is no such implementation.
       NotImplementedError: the named implementation does not support a layer or this platform.
     """
+    leaf = packed_leaf(checkpoint.config, implementation)
+    return _load(checkpoint.config, checkpoint.packed_outer, checkpoint.packed_block, leaf)
 
-    tied = checkpoint.config.tie_word_embeddings
+
+def packed_leaf(config: ModelConfig, implementation: str) -> Leaf:
+    """What becomes of the arrays of a packed checkpoint of this model; as `packed_params`."""
+    tied = config.tie_word_embeddings
     head = "embed_tokens/embedding" if tied else "lm_head/kernel"
 
     def leaf(name: str, stored: Any) -> Any:
@@ -59,7 +65,7 @@ def packed_params(checkpoint: PackedCheckpoint, implementation: str = "auto") ->
                 raise  # no layer can run here
             raise NotImplementedError(f"{name.rpartition('/')[0]}: {error}") from None
 
-    return _load(checkpoint.config, checkpoint.packed_outer, checkpoint.packed_block, leaf)
+    return leaf
 
 
 def dense_params(source: ModelSource, dtype: str = "float32") -> Params:
@@ -122,17 +128,25 @@ def _dense_leaf(name: str, array: np.ndarray) -> Any:
     return RowWeight(np.ascontiguousarray(by_rows))
 
 
-def _load(config: ModelConfig, outer, block, leaf) -> Params:
+def outer_on_device(tree: Mapping[str, Any], leaf: Leaf) -> Params:
+    """What is outside the blocks."""
+    return _part(tree, "", leaf)
+
+
+def block_on_device(config: ModelConfig, index: int, tree: Mapping[str, Any], leaf: Leaf) -> Params:
+    """A block, its experts stacked."""
+    return stack_experts(config.of_block(index), _part(tree, f"layers_{index}/", leaf))
+
+
+def _part(tree: Mapping[str, Any], within: str, leaf: Leaf) -> Params:
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    leaves = {name: leaf(within + name, stored) for name, stored in flat.items()}
+    # On a CPU, device_put may otherwise share, and keep alive, what the array is a view of.
+    return jax.device_put(traverse_util.unflatten_dict(leaves, sep="/"), may_alias=False)
+
+
+def _load(config: ModelConfig, outer, block, leaf: Leaf) -> Params:
     """Moves the model to the device part by part, so that the host holds one part at a time."""
-
-    def part(tree: Mapping[str, Any], within: str = "") -> Params:
-        flat = traverse_util.flatten_dict(tree, sep="/")
-        leaves = {name: leaf(within + name, stored) for name, stored in flat.items()}
-        # On a CPU, device_put may otherwise share, and keep alive, what the array is a view of.
-        return jax.device_put(traverse_util.unflatten_dict(leaves, sep="/"), may_alias=False)
-
-    def of_block(index: int) -> Params:
-        return stack_experts(config.of_block(index), part(block(index), f"layers_{index}/"))
-
-    blocks = {f"layers_{i}": of_block(i) for i in range(config.num_hidden_layers)}
-    return part(outer()) | blocks
+    depth = config.num_hidden_layers
+    blocks = {f"layers_{i}": block_on_device(config, i, block(i), leaf) for i in range(depth)}
+    return outer_on_device(outer(), leaf) | blocks

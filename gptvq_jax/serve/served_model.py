@@ -6,6 +6,7 @@ from gptvq_jax.adapters.adapter import beside
 from gptvq_jax.adapters.peft_files import open_adapter
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
+from gptvq_jax.serve import int8_effect
 from gptvq_jax.serve.params import Params, dense_params, packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -15,9 +16,11 @@ class ServedModel:
 
     Args:
       checkpoint, model: exactly one of them: a checkpoint directory, or a model as in config.model.
-      implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto'.
+      implementation: of products with packed weights, see `ops.vq_matmul`; None: 'auto', which
+        on a CPU may be `cpu_int8` (int8_effect.py).
       dense: replace a checkpoint's packed weights by the dense ones that they stand for.
       adapter: directory of an adapter in PEFT's format, kept beside the weights; None: none.
+      exact: 'auto' does not take `cpu_int8`, whatever its effect.
 
     Attributes:
       source: config, tokenizer, stop tokens.
@@ -35,6 +38,7 @@ class ServedModel:
         implementation: str | None = None,
         dense: bool = False,
         adapter: str | None = None,
+        exact: bool = False,
     ):
         if (checkpoint is None) == (model is None):
             raise ValueError("pass either --checkpoint=DIR or --model=NAME")
@@ -45,7 +49,7 @@ class ServedModel:
             )
         if dense and model is not None:
             raise ValueError("--dense is of a checkpoint; a --model is dense already")
-        self._implementation = implementation or "auto"
+        self._implementation, self._exact = implementation or "auto", exact
         self.source: ModelSource
         self.bits_per_value: float | None = None
         if checkpoint is None:
@@ -73,7 +77,10 @@ class ServedModel:
           ValueError, NotImplementedError: see `packed_params`.
         """
         if self._packed:
-            params = packed_params(self.source, self._implementation)
+            chosen = self._implementation
+            if not self._exact:
+                chosen = int8_effect.choose(self.source, chosen)
+            params = packed_params(self.source, chosen)
         else:
             params = dense_params(self.source, dtype)
         if self.adapter is None:

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, embed, get_layer
 from gptvq_jax.ops.coded_rows import CodedRows
+from gptvq_jax.ops.int8_head import Int8Head
 from gptvq_jax.serve.forward import Caches, next_logits
 from gptvq_jax.serve.params import outer_params
 from gptvq_jax.serve.sampling import Sampling, sample
@@ -36,6 +37,7 @@ class Part:
       multiply_adds: of their products.
       run: does it once for a step; returns arrays to wait for.
       nothing: takes the same arguments, and does as good as nothing: it only negates the first.
+      within: whether another part has it in it, measured as the step runs it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Part:
     multiply_adds: int
     run: Callable[[], Any]
     nothing: Callable[[], Any]
+    within: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -151,14 +154,28 @@ def _attention(configs, blocks, caches: Caches, x: jax.Array, position: int) -> 
         work += len(x) * 2 * seen * config.num_attention_heads * config.head_dim
     positions = jnp.full((len(x), 1), position, jnp.int32)
     free = [_free(config, block) for config, block in zip(configs, blocks, strict=True)]
+    calls = on_caches(_mix, configs, free, caches, x, positions)
+    return Part("attention with cache", len(blocks), size, work, *calls)
+
+
+def on_caches(program, configs, free, caches: Caches, x: jax.Array, positions: jax.Array):
+    """`run` and `nothing` of a program that takes and returns caches, which each keeps for itself.
+
+    Args:
+      program: donates caches; of all arguments that follow, (y, caches).
+      configs: of blocks.
+      free: their parameters.
+      caches: copied.
+      x: (batch, 1, hidden).
+      positions: (batch, 1).
+    """
     held = {"run": jax.tree.map(jnp.copy, caches), "nothing": jax.tree.map(jnp.copy, caches)}
 
     def call(kind: str, program: Callable[..., Any]) -> jax.Array:
         y, held[kind] = program(configs, free, held[kind], x, positions)
         return y
 
-    run, nothing = partial(call, "run", _mix), partial(call, "nothing", _mix_nothing)
-    return Part("attention with cache", len(blocks), size, work, run, nothing)
+    return partial(call, "run", program), partial(call, "nothing", _pass_on_caches)
 
 
 def _between(configs, blocks, x: jax.Array) -> Part:
@@ -176,11 +193,8 @@ def _ends(config: ModelConfig, params: Any, x: jax.Array) -> list[Part]:
     """What comes before the first block and after the last."""
     batch, hidden, vocab = len(x), config.hidden_size, config.vocab_size
     outer, table = outer_params(params), params["embed_tokens"]["embedding"]
-    rows = table.tensor if isinstance(table, CodedRows) else table
-    if config.tie_word_embeddings:
-        head = table.kernel if isinstance(table, CodedRows) else table
-    else:
-        head = params["lm_head"]["kernel"]
+    looked_up = _looked_up(table)
+    head = _multiplied(table if config.tie_word_embeddings else params["lm_head"]["kernel"])
     tokens = jnp.arange(batch, dtype=jnp.int32)[:, None] % vocab
     logits = jax.random.normal(jax.random.key(1), (batch, vocab), jnp.float32)
     key = jax.random.key(2)
@@ -188,7 +202,7 @@ def _ends(config: ModelConfig, params: Any, x: jax.Array) -> list[Part]:
         Part(
             "embedding",
             1,
-            batch * weight_bytes(rows) // vocab,
+            batch * weight_bytes(looked_up) // vocab,
             0,
             partial(_embed, config, outer, tokens),
             partial(_pass_on, tokens, outer),
@@ -210,6 +224,20 @@ def _ends(config: ModelConfig, params: Any, x: jax.Array) -> list[Part]:
             partial(_pass_on, logits[:1, :1], key),
         ),
     ]
+
+
+def _looked_up(table: Any) -> Any:
+    """What of an embedding tokens are looked up in."""
+    if isinstance(table, Int8Head):
+        return table.coded if table.rows is None else table.rows
+    return table.tensor if isinstance(table, CodedRows) else table
+
+
+def _multiplied(head: Any) -> Any:
+    """What of a head its product reads."""
+    if isinstance(head, Int8Head):
+        return head.coded
+    return head.kernel if isinstance(head, CodedRows) else head
 
 
 def weight_bytes(tree: Any) -> int:
@@ -272,7 +300,7 @@ def _mix(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: ja
 
 
 @partial(jax.jit, static_argnames="configs", donate_argnames="caches", keep_unused=True)
-def _mix_nothing(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: jax.Array):
+def _pass_on_caches(configs, blocks: list[Any], caches: Caches, x: jax.Array, positions: jax.Array):
     return -x, caches
 
 

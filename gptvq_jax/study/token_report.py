@@ -12,7 +12,8 @@ _HEADER = (
 
 
 def table(models: Sequence[Mapping[str, Any]], copy_bandwidth: float, multiply_rate: float) -> str:
-    """Text, one block for each model.
+    """Text, one block for each model; parts within the part above them are indented, and not in
+    the sum.
 
     Args:
       models: "name", "context", "batch", and what `token_times.measure` says of it.
@@ -31,9 +32,10 @@ def table(models: Sequence[Mapping[str, Any]], copy_bandwidth: float, multiply_r
         ]
         for row in model["rows"]:
             lines.append(_line(row, seconds, bound(row, copy_bandwidth, multiply_rate)))
-        parts = [row for row in model["rows"] if row["part"] != REST]
+        parts = [row for row in model["rows"] if row["part"] != REST and not row["within"]]
         whole = {
             "part": "a step",
+            "within": False,
             "calls": sum(row["calls"] for row in parts),
             "seconds": seconds,
             "quartiles": model["quartiles"],
@@ -48,8 +50,9 @@ def table(models: Sequence[Mapping[str, Any]], copy_bandwidth: float, multiply_r
 def _line(row: Mapping[str, Any], whole: float, least: float) -> str:
     low, high = (1e6 * value for value in row["quartiles"])
     seconds, size, work = row["seconds"], row["bytes"], row["multiply_adds"]
+    name = "  " * row["within"] + row["part"]
     start = (
-        f"{row['part']:25s} {row['calls'] if row['part'] != REST else '-':>5}  "
+        f"{name:25s} {row['calls'] if row['part'] != REST else '-':>5}  "
         f"{1e6 * seconds:8.0f} {f'{low:.0f} to {high:.0f}':>15s}  {seconds / whole:6.1%}"
     )
     if row["part"] == REST:

@@ -14,6 +14,7 @@ from gptvq_jax.serve.forward import Caches, empty_caches
 from gptvq_jax.serve.generate import STEPS_PER_CALL, Plan, State, decode
 from gptvq_jax.serve.lengths import padded_length
 from gptvq_jax.serve.sampling import Sampling
+from gptvq_jax.study.block_calls import with_block_calls
 from gptvq_jax.study.token_parts import Part, parts
 
 REST = "the rest"  # of a step: dispatch, and what of the parts does not add up
@@ -49,7 +50,8 @@ class Steps:
         self._plan = Plan(config, (), Sampling(), length, dtype)
         self._params, self._position = params, position
         caches = _filled(empty_caches(config, batch, length, dtype))
-        self.parts: list[Part] = parts(config, params, caches, position, batch)
+        of_step = parts(config, params, caches, position, batch)
+        self.parts: list[Part] = with_block_calls(of_step, config, params, caches, position, batch)
         self._state = State(
             caches=caches,
             tokens=jnp.arange(batch, dtype=jnp.int32) % config.vocab_size,
@@ -80,9 +82,10 @@ def measure(
 
     Returns:
       {name: {"seconds": of a step (median), "quartiles", "rows": [{"part", "calls", "bytes",
-      "multiply_adds", "seconds" (median, of a step), "quartiles"}, ...]}}. The last row, REST, is
-      what a step takes beyond its parts: the median of the differences of a round; it is negative
-      where parts take longer alone than within a step.
+      "multiply_adds", "within" (another part), "seconds" (median, of a step), "quartiles"}, ...]}}.
+      The last row, REST, is what a step takes beyond its parts, but those within others: the median
+      of the differences of a round; it is negative where parts take longer alone than within a
+      step.
     """
     whole = {name: np.empty(repeats) for name in steps}
     of_parts = {name: np.empty((len(each.parts), repeats)) for name, each in steps.items()}
@@ -98,9 +101,11 @@ def measure(
         rows = []
         for part, measured in zip(each.parts, of_parts[name], strict=True):
             said = {"part": part.name, "calls": part.calls, "bytes": part.bytes}
-            rows.append({**said, "multiply_adds": part.multiply_adds, **_spread(measured)})
-        rest = _spread(whole[name] - of_parts[name].sum(0))
-        rows.append({"part": REST, "calls": 1, "bytes": 0, "multiply_adds": 0, **rest})
+            said |= {"multiply_adds": part.multiply_adds, "within": part.within}
+            rows.append({**said, **_spread(measured)})
+        own = [not part.within for part in each.parts]
+        said = {"part": REST, "calls": 1, "bytes": 0, "multiply_adds": 0, "within": False}
+        rows.append({**said, **_spread(whole[name] - of_parts[name][own].sum(0))})
         found[name] = {**_spread(whole[name]), "rows": rows}
     return found
 

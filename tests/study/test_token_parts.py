@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxpr_flops import count
-from tiny_checkpoint import MODEL, TIED, write_checkpoint
+from tiny_checkpoint import MODEL, TIED, random_block, write_checkpoint
 from tiny_families import write_model
 
 from gptvq_jax.models.kv_cache import LayerCache
+from gptvq_jax.models.llama import block_step
 from gptvq_jax.models.open import open_source
+from gptvq_jax.ops import int8_head
 from gptvq_jax.serve.forward import empty_caches
 from gptvq_jax.serve.generate import STEPS_PER_CALL, generate, prefill
 from gptvq_jax.serve.params import dense_params, memory_bytes, packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
-from gptvq_jax.study import token_parts, token_report, token_times
+from gptvq_jax.study import block_calls, token_parts, token_report, token_times
+from gptvq_jax.study.sample_tensors import TensorFormat
 from gptvq_jax.study.token_parts import NoProduct, weight_bytes, weight_shape
 
 POSITION, LENGTH = 9, 16
@@ -193,16 +196,24 @@ def test_the_bound_is_the_longer_of_bytes_and_products():
 
 
 def test_the_table_has_every_part_and_the_sum():
-    def row(part, calls, size, work, seconds):
+    def row(part, calls, size, work, seconds, within=False):
         quartiles = [seconds, seconds]
-        said = {"part": part, "calls": calls, "bytes": size, "multiply_adds": work}
+        said = {
+            "part": part,
+            "calls": calls,
+            "bytes": size,
+            "multiply_adds": work,
+            "within": within,
+        }
         return {**said, "seconds": seconds, "quartiles": quartiles}
 
     rows = [row("o_proj", 2, 4_000_000, 3_000_000, 2e-3), row("sampling", 1, 1000, 0, 1e-4)]
+    rows.insert(1, row("in it", 9, 500, 100, 1e-3, within=True))
     rows.append(row(token_times.REST, 1, 0, 0, -1e-4))
     model = {"name": "xla", "batch": 2, "context": 5, "seconds": 2e-3, "quartiles": [2e-3, 2e-3]}
     text = token_report.table([{**model, "rows": rows}], 4e9, 1e12)
-    first, _, o_proj, sampling, rest, whole = text.splitlines()
+    first, _, o_proj, in_it, sampling, rest, whole = text.splitlines()
+    assert in_it.startswith("  in it ") and o_proj.startswith("o_proj ")
     assert first.startswith("xla, batch 2, 5 tokens before: 2.00 ms a step")
     assert first.endswith("1000.0 tokens/s")
     assert o_proj.split() == [
@@ -212,6 +223,62 @@ def test_the_table_has_every_part_and_the_sum():
     assert sampling.split()[-4:] == ["0.0", "-", "0.2", "400.0"]
     assert rest.split() == ["the", "rest", "-", "-100", "-100", "to", "-100", "-5.0%"]
     assert whole.split()[:3] == ["a", "step", "3"] and whole.split()[-2:] == ["1000.2", "2.0"]
+
+
+INT8 = TensorFormat(2, 4, 1024, 256)
+TWO_HEADS = dataclasses.replace(TIED, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """Parameters each of whose layers has a C++ kernel."""
+    if not int8_head.can_run():
+        pytest.skip("no C++ compiler")
+    blocks = [random_block(seed, TWO_HEADS, INT8) for seed in range(2)]
+    path = write_checkpoint(tmp_path_factory.mktemp("native") / "packed", TWO_HEADS, blocks=blocks)
+    return packed_params(PackedCheckpoint(path), "cpu")
+
+
+def test_blocks_of_one_call_are_a_part_that_has_others_in_it(native, dense):
+    assert not any(part.within for part in token_times.Steps(TIED, dense, POSITION, 1).parts)
+    whole, *others = token_times.Steps(TWO_HEADS, native, POSITION, 2).parts
+    within = [part for part in others if part.within]
+    assert (whole.name, whole.calls, whole.within) == (block_calls.BLOCKS, 2, False)
+    assert [part.name for part in others if not part.within] == [*block_calls._OUTSIDE]
+    assert len(within) == 6
+    assert whole.bytes == sum(part.bytes for part in within)
+    assert whole.multiply_adds == sum(part.multiply_adds for part in within)
+
+
+def test_blocks_of_one_call_are_those_of_the_step(native):
+    whole = token_times.Steps(TWO_HEADS, native, POSITION, 2).parts[0]
+    configs, blocks, caches, x, positions = captured(whole)
+    expected = x
+    caches = jax.tree.map(jnp.copy, caches)
+    for config, block, cache in zip(configs, blocks, caches, strict=True):
+        expected, _ = block_step(config, block, expected, cache, positions)
+    for _ in range(2):  # its caches are usable again
+        np.testing.assert_allclose(whole.run(), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(whole.nothing(), -x)
+
+
+def test_the_rest_leaves_out_what_is_within_another(native, monkeypatch):
+    steps = token_times.Steps(TWO_HEADS, native, POSITION, 1)
+    clock = {part.run: float(number) for number, part in enumerate(steps.parts, 1)}
+    clock |= {part.nothing: 0.0 for part in steps.parts} | {steps.run: 100.0 * STEPS_PER_CALL}
+    monkeypatch.setattr(token_times, "_seconds", clock.__getitem__)
+    rows = token_times.measure({"a": steps}, 1)["a"]["rows"]
+    assert [row["within"] for row in rows] == [False, *[True] * 6, *[False] * 4]
+    assert rows[-1]["seconds"] == 100 - (1 + 8 + 9 + 10)
+
+
+def test_a_rounded_head_is_read_and_its_exact_rows_are_looked_up(native):
+    table = native["embed_tokens"]["embedding"].values
+    rounded = int8_head.Int8Head.rounded(np.asarray(table), tied=True)
+    found = parts_of(TWO_HEADS, {**native, "embed_tokens": {"embedding": rounded}})
+    norm = weight_bytes(native["norm"])
+    assert found["head, with its norm"].bytes == weight_bytes(rounded.coded) + norm
+    assert found["embedding"].bytes == table.nbytes // 40
 
 
 def test_models_untied_have_a_head_of_their_own(tmp_path):

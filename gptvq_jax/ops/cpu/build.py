@@ -139,6 +139,11 @@ def instruction_set() -> str:
     return library().simd_name().decode()
 
 
+def library_key() -> str:
+    """Names the kernels: it changes with their sources, the compiler and the instruction set."""
+    return Path(library()._name).stem
+
+
 def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     """Compiles the kernels into `cache`, unless it holds them.
 
