@@ -2,8 +2,8 @@
 // which weights come out of the tables, with a scale for every block of columns.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -14,8 +14,6 @@
 namespace {
 
 constexpr float kBase = 254;  // of activations in several digits: half of it is a digit
-// Of those multiplied with tables: magnitudes are digits themselves, of 0 to 128.
-constexpr float kTableBase = kMagnitudes ? 128 : kBase;
 
 // The largest magnitude, which is rounded to the largest digit. Positive floats are ordered as their
 // bits are; a NaN or infinity comes out as it is.
@@ -30,47 +28,27 @@ inline float bound_of(const float* x, int64_t count) {
   std::memcpy(&bound, &peak, 4);
   return bound;
 }
-// What takes it to `largest`. A NaN or infinity makes the scale one, and so all products.
-inline float inverse_scale(float bound, int largest) {
-  return bound > 1e-36f ? largest / bound : 0;  // the quotient must be finite
-}
-// To the nearest, by adding 1.5 x 2^23, of which compilers make vectors.
-inline float rounded(float value) {
-  const float shifted = value + 12582912.0f;
-  return shifted - 12582912.0f;
-}
 
 // Rounds activations to Q digits of -127 to 127, those of one place `next` behind those before:
-// x = scale (q[0] + q[1] / kBase + q[2] / kBase^2). Returns the scale.
-template <int Q>
+// x = scale (q[0] + q[1] / base + q[2] / base^2). Returns the scale. Rounding by adding 1.5 x 2^23 is
+// to the nearest, and makes vectors of it. A NaN or infinity makes the scale one, and so all
+// products. With `signs`, digits become magnitudes, and 255 where they were negative, else 0, stands
+// `next` behind the last ones, one place after the other.
+template <int Q, bool signs = false>
 float round_row(const float* x, int64_t count, int8_t* digits, int64_t next) {
-  const float bound = bound_of(x, count), inverse = inverse_scale(bound, 127);
+  const float bound = bound_of(x, count);
+  const float inverse = bound > 1e-36f ? 127 / bound : 0;  // the quotient must be finite
   for (int64_t i = 0; i < count; i++) {
     float rest = x[i] * inverse;
     for (int q = 0; q < Q; q++) {
-      const float digit = rounded(rest);
-      digits[q * next + i] = static_cast<int8_t>(static_cast<int>(digit));
+      const float shifted = rest + 12582912.0f, digit = shifted - 12582912.0f;
+      const int value = static_cast<int>(digit);
+      digits[q * next + i] = static_cast<int8_t>(signs ? std::abs(value) : value);
+      if (signs) digits[(Q + q) * next + i] = static_cast<int8_t>(value >> 31);
       rest = (rest - digit) * kBase;
     }
   }
   return bound / 127;
-}
-// The same of magnitudes to digits of 0 to 128, to the base 128; then, of every activation, -1 (255)
-// if it is negative, or 0.
-template <int Q>
-float round_magnitudes(const float* x, int64_t count, int8_t* digits, int64_t next) {
-  const float bound = bound_of(x, count), inverse = inverse_scale(bound, 128);
-  for (int64_t i = 0; i < count; i++) {
-    float rest = std::abs(x[i]) * inverse;
-    for (int q = 0; q < Q; q++) {
-      // All but the last are rounded down, so that no digit is negative.
-      const int digit = static_cast<int>(q < Q - 1 ? rest : rounded(rest));
-      digits[q * next + i] = static_cast<int8_t>(digit);
-      rest = (rest - digit) * 128;
-    }
-    digits[Q * next + i] = x[i] < 0 ? -1 : 0;
-  }
-  return bound / 128;
 }
 
 inline Ints load_ints(const int32_t* p) {
@@ -93,7 +71,7 @@ void begin_sum(int64_t count, int32_t* start, Add&& add) {
 // Columns that share a scale, if a chunk has no more: it costs little in so many of them.
 constexpr int64_t kBlockCols = 256;
 
-// Rows of x as Q rows of digits each, behind which there is one of signs where kMagnitudes. A row is strip after strip, a strip whole chunks, of which
+// Rows of x as Q rows of digits each, and as many of their signs where kMagnitudes. A row is strip after strip, a strip whole chunks, of which
 // each has kLanes values for each d of each of the P vectors of codes, or, where entries are looked
 // up whole, values as they are; 0 beyond the strip. A strip is one block or several.
 template <int Q>
@@ -115,7 +93,7 @@ class Digits {
   }
   // The first digits; those of the next begin row_size values on.
   const int8_t* row(int64_t n) const { return values.data()->at + n * next_row(); }
-  int64_t next_row() const { return (Q + kMagnitudes) * row_size; }
+  int64_t next_row() const { return (kMagnitudes ? 2 : 1) * Q * row_size; }
   const float* row_scales(int64_t n) const { return scales.data() + n * blocks; }
   const int32_t* row_starts(int64_t n) const { return starts.data() + n * Q * blocks * kIntLanes; }
 
@@ -133,13 +111,11 @@ class Digits {
       for (int64_t i = 0, size; i < strip_size; i += size, scale++, start += kIntLanes) {
         size = std::min(block_size, strip_size - i);
         int8_t* to = values.data()->at + n * next_row() + s * strip_size + i;
-        const float* from = ordered.data() + i;
-        *scale = kMagnitudes ? round_magnitudes<Q>(from, size, to, row_size)
-                             : round_row<Q>(from, size, to, row_size);
+        *scale = round_row<Q, kMagnitudes>(ordered.data() + i, size, to, row_size);
         for (int q = 0; q < Q && (kTableBias || kMagnitudes); q++)
           begin_sum(size, start + q * blocks * kIntLanes, [&](Ints sum, int64_t at) {
-            const Bytes weight = with_signs(fill(kTableBias), to + Q * row_size + at);
-            return dot_table(sum, weight, load(to + q * row_size + at));
+            const int8_t* digit = to + q * row_size + at;
+            return dot_table(sum, with_signs(fill(kTableBias), digit + Q * row_size), load(digit));
           });
       }
     }

@@ -34,7 +34,7 @@ struct Weights<B, D> {
 template <int Q>
 Floats digits_to_float(const Ints (&sum)[Q]) {
   Floats value = to_float(sum[Q - 1]);
-  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kTableBase, to_float(sum[q]));
+  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kBase, to_float(sum[q]));
   return value;
 }
 
@@ -110,17 +110,15 @@ class DecodedRows {
           for (; x < block_end; x += kLanes, weight += T * kLanes) {
             Bytes of_row[T];
             for (int t = 0; t < T; t++) of_row[t] = keep(load(weight + t * kLanes));
-            for (int i = 0; i < N; i++) {
-              const int8_t* of_x = x + i * next_row;
-              Bytes signed_row[T];
-              for (int t = 0; t < T; t++)
-                signed_row[t] = with_signs(of_row[t], of_x + Q * digits.row_size);
+            for (int i = 0; i < N; i++)
               for (int q = 0; q < Q; q++) {
-                const Bytes input = keep(load(of_x + q * digits.row_size));
-                for (int t = 0; t < T; t++)
-                  sum[t][i][q] = in_order(dot_table(sum[t][i][q], signed_row[t], input));
+                const int8_t* digit = x + i * next_row + q * digits.row_size;
+                const Bytes input = keep(load(digit));
+                for (int t = 0; t < T; t++) {
+                  const Bytes signed_row = with_signs(of_row[t], digit + Q * digits.row_size);
+                  sum[t][i][q] = in_order(dot_table(sum[t][i][q], signed_row, input));
+                }
               }
-            }
           }
           for (int i = 0; i < N; i++) {
             const float together = *scale * x_scale[i * next_scale];

@@ -29,9 +29,12 @@ template <int T, int Q, int B, int D, int P>
   Bytes found[T][P];
   auto add = [&](int t, int i, int d) {
     const int8_t* input = x + (i * D + d) * kLanes;
-    const Bytes weight = with_signs(Weights<B, D>(plane, d)(found[t][i]), input + Q * row_size);
-    for (int q = 0; q < Q; q++)
-      sum[t][q] = in_order(dot_table(sum[t][q], weight, load(input + q * row_size)));
+    const Bytes weight = Weights<B, D>(plane, d)(found[t][i]);
+    for (int q = 0; q < Q; q++) {
+      const int8_t* digit = input + q * row_size;
+      const Bytes signed_weight = with_signs(weight, digit + Q * row_size);
+      sum[t][q] = in_order(dot_table(sum[t][q], signed_weight, load(digit)));
+    }
   };
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {

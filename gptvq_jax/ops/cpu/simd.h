@@ -4,7 +4,7 @@
 //   kFewRegisters 16 of them, not 32
 //   kBias, kTableBias
 //                 what is added to int8 weights where `dot`, or `dot_table`, wants unsigned ones
-//   kMagnitudes   where `dot_table` takes magnitudes of activations, 0 to 128, and weights in which
+//   kMagnitudes   where `dot_table` takes magnitudes of activations, 0 to 127, and weights in which
 //                 `with_signs` has inverted all bits where a byte of signs is 255, and not where it
 //                 is 0; elsewhere with_signs changes nothing, and no signs are read
 //   Unpack<B>(bits)

@@ -41,7 +41,7 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   return add_pairs(acc,
                    _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight)));
 }
-// Without VNNI, magnitudes as the unsigned operand: 2 x 128 x -128 is still in int16.
+// Without VNNI, magnitudes as the unsigned operand: 2 x 127 x -128 is in int16.
 inline Ints dot_table(Ints acc, Bytes weight, Bytes x) {
 #if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(acc, weight, x);
