@@ -1,4 +1,4 @@
-// Activations as the kernels of products.h and batch.h read them: rounded to int8, in the order in
+// Activations as the kernels of products.h and batch.h read them: rounded to bytes, in the order in
 // which weights come out of the tables, with a scale for every block of columns.
 #pragma once
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace {
 
 constexpr float kBase = 254;  // of activations in several digits: half of it is a digit
 
-// The largest magnitude, which is rounded to the largest digit. Positive floats are ordered as their
-// bits are; a NaN or infinity comes out as it is.
+// The largest magnitude, which is rounded to the largest digit. Positive floats are ordered as
+// their bits are; a NaN or infinity comes out as it is.
 inline float bound_of(const float* x, int64_t count) {
   uint32_t peak = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -29,11 +29,11 @@ inline float bound_of(const float* x, int64_t count) {
   return bound;
 }
 
-// Rounds activations to Q digits of -127 to 127, those of one place `next` behind those before:
-// x = scale (q[0] + q[1] / base + q[2] / base^2). Returns the scale. Rounding by adding 1.5 x 2^23 is
-// to the nearest, and makes vectors of it. A NaN or infinity makes the scale one, and so all
-// products. With `signs`, digits become magnitudes, and 255 where they were negative, else 0, stands
-// `next` behind the last ones, one place after the other.
+// Rounds activations to Q rows of digits of -127 to 127, each `next` behind the one before:
+// x = scale (q[0] + q[1] / base + q[2] / base^2). Returns the scale. Rounding by adding 1.5 x 2^23
+// is to the nearest, and makes vectors of it. A NaN or infinity makes the scale one, and so all
+// products. With `signs`, digits are stored as magnitudes, and behind the Q rows are Q of their
+// signs: 255 where a digit is negative, and 0 elsewhere.
 template <int Q, bool signs = false>
 float round_row(const float* x, int64_t count, int8_t* digits, int64_t next) {
   const float bound = bound_of(x, count);
@@ -71,9 +71,10 @@ void begin_sum(int64_t count, int32_t* start, Add&& add) {
 // Columns that share a scale, if a chunk has no more: it costs little in so many of them.
 constexpr int64_t kBlockCols = 256;
 
-// Rows of x as Q rows of digits each, and as many of their signs where kMagnitudes. A row is strip after strip, a strip whole chunks, of which
-// each has kLanes values for each d of each of the P vectors of codes, or, where entries are looked
-// up whole, values as they are; 0 beyond the strip. A strip is one block or several.
+// Rows of x as Q rows of digits each, and Q of their signs where kMagnitudes. A row is strip after
+// strip, a strip whole chunks, of which each has kLanes values for each d of each of the P vectors
+// of codes, or, where entries are looked up whole, values as they are; 0 beyond the strip. A strip
+// is one block or several.
 template <int Q>
 class Digits {
  public:
@@ -91,7 +92,7 @@ class Digits {
         starts(rows * Q * blocks * kIntLanes) {
     parallel(pool, rows, [&](int64_t n) { round(f, x + n * f.cols, n); });
   }
-  // The first digits; those of the next begin row_size values on.
+  // The first digits; every row behind them begins row_size values on.
   const int8_t* row(int64_t n) const { return values.data()->at + n * next_row(); }
   int64_t next_row() const { return (kMagnitudes ? 2 : 1) * Q * row_size; }
   const float* row_scales(int64_t n) const { return scales.data() + n * blocks; }

@@ -28,8 +28,8 @@ template <int T, int Q, int B, int D, int P>
                                             int64_t row_size, Ints (&sum)[T][Q]) {
   Bytes found[T][P];
   auto add = [&](int t, int i, int d) {
-    const int8_t* input = x + (i * D + d) * kLanes;
     const Bytes weight = Weights<B, D>(plane, d)(found[t][i]);
+    const int8_t* input = x + (i * D + d) * kLanes;
     for (int q = 0; q < Q; q++) {
       const int8_t* digit = input + q * row_size;
       const Bytes signed_weight = with_signs(weight, digit + Q * row_size);

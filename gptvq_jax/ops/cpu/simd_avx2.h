@@ -49,6 +49,7 @@ inline Ints dot_table(Ints acc, Bytes weight, Bytes x) {
   return add_pairs(acc, _mm256_maddubs_epi16(x, weight));
 #endif
 }
+// ~w is -w - 1: x w = |x| ~w + |x| where x is negative, of which sums begin with the last.
 inline Bytes with_signs(Bytes weight, const void* signs) {
   if constexpr (kMagnitudes) return _mm256_xor_si256(weight, load(signs));
   return weight;
