@@ -24,7 +24,7 @@ def test_every_width_of_a_window(bits, levels):
     assert set(np.asarray(tensor.column_rates())) == set(range(min(bits, 6) + 1))
     x = np.random.default_rng(bits).normal(size=(5, 45)).astype(np.float32)
     expected = x.astype(np.float64) @ decode(tensor).T
-    for name, tolerance in (("cpu", 1e-6), ("cpu_int8", 1.3e-2)):
+    for name, tolerance in (("cpu", 1e-6), ("cpu_int8", 1e-2)):
         kernel = make_kernel(jax.tree.map(jnp.asarray, tensor), name)
         many = jnp.asarray(x) @ kernel
         assert relative_error(many, expected) < tolerance
@@ -37,7 +37,7 @@ def test_few_rows_and_many_columns_are_shared_by_columns():
     tensor = TrellisFormat(2, window_bits=8).random(64, 2048)
     x = np.random.default_rng(0).normal(size=(1, 2048)).astype(np.float32)
     expected = x.astype(np.float64) @ np.asarray(tensor.dequantize(), np.float64).T
-    for name, tolerance in (("cpu", 1e-5), ("cpu_int8", 1.3e-2)):
+    for name, tolerance in (("cpu", 1e-5), ("cpu_int8", 1e-2)):
         y = vq_matmul(jnp.asarray(x), jax.tree.map(jnp.asarray, tensor), implementation=name)
         assert relative_error(y, expected) < tolerance
 

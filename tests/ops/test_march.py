@@ -18,6 +18,7 @@ pytestmark = [
 
 _PROGRAM = """
 import sys
+import jax.numpy as jnp
 import numpy as np
 sys.path[:0] = [{tests!r}, {root!r}]
 from base import decoded, relative_error, tensor_of
@@ -30,7 +31,9 @@ for case in ("2d 2 bit", "2d 3 bit, ragged", "4d 2 bit"):
         for batch in (1, 6):
             x = np.random.default_rng(batch).normal(size=(batch, tensor_of(case).shape[1]))
             x = x.astype(np.float32)
-            y = vq_matmul.vq_matmul(x, tensor_of(case), implementation=implementation)
+            y = vq_matmul.vq_matmul(
+                jnp.asarray(x), tensor_of(case), implementation=implementation
+            )
             error = relative_error(y, x @ decoded(case).T)
             assert error < bound, (case, implementation, batch, error)
 """

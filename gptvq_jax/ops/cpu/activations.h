@@ -1,8 +1,9 @@
-// Activations as the kernels of products.h and batch.h read them: rounded to int8, in the order in
+// Activations as the kernels of products.h and batch.h read them: rounded to bytes, in the order in
 // which weights come out of the tables, with a scale for every block of columns.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -13,58 +14,41 @@
 namespace {
 
 constexpr float kBase = 254;  // of activations in several digits: half of it is a digit
-// Of those multiplied with tables: where products are added in pairs in 16 bits, a digit of several
-// is at most half of what a pair may reach; of one digit a pair's sum, before rounding, one less.
-template <int Q>
-constexpr int kLargest = !kPairLimit ? 127 : Q > 1 ? kPairLimit / 2 : kPairLimit - 1;
-template <int Q>
-constexpr float kTableBase = 2 * kLargest<Q>;
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// What is rounded to the largest digit: the largest activation, or, of one digit where `pairs` are
-// added in 16 bits, the largest sum of the activations of one sign in a pair. Positive floats are
-// ordered as their bits are; a NaN or infinity comes out as it is.
-inline float bound_of(const float* x, int64_t count, bool pairs) {
+// The largest magnitude, which is rounded to the largest digit. Positive floats are ordered as
+// their bits are; a NaN or infinity comes out as it is.
+inline float bound_of(const float* x, int64_t count) {
   uint32_t peak = 0;
-  if (pairs)
-    for (int64_t i = 0; i + 1 < count; i += 2) {
-      const float a = x[i], b = x[i + 1], c = (a > 0 ? a : 0) + (b > 0 ? b : 0);
-      const float d = (a < 0 ? -a : 0) + (b < 0 ? -b : 0);  // neither is negative
-      const uint32_t above = bits_of(c), below = bits_of(d);
-      peak = std::max(peak, above > below ? above : below);
-    }
-  for (int64_t i = 0; i < count; i++) peak = std::max(peak, bits_of(x[i]) & 0x7fffffffu);
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    peak = std::max(peak, bits & 0x7fffffffu);
+  }
   float bound;
   std::memcpy(&bound, &peak, 4);
   return bound;
 }
 
-// Rounds activations to Q digits, x = scale (q[0] + q[1] / base + q[2] / base^2), the first at most
-// `largest`, and returns the scale. Rounding by adding 1.5 x 2^23 is to the nearest, and makes
-// vectors of it. A NaN or infinity as the bound makes the scale one, and so all products.
-template <int Q>
-float round_to_digits(const float* x, int64_t count, float bound, int largest, float base,
-                      int8_t* digits, int64_t next) {
-  const float inverse = bound > 1e-36f ? largest / bound : 0;  // the quotient must be finite
+// Rounds activations to Q rows of digits of -127 to 127, each `next` behind the one before:
+// x = scale (q[0] + q[1] / base + q[2] / base^2). Returns the scale. Rounding by adding 1.5 x 2^23
+// is to the nearest, and makes vectors of it. A NaN or infinity makes the scale one, and so all
+// products. With `signs`, digits are stored as magnitudes, and behind the Q rows are Q of their
+// signs: 255 where a digit is negative, and 0 elsewhere.
+template <int Q, bool signs = false>
+float round_row(const float* x, int64_t count, int8_t* digits, int64_t next) {
+  const float bound = bound_of(x, count);
+  const float inverse = bound > 1e-36f ? 127 / bound : 0;  // the quotient must be finite
   for (int64_t i = 0; i < count; i++) {
     float rest = x[i] * inverse;
     for (int q = 0; q < Q; q++) {
       const float shifted = rest + 12582912.0f, digit = shifted - 12582912.0f;
-      digits[q * next + i] = static_cast<int8_t>(static_cast<int>(digit));
-      rest = (rest - digit) * base;
+      const int value = static_cast<int>(digit);
+      digits[q * next + i] = static_cast<int8_t>(signs ? std::abs(value) : value);
+      if (signs) digits[(Q + q) * next + i] = static_cast<int8_t>(value >> 31);
+      rest = (rest - digit) * kBase;
     }
   }
-  return bound / largest;
-}
-// A row with one scale.
-template <int Q>
-float round_row(const float* x, int64_t count, int8_t* digits) {
-  return round_to_digits<Q>(x, count, bound_of(x, count, false), 127, kBase, digits, count);
+  return bound / 127;
 }
 
 inline Ints load_ints(const int32_t* p) {
@@ -73,24 +57,24 @@ inline Ints load_ints(const int32_t* p) {
   return v;
 }
 
-// What sums over `count` activations begin with where weights are `bias` too large: minus what that
-// adds to each lane, kIntLanes numbers.
+// What sums over `count` activations begin with, kIntLanes numbers: minus what weights of 0 add, as
+// `add(sum, i)` has them for those from i on.
 constexpr int kIntLanes = sizeof(Ints) / 4;
-inline void begin_sum(const int8_t* x, int64_t count, uint8_t bias, int32_t* start) {
+template <class Add>
+void begin_sum(int64_t count, int32_t* start, Add&& add) {
   Ints added = zero_ints();
-  for (int64_t i = 0; bias && i < count; i += kLanes)
-    added = dot_table(added, simd::fill(bias), load(x + i));
+  for (int64_t i = 0; i < count; i += kLanes) added = add(added, i);
   added = sub(zero_ints(), added);
   std::memcpy(start, &added, sizeof added);
 }
 
-// Columns that share a scale, if a chunk has no more: it costs little in 256 of them. Where pairs
-// limit it, a pair of large activations should cost the precision of few others.
-constexpr int64_t kBlockCols = kPairLimit ? 64 : 256;
+// Columns that share a scale, if a chunk has no more: it costs little in so many of them.
+constexpr int64_t kBlockCols = 256;
 
-// Rows of x as Q rows of digits each. A row is strip after strip, a strip whole chunks, of which
-// each has kLanes values for each d of each of the P vectors of codes, or, where entries are looked
-// up whole, values as they are; 0 beyond the strip. A strip is one block or several.
+// Rows of x as Q rows of digits each, and Q of their signs where kMagnitudes. A row is strip after
+// strip, a strip whole chunks, of which each has kLanes values for each d of each of the P vectors
+// of codes, or, where entries are looked up whole, values as they are; 0 beyond the strip. A strip
+// is one block or several.
 template <int Q>
 class Digits {
  public:
@@ -103,13 +87,14 @@ class Digits {
         blocks(f.col_strips * divide_up(strip_size, block_size)),
         chunk_cols(chunk_cols),
         whole(whole),
-        values(divide_up(rows * Q * row_size, sizeof(Line))),
+        values(divide_up(rows * next_row(), sizeof(Line))),
         scales(rows * blocks),
         starts(rows * Q * blocks * kIntLanes) {
     parallel(pool, rows, [&](int64_t n) { round(f, x + n * f.cols, n); });
   }
-  // The first digits; those of the next begin row_size values on.
-  const int8_t* row(int64_t n) const { return values.data()->at + n * Q * row_size; }
+  // The first digits; every row behind them begins row_size values on.
+  const int8_t* row(int64_t n) const { return values.data()->at + n * next_row(); }
+  int64_t next_row() const { return (kMagnitudes ? 2 : 1) * Q * row_size; }
   const float* row_scales(int64_t n) const { return scales.data() + n * blocks; }
   const int32_t* row_starts(int64_t n) const { return starts.data() + n * Q * blocks * kIntLanes; }
 
@@ -126,12 +111,13 @@ class Digits {
       order(f, s, x, ordered.data());
       for (int64_t i = 0, size; i < strip_size; i += size, scale++, start += kIntLanes) {
         size = std::min(block_size, strip_size - i);
-        int8_t* to = values.data()->at + n * Q * row_size + s * strip_size + i;
-        const float bound = bound_of(ordered.data() + i, size, kPairLimit && Q == 1);
-        *scale = round_to_digits<Q>(ordered.data() + i, size, bound, kLargest<Q>, kTableBase<Q>, to,
-                                    row_size);
-        for (int q = 0; q < Q; q++)
-          begin_sum(to + q * row_size, size, kTableBias, start + q * blocks * kIntLanes);
+        int8_t* to = values.data()->at + n * next_row() + s * strip_size + i;
+        *scale = round_row<Q, kMagnitudes>(ordered.data() + i, size, to, row_size);
+        for (int q = 0; q < Q && (kTableBias || kMagnitudes); q++)
+          begin_sum(size, start + q * blocks * kIntLanes, [&](Ints sum, int64_t at) {
+            const int8_t* digit = to + q * row_size + at;
+            return dot_table(sum, with_signs(fill(kTableBias), digit + Q * row_size), load(digit));
+          });
       }
     }
   }

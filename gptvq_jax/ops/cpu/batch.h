@@ -34,7 +34,7 @@ struct Weights<B, D> {
 template <int Q>
 Floats digits_to_float(const Ints (&sum)[Q]) {
   Floats value = to_float(sum[Q - 1]);
-  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kTableBase<Q>, to_float(sum[q]));
+  for (int q = Q - 2; q >= 0; q--) value = fma(value, 1 / kBase, to_float(sum[q]));
   return value;
 }
 
@@ -91,7 +91,7 @@ class DecodedRows {
     Floats total[T][N];
     for (auto& of_row : total)
       for (Floats& value : of_row) value = zero();
-    const int64_t next_row = Q * digits.row_size, next_scale = digits.blocks;
+    const int64_t next_row = digits.next_row(), next_scale = digits.blocks;
     const uint8_t* weight = bytes.data();
     for (int64_t m = 0; m < f.books; m++) {
       const int8_t* x = digits.row(n);
@@ -112,9 +112,12 @@ class DecodedRows {
             for (int t = 0; t < T; t++) of_row[t] = keep(load(weight + t * kLanes));
             for (int i = 0; i < N; i++)
               for (int q = 0; q < Q; q++) {
-                const Bytes input = keep(load(x + i * next_row + q * digits.row_size));
-                for (int t = 0; t < T; t++)
-                  sum[t][i][q] = in_order(dot_table(sum[t][i][q], of_row[t], input));
+                const int8_t* digit = x + i * next_row + q * digits.row_size;
+                const Bytes input = keep(load(digit));
+                for (int t = 0; t < T; t++) {
+                  const Bytes signed_row = with_signs(of_row[t], digit + Q * digits.row_size);
+                  sum[t][i][q] = in_order(dot_table(sum[t][i][q], signed_row, input));
+                }
               }
           }
           for (int i = 0; i < N; i++) {

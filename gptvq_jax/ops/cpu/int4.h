@@ -26,12 +26,13 @@ struct Int4Activations {
     std::vector<int8_t> rounded(w.cols);
     for (int64_t n = 0; n < batch; n++) {
       int8_t* to = values.data() + n * w.cols;
-      scales[n] = round_row<1>(x + n * w.cols, w.cols, rounded.data());
+      scales[n] = round_row<1>(x + n * w.cols, w.cols, rounded.data(), w.cols);
       for (int64_t c = 0; c < w.cols; c += 2 * kLanes)
         for (int odd = 0; odd < 2; odd++)
           for (int i = 0; i < kLanes; i++) to[c + odd * kLanes + i] = rounded[c + 2 * i + odd];
-      for (int64_t g = 0; g < w.groups; g++)
-        begin_sum(to + g * Int4::kGroup, Int4::kGroup, 8, &starts[(n * w.groups + g) * kIntLanes]);
+      for (int64_t g = 0; g < w.groups; g++, to += Int4::kGroup)
+        begin_sum(Int4::kGroup, &starts[(n * w.groups + g) * kIntLanes],
+                  [&](Ints sum, int64_t i) { return dot(sum, fill(8), load(to + i)); });
     }
   }
   std::vector<int8_t> values;

@@ -64,7 +64,7 @@ void int8_rows_product(const Int8Rows& w, const float* x, int64_t batch, Pool& p
   std::vector<int8_t> digits(batch * size), of_row(Q * w.cols);
   std::vector<float> x_scales(batch), centers(batch);  // what 127.5 of every code takes away
   for (int64_t n = 0; n < batch; n++) {
-    x_scales[n] = round_row<Q>(x + n * w.cols, w.cols, of_row.data());
+    x_scales[n] = round_row<Q>(x + n * w.cols, w.cols, of_row.data(), w.cols);
     double center = 0, factor = 127.5 - (kBias ? 0 : 128);
     for (int q = 0; q < Q; q++, factor /= kBase)
       for (int64_t c = 0; c < w.cols; c++) {

@@ -3,7 +3,7 @@
 // The codes of a row are unpacked a vector of bytes at a time and looked up, one table for each of
 // the D inputs of a code, in tables that stay in registers for the rows of a group. The int8
 // centroids found are multiplied with activations laid out in the same order (activations.h), and
-// the sum over a block of columns with the scale of its codebook. Activations are int8: one digit
+// the sum over a block of columns with the scale of its codebook. Activations are bytes: one digit
 // for each of them, or three digits, which are as exact as float32. Of many rows of x, the bytes
 // that were looked up are kept for all of them (batch.h).
 #pragma once
@@ -30,8 +30,11 @@ template <int T, int Q, int B, int D, int P>
   auto add = [&](int t, int i, int d) {
     const Bytes weight = Weights<B, D>(plane, d)(found[t][i]);
     const int8_t* input = x + (i * D + d) * kLanes;
-    for (int q = 0; q < Q; q++)
-      sum[t][q] = in_order(dot_table(sum[t][q], weight, load(input + q * row_size)));
+    for (int q = 0; q < Q; q++) {
+      const int8_t* digit = input + q * row_size;
+      const Bytes signed_weight = with_signs(weight, digit + Q * row_size);
+      sum[t][q] = in_order(dot_table(sum[t][q], signed_weight, load(digit)));
+    }
   };
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {

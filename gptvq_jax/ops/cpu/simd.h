@@ -4,8 +4,9 @@
 //   kFewRegisters 16 of them, not 32
 //   kBias, kTableBias
 //                 what is added to int8 weights where `dot`, or `dot_table`, wants unsigned ones
-//   kPairLimit    where `dot_table` adds two neighbouring products in 16 bits: activations of one
-//                 sign in a pair must not sum to more; 0: any will do
+//   kMagnitudes   where `dot_table` takes magnitudes of activations, 0 to 127, and weights in which
+//                 `with_signs` has inverted all bits where a byte of signs is 255, and not where it
+//                 is 0; elsewhere with_signs changes nothing, and no signs are read
 //   Unpack<B>(bits)
 //                 reads kLanes codes of `bits` bits, at most B, least significant bit first. It may
 //                 read kSlack bytes beyond them. Lane l holds code code_at(bits, l).

@@ -5,15 +5,16 @@
 namespace simd {
 constexpr bool kFewRegisters = true;
 constexpr int kLanes = 32, kSlack = 16;
-constexpr uint8_t kBias = 0, kTableBias = 128;
 using Bytes = __m256i;
 using Ints = __m256i;
 using Floats = __m256;
 
 #if defined(__AVXVNNI__)
-constexpr int kPairLimit = 0;
+constexpr uint8_t kBias = 0, kTableBias = 128;
+constexpr bool kMagnitudes = false;
 #else
-constexpr int kPairLimit = 128;  // times 255, the largest weight, is in 16 bits
+constexpr uint8_t kBias = 0, kTableBias = 0;
+constexpr bool kMagnitudes = true;
 #endif
 
 inline Bytes load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -40,12 +41,18 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   return add_pairs(acc,
                    _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight)));
 }
+// Without VNNI, magnitudes as the unsigned operand: 2 x 127 x -128 is in int16.
 inline Ints dot_table(Ints acc, Bytes weight, Bytes x) {
 #if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(acc, weight, x);
 #else
-  return add_pairs(acc, _mm256_maddubs_epi16(weight, x));
+  return add_pairs(acc, _mm256_maddubs_epi16(x, weight));
 #endif
+}
+// ~w is -w - 1: x w = |x| ~w + |x| where x is negative, of which sums begin with the last.
+inline Bytes with_signs(Bytes weight, const void* signs) {
+  if constexpr (kMagnitudes) return _mm256_xor_si256(weight, load(signs));
+  return weight;
 }
 // Two sums of pairs fit 16 bits.
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {

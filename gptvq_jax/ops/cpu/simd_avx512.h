@@ -6,7 +6,7 @@ namespace simd {
 constexpr bool kFewRegisters = false;
 constexpr int kLanes = 64, kSlack = 0;
 constexpr uint8_t kBias = 128, kTableBias = kBias;
-constexpr int kPairLimit = 0;
+constexpr bool kMagnitudes = false;
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
@@ -30,6 +30,7 @@ inline Bytes shift(Bytes v, int n) { return _mm512_srli_epi16(v, n); }
 inline Bytes code(Bytes v, int first, int) { return first ? shift(v, first) : v; }
 inline Ints dot(Ints acc, Bytes weight, Bytes x) { return _mm512_dpbusd_epi32(acc, weight, x); }
 inline Ints dot_table(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
+inline Bytes with_signs(Bytes weight, const void*) { return weight; }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
   return dot(dot(acc, weight, x), weight2, x2);
 }

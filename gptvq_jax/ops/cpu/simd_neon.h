@@ -6,7 +6,7 @@ namespace simd {
 constexpr bool kFewRegisters = false;
 constexpr int kLanes = 16, kSlack = 16;
 constexpr uint8_t kBias = 0, kTableBias = kBias;
-constexpr int kPairLimit = 0;
+constexpr bool kMagnitudes = false;
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;
 using Floats = float32x4_t;
@@ -36,6 +36,7 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
 #endif
 }
 inline Ints dot_table(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
+inline Bytes with_signs(Bytes weight, const void*) { return weight; }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
   return dot(dot(acc, weight, x), weight2, x2);
 }

@@ -6,7 +6,7 @@ namespace simd {
 constexpr bool kFewRegisters = false;
 constexpr int kLanes = 16, kSlack = 1;
 constexpr uint8_t kBias = 0, kTableBias = kBias;
-constexpr int kPairLimit = 0;
+constexpr bool kMagnitudes = false;
 struct Bytes { uint8_t at[16]; };
 struct Ints { int32_t at[4]; };
 struct Floats { float at[4]; };
@@ -41,6 +41,7 @@ inline Ints dot(Ints acc, Bytes weight, Bytes x) {
   return acc;
 }
 inline Ints dot_table(Ints acc, Bytes weight, Bytes x) { return dot(acc, weight, x); }
+inline Bytes with_signs(Bytes weight, const void*) { return weight; }
 inline Ints dot_nibbles(Ints acc, Bytes weight, Bytes x, Bytes weight2, Bytes x2) {
   return dot(dot(acc, weight, x), weight2, x2);
 }

@@ -157,7 +157,7 @@ struct TrellisBytes {
           for (int64_t c = 0, slot = 4 * b.first; c < count; c++, slot++)
             scaled[c] = from[n * f.cols + f.order[slot]] * f.col_scales[slot];
           int8_t* digits = &x[Q * (4 * b.first * batch + n * count)];
-          factors[i * batch + n] = f.level_scale * round_row<Q>(scaled, count, digits);
+          factors[i * batch + n] = f.level_scale * round_row<Q>(scaled, count, digits, count);
           for (int q = 0; q < Q; q++) {
             int32_t sum = 0;
             for (int64_t c = 0; c < count; c++) sum += digits[q * count + c];
