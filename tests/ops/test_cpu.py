@@ -2,8 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from base import CASES, MatmulTests
+
+from gptvq_jax.ops.vq_matmul import make_kernel
+from gptvq_jax.study.decode_benchmark import FORMATS
+from gptvq_jax.study.sample_tensors import random_tensor
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
@@ -20,3 +25,13 @@ class TestInt8(MatmulTests):
     implementation = "cpu_int8"
     supported = tuple(case for case in CASES if not case.startswith(_NOT_INT8))
     float32_error = 1e-2  # of rounding x
+
+    def test_rows_with_large_activations_stay_exact(self):
+        """One digit would cost the small ones; of rows without large ones it is enough."""
+        fmt = FORMATS["2d_2.25"]
+        tensor = random_tensor(fmt, fmt.grid(64, 1024))
+        x = np.random.default_rng(0).normal(size=(2, 1024)).astype(np.float32)
+        exact, rounded = (make_kernel(tensor, name) for name in ("cpu", "cpu_int8"))
+        assert not np.array_equal(x @ exact, x @ rounded)
+        x[1, 300] = 200
+        np.testing.assert_array_equal(x @ exact, x @ rounded)

@@ -71,6 +71,30 @@ void begin_sum(int64_t count, int32_t* start, Add&& add) {
 // Columns that share a scale, if a chunk has no more: it costs little in so many of them.
 constexpr int64_t kBlockCols = 256;
 
+// Whether one digit is enough for every row of x: whether rounding blocks of kBlockCols moves it by
+// less than kMoved of its norm. It moves normal numbers by 0.7 %. A few large activations among many
+// small ones, as models have them before some layers, would cost the small ones: such rows get
+// several digits. A NaN or infinity is no reason to: all of its products are one.
+constexpr float kMoved = 0.01f;
+inline bool one_digit_will_do(const float* x, int64_t rows, int64_t cols) {
+  for (int64_t n = 0; n < rows; n++, x += cols) {
+    float moved = 0, lanes[16] = {};
+    for (int64_t c = 0; c < cols; c += kBlockCols) {
+      const int64_t count = std::min(kBlockCols, cols - c);
+      const float step = bound_of(x + c, count) / 127;
+      moved += step * step / 12 * count;
+      int64_t i = c;
+      for (; i + 16 <= c + count; i += 16)
+        for (int lane = 0; lane < 16; lane++) lanes[lane] += x[i + lane] * x[i + lane];
+      for (; i < c + count; i++) lanes[0] += x[i] * x[i];
+    }
+    float whole = 0;
+    for (const float lane : lanes) whole += lane;
+    if (moved > kMoved * kMoved * whole) return false;
+  }
+  return true;
+}
+
 // Rows of x as Q rows of digits each, and Q of their signs where kMagnitudes. A row is strip after
 // strip, a strip whole chunks, of which each has kLanes values for each d of each of the P vectors
 // of codes, or, where entries are looked up whole, values as they are; 0 beyond the strip. A strip

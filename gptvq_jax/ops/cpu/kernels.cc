@@ -62,8 +62,9 @@ ffi::Error VqMatmul(ffi::ThreadPool pool, Matrix x, U8 codes, S8 centroids, F16 
   const auto b = centroids.dimensions(), s = scales.dimensions();
   if (!consistent(f, codes, centroids, x, y) || s[0] != b[0] || s[1] != b[1] || s[2] != b[2])
     return ffi::Error::InvalidArgument(kMismatch);
+  const bool one_digit = round_x && one_digit_will_do(x.typed_data(), batch, cols);
   return done(specialize(f, [&]<int B, int D, int P>() {
-    if (round_x) product<1, B, D, P>(f, x.typed_data(), batch, pool, y->typed_data());
+    if (one_digit) product<1, B, D, P>(f, x.typed_data(), batch, pool, y->typed_data());
     else product<3, B, D, P>(f, x.typed_data(), batch, pool, y->typed_data());
   }));
 }
