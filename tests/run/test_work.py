@@ -34,7 +34,8 @@ def test_a_run_counts_what_was_said(tiny_config, tmp_path):  # noqa: F811
     for stage in ("forward", "gradients", "hessians", "advance"):
         row = summary["stages"][stage]
         moved = row["bytes_read"] + row["bytes_written"]
-        assert stage_bytes(config, settings)[stage] == pytest.approx(moved, rel=0.35), stage
+        # Of arrays that are read once; with an asymmetric target some are read again.
+        assert 0.45 * moved < stage_bytes(config, settings)[stage] < 1.1 * moved, stage
     assert settings.allocation.bits_per_value and search_flop(config, settings) == 0
 
 
