@@ -8,7 +8,7 @@ import numpy as np
 
 from gptvq_jax.config import RunSettings, from_config
 from gptvq_jax.console import report
-from gptvq_jax.console.kept_memory import kept_memory
+from gptvq_jax.console.freed_memory import kept_memory
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.core.divergence import FIGURES

@@ -9,7 +9,7 @@ from absl import logging
 
 from gptvq_jax.config import RunSettings, from_config, to_dict
 from gptvq_jax.console import layer_plot, report
-from gptvq_jax.console.kept_memory import kept_memory
+from gptvq_jax.console.freed_memory import kept_memory
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch, peak_memory_bytes
 from gptvq_jax.core.divergence import FIGURES
