@@ -21,12 +21,17 @@ from absl import flags
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default: runs/<config name>.")
+_DEVICES = flags.DEFINE_integer(
+    "devices", 0, "Devices of this machine to work on; 0: all that JAX shows.", lower_bound=0
+)
 flags.mark_flag_as_required("config")
 
 
 def main(_) -> None:
+    from gptvq_jax.core.mesh import use_devices
     from gptvq_jax.run.job import quantize
 
+    use_devices(_DEVICES.value)
     workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
     quantize(_CONFIG.value, workdir, given=cli.given_fields(), command=cli.command_line())
 

@@ -90,6 +90,7 @@ class Stopwatch:
         self._any = _Account()
         self._elsewhere_flop: float | None = None
         self._begun = clock(), used()
+        self.failed: str | None = None  # the innermost stage that an exception has left, the last
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -101,8 +102,12 @@ class Stopwatch:
             self._any.enter(*now)
         outer = getattr(self._thread, "account", None)
         self._thread.account = account
+        inner = self.failed
         try:
             yield
+        except Exception:
+            self.failed = name if self.failed is inner else self.failed
+            raise
         finally:
             self._thread.account = outer
             with self._lock:

@@ -13,6 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.core.row_axis import ALL_HERE, RowAxis
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupGrid:
@@ -58,6 +60,20 @@ class GroupGrid:
     def strip_vectors(self) -> int:
         return self.strip_cols // self.dim
 
+    @property
+    def axis(self) -> RowAxis:
+        """Where the other rows are: nowhere, but for a grid that is a part of one."""
+        return ALL_HERE
+
+    @property
+    def shared(self) -> bool:
+        """Whether these other rows have the same codebooks."""
+        return False
+
+    def row_mask(self) -> jax.Array:
+        """Rows that are no padding, (G * r,) bool."""
+        return jnp.arange(self.padded_rows) < self.rows
+
     def block_cols(self, block_size: int) -> int:
         """Columns of a lazy block: as many up to `block_size` as tile a strip in whole vectors."""
         blocks = -(-self.strip_cols // max(block_size, self.dim))
@@ -73,6 +89,47 @@ class GroupGrid:
     def unpad_transpose(self, padded: jax.Array) -> jax.Array:
         """(S * c, G * r) -> (R, C)."""
         return padded[: self.cols, : self.rows].T
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceGrid(GroupGrid):
+    """The part of a grid on each device of a mesh, inside `jax.shard_map`; never stored.
+
+    `rows` are those of a device, as many on all of them; what the last ones lack is padding.
+    """
+
+    axis_name: str
+    whole: GroupGrid
+
+    @property
+    def axis(self) -> RowAxis:
+        return RowAxis(self.axis_name, self.whole.rows)
+
+    @property
+    def shared(self) -> bool:
+        return self.whole.row_strips == 1
+
+    def row_mask(self) -> jax.Array:
+        return self.axis.used(self.padded_rows)
+
+
+def over_devices(grid: GroupGrid, devices: int, axis_name: str) -> tuple[DeviceGrid, int]:
+    """The grid of each device, and how many of the devices have rows.
+
+    Codebooks are no two devices' where there are several row strips: each device has whole ones.
+    Where there is one strip its codebooks are shared, and its rows are spread.
+
+    Args:
+      grid: of the layer.
+      devices: at most so many.
+      axis_name: of the mesh, along which rows lie.
+    """
+    shared = grid.row_strips == 1
+    unit = 1 if shared else grid.strip_rows
+    each = _round_up(-(-grid.rows // devices), unit)
+    strip_rows = each if shared else grid.strip_rows
+    part = DeviceGrid(each, grid.cols, grid.dim, strip_rows, grid.strip_cols, axis_name, grid)
+    return part, -(-grid.rows // each)
 
 
 def make_grid(

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
 from gptvq_jax.methods.check_fields import field_check
+from gptvq_jax.methods.devices import quantize_rows
 from gptvq_jax.moves.compress import quantize_centroids
 from gptvq_jax.moves.em import GroupData, assign, em
 from gptvq_jax.moves.nearest import lookup
@@ -105,13 +107,14 @@ class AQLMSettings:
         return GroupGrid(rows, cols, self.dim, rows, -(-cols // self.dim) * self.dim)
 
 
-@partial(jax.jit, static_argnames="settings")
 def quantize(
     weight: jax.Array,
     hessian: jax.Array,
     hinv_chol: jax.Array,
     key: jax.Array,
     settings: AQLMSettings,
+    *,
+    mesh: Mesh | None = None,
 ) -> VQTensor:
     """Start, then codebooks, scales and codes in turn, each given the others.
 
@@ -121,8 +124,18 @@ def quantize(
       hinv_chol: (C, C) U of the damped Hessian, as from `hessian.factorize`, in any unit.
       key: random key of the seeding.
       settings: the format and the search.
+      mesh: several devices, of one axis, over which the rows are spread. What the codebooks, which
+        all rows share, are made of is summed up: its last bits may differ from one device's.
     """
-    grid = settings.grid(*weight.shape)
+    grid, shared = settings.grid(*weight.shape), (hessian, hinv_chol, key)
+    if mesh is None:
+        return _quantize(weight, 0, *shared, settings, grid)
+    return quantize_rows(_quantize, settings, mesh, weight, grid, shared)
+
+
+@partial(jax.jit, static_argnames=("settings", "grid"))
+def _quantize(weight, first_strip, hessian, hinv_chol, key, settings, grid) -> VQTensor:
+    del first_strip  # there is one
     target = grid.pad_transpose(weight)
     hessian = jnp.pad(hessian / unit(hessian), ((0, grid.padded_cols - grid.cols),) * 2)
     hinv_chol = pad_identity(hinv_chol, grid)
@@ -173,7 +186,7 @@ def quantize(
         return _State(centroids, scale, codes, residual)
 
     def loss_of(state):
-        return state.residual.loss
+        return grid.axis.sum(state.residual.loss)
 
     centroids = _stored(centroids)
     first = residual_of(target, decode(centroids, codes, per_vector(scale), grid), hessian)
@@ -206,12 +219,12 @@ def _stored(centroids: jax.Array) -> jax.Array:
     return quantize_centroids(centroids, 16).values()
 
 
-def _fit(settings: AQLMSettings):
+def _fit(settings: AQLMSettings, grid: GroupGrid):
     """k-means of one codebook: GroupData, keys (1,) -> (1, K, d)."""
 
     def fit(data, keys):
-        centroids = SEEDS[settings.seed](data, settings.codebook_size, keys)
-        return em(data, centroids, settings.em_iterations)
+        centroids = SEEDS[settings.seed](data, settings.codebook_size, keys, grid.axis)
+        return em(data, centroids, settings.em_iterations, grid.axis)
 
     return fit
 
@@ -228,7 +241,7 @@ def _product_start(target, hinv_chol, scale, grid, key, settings):
         target,
         hinv_chol,
         dataclasses.replace(grid, dim=part),
-        _fit(settings),
+        _fit(settings, grid),
         key,
         block_size=settings.block_size,
         normalize=lambda strip: RowScales(jnp.broadcast_to(scale, strip.shape)),
@@ -243,8 +256,8 @@ def _residual_start(target, hinv_chol, scale, grid, key, settings):
     """Each codebook is fitted to what those before it have left (paper, section 3.1)."""
     vectors, dim = grid.strip_vectors, grid.dim
     residual = (target / scale).reshape(1, vectors, dim, -1)
-    weight = jnp.broadcast_to(jnp.square(scale), (1, vectors, grid.rows))
-    whiten, fit = whitening(hinv_chol, grid), _fit(settings)
+    weight = jnp.broadcast_to(jnp.square(scale) * grid.row_mask(), (1, vectors, grid.rows))
+    whiten, fit = whitening(hinv_chol, grid), _fit(settings, grid)
     found = []
     for m in range(settings.num_codebooks):
         data = GroupData(residual, whiten, weight)
@@ -271,5 +284,7 @@ def _adam(target, hessian, centroids, scale, codes, grid, settings):
         reconstruct,
         optimizer=optax.amsgrad(settings.learning_rate, b1=0.0, b2=0.95),
         iterations=settings.update_iterations,
+        axis=grid.axis,
+        shared=(True, False),
     )
     return centroids, scale.astype(jnp.float16).astype(jnp.float32)

@@ -7,11 +7,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.packing import pack
-from gptvq_jax.core.vq_tensor import BlockScales, FactoredCodebook, VQTensor, pack_codes
+from gptvq_jax.core.row_axis import ALL_HERE
+from gptvq_jax.core.vq_tensor import (
+    BlockScales,
+    FactoredCodebook,
+    VQTensor,
+    concat_rows,
+    pack_codes,
+)
+from gptvq_jax.methods.devices import quantize_parts, quantize_rows
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.moves.compress import (
     quantize_centroids,
@@ -62,6 +71,8 @@ def quantize(
     grid: GroupGrid | None = None,
     first_strip: int = 0,
     judge: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    parts: tuple[GroupGrid, range] | None = None,
 ) -> VQTensor:
     """Sweep with EM codebooks, codebook update, compression (GPTVQ, Algorithm 1 and section 3.3).
 
@@ -80,15 +91,23 @@ def quantize(
         part's groups, and the number of its first row strip.
       judge: (C, C) mean x x^T of other inputs, in any unit, by whose loss a round of polish counts
         as better; None: `hessian`.
+      mesh: several devices, of one axis, over which the row strips of the whole are spread.
+      parts: of the weight (`GPTVQSettings.parts`), each of which one of the devices quantizes by
+        itself; None: their sums are those of all strips.
     """
     shape, counts = _split(settings)
     grid = grid or settings.grid(*weight.shape)
-    return _quantize(weight, hessian, hinv_chol, judge, key, first_strip, counts, shape, grid)
+    shared = hessian, hinv_chol, judge, key, counts
+    if mesh is None:
+        return _quantize(weight, first_strip, *shared, shape, grid)
+    if parts is not None:
+        return concat_rows(quantize_parts(_quantize, shape, mesh, weight, parts, shared))
+    return quantize_rows(_quantize, shape, mesh, weight, grid, shared)
 
 
 @partial(jax.jit, static_argnames=("settings", "grid"))
 def _quantize(
-    weight, hessian, hinv_chol, judge, key, first_strip, counts, settings, grid
+    weight, first_strip, hessian, hinv_chol, judge, key, counts, settings, grid
 ) -> VQTensor:
     target = grid.pad_transpose(weight)
 
@@ -144,9 +163,10 @@ class _Problem(NamedTuple):
     def loss_of(self, state: "_State") -> jax.Array:
         """What says which round is the best, ()."""
         if self.judge is None:
-            return state.residual.loss
+            return self.grid.axis.sum(state.residual.loss)
         error = state.residual.error
-        return jnp.vdot(error, image_of(self.judge, error), precision="highest")
+        judged = jnp.vdot(error, image_of(self.judge, error), precision="highest")
+        return self.grid.axis.sum(judged)
 
     def stored(self, centroids: jax.Array) -> jax.Array:
         """Centroids as the tensor will hold them; SVD compresses them once, at the end."""
@@ -158,13 +178,15 @@ class _Problem(NamedTuple):
 def _sweep(target, hinv_chol, grid, key, first_strip, counts, settings, rows) -> SweepResult:
     seed = SEEDS[settings.seed]
 
+    more_rows = grid.axis if grid.shared else ALL_HERE  # of the same codebooks
+
     def fit(data, keys):
-        centroids = seed(data, settings.codebook_size, keys)
-        return em(data, centroids, counts.em_iterations)
+        centroids = seed(data, settings.codebook_size, keys, more_rows)
+        return em(data, centroids, counts.em_iterations, more_rows)
 
     normalize = None
     if settings.scale_block_size:
-        normalize = partial(normalize_strip, block_size=settings.scale_block_size)
+        normalize = partial(normalize_strip, block_size=settings.scale_block_size, axis=grid.axis)
     elif rows is not None:
         by_strip = rows.reshape(grid.row_strips, grid.strip_rows)
         normalize = lambda strip: RowScales(jnp.broadcast_to(by_strip, strip.shape))  # noqa: E731
@@ -244,6 +266,8 @@ def _update_codebooks(problem: _Problem, centroids, rows, codes, residual):
         lambda c: problem.decode(c, rows, codes),
         iterations=steps,
         optimizer=optax.adam(counts.learning_rate),
+        axis=grid.axis,
+        shared=grid.shared,
     )
     return centroids, residual_of(target, problem.decode(centroids, rows, codes), hessian)
 
@@ -256,8 +280,9 @@ def _svd_codebook(problem: _Problem, centroids, rows, codes) -> FactoredCodebook
         product = jnp.matmul(left, right, precision="highest")[..., None]
         return problem.decode(product, rows, codes)
 
-    settings, counts = problem.settings, problem.counts
-    factors = svd_factors(centroids, settings.svd_rank)
+    settings, counts, grid = problem.settings, problem.counts, problem.grid
+    more_strips = ALL_HERE if grid.shared else grid.axis
+    factors = svd_factors(centroids, settings.svd_rank, more_strips)
     if settings.codebook_update != "none":
         factors = gradient_update(
             problem.target,
@@ -266,8 +291,10 @@ def _svd_codebook(problem: _Problem, centroids, rows, codes) -> FactoredCodebook
             reconstruct,
             iterations=counts.update_iterations,
             optimizer=optax.adam(counts.learning_rate),
+            axis=grid.axis,
+            shared=(grid.shared, True),
         )
-    return quantize_factors(*factors, settings.codebook_bits)
+    return quantize_factors(*factors, settings.codebook_bits, more_strips)
 
 
 def _rename(codes: jax.Array, rank: jax.Array, grid: GroupGrid) -> jax.Array:

@@ -134,6 +134,10 @@ class GPTVQSettings:
             count = next(enough, strips)
         return dataclasses.replace(grid, rows=rows // count), range(0, rows, rows // count)
 
+    def is_cut(self, rows: int, cols: int) -> bool:
+        """Whether `parts` are several, or one that is small enough to be one of several."""
+        return rows <= _PART_ROWS or len(self.parts(rows, cols)[1]) > 1
+
     def flops(self, rows: int, cols: int) -> int:
         """Of matrix products of a layer, at most: rounds of polish may be fewer."""
         block = self.grid(rows, cols).block_cols(self.block_size)

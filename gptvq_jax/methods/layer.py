@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
+from gptvq_jax.core.mesh import local_mesh
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 from gptvq_jax.methods.pool import parallel
@@ -47,17 +49,26 @@ class Problem(NamedTuple):
 def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
     """Quantizes weights, several at once where the device is a CPU of several cores.
 
-    The results do not depend on the unit of an objective, nor on how many run at once.
+    On several devices (core/mesh.py) the rows of each are spread over all of them. The results do
+    not depend on the unit of an objective, nor on how many run at once; on how many devices there
+    are only by the last bits of what is summed over rows (methods/devices.py).
 
     Raises:
       ValueError: a weight is too large for the format, or a result is not finite.
     """
+    mesh = local_mesh()
+    # A sample of a layer's rows is one of a CPU's parts: several devices have nothing to share.
+    sampled = any(problem.part_grid is not None for problem in problems)
+    alone = mesh.size == 1 or sampled and _on_cpu()
     targets = parallel(_targets, problems)
+    cut = _parts if alone else partial(_on_devices, mesh)
     parts = [
-        [partial(_named, problem.name, part) for part in _parts(problem, of_layer)]
+        [partial(_named, problem.name, part) for part in cut(problem, of_layer)]
         for problem, of_layer in zip(problems, targets, strict=True)
     ]
-    tensors = iter(parallel(lambda part: part(), itertools.chain(*parts)))
+    work = list(itertools.chain(*parts))
+    # In a program of several devices these wait for each other: two at once might for ever.
+    tensors = iter(parallel(_call, work) if alone else map(_call, work))
     done = []
     for problem, of_layer, own in zip(problems, targets, parts, strict=True):
         made = [next(tensors) for _ in own]
@@ -126,6 +137,33 @@ def _parts(
             rows = target[row : row + grid.rows]
             first_strip = row // grid.strip_rows
             yield partial(quantize, rows, *arguments, grid=grid, first_strip=first_strip)
+
+
+def _on_devices(
+    mesh: Mesh, problem: Problem, targets: Sequence[jax.Array]
+) -> Iterator[Callable[[], QuantizedTensor]]:
+    """The rows of each group, over the devices; a CPU's parts are those of one device."""
+    is_cut = getattr(problem.settings, "is_cut", None) if _on_cpu() else None
+    for target, objective in zip(targets, problem.objectives, strict=True):
+        hinv_chol = objective.factor.hinv_chol
+        arguments = target, objective.hessian, hinv_chol, problem.key, problem.settings
+        options = {"mesh": mesh}
+        if getattr(problem.settings, "judged", False):
+            options["judge"] = objective.judge
+        if problem.part_grid is not None:
+            options["grid"] = problem.part_grid
+        elif is_cut is not None and is_cut(*target.shape):
+            options["parts"] = problem.settings.parts(*target.shape)
+        yield partial(_collected, partial(problem.quantize, *arguments, **options))
+
+
+def _collected(part: Callable[[], QuantizedTensor]) -> QuantizedTensor:
+    """A part whose arrays belong to no device, lest those of others do not go with them."""
+    return jax.tree.map(jnp.asarray, jax.device_get(part()))
+
+
+def _call(part: Callable[[], QuantizedTensor]) -> QuantizedTensor:
+    return part()
 
 
 def _named(name: str, part: Callable[[], QuantizedTensor]) -> QuantizedTensor:

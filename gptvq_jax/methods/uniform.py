@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gptvq_jax.core import flops
 from gptvq_jax.core.grid import GroupGrid
@@ -12,6 +13,7 @@ from gptvq_jax.core.packing import packed_length
 from gptvq_jax.core.uniform_grid import uniform_grid
 from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
 from gptvq_jax.methods.check_fields import field_check
+from gptvq_jax.methods.devices import quantize_rows
 from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.moves.uniform import factored, uniform_fit
 
@@ -46,13 +48,14 @@ class UniformSettings:
         return uniform_grid(rows, cols, self.group_size)
 
 
-@partial(jax.jit, static_argnames="settings")
 def gptq(
     weight: jax.Array,
     hessian: jax.Array,
     hinv_chol: jax.Array,
     key: jax.Array,
     settings: UniformSettings,
+    *,
+    mesh: Mesh | None = None,
 ) -> VQTensor:
     """Rounds column by column and feeds the error forward through hinv_chol.
 
@@ -62,9 +65,18 @@ def gptq(
       hinv_chol: (C, C) U of the damped Hessian, in any unit.
       key: not used.
       settings: bits and groups.
+      mesh: several devices, of one axis, over which the rows are spread.
     """
     del hessian
-    grid = settings.grid(*weight.shape)
+    grid, shared = settings.grid(*weight.shape), (hinv_chol, key)
+    if mesh is None:
+        return _gptq(weight, 0, *shared, settings, grid)
+    return quantize_rows(_gptq, settings, mesh, weight, grid, shared)
+
+
+@partial(jax.jit, static_argnames=("settings", "grid"))
+def _gptq(weight, first_strip, hinv_chol, key, settings, grid) -> VQTensor:
+    del first_strip  # nothing is drawn
     result = sweep(
         grid.pad_transpose(weight),
         pad_identity(hinv_chol, grid),
@@ -88,6 +100,8 @@ def rtn(
     hinv_chol: jax.Array,
     key: jax.Array,
     settings: UniformSettings,
+    *,
+    mesh: Mesh | None = None,
 ) -> VQTensor:
     """Rounds every weight to the nearest level: the same sweep with nothing fed forward."""
-    return gptq(weight, hessian, jnp.eye(hinv_chol.shape[0]), key, settings)
+    return gptq(weight, hessian, jnp.eye(hinv_chol.shape[0]), key, settings, mesh=mesh)

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gptvq_jax.core import packing
+from gptvq_jax.core.row_axis import ALL_HERE, RowAxis
 from gptvq_jax.core.vq_tensor import DenseCodebook, FactoredCodebook
 
 
@@ -52,28 +54,40 @@ def sort_codebook(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.take_along_axis(centroids, order[..., None], axis=-2), jnp.argsort(order, axis=-1)
 
 
-def svd_factors(centroids: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+def svd_factors(
+    centroids: jax.Array, rank: int, axis: RowAxis = ALL_HERE
+) -> tuple[jax.Array, jax.Array]:
     """Best rank-p factors of all 1D codebooks together: (M, S, G, p) and (p, K).
 
     Args:
       centroids: (M, S, G, K, 1), each sorted.
       rank: p, at most K.
+      axis: where more row strips are; each device makes the factors of all, and keeps its own.
     """
+    strips = centroids.shape[2]
+    centroids = axis.gather(centroids, 2)
     *lead, size, _ = centroids.shape
     left, singular, right = jnp.linalg.svd(centroids.reshape(-1, size), full_matrices=False)
     rank = min(rank, singular.shape[0])
     # The root of the singular values on both sides keeps the factors of like magnitude.
     root = jnp.sqrt(singular[:rank])
-    return (left[:, :rank] * root).reshape(*lead, rank), root[:, None] * right[:rank]
+    left = (left[:, :rank] * root).reshape(*lead, rank)
+    left = lax.dynamic_slice_in_dim(left, axis.index * strips, strips, 2)
+    return left, root[:, None] * right[:rank]
 
 
-def quantize_factors(left: jax.Array, right: jax.Array, bits: int) -> FactoredCodebook:
-    """Stores the many left factors in int8 (or float16) and the few right factors in float16."""
+def quantize_factors(
+    left: jax.Array, right: jax.Array, bits: int, axis: RowAxis = ALL_HERE
+) -> FactoredCodebook:
+    """Stores the many left factors in int8 (or float16) and the few right factors in float16.
+
+    `axis` is where more left factors are.
+    """
     if bits == 16:
         return FactoredCodebook(left.astype(jnp.float16), None, right.astype(jnp.float16))
     if bits != 8:
         raise ValueError(f"codebook bits={bits} must be 16 or 8 for SVD-compressed codebooks")
-    peak = jnp.max(jnp.abs(left), axis=tuple(range(left.ndim - 1)))
+    peak = axis.max(jnp.max(jnp.abs(left), axis=tuple(range(left.ndim - 1))))
     scale = spanning_scale(jnp.maximum(peak / 127, FLOAT16_STEP))
     codes = jnp.round(left / scale.astype(jnp.float32))
     return FactoredCodebook(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptvq_jax.core.row_axis import ALL_HERE, RowAxis
 from gptvq_jax.moves.nearest import nearest
 
 _CHUNK_CELLS = 2**21  # positions x centroids with tables of their own at once
@@ -31,21 +32,25 @@ def whitened(data: GroupData, centroids: jax.Array) -> tuple[jax.Array, jax.Arra
     return points, jnp.einsum("gkd,jde->gjke", centroids, data.whiten, precision="highest")
 
 
-def assign(data: GroupData, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """E-step: codes (G, J, r) and the loss per group (G,)."""
+def assign(
+    data: GroupData, centroids: jax.Array, axis: RowAxis = ALL_HERE
+) -> tuple[jax.Array, jax.Array]:
+    """E-step: codes (G, J, r) and the loss per group (G,); `axis` is as in `em`."""
 
     def of_chunk(chunk):
         codes, distance = nearest(*whitened(chunk, centroids))
         return codes, jnp.sum(chunk.weight * distance, axis=(1, 2))
 
     codes, loss = lax.map(of_chunk, _chunks(data, centroids))  # (chunks, G, J / chunks, r)
-    return jnp.moveaxis(codes, 0, 1).reshape(data.weight.shape), jnp.sum(loss, axis=0)
+    return jnp.moveaxis(codes, 0, 1).reshape(data.weight.shape), axis.sum(jnp.sum(loss, axis=0))
 
 
-def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array:
+def update(
+    data: GroupData, codes: jax.Array, centroids: jax.Array, axis: RowAxis = ALL_HERE
+) -> jax.Array:
     """M-step: each centroid solves (sum_n A_n) c = sum_n A_n x_n, A_n = weight_n T_j T_j^T.
 
-    Centroids that own no weight stay where they are.
+    Centroids that own no weight stay where they are; `axis` is as in `em`.
     """
     size, dim = centroids.shape[1:]
 
@@ -71,6 +76,7 @@ def update(data: GroupData, codes: jax.Array, centroids: jax.Array) -> jax.Array
     chunks = _chunks(data, centroids)
     codes = _cut(codes, len(chunks.whiten), 1)
     (left, right), _ = lax.scan(add_chunk, zeros, (chunks, codes))
+    left, right = axis.sum((left, right))
     # A relative ridge towards the old centroid keeps rank-deficient sums solvable; an empty
     # centroid has left = right = 0 and therefore stays.
     trace = jnp.trace(left, axis1=-2, axis2=-1)[..., None, None]
@@ -111,13 +117,16 @@ def _cut(array: jax.Array, count: int, axis: int) -> jax.Array:
     return jnp.moveaxis(array.reshape(shape), axis, 0)
 
 
-def em(data: GroupData, centroids: jax.Array, iterations: int) -> jax.Array:
+def em(
+    data: GroupData, centroids: jax.Array, iterations: int, axis: RowAxis = ALL_HERE
+) -> jax.Array:
     """Alternates `assign` and `update`.
 
     Args:
       data: vectors of G groups.
       centroids: (G, K, D) seeds.
       iterations: number of alternations, at least 0.
+      axis: where more rows of these groups are.
 
     Returns:
       Centroids (G, K, D).
@@ -125,6 +134,6 @@ def em(data: GroupData, centroids: jax.Array, iterations: int) -> jax.Array:
 
     def step(_, centroids):
         codes, _ = assign(data, centroids)
-        return update(data, codes, centroids)
+        return update(data, codes, centroids, axis)
 
     return lax.fori_loop(0, iterations, step, centroids)

@@ -67,9 +67,9 @@ def recode_streams(
         taken = jnp.repeat(gain(new, old) > 0, stream_rows)
         windows, added = (jnp.where(taken, a, b) for a, b in zip(new[::2], old[::2], strict=True))
         new = Column(windows, old.scale, added)
-        scaled = new._replace(scale=best_scale(layout.table[windows], target, counts))
+        scaled = new._replace(scale=best_scale(windows, target, counts, layout))
         scaled = with_outliers(scaled, rate, layout, y, kept)
-        better = jnp.sum(gain(scaled, new)) > 0
+        better = jnp.sum(layout.axis.gather(gain(scaled, new), 0)) > 0
         new = jax.tree.map(lambda a, b: jnp.where(better, a, b), scaled, new)
         new = jax.tree.map(lambda a, b: jnp.where((bend > 0) & (rate > 0), a, b), new, old)
         change = column_values(new, rate, layout) - q

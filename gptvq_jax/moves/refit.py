@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from gptvq_jax.core.grid import GroupGrid
+from gptvq_jax.core.row_axis import ALL_HERE, RowAxis
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.residual import Residual, image_of, residual_of
 
@@ -43,11 +44,11 @@ def decode(
         vectors = vectors * scales.reshape(strips, positions, 1, groups, rows)
     weight = vectors.reshape(grid.padded_cols, grid.padded_rows)
     inside = (jnp.arange(grid.padded_cols) < grid.cols)[:, None]
-    return weight * (inside & (jnp.arange(grid.padded_rows) < grid.rows))
+    return weight * (inside & grid.row_mask())
 
 
 def codebook_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
-    """L(Q) in the transposed layout: weight, quantized (S * c, G * r), hessian (S * c, S * c)."""
+    """L(Q) of the rows here: weight, quantized (S * c, G * r), hessian (S * c, S * c)."""
     return residual_of(weight, quantized, hessian).loss
 
 
@@ -82,6 +83,8 @@ def refit(
         lambda c: decode(c, codes, scales, grid),
         lambda c: decode(c, codes, square, grid),
         iterations,
+        axis=grid.axis,
+        shared=grid.shared,
     )
 
 
@@ -92,6 +95,9 @@ def least_squares(
     forward: Callable[[jax.Array], jax.Array],
     squared: Callable[[jax.Array], jax.Array],
     iterations: int | jax.Array,
+    *,
+    axis: RowAxis = ALL_HERE,
+    shared: bool = False,
 ) -> tuple[jax.Array, Residual]:
     """`refit` of any parameters that the weight is linear in.
 
@@ -100,22 +106,33 @@ def least_squares(
       params: an array.
       forward: A, params -> what of the weight they are (S * c, G * r).
       squared: `forward` with the square of every coefficient.
+      axis: where more rows are; all take steps of one length.
+      shared: whether those rows have the same params, not some of their own.
     """
-    adjoint = jax.linear_transpose(forward, params)
+
+    def transposed(function):
+        of_rows = jax.linear_transpose(function, params)
+        return lambda x: axis.sum(of_rows(x)[0]) if shared else of_rows(x)[0]
+
+    def dot(x, y):
+        product = jnp.vdot(x, y, precision="highest")
+        return product if shared else axis.sum(product)
+
+    adjoint = transposed(forward)
 
     # Jacobi preconditioner: the diagonal of A^T H A with the cross terms of a parameter left out.
     ones = jnp.broadcast_to(jnp.diagonal(hessian)[:, None], residual.error.shape)
-    diagonal = jax.linear_transpose(squared, params)(ones)[0]
+    diagonal = transposed(squared)(ones)
     precondition = 1 / jnp.where(diagonal > 0, diagonal, 1.0)
 
-    slope = adjoint(residual.image)[0]  # of the normal equations: A^T H (W - A c)
+    slope = adjoint(residual.image)  # of the normal equations: A^T H (W - A c)
 
     def step(_, state):
         solution, left, slope, direction, energy = state
         change = forward(direction)
         image = image_of(hessian, change)
-        bend = adjoint(image)[0]
-        curvature = jnp.vdot(direction, bend, precision="highest")
+        bend = adjoint(image)
+        curvature = dot(direction, bend)
         # A converged (or null) direction has nothing left to gain: stand still. Codebooks that may
         # trade a constant leave directions without curvature, along which rounding would go on.
         moves = (curvature > 0) & (energy > _CONVERGED * first_energy)
@@ -124,23 +141,27 @@ def least_squares(
         left = Residual(left.error - length * change, left.image - length * image)
         slope = slope - length * bend
         scaled = precondition * slope
-        new_energy = jnp.vdot(slope, scaled, precision="highest")
+        new_energy = dot(slope, scaled)
         ratio = jnp.where(energy > 0, new_energy / jnp.where(energy > 0, energy, 1.0), 0.0)
         return solution, left, slope, scaled + ratio * direction, new_energy
 
     start = precondition * slope
-    first_energy = jnp.vdot(slope, start, precision="highest")
+    first_energy = dot(slope, start)
     state = (params, residual, slope, start, first_energy)
     solution, left, *_ = lax.fori_loop(0, iterations, step, state)
-    better = left.loss < residual.loss
+    better = axis.sum(left.loss) < axis.sum(residual.loss)
     return jax.tree.map(
         lambda new, old: jnp.where(better, new, old), (solution, left), (params, residual)
     )
 
 
-def root_mean_square(values: jax.Array) -> jax.Array:
-    """Of all entries, (); 1 where all are 0. What a step of Adam is measured in."""
-    size = jnp.sqrt(jnp.mean(jnp.square(values)))
+def root_mean_square(values: jax.Array, axis: RowAxis = ALL_HERE) -> jax.Array:
+    """Of all entries, (); 1 where all are 0. What a step of Adam is measured in.
+
+    `axis` is where more of them are, as many on each device.
+    """
+    square = axis.sum(jnp.mean(jnp.square(values))) / axis.sum(1)
+    size = jnp.sqrt(square)
     return jnp.where(size > 0, size, 1.0)
 
 
@@ -152,6 +173,8 @@ def gradient_update(
     *,
     optimizer: optax.GradientTransformation,
     iterations: int | jax.Array,
+    axis: RowAxis = ALL_HERE,
+    shared=False,
 ):
     """The papers' codebook update: Adam on L (GPTVQ, section 3.3; AQLM, section 3.3).
 
@@ -163,14 +186,19 @@ def gradient_update(
       reconstruct: params -> quantized (S * c, G * r).
       optimizer: of leaves divided by their root mean square: one learning rate fits every layer.
       iterations: steps.
+      axis: where more rows are.
+      shared: pytree like params of bools, whether rows on other devices have the same leaf.
 
     Returns:
       The params with the lowest loss seen, those given included.
     """
-    size = jax.tree.map(root_mean_square, params)
+    shared = jax.tree.broadcast(shared, params)
+    axes = [ALL_HERE if of_all else axis for of_all in jax.tree.leaves(shared)]
+    leaves, tree = jax.tree.flatten(params)
+    size = tree.unflatten(map(root_mean_square, leaves, axes))
     # Adam adds an absolute number to the size of a gradient: the loss is in units of its own.
-    signal = codebook_loss(weight, jnp.zeros_like(weight), hessian)
-    count = sum(p.size for p in jax.tree.leaves(params))
+    signal = axis.sum(codebook_loss(weight, jnp.zeros_like(weight), hessian))
+    count = sum(leaf.size * own.sum(1) for leaf, own in zip(leaves, axes, strict=True))
     loss_unit = jnp.where(signal > 0, signal, 1.0) / count
     loss_and_grad = jax.value_and_grad(
         lambda unit: (
@@ -182,6 +210,8 @@ def gradient_update(
     def step(_, state):
         unit, opt_state, best, lowest = state
         loss, grad = loss_and_grad(unit)
+        loss = axis.sum(loss)
+        grad = jax.tree.map(lambda of_all, g: axis.sum(g) if of_all else g, shared, grad)
         best, lowest = lax.cond(loss < lowest, lambda: (unit, loss), lambda: (best, lowest))
         updates, opt_state = optimizer.update(grad, opt_state, unit)
         return optax.apply_updates(unit, updates), opt_state, best, lowest

@@ -43,11 +43,19 @@ def refit_levels(
     factor = scales * layout.row_scales * layout.used
     start = levels.astype(jnp.float32)
     found, _ = least_squares(
-        residual, hessian, start, forward, lambda levels: factor * forward(levels), iterations
+        residual,
+        hessian,
+        start,
+        forward,
+        lambda levels: factor * forward(levels),
+        iterations,
+        axis=layout.axis,
+        shared=True,
     )
     stored = found.astype(jnp.float16)
     moved = residual.moved(forward(stored.astype(jnp.float32) - start), hessian)
-    better = moved.loss < residual.loss  # rounding may undo a small gain
+    total = layout.axis.sum
+    better = total(moved.loss) < total(residual.loss)  # rounding may undo a small gain
     return jax.tree.map(
         lambda new, old: jnp.where(better, new, old), (stored, moved), (levels, residual)
     )

@@ -43,15 +43,21 @@ def reseed(
     inverse = jnp.linalg.inv(blocks + (1e-6 * trace + (trace == 0)) * jnp.eye(dim))
     move = jnp.einsum("jdr,jde->jer", gradient, inverse, precision="highest")
     gain = jnp.sum(move * gradient, axis=1)  # (c / D, r)
-    _, worst = lax.top_k(gain.reshape(-1), min(size, gain.size))
+    gain, worst = lax.top_k(gain.reshape(-1), min(size, gain.size))
     missing = (move / scales[:, None]).swapaxes(0, 1).reshape(dim, -1)[:, worst]  # (D, n)
+    own = codes.reshape(books, -1)
+    counted = jnp.broadcast_to(grid.row_mask(), codes.shape[1:]).reshape(-1).astype(jnp.float32)
+    # Of the worst here, the worst of all devices.
+    axis, found = grid.axis, (missing, own[:, worst])
+    gain = axis.gather(gain, 0)
+    _, worst = lax.top_k(gain, min(size, len(gain)))
+    missing, old = (axis.gather(x, 1)[:, worst] for x in found)
 
     def of_book(m):
-        own = codes[m].reshape(-1)
-        unused = jnp.zeros(size).at[own].add(1.0) == 0
+        unused = axis.sum(jnp.zeros(size).at[own[m]].add(counted)) == 0
         # Codebooks take turns, lest all go for the same vectors.
         place = ((jnp.cumsum(unused) - 1) * books + m) % len(worst)
-        better = lookup(centroids[m, 0, 0], own[worst]) + missing
+        better = lookup(centroids[m, 0, 0], old[m]) + missing
         return jnp.where(unused[:, None], better[:, place].T, centroids[m, 0, 0])
 
     return jnp.stack([of_book(m) for m in range(books)])[:, None, None]

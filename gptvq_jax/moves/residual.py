@@ -18,7 +18,7 @@ class Residual(NamedTuple):
 
     @property
     def loss(self) -> jax.Array:
-        """L(Q), ()."""
+        """L(Q) of the rows here, ()."""
         return jnp.vdot(self.error, self.image, precision="highest")
 
     def moved(self, change: jax.Array, hessian: jax.Array) -> "Residual":

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.core.row_axis import ALL_HERE, RowAxis
 from gptvq_jax.core.vq_tensor import block_scale_values
 from gptvq_jax.moves.residual import Residual
 
@@ -29,12 +30,13 @@ class StripScales(NamedTuple):
         return self.per_column()[::dim]
 
 
-def normalize_strip(weight: jax.Array, block_size: int) -> StripScales:
+def normalize_strip(weight: jax.Array, block_size: int, axis: RowAxis = ALL_HERE) -> StripScales:
     """Scales that bring the largest weight of every block near 1.
 
     Args:
       weight: (c, G, r), one column strip; each row is cut into blocks of `block_size` inputs.
       block_size: weights per scale; the last block of a strip may be shorter.
+      axis: where more rows of the strip are.
     """
     cols = weight.shape[0]
     blocks = -(-cols // block_size)
@@ -42,11 +44,13 @@ def normalize_strip(weight: jax.Array, block_size: int) -> StripScales:
     peak = jnp.max(jnp.abs(padded.reshape(blocks, block_size, *weight.shape[1:])), axis=1)
     # An all-zero block (rows of padding, dead columns) takes the smallest real scale, and an almost
     # zero one must not stretch the 16 levels.
-    top, bottom = jnp.max(peak), jnp.min(jnp.where(peak > 0, peak, jnp.inf))
+    top = axis.max(jnp.max(peak))
+    bottom = axis.min(jnp.min(jnp.where(peak > 0, peak, jnp.inf)))
     floor = jnp.where(top > 0, jnp.maximum(bottom, top * _SMALLEST_RATIO), 1.0)
     log = jnp.log2(jnp.maximum(peak, floor))
-    offset = jnp.min(log).astype(jnp.float16)
-    step = ((jnp.max(log) - jnp.min(log)) / _LEVELS).astype(jnp.float16)
+    lowest, highest = axis.min(jnp.min(log)), axis.max(jnp.max(log))
+    offset = lowest.astype(jnp.float16)
+    step = ((highest - lowest) / _LEVELS).astype(jnp.float16)
     spacing = jnp.where(step > 0, step.astype(jnp.float32), 1.0)
     codes = jnp.round((log - offset.astype(jnp.float32)) / spacing)
     codes = jnp.clip(codes, 0, _LEVELS).astype(jnp.int32)

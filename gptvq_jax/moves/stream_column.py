@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptvq_jax.core.row_axis import ALL_HERE, RowAxis
 from gptvq_jax.moves.excess import spread
 from gptvq_jax.moves.viterbi import search_streams
 
@@ -15,6 +16,7 @@ class Layout(NamedTuple):
     row_scales: jax.Array  # (R',) float32, 1 on padding
     used: jax.Array  # (R',) 1, and 0 on padding
     table: jax.Array  # (2^L,)
+    axis: RowAxis = ALL_HERE  # where more rows are; what is summed over rows is over all of them
 
     @property
     def window_bits(self) -> int:
@@ -24,7 +26,7 @@ class Layout(NamedTuple):
     def row_weight(self) -> jax.Array:
         """(R',) of the squared error of a weight over its row's scale, of mean 1; 0 on padding."""
         square = jnp.square(self.row_scales) * self.used
-        return square / jnp.maximum(jnp.mean(square), 1e-30)
+        return square / jnp.maximum(jnp.mean(self.axis.all_rows(square)), 1e-30)
 
 
 class Column(NamedTuple):
@@ -55,12 +57,17 @@ def with_outliers(column: Column, rate, layout: Layout, target: jax.Array, outli
 
 def first_scale(target: jax.Array, weight: jax.Array, rate: jax.Array, layout: Layout) -> jax.Array:
     """The scale at which a column of unit rows is searched for, (): its deviation, spread."""
+    weight, target = map(layout.axis.all_rows, (weight, target))
     square = jnp.sum(weight * jnp.square(target)) / jnp.maximum(jnp.sum(weight), 1e-30)
     return jnp.sqrt(square) / jnp.asarray(spread(layout.window_bits))[rate]
 
 
-def best_scale(coded: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+def best_scale(
+    windows: jax.Array, target: jax.Array, weight: jax.Array, layout: Layout
+) -> jax.Array:
     """The scale of least squares between table values and a column of unit rows, as stored."""
+    windows, target, weight = map(layout.axis.all_rows, (windows, target, weight))
+    coded = layout.table[windows]
     norm = jnp.sum(weight * jnp.square(coded))
     scale = jnp.sum(weight * coded * target) / jnp.where(norm > 0, norm, 1.0)
     return scale.astype(jnp.float16)

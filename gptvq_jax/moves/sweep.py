@@ -99,8 +99,7 @@ def sweep(
     weight = weight.reshape(grid.padded_cols, grid.row_strips, rows)
     feedback = whitening(hinv_chol, grid)
     metric = feedback if exact_metric else diagonal_only(feedback, hinv_chol)
-    row_index = jnp.arange(grid.padded_rows).reshape(grid.row_strips, rows)
-    row_mask = (row_index < grid.rows).astype(jnp.float32)
+    row_mask = grid.row_mask().reshape(grid.row_strips, rows).astype(jnp.float32)
     block = grid.block_cols(block_size)
     row_strips = first_strip + jnp.arange(grid.row_strips)
 
@@ -160,5 +159,5 @@ def sweep(
         centroids,
         scales,
         weight.reshape(grid.padded_cols, grid.padded_rows),
-        jnp.sum(loss),
+        grid.axis.sum(jnp.sum(loss)),
     )

@@ -55,7 +55,7 @@ def sweep_streams(
         target, counts = w / layout.row_scales, row_weight * ~kept
         scale = first_scale(target, counts, rate, layout)
         windows = search_column(target, counts, scale, rate, layout, stream_rows, native)
-        scale = best_scale(layout.table[windows], target, counts)
+        scale = best_scale(windows, target, counts, layout)
         column = Column(windows, scale, jnp.zeros(len(w), jnp.float16))
         column = with_outliers(column, rate, layout, w, kept)
         q = column_values(column, rate, layout)

@@ -15,6 +15,7 @@ from gptvq_jax.core.divergence import FIGURES
 from gptvq_jax.data.vocabulary import check_same_vocabulary
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.compare import Figure, comparison, of_perplexity, write_figures
+from gptvq_jax.run.device_memory import EVALUATE, explained
 from gptvq_jax.run.evaluate import PRECISION, Evaluation, evaluated
 from gptvq_jax.run.text import check_seqlen, describe, evaluation_tokens, protocol
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
@@ -38,6 +39,7 @@ def evaluate(
     source = _open(checkpoint, model, adapter)
     settings, windows = _held_out([source], overrides)
     with (
+        explained(stage=EVALUATE),
         _evaluated(source, source.name, settings, windows) as evaluation,
         Progress(len(windows), "next tokens", "window") as progress,
     ):
@@ -75,6 +77,7 @@ def compare(
     check_same_vocabulary(*vocabularies, windows)
     figures = np.empty((len(windows), windows.shape[1] - 1, len(FIGURES)), np.float32)
     with (
+        explained(stage=EVALUATE),
         _evaluated(source, "model", settings, windows) as evaluation,
         _evaluated(reference, "reference", settings, windows) as of_reference,
         Progress(len(windows), "compare", "window") as progress,

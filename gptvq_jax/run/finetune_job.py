@@ -18,6 +18,7 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.activations import BFLOAT16, FLOAT32, Activations, writing
 from gptvq_jax.run.compare import comparison, write_figures
+from gptvq_jax.run.device_memory import explained
 from gptvq_jax.run.embedding import head_on_device
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
 from gptvq_jax.run.overrides import ignored
@@ -94,7 +95,7 @@ def _run(
     ):
         check_seqlen(source, section, seqlen)
     key = {**_counted(settings), "weights": source.fingerprint, "checkpoint": packed.fingerprint}
-    with WorkDir(workdir_path, key) as workdir:
+    with explained(stopwatch), WorkDir(workdir_path, key) as workdir:
         summary = workdir.summary()
         if summary is None:
             if command:

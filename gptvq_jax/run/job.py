@@ -19,6 +19,7 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import allocation, gradients
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
+from gptvq_jax.run.device_memory import explained
 from gptvq_jax.run.disk import check_disk
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
 from gptvq_jax.run.finetune_job import tune, tuning_tokens
@@ -67,6 +68,7 @@ def quantize(
 
     Raises:
       ValueError, FileNotFoundError: bad input, in one line that names the field or file.
+      DeviceMemoryError: a device has too little memory; names what lowers the need.
     """
     stopwatch = Stopwatch()
     config, note = settle(config, given)
@@ -80,7 +82,7 @@ def quantize(
     key = {**to_dict(settings), "weights": source.fingerprint}
     if settings.calibration.statistics:
         key["statistics"] = Statistics(settings.calibration.statistics).digest
-    with WorkDir(workdir_path, key) as workdir:
+    with explained(stopwatch), WorkDir(workdir_path, key) as workdir:
         summary = workdir.summary()
         if summary is None:
             if command:

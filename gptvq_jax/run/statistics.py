@@ -18,6 +18,7 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.context import Context
+from gptvq_jax.run.device_memory import explained
 from gptvq_jax.run.float_moments import FloatMoments, load_sums, moments_bytes, to_arrays
 from gptvq_jax.run.formats import num_quantized
 from gptvq_jax.run.forward import Forward
@@ -135,7 +136,7 @@ def _make(source: ModelSource, settings: RunSettings, workdir: WorkDir, blocks: 
     room = min(3, blocks - done + 1) * stream + _all_moments_bytes(source, settings, blocks)
     workdir.check_room(room, "moments/*", "activations/*")
     forward = Forward(context, tokens, blocks, done, want_middle=False)
-    with Progress(blocks, "statistics", "block") as progress:
+    with explained(stopwatch), Progress(blocks, "statistics", "block") as progress:
         walk(source, [forward, moments], range(blocks), stopwatch, progress)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptvq_jax.core.grid import GroupGrid, make_grid
+from gptvq_jax.core.grid import GroupGrid, make_grid, over_devices
 
 SHAPES = [(1, 1), (7, 30), (576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576)]
 SHAPES += [(7, 4096), (4096, 14336), (100, 257), (3, 1000), (13, 1023)]
@@ -29,6 +29,23 @@ def test_groups_cover_every_weight_once():
         assert grid.padded_cols == grid.col_strips * grid.strip_cols
         assert grid.strip_cols % dim == 0 and grid.strip_vectors == grid.strip_cols // dim
         assert grid.num_vectors == int(np.ceil(cols / dim))
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8, 1000])
+def test_devices_have_whole_strips_and_none_is_left_out(devices):
+    for rows, cols, dim, group_size, max_cols in CASES:
+        grid = make_grid(rows, cols, dim=dim, group_size=group_size, max_group_cols=max_cols)
+        part, used = over_devices(grid, devices, "devices")
+        assert 1 <= used <= devices and (used - 1) * part.rows < rows <= used * part.rows
+        assert part.rows == part.padded_rows and part.shared == (grid.row_strips == 1)
+        # No device has more than its share, rounded up to whole strips.
+        unit = 1 if part.shared else grid.strip_rows
+        assert part.rows - unit < rows / devices and part.rows % unit == 0
+        if not part.shared:
+            assert part.strip_rows == grid.strip_rows
+            assert (used - 1) * part.row_strips < grid.row_strips <= used * part.row_strips
+        assert (part.cols, part.strip_cols, part.dim) == (cols, grid.strip_cols, dim)
+        assert part.axis.rows == rows
 
 
 def test_no_more_codebooks_than_the_group_size_allows():
