@@ -61,7 +61,7 @@ def run(
 
 def first_of(mesh: Mesh, count: int) -> Mesh:
     """The first devices of a mesh of one axis."""
-    return Mesh(mesh.devices[:count], mesh.axis_names)
+    return Mesh(mesh.devices[:count], mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def cut_rows(rows: jax.Array, devices: int, each: int, value: float = 0.0) -> jax.Array:

@@ -1,6 +1,7 @@
 """Layers on one device and on eight: a script that tests start, since devices are chosen at start.
 
-Prints one JSON object: of each case that the command line names what differs, and FLOP per device.
+Prints one JSON object: of each case that the command line names what differs, and FLOP per device;
+where it names none, what differs of layers as a run quantizes them.
 """
 
 import json
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptvq_jax.core.mesh import local_mesh
+from gptvq_jax.core.hessian import Factor
+from gptvq_jax.core.mesh import local_mesh, use_devices
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.methods import aqlm, devices, gptvq, gptvq_settings, trellis, uniform
 from gptvq_jax.methods.aqlm import AQLMSettings
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
+from gptvq_jax.methods.layer import Objective, Problem, quantize_layers
 from gptvq_jax.methods.trellis_settings import TrellisSettings
 from gptvq_jax.methods.uniform import UniformSettings
 from gptvq_jax.moves import nearest
@@ -30,7 +33,7 @@ TRELLIS = dict(bits=2.5, window_bits=4, stream_rows=16, block_size=16)
 CASES = {
     "gptvq": (gptvq, GPTVQSettings(**VQ), 512, False),
     "gptvq parts": (gptvq, GPTVQSettings(**VQ), 512, True),
-    "gptvq ragged": (gptvq, GPTVQSettings(**VQ), 509, False),
+    "gptvq ragged": (gptvq, GPTVQSettings(**VQ), 521, False),
     "gptvq one strip": (gptvq, GPTVQSettings(**{**VQ, "group_size": 10**6}), 100, False),
     "gptvq block scales": (gptvq, GPTVQSettings(**VQ, **ALONE, scale_block_size=8), 512, False),
     "gptvq row scales": (gptvq, GPTVQSettings(**VQ, row_scales=True), 512, False),
@@ -40,12 +43,8 @@ CASES = {
     "gptq ragged": (uniform, UniformSettings(block_size=16, group_size=32), 509, False),
     "aqlm": (aqlm, AQLMSettings(**AQLM), 512, False),
     "aqlm ragged": (aqlm, AQLMSettings(**AQLM), 509, False),
-    "aqlm residual": (
-        aqlm,
-        AQLMSettings(**AQLM, start="residual", seed="random", beam=2),
-        512,
-        False,
-    ),
+    "aqlm residual": (aqlm, AQLMSettings(**AQLM, start="residual", beam=2), 512, False),
+    "aqlm random": (aqlm, AQLMSettings(**AQLM, seed="random"), 512, False),
     "aqlm adam": (aqlm, AQLMSettings(**AQLM, codebook_update="adam"), 512, False),
     "trellis": (trellis, TrellisSettings(**TRELLIS), 512, False),
     "trellis ragged": (trellis, TrellisSettings(**TRELLIS), 509, False),
@@ -118,6 +117,34 @@ def compare(method, settings, rows: int, in_parts: bool) -> dict:
     }
 
 
+def layers() -> dict:
+    """What `quantize_layers` makes of row groups, a sample and a baseline, as `compare`."""
+    problem = ref.problem(256, 64, seed=2)
+    weight, hessian, hinv_chol = (
+        jnp.asarray(x) for x in (problem.weight, problem.hessian, problem.hinv_chol)
+    )
+    objective = Objective(hessian, Factor(hinv_chol, 0.01), shift=0.01 * weight[:128])
+    settings, whole = GPTVQSettings(**VQ, **ALONE), Objective(hessian, Factor(hinv_chol, 0.01))
+    sample = settings.parts(256, 64)[0]
+    problems = [
+        Problem(gptvq.quantize, settings, weight, [objective] * 2, KEY, asymmetry=0.5),
+        Problem(uniform.rtn, UniformSettings(), weight, [whole], KEY),
+    ]
+    sampled = [
+        Problem(gptvq.quantize, settings, weight[: sample.rows], [whole], KEY, part_grid=sample)
+    ]
+    found = []
+    for count in (1, 0):
+        use_devices(count)
+        made = quantize_layers(problems) + quantize_layers(sampled)
+        assert all(leaf.committed is False for leaf in jax.tree.leaves(made[:2])) or count
+        found.append(made)
+    one, many = found
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
+    same = all(np.array_equal(a, b) for a, b in leaves)
+    return {"same kind": jax.tree.structure(one) == jax.tree.structure(many), "same bytes": same}
+
+
 if __name__ == "__main__":
     nearest._UNROLL = 4  # as in the fixture short_programs
     gptvq_settings._PART_ROWS = 64
@@ -127,4 +154,4 @@ if __name__ == "__main__":
     uniform._gptq = Counted(uniform._gptq, 0, 2)
     trellis._code = Counted(trellis._code, 0, 4)
     assert local_mesh().size == 8
-    print(json.dumps({name: compare(*CASES[name]) for name in sys.argv[1:]}))
+    print(json.dumps({name: compare(*CASES[name]) for name in sys.argv[1:]} or layers()))
