@@ -40,6 +40,7 @@ from gptvq_jax.models.llama import (
 )
 from gptvq_jax.models.stages import CLOSING, STAGES, expert_of
 from gptvq_jax.run import expert_moments, token_weights
+from gptvq_jax.run.spread import num_devices
 
 Owner = tuple[str, int]  # of a moment: a layer, or the first of those that share it; a row group
 
@@ -126,6 +127,7 @@ def step(
     weights: dict[str, jax.Array] | None = None,
     reference: FloatStates | None = None,
     float_block: Params | None = None,
+    real: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Moments]:
     """Takes a batch from the entrance of one stage to that of another, and adds to moments.
 
@@ -139,19 +141,20 @@ def step(
       reference: the float model's states, where crosses are wanted.
       float_block: its parameters, likewise; only families with a norm behind a layer need them, and
         experts.
+      real: (batch,) 1, or 0 for windows that count nowhere; None: all count.
 
     Returns:
       x and inner at the entrance of stage `stop`, and the moments.
     """
     for stage in range(start, min(stop + 1, LAST)):
         *after, read = run_stage(config, block, stage, x, inner)
-        moments = _add(config, block, stage, read, moments, weights, reference, float_block)
+        moments = _add(config, block, stage, read, moments, weights, reference, float_block, real)
         if stage < stop:
             x, inner = after
     return x, inner, moments
 
 
-def _add(config, block, stage, read, moments, weights, reference, float_block) -> Moments:
+def _add(config, block, stage, read, moments, weights, reference, float_block, real) -> Moments:
     """Adds what the layers of a stage read."""
     if isinstance(read, Routed):
         other = None
@@ -165,14 +168,14 @@ def _add(config, block, stage, read, moments, weights, reference, float_block) -
                 return squares
             return token_weights.of_slots(weights, kind, group, read.routes)
 
-        return add_routed(config, stage, read, moments, weight_of, other)
+        return add_routed(config, stage, read, moments, weight_of, other, real)
     inputs, crosses = dict(moments.inputs), dict(moments.crosses)
     float_read = outputs = None
     for owner in inputs:
         name, group = owner
         if config.layers.stage_of[name] != stage:
             continue
-        weight = None if weights is None else weights[name][..., group]
+        weight = counted(None if weights is None else weights[name][..., group], read, real)
         inputs[owner] = add_inputs(inputs[owner], read, weight)
         if owner not in crosses:
             continue
@@ -197,6 +200,7 @@ def add_routed(
     moments: Moments,
     weight_of: Callable[[str, int], jax.Array],
     other: jax.Array | None = None,
+    real: jax.Array | None = None,
 ) -> Moments:
     """Adds what the experts of a stage read.
 
@@ -207,10 +211,14 @@ def add_routed(
       moments: of which those of experts of this stage are wanted.
       weight_of: weights (batch, T, k) of the slots, for a kind of layer and a group of its rows.
       other: what they read in the float model, for crosses.
+      real: as in `step`; slots of other windows are no expert's.
     """
     found = Moments(dict(moments.inputs), dict(moments.crosses), dict(moments.tokens))
     weights: dict[Owner, jax.Array] = {}
-    slots = expert_moments.sort_slots(read.routes.experts.reshape(-1), config.experts)
+    experts = read.routes.experts
+    if real is not None:
+        experts = jnp.where(real[:, None, None] > 0, experts, config.experts)
+    slots = expert_moments.sort_slots(experts.reshape(-1), config.experts)
     for owner in moments.inputs:
         name, group = owner
         if config.layers.stage_of[name] != stage:
@@ -233,20 +241,30 @@ def add_routed(
     return found
 
 
+def counted(weight: jax.Array | None, read: jax.Array, real: jax.Array | None) -> jax.Array | None:
+    """Weights (batch, T) of tokens, which are 0 in windows that do not count; None: all are 1."""
+    if real is None:
+        return weight
+    return jnp.broadcast_to(real[:, None], read.shape[:2]) * (1.0 if weight is None else weight)
+
+
 def crossed_stages(config: ModelConfig, moments: Moments) -> set[int]:
     """Those whose layers aim at the float model."""
     return {config.layers.stage_of[name] for name, _ in moments.crosses}
 
 
 def moment_flops(config: ModelConfig, moments: Moments, tokens: int) -> int:
-    """Of adding so many tokens, of which an expert gets its part on average."""
+    """Of adding so many tokens, of which an expert gets its part on average.
+
+    The moments may be partial sums of several devices.
+    """
     size = 0
     part = tokens * config.experts_per_token // max(1, config.experts)
     for owner, moment in moments.inputs.items():
-        cols, seen = moment.total.shape[0], part if owner in moments.tokens else tokens
+        cols, seen = moment.total.shape[-1], part if owner in moments.tokens else tokens
         size += flops.second_moment(seen, cols, tile_size(cols))
         if owner in moments.crosses:
-            size += flops.cross_moment(seen, *moments.crosses[owner].total.shape)
+            size += flops.cross_moment(seen, *moments.crosses[owner].total.shape[-2:])
     return size
 
 
@@ -265,20 +283,29 @@ def finite(array: jax.Array, what: str) -> np.ndarray:
     return array
 
 
-def batches(count: int, batch_size: int) -> Iterator[slice]:
-    """Slices of equal size, so that one compiled step serves them all."""
-    size = next((s for s in range(min(batch_size, count), 0, -1) if count % s == 0), 1)
-    return (slice(start, start + size) for start in range(0, count, size))
+def batches(count: int, batch_size: int, devices: int = 1) -> Iterator[slice]:
+    """Slices of equal size, so that one compiled step serves them all.
+
+    Args:
+      count: of windows.
+      batch_size: the most windows of a slice, or one for each device where these are more.
+      devices: over which a slice is spread; where they do not divide `count` the last is shorter.
+    """
+    most = max(batch_size // devices, 1) * devices
+    sizes = (s for s in range(min(most, count), 0, -1) if count % s == 0 and s % devices == 0)
+    size = next(sizes, most)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def window_batches(calibration: CalibrationSettings) -> Iterator[slice]:
     """Of the windows that are fitted, then of those that are held out.
 
-    Those of each kind are of equal size, as large as `calibration.batch_size` allows.
+    Those of each kind are of equal size where devices divide their number, as large as
+    `calibration.batch_size` allows.
     """
-    fitted, size = calibration.num_windows, calibration.batch_size
-    yield from batches(fitted, size)
-    for part in batches(calibration.held_out, size):
+    fitted, size, devices = calibration.num_windows, calibration.batch_size, num_devices()
+    yield from batches(fitted, size, devices)
+    for part in batches(calibration.held_out, size, devices):
         yield slice(fitted + part.start, fitted + part.stop)
 
 

@@ -13,6 +13,7 @@ from gptvq_jax.core import standard_error
 from gptvq_jax.core.divergence import FIGURES
 from gptvq_jax.models import flops
 from gptvq_jax.models.head_chunk import pair_chunk
+from gptvq_jax.run import spread
 from gptvq_jax.run.evaluate import Evaluation, perplexity_of
 from gptvq_jax.run.token_losses import token_figures
 
@@ -35,27 +36,26 @@ def write_figures(
     """
     outputs, of_reference = model.outputs(), reference.outputs()
     # The float model's first: its table is the largest array while it is read.
-    reference_head = reference.head()
-    head = model.head()
+    heads = spread.on_all(reference.head())
+    heads = spread.on_all(model.head()), heads
+    configs = model.config, reference.config
     with model.stopwatch.stage("evaluate"):
         for part in model.batches():
             tokens = model.windows[part]
-            for config in (model.config, reference.config):
+            for config in configs:
                 size = pair_chunk(config, len(tokens))
                 model.stopwatch.flops(flops.head_forward(config, *tokens.shape, size))
-            out[part] = np.asarray(
-                token_figures(
-                    model.config,
-                    head,
-                    outputs[part],
-                    reference.config,
-                    reference_head,
-                    of_reference[part],
-                    tokens,
-                )
-            )
+            windows = outputs[part], of_reference[part], tokens
+            out[part] = np.asarray(spread.run(_figures, configs, heads, windows)[0])
             if progress is not None:
                 progress.advance(steps=len(tokens))
+
+
+def _figures(static, heads, windows, sums):
+    (config, reference_config), (head, reference_head) = static, heads
+    x, reference_x, tokens = windows
+    of_reference = reference_config, reference_head, reference_x
+    return token_figures(config, head, x, *of_reference, tokens), sums
 
 
 def comparison(figures: np.ndarray) -> dict[str, Figure]:

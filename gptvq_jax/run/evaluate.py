@@ -22,6 +22,7 @@ from gptvq_jax.files.disk_space import check_room, directory_bytes
 from gptvq_jax.models import flops
 from gptvq_jax.models.llama import Params, block_forward
 from gptvq_jax.models.source import ModelSource
+from gptvq_jax.run import spread
 from gptvq_jax.run.activations import FLOAT32, file_bytes
 from gptvq_jax.run.embedding import head_on_device, write_embeddings
 from gptvq_jax.run.stream_files import StreamFiles
@@ -123,6 +124,7 @@ class Evaluation:
         stream, dtype = (self._outputs, self._outputs_dtype) if last else (self._inputs, FLOAT32)
         with self.stopwatch.stage("evaluate"):
             inputs = self._read(self._inputs, index)
+            block = spread.on_all(block)
             with self.files.write(stream, index + 1, self._shape, dtype) as out:
                 for part in self.batches():
                     out[part] = np.asarray(self._forward(index, block, inputs[part]))
@@ -130,7 +132,7 @@ class Evaluation:
     def _forward(self, index: int, block: Params, x: np.ndarray) -> jax.Array:
         config = self.config.of_block(index)
         self.stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
-        return block_forward(config, block, x)
+        return spread.run(_block_forward, (config,), block, x)[0]
 
     def outputs(self) -> Any:
         """Those of the last block after the walk, (n, T, hidden), which slices of windows give."""
@@ -148,8 +150,10 @@ class Evaluation:
 
     def batches(self) -> Iterator[slice]:
         """Of windows."""
-        starts = range(0, len(self.windows), self._batch_size)
-        return (slice(start, start + self._batch_size) for start in starts)
+        devices = spread.num_devices()
+        size = max(self._batch_size // devices, 1) * devices
+        starts = range(0, len(self.windows), size)
+        return (slice(start, start + size) for start in starts)
 
     def losses(self, progress: Progress | None = None) -> np.ndarray:
         """Negative log-likelihood of tokens 2..T of every window (n, T - 1), after the walk.
@@ -157,15 +161,24 @@ class Evaluation:
         Args:
           progress: of windows.
         """
-        outputs, head, losses = self.outputs(), self.head(), []
+        outputs, head, losses = self.outputs(), spread.on_all(self.head()), []
         with self.stopwatch.stage("evaluate"):
             for part in self.batches():
                 tokens = self.windows[part]
                 self.stopwatch.flops(flops.head_forward(self.config, *tokens.shape))
-                losses.append(np.asarray(token_nll(self.config, head, outputs[part], tokens)))
+                of_part, _ = spread.run(_nll, (self.config,), head, (outputs[part], tokens))
+                losses.append(np.asarray(of_part))
                 if progress is not None:
                     progress.advance(steps=len(tokens))
         return np.concatenate(losses)
+
+
+def _block_forward(static, block, x, sums):
+    return block_forward(*static, block, x), sums
+
+
+def _nll(static, head, windows, sums):
+    return token_nll(*static, head, *windows), sums
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from gptvq_jax.config import RunSettings
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, run_stage
+from gptvq_jax.run import spread
 from gptvq_jax.run.calibrate import finite, on_device, window_batches
 from gptvq_jax.run.context import Context
 from gptvq_jax.run.embedding import write_embeddings
@@ -74,12 +75,18 @@ class Forward:
             x = files.read(STREAM, index)
             middle = files.write(MIDDLE, index, x.shape) if self._want_middle else nullcontext()
             with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
+                block = spread.on_all(block)
                 for part in window_batches(settings.calibration):
-                    between, y = block_halves(config, block, on_device(x[part]))
+                    windows = on_device(x[part])
+                    (between, y), _ = spread.run(_halves, (config,), block, windows)
                     stopwatch.flops(flops.block_forward(config, *y.shape[:2]))
                     out[part] = finite(y, what)
                     if halfway is not None:
                         halfway[part] = between
+
+
+def _halves(static, block, x, sums):
+    return block_halves(*static, block, x), sums
 
 
 def wants_middle(settings: RunSettings) -> bool:

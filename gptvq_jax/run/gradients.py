@@ -40,12 +40,13 @@ from gptvq_jax.models.head_chunk import head_chunk
 from gptvq_jax.models.llama import DecoderBlock, Params, stage_inputs
 from gptvq_jax.models.source import layer_shapes
 from gptvq_jax.models.stages import EXPERT_STAGES, expert_of
-from gptvq_jax.run import allocation, curves, forward, token_weights
+from gptvq_jax.run import allocation, curves, forward, spread, token_weights
 from gptvq_jax.run.activations import file_bytes
 from gptvq_jax.run.calibrate import (
     LAST,
     Moments,
     add_routed,
+    counted,
     finite,
     init_moments,
     moment_flops,
@@ -130,14 +131,15 @@ class Backward:
         if depth in workdir.streams.points(STREAM):
             return
         with stopwatch.stage("gradients"):
-            outer = head_on_device(source.config, source.outer())
+            outer = spread.on_all(head_on_device(source.config, source.outer()))
             x = workdir.streams.read(forward.STREAM, depth)
             with workdir.streams.write(STREAM, depth, x.shape) as out:
                 for part in window_batches(settings.calibration):
                     tokens = self._tokens[part]
                     progress.note(f"gradient of the loss, window {part.start} of {len(x)}")
                     stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
-                    dx = head_backward(source.config, outer, on_device(x[part]), tokens)
+                    windows = on_device(x[part]), tokens
+                    dx, _ = spread.run(_head_backward, (source.config,), outer, windows)
                     out[part] = finite(dx, "head: the gradient of the loss")
 
     def visit(self, index: int, block: Params) -> None:
@@ -167,28 +169,37 @@ class Backward:
         # Where the layers are quantized without weights, their curves are measured without.
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
-        moments = init_moments(config, block, stages, of_tokens)
+        moments = spread.partial_sums(init_moments(config, block, stages, of_tokens))
         fitted = c.num_windows, x.shape[1]
         sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:
+            power = c.gradient_power if c.gradient_groups else 0.0
+            block = spread.on_all(block)
             for part in window_batches(c):
                 counts = part.start < sampled
-                dx, of_batch, moments = block_backward(
-                    config,
-                    block,
-                    on_device(x[part]),
-                    on_device(gradient[part]),
-                    groups,
-                    moments,
-                    c.gradient_power if c.gradient_groups else 0.0,
-                    counts,
+                windows = on_device(x[part]), on_device(gradient[part])
+                windows += (spread.real(part.stop - part.start),)
+                shared = block, power, counts
+                (dx, of_batch), moments = spread.run(
+                    _block_backward, (config, groups), shared, windows, moments
                 )
                 self._context.stopwatch.flops(_backward_flops(config, moments, dx.shape, counts))
                 out[part] = finite(dx, f"block {index}: the gradient of the loss")
                 for name, weight in weights.items():
                     what = f"block {index}: the squared gradient of {name}"
                     weight[part] = finite(of_batch[name], what)
-        return weights, moments
+        return weights, spread.total(moments)
+
+
+def _block_backward(static, shared, windows, moments):
+    (config, groups), (block, power, counts), (x, dy, real) = static, shared, windows
+    of_block = groups, moments, power, counts, real
+    *made, moments = block_backward(config, block, x, dy, *of_block)
+    return tuple(made), moments
+
+
+def _head_backward(static, outer, windows, sums):
+    return head_backward(*static, outer, *windows), sums
 
 
 def _backward_flops(config: ModelConfig, moments: Moments, shape: tuple[int, ...], counts) -> int:
@@ -207,6 +218,7 @@ def block_backward(
     moments: Moments = Moments({}, {}),  # noqa: B008 - empty, and never changed
     power: float = 1.0,
     counts: bool = True,
+    real: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Moments]:
     """Takes the gradient of the loss through one block and weighs the tokens of its layers.
 
@@ -220,6 +232,7 @@ def block_backward(
       power: of the weights, with which tokens count there; 0: all alike, or those of an expert by
         its squared router weights.
       counts: whether these tokens are added to the moments, which are as they were otherwise.
+      real: (batch,) 1, or 0 for windows that count nowhere; None: all count.
 
     Returns:
       The gradient with respect to x, and token weights (batch, T, g), as token_weights.py has them:
@@ -261,11 +274,11 @@ def block_backward(
 
     def added(moments):
         for stage in EXPERT_STAGES if config.experts else ():
-            moments = add_routed(config, stage, by_stage[stage], moments, of_slots)
+            moments = add_routed(config, stage, by_stage[stage], moments, of_slots, real=real)
         inputs = {
             (name, k): moment
             if (name, k) in moments.tokens
-            else add_inputs(moment, by_stage[stage_of[name]], weight_of(name, k))
+            else add_inputs(moment, by_stage[stage_of[name]], counted(weight_of(name, k), x, real))
             for (name, k), moment in moments.inputs.items()
         }
         return moments._replace(inputs=inputs)

@@ -16,7 +16,7 @@ from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.methods.layer import Objective, Problem
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params
-from gptvq_jax.run import token_weights
+from gptvq_jax.run import spread, token_weights
 from gptvq_jax.run.activations import Activations, Writer
 from gptvq_jax.run.calibrate import (
     FloatStates,
@@ -94,7 +94,8 @@ def run_windows(
     wanted_states = {
         i for stage in crossed_stages(config, sums.fitted) for i in states(config, stage)
     }
-    both = list(sums)
+    both = [spread.partial_sums(of) for of in sums]
+    shared = spread.on_all((block, float_block))
     for part in window_batches(calibration):
         which = int(part.start >= calibration.num_windows)
         inner = None if files.inner is None else on_device(files.inner[part])
@@ -106,22 +107,24 @@ def run_windows(
             )
             reference = FloatStates(*read)
         of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
-        x, inner, both[which] = step(
-            config,
-            block,
-            on_device(files.x[part]),
-            inner,
-            start,
-            stop,
-            both[which],
-            of_part,
-            reference,
-            float_block,
+        windows = on_device(files.x[part]), inner, of_part, reference
+        windows += (spread.real(part.stop - part.start),)
+        (x, inner), both[which] = spread.run(
+            _step, (config, start, stop), shared, windows, both[which]
         )
         if out is not None:
             out[part] = x if inner is None else inner
-    fitted, held_out = both
+    fitted, held_out = map(spread.total, both)
     return Sums(fitted, held_out._replace(crosses={}))  # which nobody reads
+
+
+def _step(static, shared, windows, sums):
+    (config, start, stop), (block, float_block) = static, shared
+    x, inner, weights, reference, real = windows
+    *to_next, moments = step(
+        config, block, x, inner, start, stop, sums, weights, reference, float_block, real
+    )
+    return tuple(to_next), moments
 
 
 def with_judges(problem: Problem, judges: Sequence[Objective]) -> Problem:
