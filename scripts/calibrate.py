@@ -20,20 +20,26 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
+from gptvq_jax.console.device_flags import define_devices
+
 _CONFIG = cli.define_config(help="The model and its text.")
 _ADD = flags.DEFINE_multi_string("add", [], "Files to add up, in place of --config.")
 _OUTPUT = flags.DEFINE_string("output", None, "The file to write.")
+_DEVICES = define_devices()
 flags.mark_flag_as_required("output")
 
 
 def main(_) -> None:
+    from gptvq_jax.core.mesh import use_devices
     from gptvq_jax.run.statistics import add, calibrate
 
     if (_CONFIG.value is None) == (not _ADD.value):
         raise ValueError("give either --config=FILE, to read a text, or --add=FILE twice or more")
     if _ADD.value:
+        cli.refuse(["devices"], "on files that are added up; leave it out")
         add(_ADD.value, _OUTPUT.value)
     else:
+        use_devices(_DEVICES.value)
         calibrate(_CONFIG.value, _OUTPUT.value, cli.given_fields())
 
 

@@ -22,6 +22,8 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
+from gptvq_jax.console.device_flags import define_devices
+
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a packed checkpoint.")
 _MODEL = flags.DEFINE_string(
     "model", None, "Any model instead: packed, or named as config.model is."
@@ -37,11 +39,14 @@ _ADAPTER = flags.DEFINE_string(
     "adapter", None, "Directory of a LoRA adapter in PEFT's format, of the model, not of --against."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows per forward pass.")
+_DEVICES = define_devices()
 
 
 def main(_) -> None:
+    from gptvq_jax.core.mesh import use_devices
     from gptvq_jax.run.evaluate_job import compare, evaluate
 
+    use_devices(_DEVICES.value)
     options = dict(
         adapter=_ADAPTER.value,
         dataset=_DATASET.value,

@@ -19,18 +19,23 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
+from gptvq_jax.console.device_flags import define_devices
+
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the packed checkpoint.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory, another than the checkpoint's.")
 _CONFIG = cli.define_config("smollm2_135m_tune", "How to tune; default: smollm2_135m_tune.")
 _MODEL = flags.DEFINE_string(
     "model", None, "The float model that the checkpoint was made from, where it has moved."
 )
+_DEVICES = define_devices()
 flags.mark_flags_as_required(["checkpoint", "workdir"])
 
 
 def main(_) -> None:
+    from gptvq_jax.core.mesh import use_devices
     from gptvq_jax.run.finetune_job import finetune
 
+    use_devices(_DEVICES.value)
     finetune(
         _CHECKPOINT.value,
         _WORKDIR.value,

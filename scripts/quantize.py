@@ -19,11 +19,11 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 
 from absl import flags
 
+from gptvq_jax.console.device_flags import define_devices
+
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default: runs/<config name>.")
-_DEVICES = flags.DEFINE_integer(
-    "devices", 0, "Devices of this machine to work on; 0: all that JAX shows.", lower_bound=0
-)
+_DEVICES = define_devices()
 flags.mark_flag_as_required("config")
 
 

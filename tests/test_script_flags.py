@@ -45,9 +45,18 @@ GENERATE = "python scripts/generate.py --checkpoint=DIR --prompt=a"
         (f"{SERVING} --model=M", "not installed|either --checkpoint=DIR or --model=NAME"),
         (f"{TASKS} --system=Short", "--system has no effect without a chat, .*; add --chat"),
         (f"{TASKS} --num_fewshot=-1", "lm-eval is not installed|num_fewshot=-1 must be 0"),
+        *(
+            (f"python scripts/{command} --devices=999", "devices=999 must be 1 to [0-9]+, the dev")
+            for command in (
+                "quantize.py --config=configs/smollm2_135m_2d.py",
+                "calibrate.py --config=configs/smollm2_135m_2d.py --output=A",
+                "evaluate.py --checkpoint=DIR",
+                "finetune.py --checkpoint=DIR --workdir=A",
+            )
+        ),
         (
-            "python scripts/quantize.py --config=configs/smollm2_135m_2d.py --devices=999",
-            "devices=999 must be 1 to [0-9]+, the devices of this process, or 0 for all",
+            "python scripts/calibrate.py --add=A --add=B --output=C --devices=1",
+            "--devices has no effect on files that are added up; leave it out",
         ),
         ("python scripts/calibrate.py --output=A", "either --config=FILE, .* or --add=FILE twice"),
         (

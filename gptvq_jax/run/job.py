@@ -16,7 +16,7 @@ from gptvq_jax.core.divergence import FIGURES
 from gptvq_jax.files.disk_space import directory_bytes
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
-from gptvq_jax.run import allocation, gradients
+from gptvq_jax.run import allocation, gradients, spread
 from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.device_memory import explained
@@ -129,6 +129,9 @@ def _quantize(
             tuning_tokens(source, settings, workdir)
     if not goes_on and prepare is None and shared is None:
         check_disk(source.config, settings, workdir, len(held_out))
+    calibration = settings.calibration
+    if line := spread.line(calibration.num_windows, calibration.held_out, len(held_out)):
+        print(line)
     of_float = float_evaluation(source, settings, workdir, held_out, stopwatch, shared)
     blocks = quantize_model(source, settings, workdir, tokens, stopwatch, [of_float])
     blocks.finalize()

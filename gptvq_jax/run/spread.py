@@ -40,6 +40,16 @@ def real(count: int) -> np.ndarray | None:
     return np.repeat(np.float32([1, 0]), [count, missing]) if missing else None
 
 
+def line(*counts: int) -> str | None:
+    """What several devices share in a run with so many windows of each kind; None: there is one."""
+    devices = num_devices()
+    if devices == 1:
+        return None
+    missing = sum(map(padding, counts))
+    filled = f"; {missing} windows of zeros fill the last batches" if missing else ""
+    return f"{devices} devices share the rows of every layer and the windows of every batch{filled}"
+
+
 def on_all(tree: Tree) -> Tree:
     """Parameters on all devices; as they are where there is one."""
     mesh = local_mesh()

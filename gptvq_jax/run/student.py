@@ -24,6 +24,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptvq_jax.console.stopwatch import Stopwatch
+from gptvq_jax.core.mesh import AXIS, local_mesh
 from gptvq_jax.methods import leaf_steps
 from gptvq_jax.methods.leaf_steps import LeafState, Rates
 from gptvq_jax.methods.trainable import Parameters, Unpacked, unpack
@@ -61,10 +62,10 @@ class Student:
         self, checkpoint: PackedCheckpoint, teacher: Teacher, batch: int, stopwatch: Stopwatch
     ):
         self.config, self._stopwatch = checkpoint.config, stopwatch
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices[: math.gcd(len(devices), batch)]), ("batch",))
+        devices = local_mesh().devices.flat
+        mesh = Mesh(devices[: math.gcd(len(devices), batch)], (AXIS,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._spread = NamedSharding(mesh, PartitionSpec("batch"))
+        self._spread = NamedSharding(mesh, PartitionSpec(AXIS))
         self._outer = checkpoint.outer()
         self._head = self._on_all(head_on_device(self.config, self._outer))
         self._teacher = Teacher(teacher.config, self._on_all(teacher.head))
