@@ -309,6 +309,7 @@ def window_batches(calibration: CalibrationSettings) -> Iterator[slice]:
         yield slice(fitted + part.start, fitted + part.stop)
 
 
-def on_device(activations: np.ndarray) -> jax.Array:
-    """A batch of activations in float32."""
-    return jnp.asarray(activations, jnp.float32)
+def on_device(activations: np.ndarray) -> jax.Array | np.ndarray:
+    """A batch of activations in float32; still on the host where several devices will share it."""
+    array = np if num_devices() > 1 else jnp
+    return array.asarray(activations, array.float32)
