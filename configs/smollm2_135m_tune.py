@@ -30,8 +30,6 @@ def get_config(arg: str = "trellis"):
     config.finetune.epochs = 4
     config.finetune.learning_rate = config.finetune.scale_learning_rate = 4e-3
     config.finetune.norm_learning_rate = 2e-3
-    if arg == "2d":  # whose lookups, once for each micro-batch, take as long as two windows
-        config.finetune.micro_batch = 8
     if arg == "smoke":
         config.finetune.num_windows, config.finetune.held_out, config.finetune.epochs = 8, 2, 1
         config.finetune.batch_size, config.finetune.evaluate_every = 4, 1

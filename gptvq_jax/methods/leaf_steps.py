@@ -72,19 +72,16 @@ _rounded = jax.jit(trainable.with_parameters)
 
 
 @jax.jit
-def pull_back(
-    unpacked: Unpacked, params: Parameters, gradient: jax.Array, added_to: Parameters | None = None
-) -> Parameters:
+def pull_back(unpacked: Unpacked, params: Parameters, gradient: jax.Array) -> Parameters:
     """The gradient with respect to parameters, from that with respect to what `decode` gives.
 
     Args:
       unpacked, params: as `decode` takes them.
       gradient: in the shape of the weight, (R, C).
-      added_to: the sum of those of other batches.
     """
     _, pullback = jax.vjp(partial(trainable.decode, unpacked), params)
     (found,) = pullback(gradient)
-    return found if added_to is None else jax.tree.map(jnp.add, added_to, found)
+    return found
 
 
 @jax.jit

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 from absl import logging
@@ -23,8 +22,7 @@ from gptvq_jax.methods.leaf_steps import Rates
 from gptvq_jax.models import flops
 from gptvq_jax.run import tune_state
 from gptvq_jax.run.activations import Activations
-from gptvq_jax.run.calibrate import batches
-from gptvq_jax.run.student import Gradients, States, Student
+from gptvq_jax.run.student import States, Student
 from gptvq_jax.run.tune_state import Place
 
 MOST_TRIES = 3
@@ -138,18 +136,9 @@ class _Run:
 
     def step(self, place: Place, rate: float) -> tuple[float, States | None]:
         """The loss before a step, and states after it; None where they are not finite."""
-        s, tokens = self._settings, self._text.tokens
-        windows = self._windows(place.step)
-        sums: list[jax.Array] = []
-        gradients: Gradients | None = None
-        count = s.batch_size * tokens.shape[1]
-        for first in range(0, s.batch_size, s.micro_batch):
-            part = windows[first : first + s.micro_batch]
-            kl, found = self._student.gradients(
-                place.states, tokens[part], self._text.outputs[part], count
-            )
-            sums.append(kl)
-            gradients = found if gradients is None else _added(gradients, found)
+        s, windows = self._settings, self._windows(place.step)
+        tokens, reference = self._text.tokens[windows], self._text.outputs[windows]
+        losses, gradients = self._student.gradients(place.states, tokens, reference)
         rates = Rates(
             *(r * rate for r in (s.learning_rate, s.scale_learning_rate, s.norm_learning_rate)),
             s.b1,
@@ -157,17 +146,13 @@ class _Run:
             s.weight_decay,
         )
         states, finite = self._student.update(place.states, gradients, rates)
-        loss = float(sum(float(np.sum(kl)) for kl in sums) / count)
-        return loss, states if all(finite) else None
+        return float(np.mean(losses)), states if all(finite) else None
 
     def look(self, states: States) -> float:
         """The mean KL divergence on the windows held out, in nats per token, exact in float32."""
-        tokens, found = self._text.tokens, []
-        first = self._settings.num_windows
-        for part in batches(self._settings.held_out, self._settings.micro_batch):
-            part = slice(first + part.start, first + part.stop)
-            found.append(self._student.divergences(states, tokens[part], self._text.outputs[part]))
-        return float(np.float32(np.mean(np.concatenate(found))))
+        kept_out = slice(self._settings.num_windows, None)
+        tokens, reference = self._text.tokens[kept_out], self._text.outputs[kept_out]
+        return float(np.float32(np.mean(self._student.divergences(states, tokens, reference))))
 
     def _windows(self, step: int) -> np.ndarray:
         """Of a batch."""
@@ -177,11 +162,6 @@ class _Run:
             order = np.random.default_rng([s.seed, epoch]).permutation(s.num_windows)
             self._orders = {epoch: order}
         return self._orders[epoch][of_epoch * s.batch_size :][: s.batch_size]
-
-
-@jax.jit
-def _added(one: Gradients, other: Gradients) -> Gradients:
-    return jax.tree.map(jax.numpy.add, one, other)
 
 
 def _schedule(settings: FinetuneSettings) -> optax.Schedule:
