@@ -203,7 +203,7 @@ def tune(
             source_fingerprint=source.fingerprint,
             kept_dense=packed.manifest.get(KEPT_DENSE, []),
         )
-    others = [r for r in workdir.metrics() if r["kind"] not in TUNE_KINDS[1:]]
+    others = [r for r in workdir.metrics() if r["kind"] not in TUNE_KINDS[2:]]
     before = next(r["held_out"] for r in others if r["kind"] == "tune" and "held_out" in r)
     row = {"kind": "tuned", "held_out_before": before, **tuned.summary}
     workdir.keep_metrics([*others, *moves(student, states), row])

@@ -105,6 +105,10 @@ class Student:
         """States of host arrays, on the devices."""
         return self._on_all(states)
 
+    def coded(self, path: str, states: States) -> Unpacked:
+        """A leaf with the codes of its state."""
+        return leaf_steps.coded(self.leaves[path], states[path])
+
     def gradients(
         self, states: States, tokens: np.ndarray, reference: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
@@ -235,10 +239,10 @@ class Student:
         return self.config.of_block(index), weights, self._fixed[index]
 
     def _dense(self, path: str, states: States) -> jax.Array:
-        return leaf_steps.decode(self.leaves[path], states[path].params)
+        return leaf_steps.decode(self.leaves[path], states[path])
 
     def _pull_back(self, path: str, states: States, gradient: jax.Array) -> Parameters:
-        return leaf_steps.pull_back(self.leaves[path], states[path].params, gradient)
+        return leaf_steps.pull_back(self.leaves[path], states[path], gradient)
 
     def _divergence(self, states: States, x: jax.Array, reference: np.ndarray):
         head = {**self._head, "norm": {"scale": self._dense(LAST_NORM, states)}}

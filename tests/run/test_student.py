@@ -48,11 +48,14 @@ def everything(request, tmp_path_factory):
 def plain_loss(student, packed, other, tokens, reference):
     """The loss as a function of all parameters, of one program."""
     config, outer = packed.config, jax.tree.map(jnp.asarray, packed.outer())
+    states = student.states()
     blocks = [packed.block(i) for i in range(config.num_hidden_layers)]
 
     def loss(params):
         def weight(path):
-            value = leaf_steps.decode(student.leaves[path], params[path])
+            value = leaf_steps.decode(
+                student.leaves[path], states[path]._replace(params=params[path])
+            )
             return value.T if path.endswith("kernel") else value
 
         tree = {**outer, "norm": {"scale": weight(LAST_NORM)}}
