@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
-from tiny_run import quick_config
+from documented import parsed
+from tiny_run import config_file, quick_config
 
 from gptvq_jax.config import FinetuneSettings, from_config
 from gptvq_jax.console.stopwatch import Stopwatch
@@ -236,9 +238,16 @@ def test_early_stop(tuned):
 
 
 @pytest.fixture(scope="module")
-def recoded(tuned):
-    """The same tuning, with codes that are chosen again after every look."""
-    return tuned.tune("recoded", codes=True, codes_share=0.02)
+def recoded(tuned, model_dir, text_files):
+    """The same tuning by its command, with codes that are chosen again after every look."""
+    f, path = tuned.config.finetune, tuned.directory / "recoded"
+    lines = [f"config.finetune.{field} = {f[field]!r}" for field in f]
+    config = config_file(tuned.directory / "config.py", model_dir, text_files, *lines)
+    command = f"python scripts/finetune.py --checkpoint={tuned.checkpoint} --workdir={path}"
+    command += f" --config={config} --config.finetune.codes=True --config.finetune.codes_share=0.02"
+    with pytest.MonkeyPatch.context() as patch, parsed(command, patch) as script:
+        script.main(sys.argv)
+    return path, json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def codes_of(checkpoint):
