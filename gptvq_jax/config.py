@@ -138,7 +138,8 @@ class FinetuneSettings:
     codes_share: float = 0.01  # of the vectors of each layer at a time, or of a trellis' streams
     codes_every: int = 1  # looks at the windows held out, from one time to the next
     codes_metric: str = "hessian"  # of what a layer reads; or "l2", the paper's
-    codes_rate: float = 1.0  # how far those vectors are moved, relative to the size of a vector
+    codes_rate: float = 0.15  # how far those vectors are moved, relative to the size of a vector
+    codes_trust: float = 0.01  # most change of a weight at a time, relative to its norm
     seed: int = 0  # of the windows, and of their order
 
     def __post_init__(self):
@@ -165,6 +166,7 @@ class FinetuneSettings:
         check(self.codes_every >= 1, "codes_every", "at least 1")
         check(self.codes_metric in CODES_METRICS, "codes_metric", " or ".join(CODES_METRICS))
         check(self.codes_rate > 0, "codes_rate", "above 0")
+        check(self.codes_trust > 0, "codes_trust", "above 0")
         check(0 <= self.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
 
     @property

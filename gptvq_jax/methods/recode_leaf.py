@@ -15,7 +15,9 @@ given the image -eta G. H = mean x x^T of the inputs is the metric of the layer'
 identity is that of the paper, in which every vector goes to the centroid nearest to Q - eta G. The
 move of a vector P is eta |G_P|, in units of the metric: eta (G_P H_PP^-1 G_P^T)^1/2. eta makes the
 root mean square of the moves of those that are chosen `rate` times that of all vectors of the
-layer. Of a trellis-coded weight a "vector" is a stream, with the ends that tie it to itself.
+layer. A gradient says what a small change does: of the new codes those of the furthest moves are
+taken until the weight has changed by `trust` of its norm, and the rest keep their old ones. Of a
+trellis-coded weight a "vector" is a stream, with the ends that tie it to itself.
 """
 
 from functools import partial
@@ -28,6 +30,7 @@ from gptvq_jax.core.hessian import unit
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.methods import trainable
+from gptvq_jax.methods.furthest import furthest, or_one, step_size, trusted
 from gptvq_jax.methods.trainable import Parameters, Unpacked
 from gptvq_jax.moves.recode import recode
 from gptvq_jax.moves.recode_streams import recode_streams
@@ -45,6 +48,14 @@ class Recoded(NamedTuple):
     changed: jax.Array  # () int32, vectors or streams that have other codes now
 
 
+class _How(NamedTuple):
+    """Numbers that no program depends on; see `recode_leaf`."""
+
+    count: int  # vectors
+    rate: float
+    trust: float
+
+
 def count_vectors(unpacked: Unpacked) -> int:
     """Vectors of a weight, or streams."""
     leaf = unpacked.leaf
@@ -60,8 +71,9 @@ def recode_leaf(
     hessian: jax.Array | None,
     *,
     share: float,
+    rate: float,
+    trust: float,
     part: float = 1.0,
-    rate: float = 1.0,
 ) -> Recoded:
     """New codes for the vectors that the gradient moves furthest; all others stay as they are.
 
@@ -71,10 +83,12 @@ def recode_leaf(
       gradient: G (R, C), of any size: only its direction counts.
       hessian: H (C, C), in any unit; None: the identity.
       share: of the vectors, at most; at least one is chosen.
-      part: of this share; programs do not depend on it.
       rate: how far those that are chosen are moved, relative to the size of a vector.
+      trust: change of the weight, relative to its norm; the vector with which it is reached is the
+        last one.
+      part: of share and trust; programs do not depend on it.
     """
-    gradient = gradient / _or_one(jnp.max(jnp.abs(gradient)))
+    gradient = gradient / or_one(jnp.max(jnp.abs(gradient)))
     if hessian is not None:
         hessian = hessian / unit(hessian)
     vectors = count_vectors(unpacked)
@@ -84,34 +98,14 @@ def recode_leaf(
         leaf = unpacked.leaf
         most = min(most, leaf.cols)
         native = choose_search(leaf.window_bits, leaf.stream_rows, leaf.cuts)
-        arguments = unpacked, params, gradient, hessian, min(count, most), rate
-        return _recode_streams(*arguments, most=most, native=native)
-    return _recode_vectors(unpacked, params, gradient, hessian, count, rate)
+        how = _How(min(count, most), rate, trust * part)
+        return _recode_streams(unpacked, params, gradient, hessian, how, most=most, native=native)
+    how = _How(count, rate, trust * part)
+    return _recode_vectors(unpacked, params, gradient, hessian, how, most=most)
 
 
-def _or_one(size: jax.Array) -> jax.Array:
-    return jnp.where(size > 0, size, 1.0)
-
-
-def furthest(square: jax.Array, count: jax.Array) -> jax.Array:
-    """Which of the squared moves are the `count` largest: bool; the first of those that tie.
-
-    A move of 0 is none.
-    """
-    flat = square.reshape(-1)
-    order = jnp.argsort(-flat, stable=True)
-    rank = jnp.zeros(len(flat), jnp.int32).at[order].set(jnp.arange(len(flat), dtype=jnp.int32))
-    return (rank < count).reshape(square.shape) & (square > 0)
-
-
-def _step_size(square: jax.Array, chosen: jax.Array, size: jax.Array, rate: float) -> jax.Array:
-    """eta, of the squared moves per unit of it, and the mean square `size` of a vector."""
-    mean = jnp.sum(jnp.where(chosen, square, 0.0)) / jnp.maximum(jnp.sum(chosen), 1)
-    return rate * jnp.sqrt(size / _or_one(mean))
-
-
-@jax.jit
-def _recode_vectors(unpacked, params, gradient, hessian, count, rate) -> Recoded:
+@partial(jax.jit, static_argnames="most")
+def _recode_vectors(unpacked, params, gradient, hessian, how: _How, *, most: int) -> Recoded:
     leaf: VQTensor = trainable.with_parameters(unpacked.leaf, params)
     grid = leaf.grid
     by_vector = grid.padded_cols // grid.dim, grid.dim, grid.padded_rows
@@ -132,12 +126,12 @@ def _recode_vectors(unpacked, params, gradient, hessian, count, rate) -> Recoded
 
     moves = squares(pull, inverse) * (trace[:, :, 0] > 0)
     size = jnp.sum(squares(weight, of_vectors)) / (grid.rows * grid.num_vectors)
-    chosen = furthest(moves, count)
-    image = -_step_size(moves, chosen, size, rate) * pull
+    found = furthest(moves, how.count, most)
+    image = -step_size(moves, found.chosen, size, how.rate) * pull
     scales = _scales(leaf)
     more = [(0, 0), (0, by_vector[0] - grid.num_vectors), (0, by_vector[2] - grid.rows)]
     codes = jnp.pad(jnp.swapaxes(unpacked.codes.astype(jnp.int32), 1, 2), more)
-    new, _ = recode(
+    new, residual = recode(
         Residual(jnp.zeros_like(image), image),
         metric,
         leaf.codebook.values(),
@@ -145,8 +139,11 @@ def _recode_vectors(unpacked, params, gradient, hessian, count, rate) -> Recoded
         scales,
         grid,
         beam=1 if len(codes) == 1 else BEAM,
-        movable=chosen,
+        movable=found.chosen,
     )
+    change = jnp.sum(jnp.square(residual.error).reshape(by_vector), axis=1)
+    kept = trusted(found, change, jnp.square(how.trust) * jnp.sum(jnp.square(weight)))
+    new = jnp.where(kept, new, codes)
     changed = jnp.sum(jnp.any(new != codes, axis=0), dtype=jnp.int32)
     new = jnp.swapaxes(new[:, : grid.num_vectors, : grid.rows], 1, 2)
     return Recoded(new.astype(unpacked.codes.dtype), changed)
@@ -171,7 +168,7 @@ def _scales(leaf: VQTensor) -> jax.Array | None:
 
 @partial(jax.jit, static_argnames=("most", "native"))
 def _recode_streams(
-    unpacked, params, gradient, hessian, count, rate, *, most: int, native: str
+    unpacked, params, gradient, hessian, how: _How, *, most: int, native: str
 ) -> Recoded:
     """Of at most `most` columns, those with the streams that are chosen."""
     leaf: TrellisTensor = trainable.with_parameters(unpacked.leaf, params)
@@ -190,8 +187,9 @@ def _recode_streams(
     square = jnp.square(padded(trainable.decode(unpacked, params)))
     size = jnp.sum(of_streams(square) * bend[:, None] * coded)
     size = size / jnp.maximum(leaf.cuts * jnp.sum(coded), 1)
-    chosen = furthest(moves, count)
-    eta = _step_size(moves, chosen, size, rate)
+    furthest_streams = furthest(moves, how.count, most)
+    chosen = furthest_streams.chosen
+    eta = step_size(moves, chosen, size, how.rate)
     # The columns of the streams that move furthest are those whose largest move is furthest.
     _, columns = jax.lax.top_k(jnp.max(moves, axis=1), most)
     columns = jnp.sort(columns)
@@ -203,13 +201,13 @@ def _recode_streams(
     )
     image = -eta * pull[columns]
     nothing = jnp.zeros_like(image)
-    windows = padded(unpacked.codes)
+    windows = padded(unpacked.codes.astype(jnp.uint16))
     old = Column(
-        windows[columns].astype(jnp.uint16),
+        windows[columns],
         leaf.col_scales[columns],
         nothing.astype(jnp.float16),
     )
-    new, _ = recode_streams(
+    new, residual = recode_streams(
         Residual(nothing, image),
         metric,
         old,
@@ -221,8 +219,12 @@ def _recode_streams(
         native=native,
         movable=chosen[columns],
     )
-    found = windows.at[columns].set(new.windows.astype(windows.dtype))
-    other = (found != windows)[:, : leaf.rows]
-    other = jnp.pad(other, ((0, 0), (0, more))).reshape(leaf.cols, leaf.cuts, -1)
+    change = jnp.sum(jnp.square(residual.error).reshape(most, leaf.cuts, -1), axis=2)
+    change = jnp.zeros_like(moves).at[columns].set(change)
+    kept = trusted(furthest_streams, change, jnp.square(how.trust) * jnp.sum(square))
+    kept = jnp.repeat(kept[columns], leaf.stream_rows, axis=1)
+    found = windows.at[columns].set(jnp.where(kept, new.windows, old.windows))
+    other = jnp.pad((found != windows)[:, : leaf.rows], ((0, 0), (0, more)))
+    other = other.reshape(leaf.cols, leaf.cuts, -1)
     changed = jnp.sum(jnp.any(other, axis=2), dtype=jnp.int32)
-    return Recoded(found[:, : leaf.rows].T, changed)
+    return Recoded(found[:, : leaf.rows].T.astype(unpacked.codes.dtype), changed)

@@ -21,7 +21,6 @@ from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.disk import check_disk
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
-from gptvq_jax.run.finetune_job import tune, tuning_tokens
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.memory_check import check_memory
 from gptvq_jax.run.overrides import settle
@@ -37,6 +36,7 @@ from gptvq_jax.run.text import (
     evaluation_tokens,
     protocol,
 )
+from gptvq_jax.run.tune_stage import tune, tuning_tokens
 from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint

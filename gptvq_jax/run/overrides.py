@@ -290,7 +290,7 @@ def _finetune(settings: RunSettings, when) -> None:
     )
     when(
         not f.codes,
-        "finetune.codes_share finetune.codes_every finetune.codes_metric finetune.codes_rate",
+        " ".join(f"finetune.{field}" for field in _fields(f) if field.startswith("codes_")),
         "where codes stay as they are; set --config.finetune.codes=True",
     )
     looks = -(-f.steps // f.evaluate_every)

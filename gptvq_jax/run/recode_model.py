@@ -51,8 +51,8 @@ def recode_model(
       student: the packed model.
       states: of its leaves.
       tokens, reference: as `Student.gradients` takes them.
-      settings: codes_share, codes_rate and codes_metric.
-      part: of the share.
+      settings: codes_share, codes_rate, codes_trust and codes_metric.
+      part: of share and trust.
       stopwatch: receives the operations.
     """
     _, _, blocks = student.there_and_back(states, tokens, reference)
@@ -74,8 +74,9 @@ def recode_model(
                 gradient,
                 hessians.get(owner),
                 share=settings.codes_share,
-                part=part,
                 rate=settings.codes_rate,
+                trust=settings.codes_trust,
+                part=part,
             )
             found[path] = state._replace(codes=recoded.codes)
             changed.append(recoded.changed)

@@ -5,7 +5,7 @@ token, of the model as it would be stored. Every few steps windows that are held
 the state with the least divergence there is kept, and where looks gain too little the tuning ends.
 A step that is not finite leads back to the last look, with half the rate, three times. After a look
 codes may be chosen again, on the windows of the step to come: they are kept if a second look finds
-a lower divergence, and otherwise reverted, which halves the share of them that is tried next time.
+a lower divergence, and otherwise reverted, which halves how much may change the next time.
 """
 
 import time
@@ -66,7 +66,7 @@ def tune_model(
       log: receives rows of kind "tune": of each step "step", "loss", "rate" (a share of the
         settings' rates), "seconds", "tflop"; of each look "step", "held_out", its divergence. And
         of kind "codes", of each time that these are chosen again: "step", "changed" of "vectors",
-        "part" of the share, "held_out_before", "held_out_after", "kept", "seconds".
+        "part" of share and trust, "held_out_before", "held_out_after", "kept", "seconds".
       progress: of settings.steps steps.
       stopwatch: receives the seconds of stage "tune model".
 

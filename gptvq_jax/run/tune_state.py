@@ -39,7 +39,7 @@ class Place:
       tries: how often a step was not finite.
       rate: the share of the learning rates that is left after that.
       stopped: early.
-      codes_part: the part of finetune.codes_share that is left after new codes were reverted.
+      codes_part: the part of codes_share and codes_trust that is left after codes were reverted.
       recoded, kept: how often codes were chosen again, and how often that was kept.
     """
 

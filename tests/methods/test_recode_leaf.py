@@ -12,8 +12,9 @@ from float64 import decode as float64_decode
 from test_trainable import COLS, FORMATS, NAMES, ROWS, TRELLIS, decode, made, own
 
 from gptvq_jax.core.trellis_tensor import TrellisTensor
+from gptvq_jax.methods.furthest import furthest
 from gptvq_jax.methods.leaf_codes import count_bytes, from_bytes, pack_again, to_bytes
-from gptvq_jax.methods.recode_leaf import count_vectors, furthest, recode_leaf
+from gptvq_jax.methods.recode_leaf import count_vectors, recode_leaf
 from gptvq_jax.methods.trainable import unpack
 from gptvq_jax.study.sample_tensors import random_trellis
 
@@ -40,6 +41,7 @@ def given(seed: int = 0):
 def again(tensor, hessian, gradient=None, **options):
     gradient = given()[0] if gradient is None else gradient
     metric = None if hessian is None else jnp.asarray(hessian, jnp.float32)
+    options = {"rate": 1.0, "trust": 1e9, **options}
     found = recode_leaf(unpack(tensor), own(tensor), gradient, metric, **options)
     return pack_again(tensor, found.codes), int(found.changed)
 
@@ -219,6 +221,33 @@ def test_part_of_the_share_and_nothing_without_a_gradient():
     assert again(made("trellis"), given()[1], zeros, share=0.4)[1] == 0
 
 
+@pytest.mark.parametrize("name", ["float16", "trellis"])
+def test_the_weight_changes_no_more_than_it_is_trusted_to(name):
+    """Of the new codes those of the furthest moves, up to the one with which that is reached."""
+    tensor, old = made(name), float64_decode(made(name))
+    whole, count = again(tensor, None, share=0.3, rate=3.0)
+    change = float64_decode(whole) - old
+    if isinstance(tensor, TrellisTensor):
+        parts = [(rows, slice(c, c + 1)) for rows in _rows_of_streams(tensor) for c in range(COLS)]
+    else:
+        dim = tensor.grid.dim
+        starts = range(0, COLS, dim)
+        parts = [(slice(r, r + 1), slice(c, c + dim)) for r in range(ROWS) for c in starts]
+    parts = [part for part in parts if change[part].any()]
+    parts.sort(key=lambda part: -np.sum(np.square(given()[0][part])))
+    assert len(parts) == count >= 3
+    for number in (1, 2, count):
+        first = sum(np.sum(np.square(change[part])) for part in parts[: number - 1])
+        last = np.sum(np.square(change[parts[number - 1]]))
+        trust = np.sqrt((first + 0.5 * last) / np.sum(np.square(old)))
+        new, changed = again(tensor, None, share=0.3, rate=3.0, trust=trust)
+        expected = old.copy()
+        for part in parts[:number]:
+            expected[part] += change[part]
+        np.testing.assert_allclose(float64_decode(new), expected, rtol=1e-6)
+        assert changed == number
+
+
 @pytest.mark.parametrize("name", ["int4", "trellis"])
 def test_units_of_gradient_and_hessian_do_not_matter(name):
     gradient, hessian = given()
@@ -233,7 +262,7 @@ def test_the_furthest_are_the_largest_and_the_first_of_equals():
     square = jnp.array([[1.0, 3.0, 0.0], [3.0, 2.0, 3.0]])
     expected = {1: [1], 2: [1, 3], 3: [1, 3, 5], 4: [1, 3, 4, 5], 6: [0, 1, 3, 4, 5]}
     for count, places in expected.items():
-        chosen = np.asarray(furthest(square, count)).reshape(-1)
+        chosen = np.asarray(furthest(square, count, 6).chosen).reshape(-1)
         assert list(np.flatnonzero(chosen)) == places
 
 

@@ -285,7 +285,9 @@ def test_codes_are_chosen_again_where_that_lowers_the_divergence(tuned, recoded)
 
 def test_codes_that_raise_the_divergence_are_reverted(tuned):
     """Then nothing is left of them: the tuning without them, to the last byte."""
-    path, summary = tuned.tune("reverted", codes=True, codes_share=1.0, codes_rate=1e3)
+    path, summary = tuned.tune(
+        "reverted", codes=True, codes_share=1.0, codes_rate=1e3, codes_trust=1e3
+    )
     assert [(r["part"], r["kept"]) for r in rows(path, "codes")] == [
         (1.0, False),
         (0.5, False),
@@ -354,7 +356,8 @@ def test_codes_of_other_states_come_back_from_a_saved_one(tuned, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{"codes_metric": "l2"}, {"codes_share": 0.1}, {"codes_rate": 3.0}]
+    "changes",
+    [{"codes_metric": "l2"}, {"codes_share": 0.1}, {"codes_rate": 3.0}, {"codes_trust": 0.1}],
 )
 def test_every_field_of_codes_counts(tuned, recoded, changes):
     path, _ = tuned.tune(str(changes), codes=True, **{"codes_share": 0.02, **changes})
@@ -435,6 +438,7 @@ def test_fields_that_do_not_count_are_refused(tuned, field, message):
         ({"codes_metric": "l1"}, "codes_metric='l1' must be hessian or l2"),
         ({"codes_every": 0}, "codes_every=0 must be at least 1"),
         ({"codes_rate": 0.0}, "codes_rate=0.0 must be above 0"),
+        ({"codes_trust": 0.0}, "codes_trust=0.0 must be above 0"),
         ({"norm_learning_rate": -1.0}, "norm_learning_rate=-1.0 must be 0"),
     ],
 )
