@@ -108,11 +108,12 @@ def measure_products() -> None:
     from gptvq_jax.ops.cpu import build
     from gptvq_jax.study import decode_benchmark as bench
     from gptvq_jax.study import decode_report
+    from gptvq_jax.study.decode_formats import FORMATS
 
     on_cpu = jax.default_backend() == "cpu"
     implementations = _IMPLEMENTATIONS.value or (["cpu_int8", "auto"] if on_cpu else ["auto"])
     dense = _DENSE.value or (["float32"] if on_cpu else ["float32", "bfloat16"])
-    formats = _FORMATS.value or list(bench.FORMATS)
+    formats = _FORMATS.value or list(FORMATS)
     chosen = bench.contenders(formats, implementations, dense)
     shapes = list(bench.shapes_of(_SHAPES.value))
     batches = cli.integers("batches")

@@ -18,7 +18,8 @@ from gptvq_jax.methods.gptvq import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import get_layer, with_layer
 from gptvq_jax.models.stages import LINEAR_LAYERS
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 from gptvq_jax.study import sample_tensors
 from gptvq_jax.study.sample_tensors import TensorFormat
 

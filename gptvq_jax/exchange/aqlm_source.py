@@ -12,7 +12,7 @@ from gptvq_jax.models.fields import SIZE
 from gptvq_jax.models.hf_directory import HFDirectory
 from gptvq_jax.models.hf_source import DirectorySource
 from gptvq_jax.models.source import block_tree, check_shape, in_out, tensor_names
-from gptvq_jax.storage.checkpoint import dequantize_block
+from gptvq_jax.storage.dequantize import dequantize_block
 
 _PARTS = ("codes", "codebooks", "scales")
 _SAFETENSORS_INTS = {np.dtype(np.int8): "I8", np.dtype(np.int16): "I16"}

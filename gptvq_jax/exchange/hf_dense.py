@@ -6,7 +6,8 @@ from collections.abc import Callable
 from gptvq_jax.adapters.adapter import Adapter, merged
 from gptvq_jax.exchange.hf_layout import write_model
 from gptvq_jax.models.llama import Params
-from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.dequantize import dequantize_tree
 
 
 def hf_dense(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gptvq_jax.exchange.aqlm_source import AQLMSource
 from gptvq_jax.files.new_directory import new_directory
 from gptvq_jax.models.shapes import block_shapes, outer_shapes
-from gptvq_jax.storage.checkpoint import CheckpointWriter
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 from gptvq_jax.storage.overhead import checkpoint_overhead
 from gptvq_jax.storage.tree_io import DENSE_DTYPES, check_dense_dtype
 

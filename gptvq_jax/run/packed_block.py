@@ -49,7 +49,7 @@ from gptvq_jax.run.objectives import (
 )
 from gptvq_jax.run.statistics_file import Statistics
 from gptvq_jax.run.stream_store import StreamStore
-from gptvq_jax.storage.checkpoint import dequantize_block
+from gptvq_jax.storage.dequantize import dequantize_block
 from gptvq_jax.storage.tree_io import cast_dense
 
 STREAM = "quantized"

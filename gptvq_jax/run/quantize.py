@@ -22,7 +22,8 @@ from gptvq_jax.run.formats import Plan, dense_layers, num_quantized
 from gptvq_jax.run.outer import stored_outer
 from gptvq_jax.run.packed_block import STREAM, PackedBlock, drop_inside
 from gptvq_jax.run.workdir import TUNE_KINDS
-from gptvq_jax.storage.checkpoint import CheckpointWriter, dequantize_tree
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
+from gptvq_jax.storage.dequantize import dequantize_tree
 
 
 class Quantize:

@@ -26,7 +26,8 @@ from gptvq_jax.run.tune_model import Text, moves, tune_model
 from gptvq_jax.run.tune_state import last_step
 from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import TUNE_KINDS, WorkDir
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 from gptvq_jax.storage.manifest import KEPT_DENSE
 
 _TOKENS = "tuning/tokens"

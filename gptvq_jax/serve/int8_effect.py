@@ -79,11 +79,11 @@ def choose(checkpoint: PackedCheckpoint, implementation: str) -> str:
     if not effect.tokens:
         return implementation
     change = f"activations rounded to int8 change the perplexity of {effect.tokens} tokens by "
-    change += f"{effect.change:+.2%}".replace("%", " %")
+    change += f"{100 * effect.change:+.2f} %"
     if abs(effect.change) < LIMIT:
         _say(change, _ROUNDED, f"--implementation={_EXACT} is exact")
         return _ROUNDED
-    _say(f"{change}, not by less than {LIMIT:.1%}".replace("0.2%", "0.2 %"), _EXACT)
+    _say(f"{change}, not by less than {100 * LIMIT:.1f} %", _EXACT)
     return _EXACT
 
 

@@ -18,8 +18,7 @@ from gptvq_jax.console.progress import Progress
 from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.ops.int4 import GROUP_SIZE, random_int4
 from gptvq_jax.ops.vq_matmul import make_kernel
-from gptvq_jax.paper import GROUP_SIZES
-from gptvq_jax.study.sample_tensors import TensorFormat, TrellisFormat, random_tensor
+from gptvq_jax.study.decode_formats import check_formats, random_quantized
 
 # Outputs x inputs.
 MODELS = {
@@ -27,20 +26,6 @@ MODELS = {
     "7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "70b": ((8192, 8192), (28672, 8192), (8192, 28672)),
 }
-VQ_FORMATS = {
-    f"{dim}d_{bits.removesuffix('b')}": TensorFormat(dim, round(dim * index_bits), group_size)
-    for (dim, bits), (index_bits, group_size) in GROUP_SIZES.items()
-}
-AQLM_FORMATS = {
-    "aqlm_2x8": TensorFormat(8, 8, codebook_bits=16, num_codebooks=2, row_scales=True),
-    "aqlm_1x16": TensorFormat(8, 16, codebook_bits=16, row_scales=True),
-}
-TRELLIS_FORMATS = {
-    "trellis_2.0_l8": TrellisFormat(2, window_bits=8),
-    "trellis_2.0": TrellisFormat(2),
-    "trellis_3.0": TrellisFormat(3),
-}
-FORMATS = VQ_FORMATS | AQLM_FORMATS | TRELLIS_FORMATS
 DENSE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _MOST_COPIES = 32  # of a weight: each is compiled
 _MOST_SECONDS = 4  # that a contender may take: slow ones are measured in fewer rounds
@@ -62,16 +47,14 @@ def contenders(
     Raises:
       ValueError: an unknown format or dtype.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
+    check_formats(formats)
     for name in dense:
         if name not in DENSE:
             raise ValueError(f"unknown dtype {name!r}; choose from {', '.join(DENSE)}")
     listed = [Contender(name, "", partial(_dense, DENSE[name])) for name in dense]
     listed.append(Contender("int4_g128", "", random_int4))
     for name, implementation in itertools.product(formats, implementations):
-        make = partial(_quantized, FORMATS[name], implementation)
+        make = partial(_quantized, name, implementation)
         listed.append(Contender(name, implementation, make))
     return listed
 
@@ -202,13 +185,8 @@ def _copies(contender: Contender, rows: int, cols: int, working_set: int) -> tup
     return [first, *(make(seed) for seed in range(1, count))], size
 
 
-def _quantized(
-    fmt: TensorFormat | TrellisFormat, implementation: str, rows: int, cols: int, seed: int
-) -> Any:
-    if isinstance(fmt, TrellisFormat):
-        tensor = fmt.random(rows, cols, seed)
-    else:
-        tensor = random_tensor(fmt, fmt.grid(rows, cols), seed)
+def _quantized(name: str, implementation: str, rows: int, cols: int, seed: int) -> Any:
+    tensor = random_quantized(name, rows, cols, seed)
     return make_kernel(jax.tree.map(jnp.asarray, tensor), implementation)
 
 

@@ -15,7 +15,8 @@ from gptvq_jax.lora.leaf import DroppedLora
 from gptvq_jax.models.llama import Decoder, get_layer, with_layer
 from gptvq_jax.models.open import open_source
 from gptvq_jax.ops.lora import LoraKernel
-from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.dequantize import dequantize_tree
 from gptvq_jax.study.sample_tensors import TensorFormat
 
 SCALE = 2.0

@@ -14,7 +14,8 @@ from gptvq_jax.models.companions import read_companions
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.tokenizer_files import load_tokenizer, make_portable, save_tokenizer
 from gptvq_jax.serve.stop_tokens import stop_tokens
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 
 TEXTS = {
     "generation_config.json": json.dumps({"eos_token_id": [1, 7]}),

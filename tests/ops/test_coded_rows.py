@@ -11,7 +11,8 @@ import tiny_checkpoint as tiny
 from gptvq_jax.models.llama import Decoder
 from gptvq_jax.ops.coded_rows import CodedRows
 from gptvq_jax.serve.params import dense_params, packed_params
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 
 # Those of every kind of codebook and of scales; the others in the slow ones.
 KINDS = [

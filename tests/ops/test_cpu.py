@@ -8,7 +8,7 @@ import pytest
 from base import CASES, MatmulTests
 
 from gptvq_jax.ops.vq_matmul import make_kernel
-from gptvq_jax.study.decode_benchmark import FORMATS
+from gptvq_jax.study.decode_formats import FORMATS
 from gptvq_jax.study.sample_tensors import random_tensor
 
 needs_compiler = pytest.mark.skipif(

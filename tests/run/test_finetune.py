@@ -22,7 +22,8 @@ from gptvq_jax.models.open import open_source
 from gptvq_jax.models.stages import LINEAR_LAYERS
 from gptvq_jax.run import job, passes
 from gptvq_jax.run.finetune import Pairs, tune_block
-from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_tree
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.dequantize import dequantize_tree
 
 NUM_BLOCKS = 3  # of `model_dir`
 

@@ -17,7 +17,8 @@ from gptvq_jax.models.llama import (
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.stages import LINEAR_GROUPS, LINEAR_LAYERS
 from gptvq_jax.run import evaluate_job, job, objectives, packed_block
-from gptvq_jax.storage.checkpoint import PackedCheckpoint, dequantize_block
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.dequantize import dequantize_block
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tiny_run import byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from gptvq_jax.storage.checkpoint import CheckpointWriter
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 
 MAX_LENGTH = 96  # of what the model reads at once, so that texts are cut
 NAMES = ("choice", "letters", "rolling", "continue")

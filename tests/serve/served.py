@@ -11,7 +11,8 @@ from tiny_checkpoint import random_block, random_outer
 
 from gptvq_jax.serve.engine import Engine
 from gptvq_jax.serve.params import dense_params
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 
 CONFIG = dataclasses.replace(
     local_tasks.CONFIG, num_hidden_layers=1, max_position_embeddings=192, tie_word_embeddings=False

@@ -23,7 +23,8 @@ from gptvq_jax.serve.int8_effect import Effect, choose, measure, sample_tokens
 from gptvq_jax.serve.loglikelihood import plan_batches, score_batch
 from gptvq_jax.serve.params import implementations, packed_params
 from gptvq_jax.serve.served_model import ServedModel
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
 from gptvq_jax.study.sample_tensors import TensorFormat
 
 pytestmark = pytest.mark.skipif(

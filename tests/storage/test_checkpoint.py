@@ -21,7 +21,9 @@ from gptvq_jax.core.vq_tensor import dequantize
 from gptvq_jax.methods.gptvq import quantize
 from gptvq_jax.models.llama import get_layer, with_layer
 from gptvq_jax.models.stages import LINEAR_LAYERS
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_tree
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
+from gptvq_jax.storage.dequantize import dequantize_tree
 from gptvq_jax.storage.tensor_io import state_to_tensor, tensor_to_state
 from gptvq_jax.storage.tree_io import load_tree, read_record, save_tree, write_json
 

@@ -12,7 +12,9 @@ from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax.console.report import summary_text
 from gptvq_jax.run.evaluate import perplexity
-from gptvq_jax.storage.checkpoint import CheckpointWriter, PackedCheckpoint, dequantize_tree
+from gptvq_jax.storage.checkpoint import PackedCheckpoint
+from gptvq_jax.storage.checkpoint_writer import CheckpointWriter
+from gptvq_jax.storage.dequantize import dequantize_tree
 from gptvq_jax.storage.tree_io import load_tree
 
 

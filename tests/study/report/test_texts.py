@@ -10,7 +10,7 @@ from tiny_checkpoint import random_block, write_checkpoint
 
 import gptvq_jax
 from gptvq_jax.run import job
-from gptvq_jax.study.decode_benchmark import FORMATS
+from gptvq_jax.study.decode_formats import FORMATS
 from gptvq_jax.study.report import texts
 from gptvq_jax.study.report.html_text import escaped
 from gptvq_jax.study.report.report import report
