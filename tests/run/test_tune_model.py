@@ -26,6 +26,9 @@ from gptvq_jax.study.random_model import write_random_llama
 NUM_BLOCKS = 3
 _TOOK = ("seconds", "compile_seconds", "stages", "totals", "peak_memory_bytes", "checkpoint_bytes")
 
+# Of a model this small, whose every vector weighs more.
+CODES = {"codes": True, "codes_share": 0.02, "codes_rate": 1.0, "codes_trust": 1.0}
+
 
 def tuning_config(model_dir, text_files):
     config = quick_config(model_dir, text_files)
@@ -244,7 +247,9 @@ def recoded(tuned, model_dir, text_files):
     lines = [f"config.finetune.{field} = {f[field]!r}" for field in f]
     config = config_file(tuned.directory / "config.py", model_dir, text_files, *lines)
     command = f"python scripts/finetune.py --checkpoint={tuned.checkpoint} --workdir={path}"
-    command += f" --config={config} --config.finetune.codes=True --config.finetune.codes_share=0.02"
+    command += f" --config={config}" + "".join(
+        f" --config.finetune.{k}={v}" for k, v in CODES.items()
+    )
     with pytest.MonkeyPatch.context() as patch, parsed(command, patch) as script:
         script.main(sys.argv)
     return path, json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -316,8 +321,8 @@ def test_with_codes_it_resumes_to_the_same_bytes(tuned, recoded, monkeypatch):
     name = "recoded and killed"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            tuned.tune(name, codes=True, codes_share=0.02)
-    path, summary = tuned.tune(name, codes=True, codes_share=0.02)
+            tuned.tune(name, **CODES)
+    path, summary = tuned.tune(name, **CODES)
     manifest = "checkpoint/manifest.json"
     assert (path / manifest).read_bytes() == (recoded[0] / manifest).read_bytes()
     for kinds in (("tune", "codes"), ("moved", "tuned")):
@@ -357,12 +362,12 @@ def test_codes_of_other_states_come_back_from_a_saved_one(tuned, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"codes_metric": "l2"}, {"codes_share": 0.1}, {"codes_rate": 3.0}, {"codes_trust": 0.1}],
+    [{"codes_metric": "l2"}, {"codes_share": 0.1}, {"codes_rate": 3.0}, {"codes_trust": 1e-3}],
 )
 def test_every_field_of_codes_counts(tuned, recoded, changes):
-    path, _ = tuned.tune(str(changes), codes=True, **{"codes_share": 0.02, **changes})
+    path, _ = tuned.tune(str(changes), **{**CODES, **changes})
     assert rows(path, "codes") != rows(recoded[0], "codes")
-    path, _ = tuned.tune("every other look", codes=True, codes_share=0.02, codes_every=2)
+    path, _ = tuned.tune("every other look", **CODES, codes_every=2)
     assert [row["step"] for row in rows(path, "codes")] == [4]
 
 
