@@ -6,9 +6,10 @@
   python scripts/finetune.py --checkpoint=DIR --workdir=OUT --config=configs/smollm2_135m_tune.py
 
 The first two quantize, tune every block, and then the whole model. The last tunes a checkpoint that
-is there already: of this config it reads how. 160 steps of 8 windows, 4.3 TFLOP each. On 2 cores of
-an AMD EPYC (virtual machine, AVX-512) a step took 16 s. Rates are chosen by a few steps: with 0.005
-the divergence on windows held out fell from 0.473 to 0.439 in 6 steps, with 0.02 it rose to 0.67.
+is there already: of this config it reads how. With --config.finetune.codes=True codes change, too.
+160 steps of 8 windows, 4.3 TFLOP each. On 2 cores of an AMD EPYC (virtual machine, AVX-512) a step
+took 16 s. Rates are chosen by a few steps: with 0.005 the divergence on windows held out fell from
+0.473 to 0.439 in 6 steps, with 0.02 it rose to 0.67.
 """
 
 from gptvq_jax.console.config_file import load_config
@@ -30,8 +31,6 @@ def get_config(arg: str = "trellis"):
     config.finetune.epochs = 4
     config.finetune.learning_rate = config.finetune.scale_learning_rate = 4e-3
     config.finetune.norm_learning_rate = 2e-3
-    if arg == "2d":  # whose lookups, once for each micro-batch, take as long as two windows
-        config.finetune.micro_batch = 8
     if arg == "smoke":
         config.finetune.num_windows, config.finetune.held_out, config.finetune.epochs = 8, 2, 1
         config.finetune.batch_size, config.finetune.evaluate_every = 4, 1

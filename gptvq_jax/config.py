@@ -106,6 +106,9 @@ class TuneSettings:
         check(0 <= self.tolerance < 1, "tolerance", "from 0 to below 1")
 
 
+CODES_METRICS = ("hessian", "l2")
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneSettings:
     """The tuning of the whole model: gradient steps on all codebooks, scales and norms together.
@@ -131,6 +134,12 @@ class FinetuneSettings:
     evaluate_every: int = 16  # steps between two looks at the windows held out
     patience: int = 4  # stop after so many looks in a row that gain too little
     tolerance: float = 0.001  # the gain that is enough, as a fraction of their KL divergence
+    codes: bool = False  # choose codes again, too, where gradients pull hardest (PV-tuning)
+    codes_share: float = 0.01  # of the vectors of each layer at a time, or of a trellis' streams
+    codes_every: int = 1  # looks at the windows held out, from one time to the next
+    codes_metric: str = "hessian"  # of what a layer reads; or "l2", the paper's
+    codes_rate: float = 0.15  # how far those vectors are moved, relative to the size of a vector
+    codes_trust: float = 0.01  # most change of a weight at a time, relative to its norm
     seed: int = 0  # of the windows, and of their order
 
     def __post_init__(self):
@@ -153,6 +162,11 @@ class FinetuneSettings:
         check(self.weight_decay >= 0, "weight_decay", "at least 0")
         check(self.evaluate_every >= 1, "evaluate_every", "at least 1")
         check(self.patience >= 1, "patience", "at least 1")
+        check(0 < self.codes_share <= 1, "codes_share", "above 0 and at most 1")
+        check(self.codes_every >= 1, "codes_every", "at least 1")
+        check(self.codes_metric in CODES_METRICS, "codes_metric", " or ".join(CODES_METRICS))
+        check(self.codes_rate > 0, "codes_rate", "above 0")
+        check(self.codes_trust > 0, "codes_trust", "above 0")
         check(0 <= self.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
 
     @property

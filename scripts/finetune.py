@@ -2,11 +2,13 @@
 
   python scripts/finetune.py --checkpoint=runs/smollm2_135m_2d/checkpoint --workdir=runs/tuned
   python scripts/finetune.py --checkpoint=DIR --workdir=OUT --config=configs/smollm2_135m_tune.py
+  python scripts/finetune.py --checkpoint=DIR --workdir=OUT --config.finetune.codes=True
   python scripts/finetune.py --checkpoint=DIR --workdir=OUT --model=/models/llama2
 
-Codes stay as they are; codebooks, scales and norms move, on text that config.calibration names. The
-work directory gets a new checkpoint of the same size, the loss by step in metrics.jsonl, and what
-a stopped tuning goes on from when the same command is given again. Of a config, finetune.*,
+Codebooks, scales and norms move, on text that config.calibration names; codes stay as they are, but
+with finetune.codes, which chooses some of them again after every look at the text held out. The
+work directory gets a new checkpoint of the same size, the loss by step in metrics.jsonl, and what a
+stopped tuning goes on from when the same command is given again. Of a config, finetune.*,
 evaluation.*, and datasets, seqlen and bos of calibration count; gptvq_jax/config.py lists them.
 """
 

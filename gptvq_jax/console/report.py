@@ -135,6 +135,8 @@ def _model_tuning(summary: dict[str, Any]) -> str:
         f"held-out KL {row['held_out_before']:.4f} -> {row['held_out_after']:.4f}, the best after "
         f"{row['best_step']} of {row['steps']} steps"
     )
+    if "recoded" in row:
+        text += f"; new codes {row['recoded']} times, kept {row['kept']} times"
     if before is not None:
         removed = summary["rise_removed"]
         text += f"; perplexity before {float(before):.3f}"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gptvq_jax.methods import trainable
+from gptvq_jax.methods.leaf_codes import pack_again
 from gptvq_jax.methods.trainable import (
     CODEBOOKS,
     VALUES,
@@ -32,6 +33,7 @@ class LeafState(NamedTuple):
     params: Parameters
     adam: optax.OptState
     sizes: Parameters  # root mean squares of the arrays at the start: the unit of a step
+    codes: jax.Array | None = None  # in place of those that `unpack` found; None: those
 
 
 class Rates(NamedTuple):
@@ -67,32 +69,51 @@ def _size(name: str, values: jax.Array) -> jax.Array:
     return size * jnp.sqrt(values.size / jnp.maximum(jnp.count_nonzero(values), 1))
 
 
-decode = jax.jit(trainable.decode)
+_decode = jax.jit(trainable.decode)
 _rounded = jax.jit(trainable.with_parameters)
 
 
-@jax.jit
-def pull_back(
-    unpacked: Unpacked, params: Parameters, gradient: jax.Array, added_to: Parameters | None = None
-) -> Parameters:
+def coded(unpacked: Unpacked, state: LeafState) -> Unpacked:
+    """The leaf with the codes of a state."""
+    return unpacked if state.codes is None else unpacked._replace(codes=state.codes)
+
+
+def decode(unpacked: Unpacked, state: LeafState) -> jax.Array:
+    """What the leaf stands for in a state, as `trainable.decode` gives it."""
+    return _decode(coded(unpacked, state), state.params)
+
+
+def pull_back(unpacked: Unpacked, state: LeafState, gradient: jax.Array) -> Parameters:
     """The gradient with respect to parameters, from that with respect to what `decode` gives.
 
     Args:
-      unpacked, params: as `decode` takes them.
+      unpacked, state: as `decode` takes them.
       gradient: in the shape of the weight, (R, C).
-      added_to: the sum of those of other batches.
     """
-    _, pullback = jax.vjp(partial(trainable.decode, unpacked), params)
-    (found,) = pullback(gradient)
-    return found if added_to is None else jax.tree.map(jnp.add, added_to, found)
+    return _pull_back(coded(unpacked, state), state.params, gradient)
 
 
 @jax.jit
+def _pull_back(unpacked: Unpacked, params: Parameters, gradient: jax.Array) -> Parameters:
+    _, pullback = jax.vjp(partial(trainable.decode, unpacked), params)
+    (found,) = pullback(gradient)
+    return found
+
+
 def update(
     unpacked: Unpacked, state: LeafState, gradients: Parameters, rates: Rates
 ) -> tuple[LeafState, jax.Array]:
     """A step of AdamW, given `pull_back`'s gradients; and whether all of it is finite."""
-    params, adam, sizes = state
+    bare = unpacked._replace(codes=None)
+    moved, finite = _update(bare, state._replace(codes=None), gradients, rates)
+    return moved._replace(codes=state.codes), finite
+
+
+@jax.jit
+def _update(
+    unpacked: Unpacked, state: LeafState, gradients: Parameters, rates: Rates
+) -> tuple[LeafState, jax.Array]:
+    params, adam, sizes, _ = state
     relative = jax.tree.map(jnp.multiply, gradients, sizes)
     moved = relative_moves(unpacked, state)
     updates, adam = _adamw(rates).update(relative, adam, moved)
@@ -105,14 +126,15 @@ def update(
 
 
 def stored(leaf: Leaf, unpacked: Unpacked, state: LeafState) -> Leaf:
-    """The leaf with the parameters of a state, as `decode` has rounded them.
+    """The leaf with the parameters of a state, as `decode` has rounded them, and its codes.
 
     Args:
       leaf: as it was before its codes were cut out.
       unpacked: what `unpack` made of it.
       state: of it.
     """
-    return with_codes(leaf, _rounded(unpacked.leaf, state.params))
+    rounded = with_codes(leaf, _rounded(unpacked.leaf, state.params))
+    return rounded if state.codes is None else pack_again(rounded, state.codes)
 
 
 def relative_moves(unpacked: Unpacked, state: LeafState) -> Parameters:

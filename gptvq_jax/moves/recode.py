@@ -33,6 +33,7 @@ def recode(
     passes: int = 1,
     beam: int = 1,
     block_size: int = 128,
+    movable: jax.Array | None = None,
 ) -> tuple[jax.Array, Residual]:
     """Codes (M, S * c / D, G * r) whose loss is at most that of the codes given, in every row.
 
@@ -46,6 +47,7 @@ def recode(
       beam: alternatives that every row keeps on its way through the columns. The loss of one pass
         is at most that with 1, in every row.
       block_size: columns per lazy update of the gradient.
+      movable: (S * c / D, G * r) bool, vectors that may get other codes; None: all of them.
 
     Returns:
       Codes, and their residual.
@@ -83,6 +85,8 @@ def recode(
             more = jnp.sum(delta * (bend - 2 * follow(g, origin, 2)), axis=2)  # (L, G, r)
             # Lane 0 never gets worse; the others may, on their way to something better.
             kept = (more < 0) | (jnp.arange(len(more)) > 0)[:, None, None]
+            if movable is not None:
+                kept &= at(movable).reshape(1, *rows)
             delta = jnp.moveaxis(jnp.where(kept[:, :, None], delta, 0.0), 2, 1)  # (L, D, G, r)
             change = follow(change, origin) + jnp.where(kept, more, 0.0)
             change = jnp.where(exists, change, jnp.inf)

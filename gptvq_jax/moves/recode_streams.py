@@ -36,6 +36,7 @@ def recode_streams(
     stream_rows: int,
     block_size: int = 128,
     native: str = "jax",
+    movable: jax.Array | None = None,
 ) -> tuple[Column, Residual]:
     """Columns whose loss is at most that of those given, and their residual; one pass over them.
 
@@ -44,11 +45,13 @@ def recode_streams(
       hessian: (C', C') mean x x^T, zero on the padding.
       columns: all of them.
       rates, outliers, layout, stream_rows, block_size, native: as in `sweep_streams`.
+      movable: (C', streams of a column) bool, those that may get other codes, while all scales
+        and what outliers add stay; None: all, and these follow.
     """
     row_weight = layout.row_weight()
 
     def one_column(local, at):
-        position, h, rate, kept, old = at  # h (B,): of the block; local (B, R') = H E
+        position, h, rate, kept, may, old = at  # h (B,): of the block; local (B, R') = H E
         bend = h[position]
         q = column_values(old, rate, layout)
         image = lax.dynamic_index_in_dim(local, position, keepdims=False)
@@ -63,21 +66,25 @@ def recode_streams(
         scale = old.scale.astype(jnp.float32)
         cut = overlaps(old.windows, rate, layout, stream_rows)
         windows = search_column(target, counts, scale, rate, layout, stream_rows, native, cut)
-        new = with_outliers(old._replace(windows=windows), rate, layout, y, kept)
-        taken = jnp.repeat(gain(new, old) > 0, stream_rows)
+        new = old._replace(windows=windows)
+        if may is None:
+            new = with_outliers(new, rate, layout, y, kept)
+        lower = gain(new, old) > 0
+        taken = jnp.repeat(lower if may is None else lower & may, stream_rows)
         windows, added = (jnp.where(taken, a, b) for a, b in zip(new[::2], old[::2], strict=True))
         new = Column(windows, old.scale, added)
-        scaled = new._replace(scale=best_scale(windows, target, counts, layout))
-        scaled = with_outliers(scaled, rate, layout, y, kept)
-        better = jnp.sum(layout.axis.gather(gain(scaled, new), 0)) > 0
-        new = jax.tree.map(lambda a, b: jnp.where(better, a, b), scaled, new)
+        if may is None:
+            scaled = new._replace(scale=best_scale(windows, target, counts, layout))
+            scaled = with_outliers(scaled, rate, layout, y, kept)
+            better = jnp.sum(layout.axis.gather(gain(scaled, new), 0)) > 0
+            new = jax.tree.map(lambda a, b: jnp.where(better, a, b), scaled, new)
         new = jax.tree.map(lambda a, b: jnp.where((bend > 0) & (rate > 0), a, b), new, old)
         change = column_values(new, rate, layout) - q
         return local - h[:, None] * change, (new, change)
 
     def one_block(start, local, h_local, _):
         part = lambda x: lax.dynamic_slice_in_dim(x, start, block_size)  # noqa: E731
-        of_block = jax.tree.map(part, (rates, outliers, columns))
+        of_block = jax.tree.map(part, (rates, outliers, movable, columns))
         steps = jnp.arange(block_size), h_local, *of_block
         _, (new, change) = lax.scan(one_column, local, steps)
         return Coded(change, (new, change))

@@ -168,7 +168,7 @@ def _step(config, trained, fixed, states, x, y, power, settings) -> tuple[dict, 
     rates = Rates(*(settings.learning_rate,) * 3, settings.b1, settings.b2)
     updated = {}
     for name, leaf in trained.items():
-        of_leaf = leaf_steps.pull_back(leaf, states[name].params, gradients[name])
+        of_leaf = leaf_steps.pull_back(leaf, states[name], gradients[name])
         updated[name] = leaf_steps.update(leaf, states[name], of_leaf, rates)
     finite = [jnp.isfinite(loss), *(of_leaf for _, of_leaf in updated.values())]
     return {name: state for name, (state, _) in updated.items()}, finite
@@ -194,7 +194,7 @@ def _gradients(
 
 def decoded(trained: dict[str, Unpacked], states: dict[str, LeafState]) -> dict[str, jax.Array]:
     """Weights (out, in) and norms that they stand for as they would be stored, by their paths."""
-    return {name: leaf_steps.decode(leaf, states[name].params) for name, leaf in trained.items()}
+    return {name: leaf_steps.decode(leaf, states[name]) for name, leaf in trained.items()}
 
 
 def as_block(weights: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Params:

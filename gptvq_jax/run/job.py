@@ -22,7 +22,6 @@ from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.device_memory import explained
 from gptvq_jax.run.disk import check_disk
 from gptvq_jax.run.evaluate import PRECISION, Evaluation
-from gptvq_jax.run.finetune_job import tune, tuning_tokens
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.memory_check import check_memory
 from gptvq_jax.run.overrides import settle
@@ -38,6 +37,7 @@ from gptvq_jax.run.text import (
     evaluation_tokens,
     protocol,
 )
+from gptvq_jax.run.tune_stage import tune, tuning_tokens
 from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 from gptvq_jax.storage.checkpoint import PackedCheckpoint

@@ -320,17 +320,22 @@ def _tune_model(config: ModelConfig, settings: RunSettings) -> list[Item]:
         for b, n in config.block_counts().items()
     ]
     largest, block, _ = max(of_blocks, key=lambda found: found[0])
-    tokens = f.micro_batch * settings.calibration.seqlen
+    time = settings.calibration.seqlen
     depth, head = config.num_hidden_layers, 4 * config.vocab_size * config.hidden_size
     return [
         Item(phase, "codes of all blocks", DEVICE, 2 * sum(size * n for size, _, n in of_blocks)),
-        Item(phase, "a block as weights, twice, and gradients", DEVICE, 3 * 4 * largest),
-        Item(phase, "what blocks read", DEVICE, 4 * tokens * depth * config.hidden_size),
+        Item(phase, "a block as weights and gradients, twice", DEVICE, 4 * 4 * largest),
+        Item(
+            phase,
+            "what blocks read of a step's windows",
+            DEVICE,
+            4 * f.batch_size * time * depth * config.hidden_size,
+        ),
         Item(
             phase,
             "what a block keeps for its way back",
             DEVICE,
-            4 * 2 * tokens * sum(map(sum, layer_shapes(block).values())),
+            4 * 2 * f.micro_batch * time * sum(map(sum, layer_shapes(block).values())),
         ),
         Item(phase, "heads of both models", DEVICE, 2 * head),
         Item(phase, "embedding and head", HOST, _outer(config, settings)[0].num_bytes),

@@ -288,6 +288,11 @@ def _finetune(settings: RunSettings, when) -> None:
         " ".join(f"finetune.{field}" for field in _fields(f)),
         "where the model is not tuned as a whole; set --config.tune.model=True",
     )
+    when(
+        not f.codes,
+        " ".join(f"finetune.{field}" for field in _fields(f) if field.startswith("codes_")),
+        "where codes stay as they are; set --config.finetune.codes=True",
+    )
     looks = -(-f.steps // f.evaluate_every)
     when(
         f.patience >= looks,

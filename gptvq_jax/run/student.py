@@ -1,16 +1,17 @@
 """A packed model whose continuous leaves are tuned: its loss, and gradients of all of them.
 
-The codes of all blocks are in memory, cut out once, a byte or two for each; a block is there as
-weights while a batch goes through it, forward and once more on the way back, and what lies between
-two blocks is kept meanwhile: no more of what a block computes is (rematerialization). Gradients
-with respect to a block's weights become those of its parameters before the next block is decoded.
+The codes of all blocks are in memory, cut out once, a byte or two for each. A block is decoded, the
+windows of a step go through it, a micro-batch after the other, and it is forgotten; once more on
+the way back. What lies between two blocks is kept meanwhile: no more of what a block computes is
+(rematerialization). Gradients with respect to a block's weights, summed over the micro-batches,
+become those of its parameters before the next block is decoded.
 
-Costs, for P weights in all blocks, N tokens at once, and D weights a code:
+Costs, for P weights in all blocks, N tokens in a step, and D weights a code:
   flops: models/flops.model_tuning: 2 P N forward, again, and 4 P N backward; two heads forward
     and one back. Two decodings, P / D lookups each, and P / D additions are small beside them.
-  memory: codes; two blocks as weights, one as gradients; the inputs of all blocks, depth * N *
-    hidden * 4 bytes; what one block keeps for its backward pass; both heads.
-With several devices a batch is spread over them (data-parallel), and everything else is on all.
+  memory: codes; two blocks as weights, two as gradients; the inputs of all blocks, depth * N *
+    hidden * 4 bytes; what one block keeps for the backward pass of a micro-batch; both heads.
+With several devices a micro-batch is spread over them (data-parallel), and all else is on each.
 """
 
 import math
@@ -19,6 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,6 +33,7 @@ from gptvq_jax.methods.trainable import Parameters, Unpacked, unpack
 from gptvq_jax.models import flops
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import DecoderBlock, Params
+from gptvq_jax.run.calibrate import batches
 from gptvq_jax.run.embedding import head_on_device, rows_of
 from gptvq_jax.run.finetune import as_block, split
 from gptvq_jax.run.model_loss import divergence
@@ -48,22 +51,33 @@ class Teacher(NamedTuple):
     head: Params  # on the device
 
 
+class OfBlock(NamedTuple):
+    """What a pass through the model and back leaves at a block."""
+
+    index: int
+    config: ModelConfig
+    params: Params  # dense, as it is stored
+    inputs: list[jax.Array]  # of each micro-batch (batch, T, hidden)
+    of_weights: dict[str, jax.Array]  # gradients: of norms, and of weights (R, C)
+
+
 class Student:
     """See above; what changes is in `States`, which it does not hold.
 
     Args:
       checkpoint: of the model.
       teacher: the float model.
-      batch: windows at once; of the devices here, as many are used as divide it evenly.
+      micro_batch: windows at once; of the devices here, as many are used as divide it evenly.
       stopwatch: receives the operations.
     """
 
     def __init__(
-        self, checkpoint: PackedCheckpoint, teacher: Teacher, batch: int, stopwatch: Stopwatch
+        self, checkpoint: PackedCheckpoint, teacher: Teacher, micro_batch: int, stopwatch: Stopwatch
     ):
         self.config, self._stopwatch = checkpoint.config, stopwatch
+        self._micro_batch = micro_batch
         devices = local_mesh().devices.flat
-        mesh = Mesh(devices[: math.gcd(len(devices), batch)], (AXIS,))
+        mesh = Mesh(devices[: math.gcd(len(devices), micro_batch)], (AXIS,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._spread = NamedSharding(mesh, PartitionSpec(AXIS))
         self._outer = checkpoint.outer()
@@ -92,53 +106,87 @@ class Student:
         """States of host arrays, on the devices."""
         return self._on_all(states)
 
+    def coded(self, path: str, states: States) -> Unpacked:
+        """A leaf with the codes of its state."""
+        return leaf_steps.coded(self.leaves[path], states[path])
+
     def gradients(
-        self, states: States, tokens: np.ndarray, reference: np.ndarray, tokens_of_step: int
-    ) -> tuple[jax.Array, Gradients]:
-        """Of a batch, as its part of a step.
+        self, states: States, tokens: np.ndarray, reference: np.ndarray
+    ) -> tuple[np.ndarray, Gradients]:
+        """Of the windows of a step.
 
         Args:
           states: of the leaves.
-          tokens: (batch, T).
-          reference: what the float model's last block leaves (batch, T, hidden).
-          tokens_of_step: by which sums over tokens are divided.
+          tokens: (windows, T), whole micro-batches.
+          reference: what the float model's last block leaves (windows, T, hidden).
 
         Returns:
-          The KL divergence summed over the tokens of each window (batch,), undivided; and
-          gradients of the divided sum.
+          The mean KL divergence over the tokens of each window (windows,), in nats; and gradients
+          of their mean.
         """
-        x, entrances = self._embedded(tokens), []
-        for index in range(len(self._fixed)):
-            entrances.append(x)
-            x = _forward(*self._decoded(index, states), x)
-        kl, dx, of_scale = self._divergence(states, x, reference)
-        factor = 1 / tokens_of_step
-        norm, of_norm = self.leaves[LAST_NORM], of_scale * factor
-        found = {LAST_NORM: leaf_steps.pull_back(norm, states[LAST_NORM].params, of_norm)}
-        dx = dx * factor
-        for index in reversed(range(len(self._fixed))):
-            decoded = self._decoded(index, states)
-            of_weights, dx = _backward(*decoded, entrances.pop(), dx, self._everywhere)
-            for name, gradient in of_weights.items():
-                path = f"layers_{index}/{name}"
-                leaf, params = self.leaves[path], states[path].params
-                found[path] = leaf_steps.pull_back(leaf, params, gradient)
-        self._stopwatch.flops(flops.model_tuning(self.config, *tokens.shape))
-        return kl, found
+        divergences, of_norm, blocks = self.there_and_back(states, tokens, reference)
+        found = {LAST_NORM: self._pull_back(LAST_NORM, states, of_norm)}
+        for block in blocks:
+            for name, gradient in block.of_weights.items():
+                path = f"layers_{block.index}/{name}"
+                found[path] = self._pull_back(path, states, gradient)
+        return divergences, found
 
-    def divergences(self, states: States, tokens: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        """The mean KL divergence over the tokens of each window (batch,), in nats.
+    def there_and_back(
+        self, states: States, tokens: np.ndarray, reference: np.ndarray
+    ) -> tuple[np.ndarray, jax.Array, Iterator[OfBlock]]:
+        """The same with respect to the weights themselves, a block at a time.
 
         Args are those of `gradients`.
+
+        Returns:
+          The divergences; the gradient of the last norm's scale; and of every block, from the last
+          one to the first, which is gone when the next one is asked for.
         """
-        x = self._embedded(tokens)
+        xs, entrances = self._embedded(tokens), []
         for index in range(len(self._fixed)):
-            x = _forward(*self._decoded(index, states), x)
-        kl, _, _ = self._divergence(states, x, reference)
-        shape = tokens.shape
-        forward = flops.blocks_forward(self.config, *shape)
-        self._stopwatch.flops(forward + flops.divergence(self.config, *shape))
-        return np.asarray(kl) / shape[1]
+            entrances.append(xs)
+            xs = self._through(index, states, xs)
+        factor, sums, dxs, of_norm = 1 / tokens.size, [], [], None
+        for x, part in zip(xs, self._parts(tokens), strict=True):
+            kl, dx, of_scale = self._divergence(states, x, reference[part])
+            sums.append(kl)
+            dxs.append(dx * factor)
+            of_norm = of_scale if of_norm is None else of_norm + of_scale
+            batch = tokens[part].shape
+            self._stopwatch.flops(flops.model_tuning(self.config, *batch))
+        blocks = self._back(states, entrances, dxs)
+        return np.concatenate(sums) / tokens.shape[1], of_norm * factor, blocks
+
+    def _back(
+        self, states: States, entrances: list[list[jax.Array]], dxs: list[jax.Array]
+    ) -> Iterator[OfBlock]:
+        for index in reversed(range(len(self._fixed))):
+            config, weights, fixed = self._decoded(index, states)
+            inputs, total = entrances.pop(), None
+            for number, x in enumerate(inputs):
+                of_weights, dxs[number] = _backward(
+                    config, weights, fixed, x, dxs[number], self._everywhere
+                )
+                total = of_weights if total is None else _added(total, of_weights)
+            yield OfBlock(index, config, as_block(weights, fixed), inputs, total)
+
+    def divergences(self, states: States, tokens: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """The mean KL divergence over the tokens of each window (windows,), in nats.
+
+        Args are those of `gradients`, but for micro-batches, which may be smaller.
+        """
+        xs = self._embedded(tokens)
+        for index in range(len(self._fixed)):
+            xs = self._through(index, states, xs)
+        found = []
+        for x, part in zip(xs, self._parts(tokens), strict=True):
+            kl, _, _ = self._divergence(states, x, reference[part])
+            found.append(kl)
+            shape = tokens[part].shape
+            forward = flops.blocks_forward(self.config, *shape)
+            self._stopwatch.flops(forward + flops.divergence(self.config, *shape))
+        return np.concatenate(found) / tokens.shape[1]
 
     def update(
         self, states: States, gradients: Gradients, rates: Rates
@@ -173,22 +221,39 @@ class Student:
             for name, leaf in self.leaves.items()
         }
 
-    def _embedded(self, tokens: np.ndarray) -> jax.Array:
+    def _parts(self, tokens: np.ndarray) -> Iterator[slice]:
+        return batches(len(tokens), self._micro_batch)
+
+    def _embedded(self, tokens: np.ndarray) -> list[jax.Array]:
+        """Of each micro-batch."""
         rows = np.asarray(rows_of(self.config, self._outer, tokens), np.float32)
-        return jax.device_put(rows, self._spread)
+        return [jax.device_put(rows[part], self._spread) for part in self._parts(tokens)]
+
+    def _through(self, index: int, states: States, xs: list[jax.Array]) -> list[jax.Array]:
+        config, weights, fixed = self._decoded(index, states)
+        return [_forward(config, weights, fixed, x) for x in xs]
 
     def _decoded(self, index: int, states: States) -> tuple[ModelConfig, Mapping, Mapping]:
-        weights = {}
-        for name in self._names[index]:
-            path = f"layers_{index}/{name}"
-            weights[name] = leaf_steps.decode(self.leaves[path], states[path].params)
+        weights = {
+            name: self._dense(f"layers_{index}/{name}", states) for name in self._names[index]
+        }
         return self.config.of_block(index), weights, self._fixed[index]
 
+    def _dense(self, path: str, states: States) -> jax.Array:
+        return leaf_steps.decode(self.leaves[path], states[path])
+
+    def _pull_back(self, path: str, states: States, gradient: jax.Array) -> Parameters:
+        return leaf_steps.pull_back(self.leaves[path], states[path], gradient)
+
     def _divergence(self, states: States, x: jax.Array, reference: np.ndarray):
-        scale = leaf_steps.decode(self.leaves[LAST_NORM], states[LAST_NORM].params)
-        head = {**self._head, "norm": {"scale": scale}}
+        head = {**self._head, "norm": {"scale": self._dense(LAST_NORM, states)}}
         target = jax.device_put(np.asarray(reference, np.float32), self._spread)
         return divergence(self.config, head, x, *self._teacher, target)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(one: dict[str, jax.Array], other: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(jnp.add, one, other)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -3,7 +3,9 @@
 The loss is the KL divergence of the packed model's next tokens from the float model's, in nats per
 token, of the model as it would be stored. Every few steps windows that are held out are looked at:
 the state with the least divergence there is kept, and where looks gain too little the tuning ends.
-A step that is not finite leads back to the last look, with half the rate, three times.
+A step that is not finite leads back to the last look, with half the rate, three times. After a look
+codes may be chosen again, on the windows of the step to come: they are kept if a second look finds
+a lower divergence, and otherwise reverted, which halves how much may change the next time.
 """
 
 import time
@@ -11,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 from absl import logging
@@ -23,8 +24,8 @@ from gptvq_jax.methods.leaf_steps import Rates
 from gptvq_jax.models import flops
 from gptvq_jax.run import tune_state
 from gptvq_jax.run.activations import Activations
-from gptvq_jax.run.calibrate import batches
-from gptvq_jax.run.student import Gradients, States, Student
+from gptvq_jax.run.recode_model import recode_model
+from gptvq_jax.run.student import States, Student
 from gptvq_jax.run.tune_state import Place
 
 MOST_TRIES = 3
@@ -63,22 +64,25 @@ def tune_model(
       settings: of the tuning.
       directory: of the saved states.
       log: receives rows of kind "tune": of each step "step", "loss", "rate" (a share of the
-        settings' rates), "seconds", "tflop"; of each look "step", "held_out", its divergence.
+        settings' rates), "seconds", "tflop"; of each look "step", "held_out", its divergence. And
+        of kind "codes", of each time that these are chosen again: "step", "changed" of "vectors",
+        "part" of share and trust, "held_out_before", "held_out_after", "kept", "seconds".
       progress: of settings.steps steps.
       stopwatch: receives the seconds of stage "tune model".
 
     Returns:
       The best states; and "steps", "best_step", "held_out_before", "held_out_after",
-      "tries": how often a step was not finite.
+      "tries": how often a step was not finite; with settings.codes also "recoded", "kept": how
+      often codes were chosen again, and kept.
 
     Raises:
       ValueError: the loss is not finite at the start, or again and again.
     """
-    run = _Run(student, text, settings)
+    run = _Run(student, text, settings, stopwatch)
     schedule = _schedule(settings)
     start = student.states()
     with stopwatch.stage("tune model"):
-        place = tune_state.load(directory, start)
+        place = tune_state.load(directory, start, student.leaves)
         if place is None:
             before = run.look(start)
             if not np.isfinite(before):
@@ -88,7 +92,7 @@ def tune_model(
                 )
             log({"kind": "tune", "step": 0, "held_out": before})
             place = Place(0, start, start, start, before)
-            tune_state.save(directory, place)
+            tune_state.save(directory, place, student.leaves)
         else:
             for name in ("states", "best", "good"):
                 setattr(place, name, student.placed(getattr(place, name)))
@@ -100,7 +104,7 @@ def tune_model(
             loss, states = run.step(place, rate)
             if not np.isfinite(loss) or states is None:
                 _back(place, settings)
-                tune_state.save(directory, place)
+                tune_state.save(directory, place, student.leaves)
                 progress.note(f"back at step {place.step}, with {place.rate:g} of the rates")
                 continue
             place.step, place.states = place.step + 1, states
@@ -115,22 +119,29 @@ def tune_model(
                     _back(place, settings)
                 else:
                     _judge(place, held_out, settings)
-                tune_state.save(directory, place)
+                    if run.recodes_at(place):
+                        log(run.recode(place, held_out))
+                tune_state.save(directory, place, student.leaves)
                 saved = time.monotonic()
             elif time.monotonic() - saved >= _SAVE_SECONDS:
-                tune_state.save(directory, place)
+                tune_state.save(directory, place, student.leaves)
                 saved = time.monotonic()
         progress.advance(steps=settings.steps - place.step)
         # Of this process or of an earlier one, which has logged it.
         summary = {"steps": place.step, "best_step": place.best_step, "tries": place.tries}
+        if settings.codes:
+            summary |= {"recoded": place.recoded, "kept": place.kept}
         return Tuned(place.best, {**summary, "held_out_after": place.lowest})
 
 
 class _Run:
     """Steps and looks at the text."""
 
-    def __init__(self, student: Student, text: Text, settings: FinetuneSettings):
+    def __init__(
+        self, student: Student, text: Text, settings: FinetuneSettings, stopwatch: Stopwatch
+    ):
         self._student, self._text, self._settings = student, text, settings
+        self._stopwatch = stopwatch
         self._orders: dict[int, np.ndarray] = {}
         shape = settings.micro_batch, text.tokens.shape[1]
         parts = settings.batch_size // settings.micro_batch
@@ -138,18 +149,8 @@ class _Run:
 
     def step(self, place: Place, rate: float) -> tuple[float, States | None]:
         """The loss before a step, and states after it; None where they are not finite."""
-        s, tokens = self._settings, self._text.tokens
-        windows = self._windows(place.step)
-        sums: list[jax.Array] = []
-        gradients: Gradients | None = None
-        count = s.batch_size * tokens.shape[1]
-        for first in range(0, s.batch_size, s.micro_batch):
-            part = windows[first : first + s.micro_batch]
-            kl, found = self._student.gradients(
-                place.states, tokens[part], self._text.outputs[part], count
-            )
-            sums.append(kl)
-            gradients = found if gradients is None else _added(gradients, found)
+        s = self._settings
+        losses, gradients = self._student.gradients(place.states, *self._batch(place.step))
         rates = Rates(
             *(r * rate for r in (s.learning_rate, s.scale_learning_rate, s.norm_learning_rate)),
             s.b1,
@@ -157,31 +158,58 @@ class _Run:
             s.weight_decay,
         )
         states, finite = self._student.update(place.states, gradients, rates)
-        loss = float(sum(float(np.sum(kl)) for kl in sums) / count)
-        return loss, states if all(finite) else None
+        return float(np.mean(losses)), states if all(finite) else None
 
     def look(self, states: States) -> float:
         """The mean KL divergence on the windows held out, in nats per token, exact in float32."""
-        tokens, found = self._text.tokens, []
-        first = self._settings.num_windows
-        for part in batches(self._settings.held_out, self._settings.micro_batch):
-            part = slice(first + part.start, first + part.stop)
-            found.append(self._student.divergences(states, tokens[part], self._text.outputs[part]))
-        return float(np.float32(np.mean(np.concatenate(found))))
+        kept_out = slice(self._settings.num_windows, None)
+        tokens, reference = self._text.tokens[kept_out], self._text.outputs[kept_out]
+        return float(np.float32(np.mean(self._student.divergences(states, tokens, reference))))
+
+    def recodes_at(self, place: Place) -> bool:
+        """Whether codes are chosen again after the look at a step."""
+        s = self._settings
+        looks = -(-place.step // s.evaluate_every)
+        return s.codes and not place.stopped and looks % s.codes_every == 0
+
+    def recode(self, place: Place, before: float) -> dict[str, Any]:
+        """Chooses codes again, and keeps them if the windows held out gain by it; a row on that.
+
+        Args:
+          place: after a look, whose divergence is `before`.
+        """
+        began, batch = time.perf_counter(), self._batch(place.step)
+        found = recode_model(
+            self._student, place.states, *batch, self._settings, place.codes_part, self._stopwatch
+        )
+        after = self.look(found.states)
+        row = {"kind": "codes", "step": place.step, "part": place.codes_part}
+        row |= {"changed": found.changed, "vectors": found.vectors}
+        row |= {"held_out_before": before, "held_out_after": after, "kept": after < before}
+        place.recoded += 1
+        if after < before:
+            place.kept += 1
+            place.states = place.good = found.states
+            if after < place.lowest * (1 - self._settings.tolerance):
+                place.stale = 0
+            if after < place.lowest:
+                place.best, place.best_step, place.lowest = found.states, place.step, after
+        else:
+            place.codes_part /= 2
+        return row | {"seconds": time.perf_counter() - began}
+
+    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the windows of a step, and what the float model makes of them."""
+        windows = self._windows(step)
+        return self._text.tokens[windows], self._text.outputs[windows]
 
     def _windows(self, step: int) -> np.ndarray:
-        """Of a batch."""
         s = self._settings
         epoch, of_epoch = divmod(step, s.steps_of_epoch)
         if epoch not in self._orders:
             order = np.random.default_rng([s.seed, epoch]).permutation(s.num_windows)
             self._orders = {epoch: order}
         return self._orders[epoch][of_epoch * s.batch_size :][: s.batch_size]
-
-
-@jax.jit
-def _added(one: Gradients, other: Gradients) -> Gradients:
-    return jax.tree.map(jax.numpy.add, one, other)
 
 
 def _schedule(settings: FinetuneSettings) -> optax.Schedule:

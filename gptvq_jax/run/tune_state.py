@@ -3,11 +3,14 @@
 state-00000007-00000120/    a stored tree (storage/tree_io.py), the seventh, of step 120; those
                             before it go when it is there
 
-Parameters and the moments of AdamW are float32 and come back to the last bit.
+Parameters and the moments of AdamW are float32 and come back to the last bit. Where codes have been
+chosen again their bytes are there too, those that the best states share with the states once; the
+good states have those of the states, for codes change at looks alone.
 """
 
 import dataclasses
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from gptvq_jax.methods.leaf_codes import count_bytes, from_bytes, to_bytes
+from gptvq_jax.methods.trainable import Unpacked
 from gptvq_jax.run.student import States
 from gptvq_jax.storage.tree_io import damage, is_stored, load_tree, save_tree
 
@@ -34,6 +39,8 @@ class Place:
       tries: how often a step was not finite.
       rate: the share of the learning rates that is left after that.
       stopped: early.
+      codes_part: the part of codes_share and codes_trust that is left after codes were reverted.
+      recoded, kept: how often codes were chosen again, and how often that was kept.
     """
 
     step: int
@@ -47,21 +54,34 @@ class Place:
     tries: int = 0
     rate: float = 1.0
     stopped: bool = False
+    codes_part: float = 1.0
+    recoded: int = 0
+    kept: int = 0
 
 
 _NUMBERS = (
     *("step", "lowest", "best_step", "good_step", "stale", "tries", "rate", "stopped"),
+    *("codes_part", "recoded", "kept"),
 )  # all of them exact in float32
 _STATES = ("states", "best", "good")
+_SHARED, _NOW, _BEST = "shared_codes", "codes", "best_codes"
+Codes = dict[str, jax.Array]  # by leaf
 
 
-def save(directory: Path, place: Place) -> None:
+def save(directory: Path, place: Place, leaves: Mapping[str, Unpacked]) -> None:
     """Writes a place; the last one stays until that is done.
+
+    Args:
+      directory: of all places.
+      place: to be written.
+      leaves: what the states are of.
 
     Raises:
       FullDiskError: there is no room.
     """
     tree: dict[str, Any] = {name: _joined(getattr(place, name)) for name in _STATES}
+    for name, codes in _chosen_again(place).items():
+        tree |= {name: _as_floats(leaves, codes), f"{name}_of": _which(place.states, codes)}
     tree["numbers"] = np.asarray([getattr(place, name) for name in _NUMBERS], np.float32)
     number = _last_number(directory) + 1
     others = list(directory.glob("state-*"))
@@ -70,12 +90,56 @@ def save(directory: Path, place: Place) -> None:
         shutil.rmtree(other)
 
 
-def load(directory: Path, start: States) -> Place | None:
+def _chosen_again(place: Place) -> dict[str, Codes]:
+    """Codes in place of those of the leaves, by their names in the tree; no name for none.
+
+    Of the best states, those that are not the states' own: "shared_codes" are theirs too.
+    """
+    now, best = ({n: s.codes for n, s in of.items()} for of in (place.states, place.best))
+    now = {name: codes for name, codes in now.items() if codes is not None}
+    best = {name: codes for name, codes in best.items() if codes is not None}
+    shared = {name: codes for name, codes in best.items() if codes is now.get(name)}
+    found = {
+        _SHARED: shared,
+        _NOW: {name: codes for name, codes in now.items() if name not in shared},
+        _BEST: {name: codes for name, codes in best.items() if name not in shared},
+    }
+    return {name: codes for name, codes in found.items() if codes}
+
+
+def _which(states: States, codes: Codes) -> np.ndarray:
+    """1 for each of the leaves that has codes here, in order; 0 for the others."""
+    return np.asarray([name in codes for name in sorted(states)], np.float32)
+
+
+def _as_floats(leaves: Mapping[str, Unpacked], codes: Codes) -> np.ndarray:
+    """Three bytes of codes in a float32, which 24 bits fit without rounding."""
+    stored = np.concatenate([to_bytes(leaves[name], codes[name]) for name in sorted(codes)])
+    three = np.pad(stored, (0, -len(stored) % 3)).reshape(-1, 3).astype(np.int32)
+    return (three @ np.array([1, 1 << 8, 1 << 16], np.int32)).astype(np.float32)
+
+
+def _from_floats(leaves: Mapping[str, Unpacked], names: Sequence[str], floats) -> Codes:
+    three = floats.astype(np.int32)[:, None] >> np.array([0, 8, 16], np.int32)
+    stored, found, start = (three & 255).astype(np.uint8).reshape(-1), {}, 0
+    for name in names:
+        count = count_bytes(leaves[name])
+        found[name] = from_bytes(leaves[name], stored[start : start + count])
+        start += count
+    return found
+
+
+def _with_codes(states: States, codes: Codes) -> States:
+    return {name: state._replace(codes=codes.get(name)) for name, state in states.items()}
+
+
+def load(directory: Path, start: States, leaves: Mapping[str, Unpacked]) -> Place | None:
     """The last place that was written, or None.
 
     Args:
       directory: of `save`.
-      start: states of the shapes that it has.
+      start: states of the shapes that it has, with the codes of the leaves.
+      leaves: as `save` takes them.
     """
     for path in reversed(_stored(directory)):
         wrong = damage(path)
@@ -89,7 +153,17 @@ def load(directory: Path, start: States) -> Place | None:
             name: kinds[name](value)
             for name, value in zip(_NUMBERS, tree["numbers"].tolist(), strict=True)
         }
-        return Place(**{n: _parted(tree[n], start) for n in _STATES}, **numbers)
+        codes: dict[str, Codes] = {_SHARED: {}, _NOW: {}, _BEST: {}}
+        for kind in codes.keys() & tree.keys():
+            there = zip(sorted(start), tree[f"{kind}_of"], strict=True)
+            names = [name for name, is_there in there if is_there]
+            codes[kind] = _from_floats(leaves, names, tree[kind])
+        now, best = (codes[_SHARED] | codes[kind] for kind in (_NOW, _BEST))
+        states = {
+            name: _with_codes(_parted(tree[name], start), best if name == "best" else now)
+            for name in _STATES
+        }
+        return Place(**states, **numbers)
     return None
 
 
@@ -110,8 +184,9 @@ def _stored(directory: Path) -> list[Path]:
 
 
 def _joined(states: States) -> np.ndarray:
-    """All arrays in one: Orbax takes a file for each."""
-    return np.concatenate([np.ravel(np.asarray(a, np.float32)) for a in jax.tree.leaves(states)])
+    """All arrays but codes in one: Orbax takes a file for each."""
+    arrays = jax.tree.leaves(_with_codes(states, {}))
+    return np.concatenate([np.ravel(np.asarray(a, np.float32)) for a in arrays])
 
 
 def _parted(joined: np.ndarray, start: States) -> States:

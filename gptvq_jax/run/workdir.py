@@ -49,7 +49,8 @@ from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_byte
 from gptvq_jax.run.activations import Activations
 from gptvq_jax.run.stream_files import StreamFiles
 
-TUNE_KINDS = ("tune", "tuned", "moved")  # of rows of metrics.jsonl: the tuning of the whole model
+# Of rows of metrics.jsonl: the tuning of the whole model, as it goes on and at its end.
+TUNE_KINDS = ("tune", "codes", "tuned", "moved")
 
 # Files that no run writes beside its own.
 _OF_OTHERS = {

@@ -148,6 +148,7 @@ def test_the_metric_of_single_weights_is_its_diagonal():
         ({"tune.block": True, "tune.epochs": 1}, "tune.patience", "--config.tune.epochs=2"),
         ({"tune.block": True, "tune.patience": 8}, "tune.tolerance", "--config.tune.epochs above"),
         ({}, "finetune.epochs", "--config.tune.model=True"),
+        ({"tune.model": True}, "finetune.codes_share", "--config.finetune.codes=True"),
         ({"tune.model": True, "finetune.patience": 9}, "finetune.tolerance", "lower finetune.pa"),
         ({"method": "gptq"}, "seed", "--config.tune.block=True"),
         ({"method": "trellis"}, "seed", "--config.tune.block=True"),
@@ -201,7 +202,7 @@ def test_a_field_with_an_effect_is_taken(base, field):
 def test_fields_of_the_run_itself_always_count():
     """What is left when each section is switched on: nothing but the other methods' fields."""
     everything = config_with({"tune.block": True, "calibration.gradient_groups": 1, **BUDGET})
-    everything.tune.model = True
+    everything.tune.model = everything.finetune.codes = True
     everything.vq.codebook_update = "adam"
     everything.vq.dim, everything.vq.bits = 2, 2.0
     everything.calibration.datasets = ("c4", "ptb")

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
-from tiny_run import quick_config
+from documented import parsed
+from tiny_run import config_file, quick_config
 
 from gptvq_jax.config import FinetuneSettings, from_config
 from gptvq_jax.console.stopwatch import Stopwatch
@@ -23,6 +25,9 @@ from gptvq_jax.study.random_model import write_random_llama
 
 NUM_BLOCKS = 3
 _TOOK = ("seconds", "compile_seconds", "stages", "totals", "peak_memory_bytes", "checkpoint_bytes")
+
+# Of a model this small, whose every vector weighs more.
+CODES = {"codes": True, "codes_share": 0.02, "codes_rate": 1.0, "codes_trust": 1.0}
 
 
 def tuning_config(model_dir, text_files):
@@ -86,6 +91,20 @@ def test_it_lowers_the_divergence_of_what_is_written(tuned):
     assert row["held_out_after"] < 0.99 * row["held_out_before"]
     packed, after = leaves(tuned.path / "checkpoint")
     before_packed, before = leaves(tuned.checkpoint)
+    assert divergence_of(tuned) == pytest.approx(row["held_out_after"], rel=1e-4)
+    assert packed.manifest["bits_per_value"] == before_packed.manifest["bits_per_value"]
+    assert packed.manifest["source"] == before_packed.manifest["source"]
+    for path, leaf in after.items():
+        old = before[path]
+        if isinstance(leaf, QuantizedTensor):
+            np.testing.assert_array_equal(leaf.codes, old.codes)
+        same = map(np.array_equal, jax.tree.leaves(leaf), jax.tree.leaves(old))
+        assert not all(same), path
+
+
+def divergence_of(tuned):
+    """On the windows held out, of the files of the tuned checkpoint."""
+    packed, _ = leaves(tuned.path / "checkpoint")
     source = open_source(tuned.config.model)
     tokens = _windows(tuned)[-2:]
     with (
@@ -101,15 +120,7 @@ def test_it_lowers_the_divergence_of_what_is_written(tuned):
             of_float.head(),
             target,
         )
-    assert float(np.sum(kl)) / tokens.size == pytest.approx(row["held_out_after"], rel=1e-4)
-    assert packed.manifest["bits_per_value"] == before_packed.manifest["bits_per_value"]
-    assert packed.manifest["source"] == before_packed.manifest["source"]
-    for path, leaf in after.items():
-        old = before[path]
-        if isinstance(leaf, QuantizedTensor):
-            np.testing.assert_array_equal(leaf.codes, old.codes)
-        same = map(np.array_equal, jax.tree.leaves(leaf), jax.tree.leaves(old))
-        assert not all(same), path
+    return float(np.sum(kl)) / tokens.size
 
 
 def _windows(tuned):
@@ -206,7 +217,7 @@ def test_a_step_that_is_not_finite_leads_back(tuned, monkeypatch, caplog):
     def breaking(self, *arguments):
         calls.append(None)
         kl, found = gradients(self, *arguments)
-        return (kl * np.nan if len(calls) in (7, 11) else kl), found  # of steps 4 and 4
+        return (kl * np.nan if len(calls) in (4, 6) else kl), found  # of steps 4 and 4
 
     monkeypatch.setattr(Student, "gradients", breaking)
     path, summary = tuned.tune("nan")
@@ -227,6 +238,137 @@ def test_a_tuning_that_is_never_finite_stops(tuned):
 def test_early_stop(tuned):
     _, summary = tuned.tune("stopped", patience=1, tolerance=0.9, epochs=5)
     assert summary["tuning"]["steps"] == 2
+
+
+@pytest.fixture(scope="module")
+def recoded(tuned, model_dir, text_files):
+    """The same tuning by its command, with codes that are chosen again after every look."""
+    f, path = tuned.config.finetune, tuned.directory / "recoded"
+    lines = [f"config.finetune.{field} = {f[field]!r}" for field in f]
+    config = config_file(tuned.directory / "config.py", model_dir, text_files, *lines)
+    command = f"python scripts/finetune.py --checkpoint={tuned.checkpoint} --workdir={path}"
+    command += f" --config={config}" + "".join(
+        f" --config.finetune.{k}={v}" for k, v in CODES.items()
+    )
+    with pytest.MonkeyPatch.context() as patch, parsed(command, patch) as script:
+        script.main(sys.argv)
+    return path, json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def codes_of(checkpoint):
+    return {
+        path: np.asarray(leaf.small_codes())
+        for path, leaf in leaves(checkpoint)[1].items()
+        if isinstance(leaf, QuantizedTensor)
+    }
+
+
+def test_codes_are_chosen_again_where_that_lowers_the_divergence(tuned, recoded):
+    path, summary = recoded
+    tried = rows(path, "codes")
+    assert [row["step"] for row in tried] == [2, 4, 6]
+    part = 1.0
+    for row in tried:
+        assert row["part"] == part and 0 < row["changed"] <= 0.03 * part * row["vectors"]
+        assert row["kept"] == (row["held_out_after"] < row["held_out_before"])
+        look = next(r for r in rows(path, "tune") if r["step"] == row["step"] and "held_out" in r)
+        assert row["held_out_before"] == look["held_out"]
+        part *= 1.0 if row["kept"] else 0.5
+    kept = [row for row in tried if row["kept"]]
+    tuning = summary["tuning"]
+    assert (tuning["recoded"], tuning["kept"]) == (3, len(kept)) and kept
+    assert tuning["held_out_after"] <= min(row["held_out_after"] for row in kept)
+    assert tuning["held_out_after"] < tuned.summary["tuning"]["held_out_after"]
+    before, after = codes_of(tuned.checkpoint), codes_of(path / "checkpoint")
+    changed = sum(int((after[name] != codes).sum()) for name, codes in before.items())
+    assert 0 < changed <= sum(row["changed"] for row in kept)
+    with pytest.MonkeyPatch.context() as patch:  # of what is written
+        patch.setattr(tuned, "path", path)
+        patch.setattr(tuned, "summary", summary)
+        assert divergence_of(tuned) == pytest.approx(tuning["held_out_after"], rel=1e-4)
+
+
+def test_codes_that_raise_the_divergence_are_reverted(tuned):
+    """Then nothing is left of them: the tuning without them, to the last byte."""
+    path, summary = tuned.tune(
+        "reverted", codes=True, codes_share=1.0, codes_rate=1e3, codes_trust=1e3
+    )
+    assert [(r["part"], r["kept"]) for r in rows(path, "codes")] == [
+        (1.0, False),
+        (0.5, False),
+        (0.25, False),
+    ]
+    assert summary["tuning"]["recoded"] == 3 and summary["tuning"]["kept"] == 0
+    layers = [
+        json.loads((p / "checkpoint" / "manifest.json").read_text())["layers"]
+        for p in (path, tuned.path)
+    ]
+    assert layers[0] == layers[1]
+    assert rows(path, "tune", "moved") == rows(tuned.path, "tune", "moved")
+
+
+def test_with_codes_it_resumes_to_the_same_bytes(tuned, recoded, monkeypatch):
+    monkeypatch.setattr(tune_model, "_SAVE_SECONDS", 0.0)
+    calls, update = [], Student.update
+
+    def killing(self, *arguments):
+        calls.append(None)
+        if len(calls) in (4, 6):  # codes of the best states are those of the states, and older
+            raise KeyboardInterrupt
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Student, "update", killing)
+    name = "recoded and killed"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tuned.tune(name, **CODES)
+    path, summary = tuned.tune(name, **CODES)
+    manifest = "checkpoint/manifest.json"
+    assert (path / manifest).read_bytes() == (recoded[0] / manifest).read_bytes()
+    for kinds in (("tune", "codes"), ("moved", "tuned")):
+        assert rows(path, *kinds) == rows(recoded[0], *kinds)
+    assert summary["comparison"] == recoded[1]["comparison"]
+
+
+def test_codes_of_other_states_come_back_from_a_saved_one(tuned, tmp_path):
+    """Of the states and the best: shared, only of one of them, and other ones of the same leaf."""
+    from gptvq_jax.run.student import Teacher
+    from gptvq_jax.run.tune_state import Place, load, save
+    from gptvq_jax.storage.checkpoint import PackedCheckpoint
+
+    packed = PackedCheckpoint(tuned.checkpoint)
+    student = Student(packed, Teacher(packed.config, {}), 1, Stopwatch())
+    start = student.states()
+    names = [name for name, leaf in student.leaves.items() if leaf.codes is not None]
+
+    def with_codes(states, added, of):
+        found = {n: states[n]._replace(codes=(student.leaves[n].codes + added) % 4) for n in of}
+        return {**states, **found}
+
+    shared = with_codes(start, 1, names[:2])
+    now, best = with_codes(shared, 2, names[2:4]), with_codes(shared, 3, names[3:5])
+    save(tmp_path, Place(3, now, best, now, 0.5, codes_part=0.25, recoded=2), student.leaves)
+    place = load(tmp_path, start, student.leaves)
+    assert (place.step, place.codes_part, place.recoded) == (3, 0.25, 2)
+    for found, expected in ((place.states, now), (place.good, now), (place.best, best)):
+        for name, state in expected.items():
+            one, other = (jax.tree.leaves(s) for s in (found[name], state))
+            assert len(one) == len(other)
+            for a, b in zip(one, other, strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"codes_metric": "l2"}, {"codes_share": 0.1}, {"codes_rate": 3.0}, {"codes_trust": 1e-3}],
+)
+def test_every_field_of_codes_counts(tuned, recoded, changes):
+    path, _ = tuned.tune(str(changes), **{**CODES, **changes})
+    assert rows(path, "codes") != rows(recoded[0], "codes")
+    path, _ = tuned.tune("every other look", **CODES, codes_every=2)
+    assert [row["step"] for row in rows(path, "codes")] == [4]
 
 
 @pytest.mark.slow
@@ -297,6 +439,11 @@ def test_fields_that_do_not_count_are_refused(tuned, field, message):
         ({"num_windows": 4}, "batch_size=8 must be at most finetune.num_windows=4; lower it"),
         ({"micro_batch": 3}, "micro_batch=3 must be a divisor of finetune.batch_size=8"),
         ({"held_out": 0}, "held_out=0 must be at least 1"),
+        ({"codes_share": 0.0}, "codes_share=0.0 must be above 0 and at most 1"),
+        ({"codes_metric": "l1"}, "codes_metric='l1' must be hessian or l2"),
+        ({"codes_every": 0}, "codes_every=0 must be at least 1"),
+        ({"codes_rate": 0.0}, "codes_rate=0.0 must be above 0"),
+        ({"codes_trust": 0.0}, "codes_trust=0.0 must be above 0"),
         ({"norm_learning_rate": -1.0}, "norm_learning_rate=-1.0 must be 0"),
     ],
 )

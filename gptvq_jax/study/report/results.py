@@ -35,6 +35,7 @@ class Cell:
       blocks: rows of tuned blocks.
       outer: rows of the embedding and the head, where a recipe has rules for them.
       tuning: rows of the steps that tuned the whole model, and of looks at windows held out.
+      recoded: rows of the times that its codes were chosen again.
       moved: rows of what each of its parameters moved.
     """
 
@@ -50,6 +51,7 @@ class Cell:
     blocks: Sequence[dict[str, Any]] = ()
     outer: Sequence[dict[str, Any]] = ()
     tuning: Sequence[dict[str, Any]] = ()
+    recoded: Sequence[dict[str, Any]] = ()
     moved: Sequence[dict[str, Any]] = ()
 
     def number(self, name: str) -> float | None:
@@ -136,7 +138,7 @@ def _run(directory: Path, name: str = "") -> Cell:
         check_row(row, f"{path}, line {number}")
     kinds = {
         kind: [row for row in rows if row["kind"] == kind]
-        for kind in ("layer", "block", "outer", "tune", "moved")
+        for kind in ("layer", "block", "outer", "tune", "codes", "moved")
     }
     summary = next((row for row in rows if row["kind"] == "summary"), {})
     config, command = directory / "config.json", directory / "command.txt"
@@ -151,6 +153,7 @@ def _run(directory: Path, name: str = "") -> Cell:
         blocks=kinds["block"],
         outer=kinds["outer"],
         tuning=kinds["tune"],
+        recoded=kinds["codes"],
         moved=kinds["moved"],
     )
 

@@ -20,6 +20,14 @@ _BLOCK = {"block": int, "tune_error_before": float, "tune_error_after": float}
 _SUMMARY = {"bits_per_value": float, "perplexity_float": float, "perplexity_quantized": float}
 _TUNE = {"step": int}
 _MOVED = {"leaf": str, "parameter": str, "moved": float}
+_CODES = {
+    "step": int,
+    "changed": int,
+    "vectors": int,
+    "kept": bool,
+    "held_out_before": float,
+    "held_out_after": float,
+}
 _TUNED = {"steps": int, "best_step": int, "held_out_before": float, "held_out_after": float}
 _OF_LAYERS = {"bits_per_value": float, "relative_error": float}
 _OPTIONAL = {  # of a layer
@@ -47,6 +55,7 @@ _FIELDS = {
     "tune": _TUNE,
     "tuned": _TUNED,
     "moved": _MOVED,
+    "codes": _CODES,
 }
 _OF_STEP = {"loss": float, "rate": float, "seconds": float, "tflop": float}
 
@@ -98,7 +107,12 @@ def _check(row: dict[str, Any], fields: dict[str, type], where: str) -> None:
     for name, kind in fields.items():
         value = row.get(name)
         if not (_is_number(value) if kind is float else type(value) is kind):
-            wanted = {float: "a number", int: "a whole number", str: "a text"}[kind]
+            wanted = {
+                float: "a number",
+                int: "a whole number",
+                str: "a text",
+                bool: "true or false",
+            }[kind]
             raise ValueError(f"{where}: {name}={brief(value)} must be {wanted}; restore the file")
         row[name] = printable(value) if kind is str else kind(value)
 

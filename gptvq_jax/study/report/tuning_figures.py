@@ -21,6 +21,8 @@ _WORDS = {
     "values": "norms and biases",
 }
 
+_ON_CODES = " Where codes were chosen again, what that led to: kept, or reverted."
+
 
 def of_tuning(cell: Cell, stem: str = "") -> list[Figure]:
     """The figures of a run that was tuned as a whole; none of another.
@@ -37,8 +39,9 @@ def of_tuning(cell: Cell, stem: str = "") -> list[Figure]:
                 f"{stem}tuning_loss",
                 "Loss by step of the tuning",
                 "KL divergence of the next tokens from the float model's, nats per token: of the "
-                "batch of each step, and of windows that were not tuned on.",
-                lambda axes: _loss(axes, steps, _looks(cell)),
+                "batch of each step, and of windows that were not tuned on."
+                + (_ON_CODES if cell.recoded else ""),
+                lambda axes: _loss(axes, steps, _looks(cell), _recoded(cell)),
             )
         )
     if cell.moved:
@@ -73,7 +76,27 @@ def tuning_line(cell: Cell) -> str | None:
             f"; KL divergence on windows held out {looks[0]['held_out']:.4f} before, "
             f"{best['held_out']:.4f} after step {best['step']}, which is kept"
         )
-    return f"{text}."
+    return f"{text}.{_codes_text(cell)}"
+
+
+def _codes_text(cell: Cell) -> str:
+    """A sentence on the codes that were chosen again; "" where none were."""
+    times = _recoded(cell)
+    if not times:
+        return ""
+    kept = [row for row in times if row["kept"]]
+    share = sum(row["changed"] for row in kept) / max(row["vectors"] for row in times)
+    gained = sum(row["held_out_before"] - row["held_out_after"] for row in kept)
+    return (
+        f" Codes were chosen again in {len(times)} of them and kept in {len(kept)}: in all "
+        f"{100 * share:.2g} % of the vectors, and {gained:.4f} less divergence held out."
+    )
+
+
+def _recoded(cell: Cell) -> list[dict[str, Any]]:
+    """Rows of the times that codes were chosen again; of a step that was made again, the last."""
+    last = {row["step"]: row for row in cell.recoded}
+    return [last[step] for step in sorted(last)]
 
 
 def _steps(cell: Cell) -> list[dict[str, Any]]:
@@ -87,7 +110,12 @@ def _looks(cell: Cell) -> list[dict[str, Any]]:
     return [last[step] for step in sorted(last)]
 
 
-def _loss(axes: Any, steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> None:
+def _loss(
+    axes: Any,
+    steps: Sequence[dict[str, Any]],
+    looks: Sequence[dict[str, Any]],
+    recoded: Sequence[dict[str, Any]],
+) -> None:
     for index, (rows, field, label) in enumerate(
         ((steps, "loss", "tuned on"), (looks, "held_out", "held out"))
     ):
@@ -95,6 +123,10 @@ def _loss(axes: Any, steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, 
         look = style(index) | ({"marker": "", "linewidth": 1} if field == "loss" else {})
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **look)
+    for index, (kept, label) in enumerate(((True, "codes, kept"), (False, "codes, reverted")), 2):
+        points = [(row["step"], row["held_out_after"]) for row in recoded if row["kept"] == kept]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style(index) | {"linestyle": ""})
     axes.set(xlabel="step", ylabel="KL divergence, nats per token")
     axes.xaxis.get_major_locator().set_params(integer=True)
 

@@ -41,7 +41,26 @@ def test_loss_and_moves_are_drawn(tmp_path):
     assert moves == {"row scales": [(0, pytest.approx(0.01)), (1, pytest.approx(0.01))]}
     line = tuning_line(cell)
     assert "4 steps of 2 TFLOP each, 4 s in the median, which is 0.5 TFLOP/s" in line
-    assert "0.5000 before, 0.2500 after step 4" in line
+    assert "0.5000 before, 0.2500 after step 4" in line and "Codes" not in line
+
+
+def test_codes_that_were_chosen_again_are_drawn_and_counted(tmp_path):
+    codes = [
+        {"kind": "codes", "step": step, "part": 1.0, "changed": 30 * step, "vectors": 10000}
+        | {"held_out_before": 0.25, "held_out_after": after, "kept": after < 0.25, "seconds": 3.0}
+        for step, after in ((2, 0.2), (3, 0.3), (4, 0.24))
+    ]
+    rows = [layer_row(), *tuning_rows(), codes[0], *codes, summary_row()]  # one made again
+    (cell,) = read_results([write_run(tmp_path / "run", rows)]).cells
+    loss = drawn(of_tuning(cell)[0])
+    assert loss["codes, kept"] == [(2, 0.2), (4, 0.24)] and loss["codes, reverted"] == [(3, 0.3)]
+    assert (
+        "Codes were chosen again in 3 of them and kept in 2: in all 1.8 % of the vectors, and "
+        "0.0600 less divergence held out."
+    ) in tuning_line(cell)
+    rows[-2] = {**codes[2], "kept": 1}
+    with pytest.raises(ValueError, match="kept=1 must be true or false"):
+        read_results([write_run(tmp_path / "damaged", rows)])
 
 
 def test_the_page_has_them(tmp_path):
