@@ -7,6 +7,7 @@ from gptvq_jax.adapters.peft_files import open_adapter
 from gptvq_jax.models.open import open_source
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.serve import int8_effect
+from gptvq_jax.serve.huge_pages import on_huge_pages
 from gptvq_jax.serve.params import Params, dense_params, packed_params
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
@@ -80,9 +81,9 @@ class ServedModel:
             chosen = self._implementation
             if not self._exact:
                 chosen = int8_effect.choose(self.source, chosen)
-            params = packed_params(self.source, chosen)
+            params = on_huge_pages(packed_params(self.source, chosen))
         else:
-            params = dense_params(self.source, dtype)
+            params = on_huge_pages(dense_params(self.source, dtype))
         if self.adapter is None:
             return params
         return beside(self.adapter, params, self.source.config.num_hidden_layers)

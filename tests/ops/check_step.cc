@@ -41,7 +41,24 @@ bool all_done() {
   return true;
 }
 
+// Whether every item of jobs that are done together is done once, with its own number.
+bool all_jobs_done() {
+  Threads pool;
+  std::vector<std::vector<std::atomic<int>>> counts;
+  for (const int64_t items : {5, 0, 1, 40}) counts.emplace_back(items);
+  std::vector<Job> jobs;
+  for (auto& count : counts)
+    jobs.push_back({static_cast<int64_t>(count.size()), [&](int64_t i) { count.at(i)++; }});
+  parallel(pool, jobs);
+  parallel(pool, std::vector<Job>());
+  for (const auto& count : counts)
+    for (const auto& c : count)
+      if (c != 1) return false;
+  return true;
+}
+
 void check_threads() {
+  expect(all_jobs_done(), "items of jobs that are done together");
   expect(all_done(), "items of jobs");
   std::thread other([] { expect(all_done(), "items of jobs of another thread"); });
   expect(all_done(), "items of jobs beside another thread");
@@ -84,6 +101,34 @@ void check_exponential() {
   expect(std::isnan(exponential(NAN)), "the exponential of what is no number");
 }
 
+void check_sums() {
+  std::mt19937 random(1);
+  std::vector<float> weights(17), x(17 * 150), y(150, 9.0f);
+  for (auto* values : {&weights, &x})
+    for (float& v : *values) v = std::normal_distribution<float>()(random);
+  for (const int64_t size : {150, 64, 5}) {  // whole vectors of sums and a rest; no rest; no vector
+    weighted_sum(weights.data(), x.data(), 17, size, y.data());
+    for (int64_t i = 0; i < size; i++) {
+      double expected = 0;
+      for (int64_t s = 0; s < 17; s++) expected += double(weights[s]) * x[s * size + i];
+      expect(std::abs(expected - y[i]) < 1e-5, "a weighted sum");
+    }
+  }
+  double expected = 0;
+  for (int64_t i = 0; i < 83; i++) expected += double(x[i]) * x[100 + i];
+  const float product = inner_product(x.data(), x.data() + 100, 83);
+  expect(std::abs(expected - product) < 1e-5, "an inner product");
+  simd::Floats rows[4];
+  float sums_of[4];
+  for (int t = 0; t < 4; t++) std::memcpy(&rows[t], x.data() + 40 * t, sizeof rows[t]);
+  simd::sums(rows, sums_of);
+  for (int t = 0; t < 4; t++) {
+    double whole = 0;
+    for (size_t i = 0; i < sizeof rows[t] / 4; i++) whole += x[40 * t + i];
+    expect(std::abs(whole - sums_of[t]) < 1e-5, "sums of the lanes of four vectors");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -91,6 +136,7 @@ int main() {
   for (const int64_t cols : {1, 40, 64, 83, 200}) check_rows(37, cols, cols % 3 + 1);
   check_rows(700, 1024, 2);
   check_exponential();
+  check_sums();
   std::printf("%s: %s\n", SIMD_NAME, good ? "good" : "not good");
   return good ? 0 : 1;
 }

@@ -154,12 +154,27 @@ class Digits {
       return;
     }
     const int64_t together = chunk_cols / kLanes;  // P D values of the codes of a lane
-    for (int64_t first = 0; first < strip_size; first += chunk_cols, to += chunk_cols)
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int64_t c = first + code_at(f.bits, lane) * together;
-        for (int64_t i = 0; i < together; i++)
-          to[i * kLanes + lane] = c + i < count ? from[c + i] : 0;
+    std::vector<float> last;                       // a chunk that the strip does not fill
+    for (int64_t first = 0; first < strip_size; first += chunk_cols, to += chunk_cols) {
+      const float* chunk = from + first;
+      if (first + chunk_cols > count) {
+        last.assign(chunk_cols, 0);
+        if (first < count) std::copy_n(chunk, count - first, last.data());
+        chunk = last.data();
       }
+      if (together == 2) spread<2>(f.bits, chunk, to);
+      else if (together == 4) spread<4>(f.bits, chunk, to);
+      else
+        for (int64_t i = 0; i < together; i++)
+          for (int lane = 0; lane < kLanes; lane++)
+            to[i * kLanes + lane] = chunk[code_at(f.bits, lane) * together + i];
+    }
+  }
+  // A chunk with its number of values to a lane known, so that compilers make vectors of it.
+  template <int N>
+  static void spread(int bits, const float* from, float* __restrict to) {
+    for (int lane = 0; lane < kLanes; lane++)
+      for (int i = 0; i < N; i++) to[i * kLanes + lane] = from[code_at(bits, lane) * N + i];
   }
   struct alignas(64) Line { int8_t at[64]; };  // so that no vector straddles two
   const int64_t chunk_cols;

@@ -44,15 +44,10 @@ inline void attend(const AttentionShape& a, const float* q, const float* k, cons
       const float score = inner_product(q + h * dim, k + (first + s) * dim, dim) * a.scale;
       scores[h * count + s] = a.softcap ? a.softcap * std::tanh(score / a.softcap) : score;
     }
-  for (int64_t h = 0; h < group; h++) softmax(scores + h * count, count);
-  std::fill_n(y, group * dim, 0.0f);
-  for (int64_t s = 0; s < count; s++)
-    for (int64_t h = 0; h < group; h++) {
-      const float weight = scores[h * count + s];
-      const float* value = v + (first + s) * dim;
-      float* __restrict out = y + h * dim;
-      for (int64_t i = 0; i < dim; i++) out[i] += weight * value[i];
-    }
+  for (int64_t h = 0; h < group; h++) {
+    softmax(scores + h * count, count);
+    weighted_sum(scores + h * count, v + first * dim, count, dim, y + h * dim);
+  }
 }
 
 // Turns q (batch, heads, head_dim) and k (batch, kv_heads, head_dim), stores k and v in the caches

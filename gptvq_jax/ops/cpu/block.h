@@ -36,8 +36,8 @@ inline float activation(float x, bool gelu) {
 
 // Runs rows of x (batch, hidden) through a block, in place, and updates the caches.
 //
-// `product(layer, x, y)` multiplies rows by a layer's weights; false where it could not, and so is
-// the result.
+// `product(layers, x, y)` multiplies rows by the weights of layers, each into its own y; false where
+// it could not, and so is the result.
 template <class Pool, class Product>
 bool run_block(const Block& b, float* x, const int32_t* positions, const float* frequencies,
                Pool& pool, Product&& product, float* k_cache, float* v_cache) {
@@ -53,14 +53,19 @@ bool run_block(const Block& b, float* x, const int32_t* positions, const float* 
   float *normed = rows(b.hidden), *output = rows(b.hidden), *q = rows(q_size), *mixed = rows(q_size);
   float *k = rows(kv_size), *v = rows(kv_size), *gate = rows(b.inner), *up = rows(b.inner);
 
-  auto layer = [&](LayerIndex index, const float* from, int64_t size, float* to) {
-    if (!product(index, from, to)) return false;
-    const Values &scales = b.row_scales[index], &bias = b.biases[index];
-    for (int64_t n = 0; n < batch; n++, to += size) {
-      if (!scales.empty())
-        for (int64_t i = 0; i < size; i++) to[i] *= scales[i];
-      if (!bias.empty())
-        for (int64_t i = 0; i < size; i++) to[i] += bias[i];
+  const int64_t widths[kLayers] = {q_size, kv_size, kv_size, b.hidden, b.inner, b.inner, b.hidden};
+  auto layers = [&](const std::vector<LayerIndex>& which, const float* from,
+                    const std::vector<float*>& to) {
+    if (!product(which, from, to)) return false;
+    for (size_t l = 0; l < which.size(); l++) {
+      const Values &scales = b.row_scales[which[l]], &bias = b.biases[which[l]];
+      const int64_t size = widths[which[l]];
+      for (float* row = to[l]; row < to[l] + batch * size; row += size) {
+        if (!scales.empty())
+          for (int64_t i = 0; i < size; i++) row[i] *= scales[i];
+        if (!bias.empty())
+          for (int64_t i = 0; i < size; i++) row[i] += bias[i];
+      }
     }
     return true;
   };
@@ -79,17 +84,16 @@ bool run_block(const Block& b, float* x, const int32_t* positions, const float* 
   };
 
   const float* read = norm(kBeforeAttention, x, b.hidden, normed);
-  if (!layer(kQ, read, q_size, q) || !layer(kK, read, kv_size, k) || !layer(kV, read, kv_size, v))
-    return false;
+  if (!layers({kQ, kK, kV}, read, {q, k, v})) return false;
   norm(kQNorm, q, q_size, q), norm(kKNorm, k, kv_size, k);
   attention(a, q, k, v, positions, frequencies, pool, k_cache, v_cache, mixed);
-  if (!layer(kO, mixed, b.hidden, output)) return false;
+  if (!layers({kO}, mixed, {output})) return false;
   add(kAfterAttention);
 
   read = norm(kBeforeFeed, x, b.hidden, normed);
-  if (!layer(kGate, read, b.inner, gate) || !layer(kUp, read, b.inner, up)) return false;
+  if (!layers({kGate, kUp}, read, {gate, up})) return false;
   for (int64_t i = 0; i < batch * b.inner; i++) gate[i] = activation(gate[i], b.gelu) * up[i];
-  if (!layer(kDown, gate, b.hidden, output)) return false;
+  if (!layers({kDown}, gate, {output})) return false;
   add(kAfterFeed);
   return true;
 }

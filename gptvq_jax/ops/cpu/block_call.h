@@ -8,6 +8,7 @@
 
 #include "block.h"
 #include "simd.h"
+#include "vq_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -23,6 +24,7 @@ using CacheArray = ffi::Buffer<ffi::F32, 3>;
 struct LayerCall {
   XLA_FFI_Handler* handler;
   int64_t arrays;
+  std::optional<VqSizes> vq;  // where its work can be done beside that of others
   std::vector<XLA_FFI_AttrType> types;
   std::vector<XLA_FFI_ByteSpan*> names;
   std::vector<void*> attributes;
@@ -50,7 +52,11 @@ struct xla::ffi::AttrDecoding<LayerCall> {
     XLA_FFI_Handler* handler = target ? layer_handler(*target) : nullptr;
     if (!handler || !arrays || *arrays < 0)
       return diagnostic.Emit("not a layer of this library"), std::nullopt;
-    LayerCall call{handler, *arrays, {}, {}, {}};
+    LayerCall call{handler, *arrays, {}, {}, {}, {}};
+    const auto integer = [&](const char* name) { return *dictionary->get<int64_t>(name); };
+    if (*target == "gptvq_vq_matmul" && *arrays == 3)
+      call.vq = {integer("strip_rows"), integer("strip_cols"), integer("bits"),
+                 *dictionary->get<bool>("round_x")};
     const auto* all = static_cast<const XLA_FFI_Attrs*>(attribute);
     for (int64_t i = 0; i < all->size; i++) {
       const std::string_view name(all->names[i]->ptr, all->names[i]->len);
@@ -199,10 +205,24 @@ ffi::Error BlockStep(ffi::ThreadPool pool, Caller caller, FloatRows x, IntRow po
   }
 
   XLA_FFI_Error* error = nullptr;
-  auto product = [&](LayerIndex i, const float* from, float* to) {
-    MatrixBuffer in(from, batch, reads[i]), out(to, batch, widths[i]);
-    error = call_layer(caller, *layers[i], arrays, first[i], in, out);
-    return error == nullptr;
+  auto product = [&](const std::vector<LayerIndex>& which, const float* from,
+                     const std::vector<float*>& to) {
+    std::vector<Job> jobs;
+    for (size_t l = 0; l < which.size(); l++) {
+      const LayerIndex i = which[l];
+      std::optional<Job> job;
+      if (const auto& vq = layers[i]->vq)
+        job = vq_layer_job(*vq, &arrays[first[i]], from, batch, reads[i], widths[i], pool, to[l]);
+      if (job) {
+        jobs.push_back(std::move(*job));
+        continue;
+      }
+      MatrixBuffer in(from, batch, reads[i]), out(to[l], batch, widths[i]);
+      error = call_layer(caller, *layers[i], arrays, first[i], in, out);
+      if (error) return false;
+    }
+    parallel(pool, jobs);
+    return true;
   };
   run_block(block, y->typed_data(), positions.typed_data(), frequencies.typed_data(), pool, product,
             k_updated->typed_data(), v_updated->typed_data());

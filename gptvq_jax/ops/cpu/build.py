@@ -50,6 +50,7 @@ _SOURCES = (
     "trellis_simd.h",
     "vector_math.h",
     "viterbi.h",
+    "vq_call.h",
 )
 _TARGETS = (
     "vq_matmul",

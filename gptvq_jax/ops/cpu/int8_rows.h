@@ -30,30 +30,38 @@ inline Bytes as_weights(Bytes codes) {
 #endif
 }
 
-// Sums over T rows of codes of their products with the Q digits of a row of x: Q whole vectors of
-// bytes for each of `chunks`. The last one of codes may be shorter.
+// Products of T rows of codes with a row of x: the value of its Q digits, of which Q whole vectors of
+// bytes lie together for each vector of codes. The last one of these may be shorter.
 template <int T, int Q>
-void int8_tile(const Int8Rows& w, const int8_t* x, int64_t chunks, int64_t row,
-               float (&sums)[T][Q]) {
+void int8_tile(const Int8Rows& w, const int8_t* x, int64_t row, float (&values)[T]) {
   Ints total[T][Q];
   for (auto& of_row : total)
     for (Ints& sum : of_row) sum = zero_ints();
   const uint8_t* codes = w.codes + row * w.cols;
-  for (int64_t i = 0; i < chunks; i++) {
-    const int64_t left = w.cols - i * kLanes;
+  auto add = [&](auto&& codes_of) {
     Bytes input[Q];
-    for (int q = 0; q < Q; q++) input[q] = load(x + (i * Q + q) * kLanes);
+    for (int q = 0; q < Q; q++, x += kLanes) input[q] = load(x);
+#pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
-      const uint8_t* from = codes + t * w.cols + i * kLanes;
-      __builtin_prefetch(from + 2 * T * w.cols);  // of the rows that come next
-      uint8_t part[kLanes] = {};
-      if (left < kLanes) from = std::copy_n(from, left, part) - left;
-      const Bytes weight = as_weights(load(from));
-      for (int q = 0; q < Q; q++) total[t][q] = dot(total[t][q], weight, input[q]);
+      const Bytes weight = as_weights(codes_of(codes + t * w.cols));
+      for (int q = 0; q < Q; q++) total[t][q] = in_order(dot(total[t][q], weight, input[q]));
     }
-  }
-  for (int t = 0; t < T; t++)
-    for (int q = 0; q < Q; q++) sums[t][q] = sum(to_float(total[t][q]));
+    codes += kLanes;
+  };
+  for (int64_t i = 0; i < w.cols / kLanes; i++)
+    add([&](const uint8_t* from) {
+      __builtin_prefetch(from + 2 * T * w.cols);  // of the rows that come next
+      return load(from);
+    });
+  if (const int64_t left = w.cols % kLanes)
+    add([&](const uint8_t* from) {
+      uint8_t part[kLanes] = {};
+      std::copy_n(from, left, part);
+      return load(part);
+    });
+  Floats of_rows[T];
+  for (int t = 0; t < T; t++) of_rows[t] = digits_to_float<Q>(total[t]);
+  sums(of_rows, values);
 }
 
 // y (batch, rows) = x (batch, cols) W^T.
@@ -66,34 +74,35 @@ void int8_rows_product(const Int8Rows& w, const float* x, int64_t batch, Pool& p
   for (int64_t n = 0; n < batch; n++) {
     x_scales[n] = round_row<Q>(x + n * w.cols, w.cols, of_row.data(), w.cols);
     double center = 0, factor = 127.5 - (kBias ? 0 : 128);
-    for (int q = 0; q < Q; q++, factor /= kBase)
-      for (int64_t c = 0; c < w.cols; c++) {
-        const int8_t digit = of_row[q * w.cols + c];
-        digits[n * size + (c / kLanes * Q + q) * kLanes + c % kLanes] = digit;
-        center += factor * digit;
-      }
+    for (int q = 0; q < Q; q++, factor /= kBase) {
+      const int8_t* const from = of_row.data() + q * w.cols;
+      int32_t sum = 0;
+      for (int64_t c = 0; c < w.cols; c++) sum += from[c];
+      center += factor * sum;
+      for (int64_t c = 0; c < w.cols; c += kLanes)
+        std::copy_n(from + c, std::min<int64_t>(kLanes, w.cols - c),
+                    digits.data() + n * size + (c * Q + q * kLanes));
+    }
     centers[n] = center;
   }
   const int64_t step = item_rows(w.rows, w.cols, 1, pool.num_threads());
   parallel(pool, divide_up(w.rows, step), [&](int64_t item) {
     const int64_t end = std::min(w.rows, (item + 1) * step);
-    auto finish = [&](int64_t n, int64_t row, const float (&sums)[Q]) {
-      float value = sums[Q - 1];
-      for (int q = Q - 2; q >= 0; q--) value = value * (1 / kBase) + sums[q];
+    auto finish = [&](int64_t n, int64_t row, float value) {
       y[n * w.rows + row] = (value - centers[n]) * x_scales[n] * half_to_float(w.scales[row]);
     };
     int64_t row = item * step;
     for (; row + T <= end; row += T)
       for (int64_t n = 0; n < batch; n++) {
-        float sums[T][Q];
-        int8_tile<T, Q>(w, digits.data() + n * size, chunks, row, sums);
-        for (int t = 0; t < T; t++) finish(n, row + t, sums[t]);
+        float values[T];
+        int8_tile<T, Q>(w, digits.data() + n * size, row, values);
+        for (int t = 0; t < T; t++) finish(n, row + t, values[t]);
       }
     for (; row < end; row++)
       for (int64_t n = 0; n < batch; n++) {
-        float sums[1][Q];
-        int8_tile<1, Q>(w, digits.data() + n * size, chunks, row, sums);
-        finish(n, row, sums[0]);
+        float values[1];
+        int8_tile<1, Q>(w, digits.data() + n * size, row, values);
+        finish(n, row, values[0]);
       }
   });
 }

@@ -4,70 +4,23 @@
 #include "int8_rows_call.h"
 #include "lookup.h"
 #include "int4.h"
-#include "products.h"
 #include "trellis_call.h"
 #include "viterbi.h"
+#include "vq_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-using U8 = ffi::Buffer<ffi::U8, 3>;
-using S8 = ffi::Buffer<ffi::S8, 5>;
-using F16 = ffi::Buffer<ffi::F16, 3>;
 using U8Matrix = ffi::Buffer<ffi::U8, 2>;
 using F16Matrix = ffi::Buffer<ffi::F16, 2>;
-using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Vector = ffi::Buffer<ffi::F32, 1>;
 using F32Books = ffi::Buffer<ffi::F32, 5>;
 using F32Scales = ffi::Buffer<ffi::F32, 3>;
-using Result = ffi::ResultBuffer<ffi::F32, 2>;
 using Scalar = ffi::Buffer<ffi::S32, 0>;
 using Integers = ffi::Buffer<ffi::S32, 2>;
 using IntVector = ffi::Buffer<ffi::S32, 1>;
-
-constexpr char kMismatch[] = "the shapes of the arrays do not fit each other";
-
-Format format_of(const U8& codes, const S8& centroids, const F16& scales, int64_t cols,
-                 int64_t strip_rows, int64_t strip_cols, int64_t bits) {
-  const auto c = codes.dimensions(), b = centroids.dimensions();
-  return {c[0], c[1], c[2], b[1], b[2], b[3], b[4], cols, strip_rows, strip_cols, bits,
-          codes.typed_data(), centroids.typed_data(),
-          reinterpret_cast<const uint16_t*>(scales.typed_data())};
-}
-
-// Whether the arrays have the sizes that the kernels take for granted. Python has looked already;
-// this costs nothing and is where a mistake would become a write beyond an array.
-template <class F, class Codes, class Books, class Rows, class Y>
-bool consistent(const F& f, const Codes& codes, const Books& books, const Rows& x, Y& y) {
-  if (std::min({f.books, f.rows, f.cols, f.dim, f.bits}) < 1 || f.bits > 16) return false;
-  if (std::min(f.strip_rows, f.strip_cols) < 1 || f.strip_cols % f.dim) return false;
-  return books.dimensions()[0] == f.books && f.size == int64_t{1} << f.bits &&
-         f.strip_cols < f.cols + f.dim && f.col_strips == divide_up(f.cols, f.strip_cols) &&
-         f.row_strips == divide_up(f.rows, f.strip_rows) &&
-         f.row_bytes == divide_up(divide_up(f.cols, f.dim) * f.bits, 8) &&
-         y->dimensions()[0] == x.dimensions()[0] && y->dimensions()[1] == codes.dimensions()[1];
-}
-
-ffi::Error done(bool known) {
-  return known ? ffi::Error::Success()
-               : ffi::Error::InvalidArgument("no kernel for this index_bits and dim");
-}
-
-ffi::Error VqMatmul(ffi::ThreadPool pool, Matrix x, U8 codes, S8 centroids, F16 scales,
-                    int64_t strip_rows, int64_t strip_cols, int64_t bits, bool round_x, Result y) {
-  const int64_t batch = x.dimensions()[0], cols = x.dimensions()[1];
-  const Format f = format_of(codes, centroids, scales, cols, strip_rows, strip_cols, bits);
-  const auto b = centroids.dimensions(), s = scales.dimensions();
-  if (!consistent(f, codes, centroids, x, y) || s[0] != b[0] || s[1] != b[1] || s[2] != b[2])
-    return ffi::Error::InvalidArgument(kMismatch);
-  const bool one_digit = round_x && one_digit_will_do(x.typed_data(), batch, cols);
-  return done(specialize(f, [&]<int B, int D, int P>() {
-    if (one_digit) product<1, B, D, P>(f, x.typed_data(), batch, pool, y->typed_data());
-    else product<3, B, D, P>(f, x.typed_data(), batch, pool, y->typed_data());
-  }));
-}
 
 ffi::Error DirectMatmul(ffi::ThreadPool pool, Matrix x, U8 codes, F32Books centroids,
                         F32Scales scales, int64_t strip_rows, int64_t strip_cols, int64_t bits,
@@ -77,10 +30,10 @@ ffi::Error DirectMatmul(ffi::ThreadPool pool, Matrix x, U8 codes, F32Books centr
   const DirectFormat f{c[0], c[1], c[2], b[1], b[2], b[3], b[4],
                        cols, strip_rows, strip_cols, bits, scales.dimensions()[2], block_size,
                        codes.typed_data(), centroids.typed_data(), scales.typed_data()};
-  const auto s = scales.dimensions();
+  const auto s = scales.dimensions(), n = y->dimensions();
   const bool blocks = f.blocks == 0 ||
                       (block_size > 0 && f.blocks == divide_up(strip_cols, block_size));
-  if (!consistent(f, codes, centroids, x, y) || s[0] != f.rows || s[1] != f.col_strips || !blocks)
+  if (!consistent(f, centroids, batch, n[0], n[1]) || s[0] != f.rows || s[1] != f.col_strips || !blocks)
     return ffi::Error::InvalidArgument(kMismatch);
   return done(direct(f, x.typed_data(), batch, pool, y->typed_data()));
 }
@@ -129,18 +82,6 @@ ffi::Error ViterbiSearch(ffi::ThreadPool pool, Matrix target, Matrix weight, Vec
 extern "C" const char* simd_name() { return SIMD_NAME; }
 extern "C" int weight_bias() { return simd::kBias; }  // of int8 levels of trellis codes
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_matmul, VqMatmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Matrix>()
-                                  .Arg<U8>()
-                                  .Arg<S8>()
-                                  .Arg<F16>()
-                                  .Attr<int64_t>("strip_rows")
-                                  .Attr<int64_t>("strip_cols")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<bool>("round_x")
-                                  .Ret<Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vq_direct_matmul, DirectMatmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -93,10 +93,12 @@ class CodeRows {
 template <int B, int D>
 class Planes {
  public:
-  Planes(const Format& f, uint8_t bias)
+  // Of row strips before `end`.
+  Planes(const Format& f, uint8_t bias, int64_t end)
       : f(f),
         split(f.size, D, bias),
         bias(bias),
+        end(end),
         strips(f.books * f.col_strips),
         together(std::clamp<int64_t>(kCacheBytes / (strips * D << B), 1, 16)),
         planes(new uint8_t[(together * strips * D << B) + kOverread]),
@@ -113,7 +115,7 @@ class Planes {
  private:
   void fill(int64_t first) {
     begin = first;
-    const int64_t count = std::min(together, f.row_strips - first);
+    const int64_t count = std::min(together, end - first);
     for (int64_t s = 0; s < strips; s++)
       for (int64_t g = 0; g < count; g++) {
         const int64_t group = s * f.row_strips + first + g;
@@ -133,7 +135,7 @@ class Planes {
   const Format& f;
   const Split split;
   const uint8_t bias;
-  const int64_t strips, together;
+  const int64_t end, strips, together;
   int64_t begin = -1 - (int64_t{1} << 40), at = 0;
   std::unique_ptr<uint8_t[]> planes;
   std::unique_ptr<float[]> scales;

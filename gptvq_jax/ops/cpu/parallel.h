@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "team.h"
 
@@ -38,11 +40,34 @@ void parallel(Pool& pool, int64_t items, Work&& work) {
     if (spins > 1000) std::this_thread::yield();
 }
 
+// Work that may be done beside other work: work(i) for i < items.
+struct Job {
+  int64_t items;
+  std::function<void(int64_t)> work;
+};
+
+template <class Pool>
+void parallel(Pool& pool, const Job& job) {
+  parallel(pool, job.items, [&](int64_t item) { job.work(item); });
+}
+
+// All of them at once, so that threads wait for each other once, and not after each.
+template <class Pool>
+void parallel(Pool& pool, const std::vector<Job>& jobs) {
+  int64_t items = 0;
+  for (const Job& job : jobs) items += job.items;
+  parallel(pool, items, [&](int64_t item) {
+    auto job = jobs.begin();
+    for (; item >= job->items; job++) item -= job->items;
+    job->work(item);
+  });
+}
+
 // Rows of one work item: as many items for each thread, a few where there are many weights, so that
 // threads end together; fewer, or one in all, where handing them over would cost more than they do.
 // They are whole tiles of rows, and, where that is no detour, whole row strips, whose tables are
 // then made once.
-constexpr int64_t kItemsPerThread = 8, kItemWeights = 1 << 17, kTileRows = 4;
+constexpr int64_t kItemsPerThread = 8, kItemWeights = 1 << 16, kTileRows = 4;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t item_rows(int64_t rows, int64_t cols, int64_t strip_rows, int64_t threads) {
   const int64_t most = rows * cols / kItemWeights;  // items

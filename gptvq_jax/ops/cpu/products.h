@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 
 #include "activations.h"
@@ -85,7 +86,7 @@ template <int T, int Q, int B, int D, int P>
       } while (x < strip_end);
     }
   }
-  for (int t = 0; t < T; t++) y[t] = sum(total[t]);
+  sums(total, y);
 }
 
 // y of rows [row, end) of W, of one row strip, and row n of x.
@@ -102,17 +103,25 @@ void tiles(const Format& f, const Digits<Q>& digits, const Reader<B, P>& read,
   }
 }
 
-template <int Q, int B, int D, int P, class Pool>
-void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* y) {
-  const Digits<Q> digits(f, P * D * kLanes, whole_entries(B, D), x, batch, pool);
-  const Reader<B, P> read(f);
-  const int64_t step = item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads());
-  parallel(pool, divide_up(f.rows, step), [&](int64_t item) {
-    Planes<B, D> planes(f, kTableBias);
+// y = x W^T with activations of Q digits, in items of some rows of W.
+template <int Q, int B, int D, int P>
+class Product {
+ public:
+  template <class Pool>
+  Product(const Format& format, const float* x, int64_t batch, Pool& pool, float* y)
+      : f(format),
+        digits(f, P * D * kLanes, whole_entries(B, D), x, batch, pool),
+        read(f),
+        batch(batch),
+        step(item_rows(f.rows, f.cols, f.strip_rows, pool.num_threads())),
+        y(y) {}
+  int64_t items() const { return divide_up(f.rows, step); }
+  void operator()(int64_t item) const {
+    const int64_t last = std::min(f.rows, (item + 1) * step);
+    Planes<B, D> planes(f, kTableBias, divide_up(last, f.strip_rows));
     CodeRows codes(f, D * Reader<B, P>::kChunk, read.step);
     std::optional<DecodedRows<Q>> decoded;
     if (batch >= kDecodeOnce) decoded.emplace(f, digits, batch);
-    const int64_t last = std::min(f.rows, (item + 1) * step);
     for (int64_t row = item * step, end; row < last; row = end) {
       end = std::min(last, (row / f.strip_rows + 1) * f.strip_rows);
       planes.seek(row / f.strip_rows);
@@ -121,7 +130,26 @@ void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* 
         for (int64_t n = 0; n < batch; n++)
           tiles<Q, B, D, P>(f, digits, read, codes, planes, row, end, n, y);
     }
-  });
+  }
+
+ private:
+  const Format f;
+  const Digits<Q> digits;
+  const Reader<B, P> read;
+  const int64_t batch, step;
+  float* const y;
+};
+
+// Its work. x is read at once.
+template <int Q, int B, int D, int P, class Pool>
+Job product_job(const Format& f, const float* x, int64_t batch, Pool& pool, float* y) {
+  const auto product = std::make_shared<Product<Q, B, D, P>>(f, x, batch, pool, y);
+  return {product->items(), [product](int64_t item) { (*product)(item); }};
+}
+
+template <int Q, int B, int D, int P, class Pool>
+void product(const Format& f, const float* x, int64_t batch, Pool& pool, float* y) {
+  parallel(pool, product_job<Q, B, D, P>(f, x, batch, pool, y));
 }
 
 }  // namespace

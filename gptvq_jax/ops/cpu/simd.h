@@ -25,6 +25,7 @@
 //   dot, dot_table
 //                 adds products of neighbouring bytes, weight x int8, to int32 lanes
 //   dot_nibbles   the same for two vectors of weights of 0 to 15
+//   sums          y[t], the sum of the lanes of v[t]
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -79,3 +80,10 @@ struct PlainSplit {
 #else
 #include "simd_scalar.h"
 #endif
+
+namespace simd {
+template <int T>
+void sums(const Floats (&v)[T], float* y) {
+  for (int t = 0; t < T; t++) y[t] = sum(v[t]);
+}
+}  // namespace simd

@@ -53,7 +53,7 @@ struct Unpack {
   Bytes spread, shift;
 };
 
-// Codebooks of at most 128 bytes are permuted as a whole.
+// Codebooks of at most 128 bytes are permuted as a whole, larger ones of pairs 128 bytes at a time.
 struct Split {
   Split(int size, int dim, uint8_t bias) : size(size), dim(dim), bytes(size * dim), bias(bias) {
     for (int d = 0; d < dim; d++) {
@@ -69,6 +69,16 @@ struct Split {
   }
   template <int B>
   void operator()(const int8_t* book, uint8_t* planes) const {
+    if (dim == 2 && bytes > 128 && size == 1 << B) {
+      for (int k = 0; k < size; k += 64) {
+        const Bytes first = load(book + 2 * k), second = load(book + 2 * k + 64);
+        for (int d = 0; d < 2; d++) {
+          const Bytes plane = _mm512_permutex2var_epi8(first, from[d], second);
+          store(planes + (d << B) + k, _mm512_xor_si512(plane, fill(bias)));
+        }
+      }
+      return;
+    }
     if (B > 6 || bytes > 128) {
       for (int d = 0; d < dim; d++)
         split_plane(book + d, size, dim, bias, 1 << B, planes + (d << B));
@@ -115,4 +125,17 @@ inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats fma(Floats a, float b, Floats c) { return fma(a, _mm512_set1_ps(b), c); }
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+// Four at once: pairs of lanes, then pairs of these, then the quarters of the vector.
+inline void sums(const Floats (&v)[4], float* y) {
+  const auto of_two = [](Floats a, Floats b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d first = _mm512_castps_pd(of_two(v[0], v[1]));
+  const __m512d second = _mm512_castps_pd(of_two(v[2], v[3]));
+  const Floats of_four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                       _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(of_four),
+                                    _mm512_extractf32x8_ps(of_four, 1));
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 }  // namespace simd

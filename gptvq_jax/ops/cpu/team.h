@@ -110,7 +110,7 @@ class Team {
 #endif
   }
 
-  static constexpr int kPause = 200;
+  static constexpr int kPause = 1000;
   static constexpr std::chrono::microseconds kAwake{100};
   alignas(64) std::atomic<int64_t> left{0};  // items that nobody has taken
   alignas(64) std::atomic<int64_t> done{0};

@@ -28,10 +28,11 @@ inline float exponential(float x) {
   return x < -87.0f ? 0.0f : value;
 }
 
-inline float sum_of(const float (&parts)[kWide]) {
-  float sum = 0;
-  for (const float part : parts) sum += part;
-  return sum;
+// In halves, so that additions wait for four others and not for sixteen.
+inline float sum_of(float (&parts)[kWide]) {
+  for (int width = kWide / 2; width; width /= 2)
+    for (int lane = 0; lane < width; lane++) parts[lane] += parts[lane + width];
+  return parts[0];
 }
 
 inline float inner_product(const float* a, const float* b, int64_t count) {
@@ -47,6 +48,22 @@ inline float inner_product(const float* a, const float* b, int64_t count) {
 inline void rms_norm(const float* x, const float* scale, float eps, int64_t count, float* y) {
   const float inverse = 1 / std::sqrt(inner_product(x, x, count) / count + eps);
   for (int64_t i = 0; i < count; i++) y[i] = x[i] * inverse * scale[i];
+}
+
+// y[i] = sum_s weights[s] x[s, i] of x (count, size), with the sums of some i in registers.
+inline void weighted_sum(const float* weights, const float* x, int64_t count, int64_t size,
+                         float* y) {
+  constexpr int kSums = 4 * kWide;
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums) {
+    float sums[kSums] = {};
+    for (int64_t s = 0; s < count; s++)
+      for (int lane = 0; lane < kSums; lane++) sums[lane] += weights[s] * x[s * size + i + lane];
+    std::memcpy(y + i, sums, sizeof sums);
+  }
+  std::memset(y + i, 0, (size - i) * sizeof *y);
+  for (int64_t s = 0; s < count; s++)
+    for (int64_t j = i; j < size; j++) y[j] += weights[s] * x[s * size + j];
 }
 
 // In place: e^(x - max) divided by their sum.
