@@ -167,7 +167,7 @@ class Backward:
         # Where the layers are quantized without weights, their curves are measured without.
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
-        moments = init_moments(config, block, stages, of_tokens)
+        moments = init_moments(config, block, stages, of_tokens, products=c.products)
         fitted = c.num_windows, x.shape[1]
         sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:

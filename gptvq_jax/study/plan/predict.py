@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.flops import unit
+from gptvq_jax.core.products import BFLOAT16, BFLOAT16X3, FLOAT32
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.methods.pool import num_workers
 from gptvq_jax.models import flops
@@ -227,6 +228,13 @@ def compile_seconds(
     return of_layers / at_once + others, kept
 
 
+def compile_bytes(config: ModelConfig, settings: RunSettings, rates: Rates) -> int:
+    """Of memory that the compiler leaves behind, beyond the programs that were measured."""
+    every = [*uses(config, settings), *quick_uses(config, settings)]
+    count, known = len({(use.method, _program(use)) for use in every}), rates.program_bytes
+    return max(0, count - len(known)) * sum(known) // max(1, len(known))
+
+
 def _program(use: Use) -> Any:
     """What programs of layers differ in."""
     rows = use.rows
@@ -247,7 +255,7 @@ def elsewhere(
     flop["quantize"] = flop.get("quantize", 0.0) + work.search_flop(config, settings)
     flop["quantize"] += sum(use.count * _search(use) for use in uses(config, settings))
     size = stage_bytes(config, settings, evaluated)
-    rate, count = REACHED * device.float32, launches(config, settings)
+    count, narrow = launches(config, settings), narrow_flop(config, settings, flop)
     walks = 3 if settings.weight_groups else 1
     loaded = walks * model_bytes(config)
     stages = [
@@ -256,7 +264,8 @@ def elsewhere(
     ]
     for stage, own in flop.items():
         launched = count if stage == "quantize" else None
-        seconds = own / rate + size.get(stage, 0) / FILES + (launched or 0) * device.launch
+        seconds = _product_seconds(own, narrow.get(stage, {}), device)
+        seconds += size.get(stage, 0) / FILES + (launched or 0) * device.launch
         stages.append(Stage(stage, own, size.get(stage, 0), launched, seconds))
     stored = most_stored_bytes(config, settings)
     stages.append(Stage("save", 0, stored, None, stored / FILES))
@@ -266,11 +275,54 @@ def elsewhere(
 def causes(stages: Iterable[Stage], device: Device) -> dict[str, float]:
     """Seconds on a device by what they go to."""
     stages = list(stages)
-    return {
-        "products": sum(stage.flop for stage in stages) / (REACHED * device.float32),
-        "files": sum(stage.num_bytes for stage in stages) / FILES,
-        "launches": sum(stage.launches or 0 for stage in stages) * device.launch,
-    }
+    files = sum(stage.num_bytes for stage in stages) / FILES
+    launched = sum(stage.launches or 0 for stage in stages) * device.launch
+    products = sum(
+        stage.seconds - stage.num_bytes / FILES - (stage.launches or 0) * device.launch
+        for stage in stages
+        if stage.flop
+    )
+    return {"products": products, "files": files, "launches": launched}
+
+
+def narrow_flop(
+    config: ModelConfig, settings: RunSettings, flop: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """{stage: {products: FLOP}} of what is not multiplied as float32; the rest of a stage is.
+
+    Args:
+      config: of the model.
+      settings: of the run.
+      flop: of all stages, as work.run_flop counts.
+    """
+    c, found = settings.calibration, {}
+    if c.products != FLOAT32:
+        tokens, crosses = c.all_windows * c.seqlen, wants_middle(settings)
+        blocks = config.block_counts(num_quantized(settings, config)).items()
+        sums = sum(
+            n * work.moments_flop(block, settings, tokens, range(work.LAST), crosses)
+            for block, n in blocks
+        )
+        of_curves = work.gradients_flop(config, _unallocated(settings))
+        found["hessians"] = {c.products: sums if "hessians" in flop else 0.0}
+        found["gradients"] = {c.products: flop.get("gradients", of_curves) - of_curves}
+    if settings.solve_products != FLOAT32 and wants_middle(settings):
+        layers = linear_layers(settings, config).items()
+        coded = [shape for layer, shape in layers if layer_format(settings, *layer).coder]
+        found["quantize"] = {settings.solve_products: 2.0 * sum(unit(*s) for s in coded)}
+    if settings.evaluation.products != FLOAT32:
+        found["evaluate"] = {settings.evaluation.products: flop.get("evaluate", 0.0)}
+    return found
+
+
+_PASSES = {BFLOAT16: 1, BFLOAT16X3: 3}
+
+
+def _product_seconds(flop: float, narrow: Mapping[str, float], device: Device) -> float:
+    """Of products of which some are narrow."""
+    wide = flop - sum(narrow.values())
+    passes = sum(_PASSES[products] * own for products, own in narrow.items())
+    return wide / (REACHED * device.float32) + passes / (REACHED * device.bfloat16)
 
 
 def _search(use: Use) -> float:
