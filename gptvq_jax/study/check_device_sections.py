@@ -150,12 +150,20 @@ def block(seconds: float, like: str, divisor: int | None = None) -> dict[str, An
     Raises:
       ValueError: two runs on one layer differ, or one has an error that is not of a fit.
     """
-    divisor = divisor or _divisor(like, seconds)
-    rows = [_layer(*shape, count) for shape, count in layer_counts(like, divisor).items()]
+    begin, divisor = time.monotonic(), divisor or _divisor(like, seconds)
+    rows, left = [], []
+    for shape, count in layer_counts(like, divisor).items():
+        # One takes as long as those before it on average, with its compilation.
+        spent = time.monotonic() - begin
+        if rows and spent * (len(rows) + 1) / len(rows) > 0.9 * seconds:
+            left.append(" x ".join(map(str, shape)))
+            continue
+        rows.append(_layer(*shape, count))
     total = {
         move: sum(r["count"] * r["seconds"][move] for r in rows) for move in rows[0]["seconds"]
     }
-    return {"like": like, "divided_by": divisor, "layers": rows, "seconds": total}
+    found = {"like": like, "divided_by": divisor, "layers": rows, "seconds": total}
+    return {**found, "not_in_time": left}
 
 
 def layer_counts(like: str, divisor: int = 1) -> dict[tuple[int, int], int]:

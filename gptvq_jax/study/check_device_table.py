@@ -64,6 +64,7 @@ def _block(found: dict[str, Any]) -> Iterator[Row]:
         scale = f"widths divided by {found['divided_by']}, for memory and time"
     parts = ", ".join(f"{move} {seconds:.1f} s" for move, seconds in found["seconds"].items())
     yield f"a block of {found['like']} ({scale})", parts
+    yield from _left(found, f"layers of {found['like']}")
 
 
 def _smoke(found: dict[str, Any]) -> Iterator[Row]:

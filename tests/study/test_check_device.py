@@ -133,6 +133,12 @@ def test_a_block_by_move_and_its_shapes(monkeypatch):
     assert found["seconds"]["compilation"] == 3 * row["seconds"]["compilation"] > 0
     text = table({"sections": {"block_7b": {"status": "ok", "found": found}}})
     assert "a block of llama2_7b (widths divided by 64, for memory and time)" in text
+    both = {(64, 64): 3, (64, 32): 1}
+    monkeypatch.setattr(check_device_sections, "layer_counts", lambda *_: both)
+    found = check_device_sections.block(1e-6, "llama2_7b", divisor=64)
+    assert len(found["layers"]) == 1 and found["not_in_time"] == ["64 x 32"]
+    text = table({"sections": {"block_7b": {"status": "ok", "found": found}}})
+    assert "| layers of llama2_7b not in time | 64 x 32 |" in text
     tensors = iter(range(100))
     monkeypatch.setattr(
         check_device_sections, "quantize_with", lambda *_: ([np.full(2, next(tensors))], 1.0)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import RunSettings
@@ -229,10 +230,13 @@ def compile_seconds(
 
 
 def compile_bytes(config: ModelConfig, settings: RunSettings, rates: Rates) -> int:
-    """Of memory that the compiler leaves behind, beyond the programs that were measured."""
+    """Of memory that the compiler leaves behind, beyond the programs that were measured.
+
+    The first of these also made room for the compiler itself, so their median counts.
+    """
     every = [*uses(config, settings), *quick_uses(config, settings)]
     count, known = len({(use.method, _program(use)) for use in every}), rates.program_bytes
-    return max(0, count - len(known)) * sum(known) // max(1, len(known))
+    return max(0, count - len(known)) * median_low(known or [0])
 
 
 def _program(use: Use) -> Any:

@@ -5,6 +5,7 @@ import json
 import pytest
 from tiny_run import model_dir, text_files, tiny_config  # noqa: F401 - fixtures
 
+from gptvq_jax.config import from_config
 from gptvq_jax.console.config_file import load_config
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.study.plan import plan, predict, table
@@ -135,3 +136,15 @@ def test_narrow_products_take_their_own_rate(tiny_config):  # noqa: F811
     solved, _ = planned(solve_products="bfloat16x3")
     assert solved["quantize"]["seconds"] < plain["quantize"]["seconds"]
     assert found["causes"]["products"] > 0
+
+
+def test_each_program_that_is_not_measured_leaves_as_much_as_the_median():
+    settings = from_config(load_config("smollm2_135m_2d"))
+    config, _ = model_shapes("x", "smollm2_135m")
+    every = [*predict.uses(config, settings), *predict.quick_uses(config, settings)]
+    programs = {predict._program(use) for use in every}
+    rates = Rates(program_bytes=[300, 70, 80])
+    assert len(programs) > 3
+    assert predict.compile_bytes(config, settings, rates) == 80 * (len(programs) - 3)
+    assert predict.compile_bytes(config, settings, Rates(program_bytes=[9] * 99)) == 0
+    assert predict.compile_bytes(config, settings, Rates()) == 0
