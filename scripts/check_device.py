@@ -65,6 +65,7 @@ def in_own_process(name: str, seconds: float) -> dict:
 
 
 def run_alone(name: str, seconds: float, output: Path) -> None:
+    from gptvq_jax.console.errors import first_line
     from gptvq_jax.files.durable import write_text
     from gptvq_jax.study import check_device_sections as sections
 
@@ -83,9 +84,8 @@ def run_alone(name: str, seconds: float, output: Path) -> None:
     try:
         found = jobs[name](seconds)
     except Exception as error:
-        # The last line is the cause: compilers and drivers write many before it.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        write_text(output, json.dumps({"error": f"{type(error).__name__}: {lines[0]}"}) + "\n")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        write_text(output, json.dumps({"error": reason}) + "\n")
         raise
     write_text(output, json.dumps(found) + "\n")
 

@@ -241,9 +241,14 @@ def smoke(seconds: float, script: Path, config: str) -> dict[str, Any]:
         work = Path(root) / "run"
         command = [sys.executable, str(script), f"--config={config}", f"--workdir={work}"]
         begin = time.perf_counter()
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=seconds
-        )
+        # It ends before the process of this section does, which would leave it behind.
+        most = max(0.9 * seconds - 2, 1.0)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            done = subprocess.run(command, timeout=most, **pipes)
+        except subprocess.TimeoutExpired:
+            message = f"scripts/quantize.py took longer than {most:.0f} s; give more with --minutes"
+            raise ValueError(message) from None
         taken = time.perf_counter() - begin
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -172,6 +172,9 @@ def test_a_failing_run_of_the_model_says_its_last_line(tmp_path):
     script.write_text(script.read_text().replace("15.25", "NaN"))
     with pytest.raises(ValueError, match="figures of the run are .*nan"):
         check_device_sections.smoke(60.0, script, "x.py")
+    script.write_text("import time; time.sleep(60)")
+    with pytest.raises(ValueError, match="took longer than 1 s; give more with --minutes"):
+        check_device_sections.smoke(0.5, script, "x.py")
 
 
 @pytest.mark.slow

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from statistics import median_low
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.flops import unit
-from gptvq_jax.core.products import BFLOAT16, BFLOAT16X3, FLOAT32
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.methods.pool import num_workers
 from gptvq_jax.models import flops
@@ -18,7 +17,8 @@ from gptvq_jax.run import work
 from gptvq_jax.run.disk import most_stored_bytes
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_middle
-from gptvq_jax.study.plan.devices import REACHED, Device
+from gptvq_jax.study.plan.devices import Device
+from gptvq_jax.study.plan.narrow import narrow_flop, product_seconds, without_budget
 from gptvq_jax.study.plan.rates import Rates
 from gptvq_jax.study.plan.traffic import launches, stage_bytes
 from gptvq_jax.study.random_model import model_bytes
@@ -159,7 +159,7 @@ def here(config: ModelConfig, settings: RunSettings, evaluated: int, rates: Rate
         if stage in flop:
             seconds[stage] = flop[stage] / by[stage]
     if "gradients" in flop:
-        sums = work.gradients_flop(config, _unallocated(settings))
+        sums = work.gradients_flop(config, without_budget(settings))
         head = sums - part["backward"]
         seconds["gradients"] = part["backward"] / by["gradients"] + head / by["head backward"]
         seconds["gradients"] += (flop["gradients"] - sums) / by["hessians"]
@@ -195,13 +195,6 @@ def _dense_bytes(config: ModelConfig, settings: RunSettings) -> int:
     alone = [0, *range(last, depth)]
     shapes = (block_shapes(config.of_block(index)).values() for index in alone)
     return 4 * sum(math.prod(shape) for of_block in shapes for shape in of_block)
-
-
-def _unallocated(settings: RunSettings) -> RunSettings:
-    """The same run, with token weights alone in its gradients."""
-    none = dataclasses.replace(settings.allocation, bits_per_value=0.0)
-    groups = dataclasses.replace(settings.calibration, gradient_groups=settings.weight_groups)
-    return dataclasses.replace(settings, allocation=none, calibration=groups)
 
 
 def text_seconds(settings: RunSettings) -> float:
@@ -268,7 +261,7 @@ def elsewhere(
     ]
     for stage, own in flop.items():
         launched = count if stage == "quantize" else None
-        seconds = _product_seconds(own, narrow.get(stage, {}), device)
+        seconds = product_seconds(own, narrow.get(stage, {}), device)
         seconds += size.get(stage, 0) / FILES + (launched or 0) * device.launch
         stages.append(Stage(stage, own, size.get(stage, 0), launched, seconds))
     stored = most_stored_bytes(config, settings)
@@ -287,46 +280,6 @@ def causes(stages: Iterable[Stage], device: Device) -> dict[str, float]:
         if stage.flop
     )
     return {"products": products, "files": files, "launches": launched}
-
-
-def narrow_flop(
-    config: ModelConfig, settings: RunSettings, flop: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
-    """{stage: {products: FLOP}} of what is not multiplied as float32; the rest of a stage is.
-
-    Args:
-      config: of the model.
-      settings: of the run.
-      flop: of all stages, as work.run_flop counts.
-    """
-    c, found = settings.calibration, {}
-    if c.products != FLOAT32:
-        tokens, crosses = c.all_windows * c.seqlen, wants_middle(settings)
-        blocks = config.block_counts(num_quantized(settings, config)).items()
-        sums = sum(
-            n * work.moments_flop(block, settings, tokens, range(work.LAST), crosses)
-            for block, n in blocks
-        )
-        of_curves = work.gradients_flop(config, _unallocated(settings))
-        found["hessians"] = {c.products: sums if "hessians" in flop else 0.0}
-        found["gradients"] = {c.products: flop.get("gradients", of_curves) - of_curves}
-    if settings.solve_products != FLOAT32 and wants_middle(settings):
-        layers = linear_layers(settings, config).items()
-        coded = [shape for layer, shape in layers if layer_format(settings, *layer).coder]
-        found["quantize"] = {settings.solve_products: 2.0 * sum(unit(*s) for s in coded)}
-    if settings.evaluation.products != FLOAT32:
-        found["evaluate"] = {settings.evaluation.products: flop.get("evaluate", 0.0)}
-    return found
-
-
-_PASSES = {BFLOAT16: 1, BFLOAT16X3: 3}
-
-
-def _product_seconds(flop: float, narrow: Mapping[str, float], device: Device) -> float:
-    """Of products of which some are narrow."""
-    wide = flop - sum(narrow.values())
-    passes = sum(_PASSES[products] * own for products, own in narrow.items())
-    return wide / (REACHED * device.float32) + passes / (REACHED * device.bfloat16)
 
 
 def _search(use: Use) -> float:
