@@ -38,6 +38,7 @@ GROUPS = {
     ),
     "To see what it costs and what each choice is worth": (
         "plan",
+        "check-device",
         "report",
         "benchmark-pipeline",
         "sweep",

@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import config_dict
 
 from gptvq_jax.console.config_file import is_sweep
+from gptvq_jax.core.hessian import SOLVE_PRODUCTS
+from gptvq_jax.core.products import BFLOAT16, FLOAT32, PRODUCTS
 from gptvq_jax.core.seeds import LARGEST_SEED
 from gptvq_jax.data.mixture import shares
 from gptvq_jax.methods.aqlm import AQLMSettings
@@ -44,6 +46,8 @@ class CalibrationSettings:
     gradient_power: float = 0.5  # token weight = squared gradient to this power (GuidedQuant: 1)
     expert_tokens: int = 0  # an expert that gets fewer has a part of the Hessian of all experts of
     # its block; 0: as many as its layer has inputs
+    products: str = "float32"  # of Hessians: 'float32', 'bfloat16' (of rounded inputs) or
+    # 'bfloat16x3', all summed in float32
     statistics: str = ""  # a file of scripts/calibrate.py with the Hessians, in place of a text
 
     @property
@@ -189,6 +193,8 @@ class EvaluationSettings:
     seqlen: int = 1024
     batch_size: int = 4
     bos: bool = False  # the tokenizer's BOS token takes the place of each window's first token
+    products: str = "float32"  # of the models: 'float32', or 'bfloat16', with such activations;
+    # losses are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +206,7 @@ class RunSettings:
     num_blocks: int = 0  # quantize only the first blocks, keep the rest dense; 0: all
     damping: float = 0.01  # added to the diagonal of H, as a fraction of its mean
     true_sequential: bool = True  # a layer sees the quantized layers before it in its own block
+    solve_products: str = "float32"  # with the inverse of H: 'float32', or 'bfloat16x3'
     dense_dtype: str = "float16"  # of the embedding, norms and head in the checkpoint
     embeddings: str = "dense"  # the embedding and an untied head: 'dense', or 'int8' rows
     seed: int = 0  # of the codebook seeds, and of the order of windows in tuning
@@ -223,6 +230,8 @@ class RunSettings:
         check(0 <= self.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
         dtypes = ("float16", "bfloat16", "float32")
         check(self.dense_dtype in dtypes, "dense_dtype", f"one of {', '.join(dtypes)}")
+        solve = SOLVE_PRODUCTS
+        check(self.solve_products in solve, "solve_products", f"one of {', '.join(solve)}")
         check(self.embeddings in (DENSE, INT8), "embeddings", f"one of {DENSE}, {INT8}")
         check(a.bits_per_value >= 0, "allocation.bits_per_value", "0 or the bits to spend")
         check(a.em_iterations >= 0, "allocation.em_iterations", "at least 0")
@@ -270,6 +279,7 @@ class RunSettings:
         check(c.batch_size >= 1, "calibration.batch_size", "at least 1")
         check(c.held_out >= 0, "calibration.held_out", "0 (none) or a number of windows")
         _check_mixture(c, check)
+        check(c.products in PRODUCTS, "calibration.products", f"one of {', '.join(PRODUCTS)}")
         check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
         check(0 <= c.asymmetry <= 1, "calibration.asymmetry", "from 0 to 1")
         check(
@@ -308,6 +318,8 @@ class RunSettings:
             check(a.bits_per_value == 0, "allocation.bits_per_value", unweighted)
         check(e.num_windows >= 0, "evaluation.num_windows", "at least 0")
         check(e.seqlen >= 2, "evaluation.seqlen", "at least 2")
+        dtypes = (FLOAT32, BFLOAT16)
+        check(e.products in dtypes, "evaluation.products", f"one of {', '.join(dtypes)}")
         check(e.batch_size >= 1, "evaluation.batch_size", "at least 1")
 
     @property

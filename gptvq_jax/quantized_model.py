@@ -125,7 +125,7 @@ class QuantizedModel:
         )
         if settings.bos:
             windows = begun(self.tokenizer, windows, "evaluation.bos")
-        return evaluate.perplexity(self._source, windows, settings.batch_size)
+        return evaluate.perplexity(self._source, windows, settings.batch_size, settings.products)
 
     def generate(
         self,

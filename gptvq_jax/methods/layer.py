@@ -19,6 +19,7 @@ from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
 from gptvq_jax.core.mesh import local_mesh
+from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
 from gptvq_jax.methods.pool import parallel
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     asymmetry: float = 0.0  # strength of `asymmetric_target`, for objectives that have a shift
     name: str = "layer"  # for messages
     part_grid: GroupGrid | None = None  # of each group of rows, where they are a sample of a layer
+    products: str = FLOAT32  # of `asymmetric_target`
 
 
 def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
@@ -109,7 +111,8 @@ def _targets(problem: Problem) -> list[jax.Array]:
     for part, of_part in zip(groups, problem.objectives, strict=True):
         hessian, hinv_chol = of_part.hessian, of_part.factor.hinv_chol
         if of_part.shift is not None:
-            part = asymmetric_target(part, hessian, of_part.shift, hinv_chol, problem.asymmetry)
+            of_target = hinv_chol, problem.asymmetry, problem.products
+            part = asymmetric_target(part, hessian, of_part.shift, *of_target)
         targets.append(zero_dead(part, hessian))
     return targets
 

@@ -29,6 +29,7 @@ from gptvq_jax.core.hessian import (
     init_moment,
     tile_size,
 )
+from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.experts import Routed
 from gptvq_jax.models.llama import (
@@ -90,6 +91,7 @@ def init_moments(
     stages: Sequence[int],
     weights: Mapping[str, np.ndarray] | None = None,
     want_crosses: bool = False,
+    products: str = FLOAT32,
 ) -> Moments:
     """Zeros for the layers of some stages.
 
@@ -99,6 +101,7 @@ def init_moments(
       stages: numbers of STAGES.
       weights: of the tokens, as token_weights.py has them, or None.
       want_crosses: whether the float model's states will be there.
+      products: of core.products, how inputs are multiplied.
     """
     inputs, crosses, tokens = {}, {}, {}
     for stage in stages:
@@ -106,12 +109,12 @@ def init_moments(
             of_layer = owners(config, name, weights)
             for owner in of_layer:
                 cols, rows = get_layer(block, owner[0])["kernel"].shape
-                inputs[owner] = init_moment(cols)
+                inputs[owner] = init_moment(cols, products=products)
                 if expert_of(name) is not None:
                     tokens[owner] = jnp.zeros((), jnp.int32)
                 if want_crosses:
                     left = rows // len(of_layer) if closes(config, stage) else cols
-                    crosses[owner] = init_moment(left, cols)
+                    crosses[owner] = init_moment(left, cols, products)
     return Moments(inputs, crosses, tokens)
 
 

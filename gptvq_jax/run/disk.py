@@ -14,7 +14,8 @@ from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_byte
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.rule_settings import is_open
 from gptvq_jax.run import allocation, gradients
-from gptvq_jax.run.activations import FLOAT32, file_bytes
+from gptvq_jax.run.activations import file_bytes
+from gptvq_jax.run.evaluate import DTYPES
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_float, wants_middle
 from gptvq_jax.run.passes import peak_bytes
@@ -44,7 +45,7 @@ def disk_items(
     c, e = settings.calibration, settings.evaluation
     shape, depth = (c.all_windows, c.seqlen), config.num_hidden_layers
     windows = evaluated or e.num_windows
-    held_out = file_bytes((windows, e.seqlen, config.hidden_size), FLOAT32)
+    held_out = file_bytes((windows, e.seqlen, config.hidden_size), DTYPES[e.products])
     stored = most_stored_bytes(config, settings)
     found, kept = [], 0
     if settings.weight_groups:

@@ -18,12 +18,13 @@ import numpy as np
 
 from gptvq_jax.console.progress import Progress
 from gptvq_jax.console.stopwatch import Stopwatch
+from gptvq_jax.core import products
 from gptvq_jax.files.disk_space import check_room, directory_bytes
 from gptvq_jax.models import flops
 from gptvq_jax.models.llama import Params, block_forward
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run import spread
-from gptvq_jax.run.activations import FLOAT32, file_bytes
+from gptvq_jax.run.activations import BFLOAT16, FLOAT32, file_bytes
 from gptvq_jax.run.embedding import head_on_device, write_embeddings
 from gptvq_jax.run.stream_files import StreamFiles
 from gptvq_jax.run.stream_memory import StreamMemory
@@ -31,19 +32,27 @@ from gptvq_jax.run.stream_store import StreamStore
 from gptvq_jax.run.token_losses import token_nll
 from gptvq_jax.run.walk import walk
 
-PRECISION = "multiplied in float32"  # models/layers.py sees to it, the packed kernels too
+# Of activations; what they are multiplied with has their dtype, and sums are float32
+# (models/layers.py sees to it).
+DTYPES = {products.FLOAT32: FLOAT32, products.BFLOAT16: BFLOAT16}
 _MEMORY_BYTES = 256 << 20  # activations of so little text need no files
+
+
+def precision_text(of_products: str) -> str:
+    """How models are multiplied, for the line of a figure."""
+    return f"multiplied in {of_products}"
 
 
 class Evaluation:
     """A visitor of `walk` that takes held-out text through the model whose blocks it is given.
 
-    Activations are float32 and are multiplied as float32 (`PRECISION`), whatever the device and the
-    dtype of the weights. What is behind the last block stays, so that it is there after a kill, and
-    so that what is said of a token may depend on two models without anybody storing logits.
+    Activations are float32 and are multiplied as float32, whatever the device and the dtype of the
+    weights; or all of these are bfloat16. Logits and losses are float32 in any case. What is behind
+    the last block stays, so that it is there after a kill, and so that what is said of a token may
+    depend on two models without anybody storing logits.
 
-    The names of its streams hold a digest of the weights and the tokens: files of another model or
-    of another text, which may be in the same directory, are not taken for its own.
+    The names of its streams hold a digest of the weights, the tokens and the products: files of
+    another model or of another text, which may be in the same directory, are not taken for its own.
 
     Args:
       source: the model, dense or packed.
@@ -52,7 +61,8 @@ class Evaluation:
       files: of the walk. "evaluation-DIGEST" is what goes from block to block; "outputs-DIGEST",
         (n, T, hidden) behind the last block, is the result.
       stopwatch: receives the seconds of stage "evaluate".
-      outputs_dtype: of the result, float32 or bfloat16.
+      outputs_dtype: of the result, float32 or bfloat16; None: that of the products.
+      products: 'float32' or 'bfloat16'.
     """
 
     def __init__(
@@ -62,15 +72,17 @@ class Evaluation:
         batch_size: int,
         files: StreamStore,
         stopwatch: Stopwatch,
-        outputs_dtype: np.dtype = FLOAT32,
+        outputs_dtype: np.dtype | None = None,
+        products: str = products.FLOAT32,
     ):
         self.source, self.windows, self.files = source, windows, files
-        self._outputs_dtype = outputs_dtype
+        self._dtype = DTYPES[products]
+        self._outputs_dtype = outputs_dtype or self._dtype
         self.config = source.config
         self._batch_size, self.stopwatch = batch_size, stopwatch
         self._depth = self.config.num_hidden_layers
         self._shape = (*windows.shape, self.config.hidden_size)
-        of_what = f"{source.fingerprint} {windows.shape} {windows.dtype} ".encode()
+        of_what = f"{source.fingerprint} {windows.shape} {windows.dtype} {products} ".encode()
         digest = hashlib.sha256(of_what + windows.tobytes()).hexdigest()[:12]
         self._inputs, self._outputs = f"evaluation-{digest}", f"outputs-{digest}"
         self.releases = (self._inputs,)
@@ -78,7 +90,7 @@ class Evaluation:
     @property
     def peak_bytes(self) -> int:
         """Most bytes of its streams at once: at three points."""
-        return 3 * file_bytes(self._shape, FLOAT32)
+        return 3 * file_bytes(self._shape, self._dtype)
 
     @property
     def finished(self) -> bool:
@@ -115,13 +127,14 @@ class Evaluation:
     def begin(self) -> None:
         """See Visitor."""
         if not self.files.points(self._inputs):
-            with self.files.write(self._inputs, 0, self._shape, FLOAT32) as out:
+            with self.files.write(self._inputs, 0, self._shape, self._dtype) as out:
                 write_embeddings(self.config, self.source.outer(), self.windows, out)
 
     def visit(self, index: int, block: Params) -> None:
         """See Visitor."""
         last = index == self._depth - 1
-        stream, dtype = (self._outputs, self._outputs_dtype) if last else (self._inputs, FLOAT32)
+        stream = self._outputs if last else self._inputs
+        dtype = self._outputs_dtype if last else self._dtype
         with self.stopwatch.stage("evaluate"):
             inputs = self._read(self._inputs, index)
             block = spread.on_all(block)
@@ -188,10 +201,11 @@ def evaluated(
     batch_size: int = 4,
     stopwatch: Stopwatch | None = None,
     progress: Progress | None = None,
+    products: str = products.FLOAT32,
 ) -> Iterator[Evaluation]:
     """An Evaluation after its walk; the blocks are read once.
 
-    Activations, float32, are in files between them, or in memory where they take less than 256 MiB.
+    Activations are in files between them, or in memory where they take less than 256 MiB.
     They are gone when the context ends.
 
     Args:
@@ -200,29 +214,36 @@ def evaluated(
       batch_size: windows per forward pass.
       stopwatch: receives the seconds of stages "evaluate" and "load block".
       progress: of blocks.
+      products: of Evaluation.
 
     Raises:
       FullDiskError: there is no room for the files.
     """
     stopwatch = stopwatch or Stopwatch()
     with contextlib.ExitStack() as stack:
-        evaluation = Evaluation(source, windows, batch_size, StreamMemory(), stopwatch)
+        of_source = source, windows, batch_size
+        evaluation = Evaluation(*of_source, StreamMemory(), stopwatch, products=products)
         if evaluation.peak_bytes > _MEMORY_BYTES:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptvq-"))
             files = StreamFiles(Path(directory))
-            evaluation = Evaluation(source, windows, batch_size, files, stopwatch)
+            evaluation = Evaluation(*of_source, files, stopwatch, products=products)
             evaluation.check_room()
         order = range(source.config.num_hidden_layers)
         walk(source, [evaluation], order, stopwatch, progress)
         yield evaluation
 
 
-def perplexity(source: ModelSource, windows: np.ndarray, batch_size: int = 4) -> float:
+def perplexity(
+    source: ModelSource,
+    windows: np.ndarray,
+    batch_size: int = 4,
+    products: str = products.FLOAT32,
+) -> float:
     """exp of the mean negative log-likelihood of tokens 2..T of every window; inf above 709 nats.
 
     Args and errors are those of `evaluated`.
     """
-    with evaluated(source, windows, batch_size) as evaluation:
+    with evaluated(source, windows, batch_size, products=products) as evaluation:
         return perplexity_of(evaluation.losses())
 
 

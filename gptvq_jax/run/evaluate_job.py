@@ -16,7 +16,7 @@ from gptvq_jax.data.vocabulary import check_same_vocabulary
 from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.compare import Figure, comparison, of_perplexity, write_figures
 from gptvq_jax.run.device_memory import EVALUATE, explained
-from gptvq_jax.run.evaluate import PRECISION, Evaluation, evaluated
+from gptvq_jax.run.evaluate import Evaluation, evaluated, precision_text
 from gptvq_jax.run.text import check_seqlen, describe, evaluation_tokens, protocol
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 from gptvq_jax.storage.open_any import open_any
@@ -128,7 +128,8 @@ def _evaluated(
     depth = source.config.num_hidden_layers
     with contextlib.ExitStack() as stack:
         with Progress(depth, f"evaluate {name}", "block") as progress:
-            made = evaluated(source, windows, settings.batch_size, progress=progress)
+            options = dict(progress=progress, products=settings.products)
+            made = evaluated(source, windows, settings.batch_size, **options)
             evaluation = stack.enter_context(made)
         yield evaluation
 
@@ -141,7 +142,8 @@ def _print(
 ) -> None:
     """Lines of figures, and what they were measured on."""
     (label, text), *others = lines
-    first = (label, f"{text} on {describe(settings.dataset, windows)}, {PRECISION}")
+    how = precision_text(settings.products)
+    first = (label, f"{text} on {describe(settings.dataset, windows)}, {how}")
     last = ("protocol", protocol_text(protocol(source, settings.dataset, windows)))
     for label, text in (first, *others, last):
         print(f"{label:13s} {text}")

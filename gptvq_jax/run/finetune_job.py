@@ -16,7 +16,7 @@ from gptvq_jax.models.source import ModelSource
 from gptvq_jax.run.activations import FLOAT32, Activations, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.device_memory import explained
-from gptvq_jax.run.evaluate import PRECISION, Evaluation
+from gptvq_jax.run.evaluate import Evaluation, precision_text
 from gptvq_jax.run.overrides import ignored
 from gptvq_jax.run.text import (
     calibration_protocol,
@@ -152,11 +152,11 @@ def _finetune(
         made_with["calibration"] = manifest["config"]["calibration"]
     row = tune(source, packed, settings, workdir, made_with, stopwatch)
     tuned = PackedCheckpoint(workdir.checkpoint)
-    batch_size = settings.evaluation.batch_size
-    evaluations = {}
+    e, evaluations = settings.evaluation, {}
     for name, model in (("float", source), ("untuned", packed), ("tuned", tuned)):
         files = workdir.evaluation("float" if name == "float" else "quantized")
-        evaluation = Evaluation(model, held_out, batch_size, files, stopwatch)
+        of_model = model, held_out, e.batch_size, files, stopwatch
+        evaluation = Evaluation(*of_model, products=e.products)
         evaluation.check_room()
         depth = model.config.num_hidden_layers
         with Progress(depth, f"evaluate {name}", "block") as progress:
@@ -188,8 +188,8 @@ def _finetune(
         "perplexity_quantized": compared["tuned"]["perplexity"]["value"],
         "rise_removed": 1 - after / before if before > 0 else None,
         "comparison": compared["tuned"],
-        "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
-        "protocol": protocol(source, settings.evaluation.dataset, held_out),
+        "evaluation": f"{describe(e.dataset, held_out)}, {precision_text(e.products)}",
+        "protocol": protocol(source, e.dataset, held_out),
         "calibration": f"tuned on {calibration_text(read)}",
         "calibration_protocol": read,
         "tuning": row,

@@ -72,7 +72,8 @@ class FloatMoments:
                 loaded, how = workdir.load_token_weights(index), (c.gradient_power, c.num_windows)
                 weights = token_weights.relative(config, loaded, *how)
             x = self.files.read(forward.STREAM, index)
-            sums = init_sums(config, block, range(LAST), weights, held_out=c.held_out > 0)
+            of_sums = dict(held_out=c.held_out > 0, products=c.products)
+            sums = init_sums(config, block, range(LAST), weights, **of_sums)
             stopwatch.flops(
                 stage_flops(config, range(LAST - 1), *x.shape[:2])
                 + moment_flops(config, sums.fitted, x.shape[0] * x.shape[1])

@@ -169,7 +169,8 @@ class Backward:
         # Where the layers are quantized without weights, their curves are measured without.
         of_tokens = weights if c.gradient_groups else None
         stages = range(LAST) if measures else ()
-        moments = spread.partial_sums(init_moments(config, block, stages, of_tokens))
+        moments = init_moments(config, block, stages, of_tokens, products=c.products)
+        moments = spread.partial_sums(moments)
         fitted = c.num_windows, x.shape[1]
         sampled = curves.num_windows(self._context.settings, config, fitted)
         with files.write(STREAM, index, x.shape) as out:

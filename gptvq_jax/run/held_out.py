@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.config import CalibrationSettings
+from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.methods.layer import Objective, Problem
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params
@@ -49,12 +50,13 @@ def init_sums(
     weights: Mapping[str, np.ndarray] | None = None,
     want_crosses: bool = False,
     held_out: bool = True,
+    products: str = FLOAT32,
 ) -> Sums:
     """`init_moments` twice; empty ones where no windows are `held_out`.
 
     The sums of both are alike, so that one compiled step adds to either.
     """
-    arguments = config, block, stages, weights, want_crosses
+    arguments = config, block, stages, weights, want_crosses, products
     kept = init_moments(*arguments) if held_out else Moments({}, {})
     return Sums(init_moments(*arguments), kept)
 

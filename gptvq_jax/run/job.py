@@ -21,7 +21,7 @@ from gptvq_jax.run.activations import FLOAT32, Activations, file_bytes, writing
 from gptvq_jax.run.compare import comparison, write_figures
 from gptvq_jax.run.device_memory import explained
 from gptvq_jax.run.disk import check_disk
-from gptvq_jax.run.evaluate import PRECISION, Evaluation
+from gptvq_jax.run.evaluate import Evaluation, precision_text
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
 from gptvq_jax.run.memory_check import check_memory
 from gptvq_jax.run.overrides import settle
@@ -145,8 +145,9 @@ def _quantize(
             row = tune(source, untuned, settings, workdir, config, stopwatch)
         tuning = {"tuning": row}
     packed = PackedCheckpoint(workdir.checkpoint)
-    files, batch_size = workdir.evaluation("quantized"), settings.evaluation.batch_size
-    quantized = Evaluation(packed, held_out, batch_size, files, stopwatch)
+    e, files = settings.evaluation, workdir.evaluation("quantized")
+    of_packed = packed, held_out, e.batch_size, files, stopwatch
+    quantized = Evaluation(*of_packed, products=e.products)
     figures = (len(held_out), held_out.shape[1] - 1, len(FIGURES))
     quantized.check_room(file_bytes(figures, FLOAT32))
     _evaluate(quantized, "quantized")
@@ -168,7 +169,7 @@ def _quantize(
         "perplexity_float": compared["perplexity_float"]["value"],
         "perplexity_quantized": compared["perplexity"]["value"],
         "comparison": compared,
-        "evaluation": f"{describe(settings.evaluation.dataset, held_out)}, {PRECISION}",
+        "evaluation": f"{describe(e.dataset, held_out)}, {precision_text(e.products)}",
         "protocol": protocol(source, settings.evaluation.dataset, held_out),
         **_calibrated(settings),
         **tuning,
@@ -230,8 +231,9 @@ def float_evaluation(
       FullDiskError: there is no room for its files.
     """
     files = StreamFiles.opened(Path(shared)) if shared else workdir.evaluation("float")
-    batch_size = settings.evaluation.batch_size
-    evaluation = Evaluation(source, held_out, batch_size, files, stopwatch)
+    e = settings.evaluation
+    of_float = source, held_out, e.batch_size, files, stopwatch
+    evaluation = Evaluation(*of_float, products=e.products)
     evaluation.check_room()
     return evaluation
 

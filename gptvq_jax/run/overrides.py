@@ -144,6 +144,11 @@ def ignored(settings: RunSettings) -> dict[str, str]:
     _tune(settings, when)
     _finetune(settings, when)
     _method(settings, when)
+    when(
+        settings.calibration.asymmetry == 0,
+        "solve_products",
+        "without an asymmetric target; set --config.calibration.asymmetry above 0",
+    )
     _calibration(settings.calibration, when)
     when(
         settings.calibration.gradient_groups == 0,
@@ -305,7 +310,7 @@ def _finetune(settings: RunSettings, when) -> None:
 def _calibration(c: CalibrationSettings, when) -> None:
     when(
         bool(c.statistics),
-        " ".join(f"calibration.{field}" for field in CALIBRATION_TEXT),
+        " ".join(f"calibration.{field}" for field in (*CALIBRATION_TEXT, "products")),
         "with calibration.statistics, whose text is that of the file; set it in "
         "scripts/calibrate.py",
     )

@@ -139,9 +139,9 @@ class PackedBlock:
         return LAST - 1, at
 
     def _sums(self, stages: Sequence[int]) -> Sums:
-        kept = self._context.settings.calibration.held_out > 0
-        crosses = self._reference is not None
-        return init_sums(self._config, self._float, stages, self._weights, crosses, kept)
+        c, crosses = self._context.settings.calibration, self._reference is not None
+        of_sums = self._weights, crosses, c.held_out > 0, c.products
+        return init_sums(self._config, self._float, stages, *of_sums)
 
     def _run(self, at: Files, start: int, stop: int, sums: Sums, out=None) -> Sums:
         with self._context.stopwatch.stage("hessians" if sums.fitted.inputs else "advance"):
@@ -245,6 +245,7 @@ class PackedBlock:
                 jax.random.fold_in(key, self._config.linear_layers.index(name)),
                 settings.calibration.asymmetry,
                 f"layers_{self._index}/{name}",
+                products=settings.solve_products,
             )
 
         return [problem(name) for name in names]

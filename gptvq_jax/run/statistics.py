@@ -32,7 +32,8 @@ from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 
 # What they depend on.
-_FIELDS = ("model", "num_blocks", *(f"calibration.{name}" for name in CALIBRATION_TEXT))
+_OF_CALIBRATION = (*CALIBRATION_TEXT, "products")
+_FIELDS = ("model", "num_blocks", *(f"calibration.{name}" for name in _OF_CALIBRATION))
 
 
 def calibrate(config: Any, output: str, given: Collection[str] = ()) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def calibrate(config: Any, output: str, given: Collection[str] = ()) -> dict[str
         print(f"{path} holds these statistics; nothing is left to do")
         return record
     key = {name: value for name, value in record.items() if name != "parts"}
-    key["calibration"] = {n: getattr(settings.calibration, n) for n in CALIBRATION_TEXT}
+    key["calibration"] = {n: getattr(settings.calibration, n) for n in _OF_CALIBRATION}
     with WorkDir(work, key) as workdir:
         _make(source, settings, workdir, record["blocks"])
         size = _all_moments_bytes(source, _unweighted(settings), record["blocks"])

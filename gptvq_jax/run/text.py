@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from gptvq_jax.config import CalibrationSettings, RunSettings
+from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.data.corpora import documents, held_out
 from gptvq_jax.data.mixture import interleaved
 from gptvq_jax.data.windows import begun, bos_of, calibration_windows, evaluation_windows
@@ -89,13 +90,16 @@ def calibration_protocol(c: CalibrationSettings) -> dict[str, Any]:
 
     Returns:
       "context", tokens of a window; "seed"; "texts", of each its "dataset", and its "windows" that
-      are fitted and "held_out_windows"; "bos", where each window begins with that token.
+      are fitted and "held_out_windows"; "bos", where each window begins with that token;
+      "products", where those of Hessians are not of float32.
     """
     texts = [
         {"dataset": name, "windows": fitted, "held_out_windows": held_out}
         for name, (fitted, held_out) in c.mixture.items()
     ]
-    return {"context": c.seqlen, "seed": c.seed, "texts": texts, **({"bos": True} if c.bos else {})}
+    more = {"bos": True} if c.bos else {}
+    more |= {"products": c.products} if c.products != FLOAT32 else {}
+    return {"context": c.seqlen, "seed": c.seed, "texts": texts, **more}
 
 
 def calibration_text(protocol: dict[str, Any]) -> str:
@@ -105,7 +109,8 @@ def calibration_text(protocol: dict[str, Any]) -> str:
         parts.append(f"{text['windows']} {size} of {text['dataset']}")
     kept = sum(text["held_out_windows"] for text in protocol["texts"])
     bos = "; each begins with BOS" if protocol.get("bos") else ""
-    return " and ".join(parts) + (f"; {kept} {size} held out" if kept else "") + bos
+    products = f"; Hessians of {protocol['products']}" if "products" in protocol else ""
+    return " and ".join(parts) + (f"; {kept} {size} held out" if kept else "") + bos + products
 
 
 def describe(dataset: str, windows: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 import array_reference as ref
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from gptvq_jax.core.hessian import (
     zero_dead,
 )
 from gptvq_jax.core.metrics import loss_of_any_size, quadratic_loss, relative_error, sqnr_db
+from gptvq_jax.core.products import BFLOAT16, BFLOAT16X3, FLOAT32
 
 
 def test_mean_over_all_tokens_of_all_batches():
@@ -266,3 +268,66 @@ def test_asymmetric_target_minimises_the_output_error_on_other_inputs():
     target = asymmetric_target(*args, hinv_chol, 1.0)
     np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(asymmetric_target(*args, hinv_chol, 0.0), args[0])
+
+
+def in_float64(batches, rounding=lambda x: x):
+    """Means of w x x^T and w x y^T, where the roots of weights are in what is rounded."""
+    x, y = (np.concatenate([b[k].reshape(-1, 6) for b in batches]) for k in (0, 1))
+    weights = np.concatenate([b[2].reshape(-1) for b in batches])
+    root = np.sqrt(weights)[:, None]
+    x, y = (rounding(values * root).astype(np.float64) for values in (x, y))
+    return x.T @ x / weights.sum(dtype=np.float64), x.T @ y / weights.sum(dtype=np.float64)
+
+
+@pytest.mark.parametrize("products", [BFLOAT16, BFLOAT16X3])
+def test_means_of_rounded_inputs_in_float64(products):
+    batches = list(weighted_batches())
+    moment, cross = init_moment(6, products=products), init_moment(6, 6, products)
+    for x, y, weights in batches:
+        moment, cross = add_inputs(moment, x, weights), add_products(cross, x, y, weights)
+    assert moment.products == cross.products == products
+    to_bfloat16 = lambda x: x.astype(ml_dtypes.bfloat16)  # noqa: E731
+    expected = in_float64(batches, *[to_bfloat16] * (products == BFLOAT16))
+    for found, of in zip((mean(moment), mean_product(cross)), expected, strict=True):
+        np.testing.assert_allclose(found, of, rtol=1e-4, atol=1e-4 * np.abs(of).max())
+    exact, _ = in_float64(batches)
+    error = np.abs(mean(moment) - exact).max() / np.abs(exact).max()
+    assert (2.0**-16 < error < 2.0**-7) if products == BFLOAT16 else error < 2.0**-15
+
+
+def test_a_hessian_of_bfloat16_inputs_is_of_many_tokens_summed_in_float32():
+    """A sum in bfloat16 would stop at 256; and that of some inputs is positive semidefinite."""
+    x = np.random.default_rng(3).normal(1.0, 0.3, (2, 4096, 5)).astype("f")
+    weights = np.random.default_rng(4).random((2, 4096)).astype("f")
+    moment = init_moment(5, products=BFLOAT16)
+    for batch, of_batch in zip(x, weights, strict=True):
+        moment = add_inputs(moment, batch, of_batch)
+    found = np.asarray(mean(moment), np.float64)
+    expected = np.einsum("nt,nti,ntj->ij", weights, x, x, dtype=np.float64) / weights.sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert np.linalg.eigvalsh(found).min() > 0
+
+
+@pytest.mark.parametrize("products, most", [(FLOAT32, 1e-5), (BFLOAT16X3, 1e-4)])
+def test_the_asymmetric_target_in_float64(products, most):
+    """Of correlated inputs; the damping is that of a run."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(200, 24)) @ rng.normal(size=(24, 24))
+    hessian = (x.T @ x / 200).astype("f")
+    factor = factorize(jnp.asarray(hessian), 0.01)
+    weight, shift = rng.normal(size=(2, 7, 24)).astype("f")
+    u, power = np.asarray(factor.hinv_chol, np.float64), float(unit(jnp.asarray(hessian)))
+    moved = 0.25 * (shift.astype(np.float64) / power) @ u.T @ u
+    found = asymmetric_target(weight, hessian, shift, factor.hinv_chol, 0.25, products)
+    error = np.abs(np.asarray(found, np.float64) - weight - moved)
+    assert error.max() < most * max(np.abs(moved).max(), 1)
+
+
+def test_losses_are_float32_whatever_the_weights_are():
+    rng = np.random.default_rng(6)
+    weight, quantized = rng.normal(size=(2, 5, 8)).astype(ml_dtypes.bfloat16)
+    hessian = np.eye(8, dtype=np.float32) * 3
+    loss = quadratic_loss(jnp.asarray(weight), jnp.asarray(quantized), jnp.asarray(hessian))
+    error = weight.astype(np.float64) - quantized.astype(np.float64)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, 3 * (error**2).sum(), rtol=1e-6)

@@ -6,6 +6,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from documented import parsed
 from steps import Steps
 
 from gptvq_jax.console.stopwatch import Stopwatch
@@ -14,6 +15,7 @@ from gptvq_jax.models.llama import Decoder
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import evaluate, evaluate_job
 from gptvq_jax.run.stream_files import StreamFiles
+from gptvq_jax.run.stream_memory import StreamMemory
 from gptvq_jax.run.walk import walk
 
 
@@ -240,6 +242,39 @@ def test_says_what_was_measured_how(model_dir, text_files, capsys):
         f"protocol      {text_files[1]}, whole file, one text; 2 windows x 32 tokens, "
         "62 predicted; BOS: none; standard errors over windows"
     )
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_products_in_bfloat16_have_files_and_a_figure_of_their_own(source, tmp_path, in_files):
+    """Near that of float32, and another; streams take half of the bytes."""
+    windows, stopwatch = random_windows(3), Stopwatch()
+    files = StreamFiles(tmp_path) if in_files else StreamMemory()
+    kinds = {}
+    for products in ("float32", "bfloat16"):
+        kinds[products] = evaluate.Evaluation(
+            source, windows, 3, files, stopwatch, products=products
+        )
+        walk(source, [kinds[products]], range(source.config.num_hidden_layers), stopwatch)
+    exact, rounded = kinds.values()
+    assert exact.outputs()[:].dtype == np.float32 and rounded.outputs()[:].dtype != np.float32
+    assert 1.9 < exact.peak_bytes / rounded.peak_bytes < 2.1
+    losses = [kind.losses() for kind in kinds.values()]
+    assert [of.dtype for of in losses] == [np.float32] * 2
+    apart = np.abs(losses[0] - losses[1])
+    assert 1e-6 < apart.max() < 0.1
+
+
+def test_products_are_those_of_the_flag_and_said(model_dir, text_files, monkeypatch, capsys):
+    command = f"python scripts/evaluate.py --model={model_dir} --dataset={text_files[1]} "
+    command += "--num_windows=2 --seqlen=32"
+    found = []
+    for more, how in (("", "float32"), (" --products=bfloat16", "bfloat16")):
+        with parsed(command + more, monkeypatch) as script:
+            script.main([])
+        figure, *_ = capsys.readouterr().out.splitlines()
+        assert figure.endswith(f"multiplied in {how}")
+        found.append(float(figure.split()[1]))
+    assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.01)
 
 
 @pytest.mark.parametrize(

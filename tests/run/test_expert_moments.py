@@ -12,6 +12,7 @@ from tiny_run import byte_tokenizer, quick_config
 
 from gptvq_jax.config import CalibrationSettings
 from gptvq_jax.console import report
+from gptvq_jax.core.hessian import init_moment
 from gptvq_jax.models.experts import Routes
 from gptvq_jax.models.llama import DecoderBlock, get_layer, run_stage, with_layer
 from gptvq_jax.models.open import open_source
@@ -111,7 +112,7 @@ def test_an_expert_with_few_tokens_shares_in_the_hessian_of_all(source):
     assert expert_moments.shares({owner: tokens}, moments.inputs, 0)[owner] == max(
         0, 1 - tokens / 48
     )
-    nothing = moments.inputs[owner]._replace(total=jnp.zeros((48, 48)), count=jnp.zeros(()))
+    nothing = init_moment(48)
     moments = moments._replace(
         inputs={**moments.inputs, owner: nothing}, tokens={**moments.tokens, owner: jnp.int32(0)}
     )

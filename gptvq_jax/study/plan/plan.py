@@ -98,6 +98,7 @@ def _here(
         "stages": [stage._asdict() for stage in stages],
         "seconds": sum(stage.seconds for stage in stages),
         "compile_seconds": max(0.0, compiled - kept),
+        "compile_bytes": predict.compile_bytes(shapes, settings, rates),
         "causes": None,
     }
 
@@ -114,7 +115,10 @@ def _there(
     counted = next((s.launches for s in stages if s.name == "quantize"), None)
     assumptions += [
         f"float32 products reach {devices.REACHED:.0%} of {device.float32 / 1e12:.3g} TFLOP/s "
-        f"({device.basis}): run, evaluation and solves multiply in float32",
+        f"({device.basis}), bfloat16 ones as much of {device.bfloat16 / 1e12:.3g}",
+        f"Hessians are multiplied in {settings.calibration.products}, asymmetric targets solved "
+        f"in {settings.solve_products}, models evaluated in {settings.evaluation.products}; all "
+        "else is float32",
         f"a kernel takes {device.launch * 1e6:g} us from one to the next, and its own time is in "
         "the products",
         "launches are those of the programs of today, one for each vector of columns and step"
@@ -139,6 +143,7 @@ def _there(
         "stages": [stage._asdict() for stage in stages],
         "seconds": sum(stage.seconds for stage in stages),
         "compile_seconds": None,
+        "compile_bytes": 0,
         "causes": predict.causes(stages, device),
     }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from gptvq_jax.config import RunSettings
@@ -16,7 +17,8 @@ from gptvq_jax.run import work
 from gptvq_jax.run.disk import most_stored_bytes
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_middle
-from gptvq_jax.study.plan.devices import REACHED, Device
+from gptvq_jax.study.plan.devices import Device
+from gptvq_jax.study.plan.narrow import narrow_flop, product_seconds, without_budget
 from gptvq_jax.study.plan.rates import Rates
 from gptvq_jax.study.plan.traffic import launches, stage_bytes
 from gptvq_jax.study.random_model import model_bytes
@@ -157,7 +159,7 @@ def here(config: ModelConfig, settings: RunSettings, evaluated: int, rates: Rate
         if stage in flop:
             seconds[stage] = flop[stage] / by[stage]
     if "gradients" in flop:
-        sums = work.gradients_flop(config, _unallocated(settings))
+        sums = work.gradients_flop(config, without_budget(settings))
         head = sums - part["backward"]
         seconds["gradients"] = part["backward"] / by["gradients"] + head / by["head backward"]
         seconds["gradients"] += (flop["gradients"] - sums) / by["hessians"]
@@ -195,13 +197,6 @@ def _dense_bytes(config: ModelConfig, settings: RunSettings) -> int:
     return 4 * sum(math.prod(shape) for of_block in shapes for shape in of_block)
 
 
-def _unallocated(settings: RunSettings) -> RunSettings:
-    """The same run, with token weights alone in its gradients."""
-    none = dataclasses.replace(settings.allocation, bits_per_value=0.0)
-    groups = dataclasses.replace(settings.calibration, gradient_groups=settings.weight_groups)
-    return dataclasses.replace(settings, allocation=none, calibration=groups)
-
-
 def text_seconds(settings: RunSettings) -> float:
     """Of reading and tokenizing the texts; a text of both sections is read once."""
     names = {settings.evaluation.dataset}
@@ -227,6 +222,16 @@ def compile_seconds(
     return of_layers / at_once + others, kept
 
 
+def compile_bytes(config: ModelConfig, settings: RunSettings, rates: Rates) -> int:
+    """Of memory that the compiler leaves behind, beyond the programs that were measured.
+
+    The first of these also made room for the compiler itself, so their median counts.
+    """
+    every = [*uses(config, settings), *quick_uses(config, settings)]
+    count, known = len({(use.method, _program(use)) for use in every}), rates.program_bytes
+    return max(0, count - len(known)) * median_low(known or [0])
+
+
 def _program(use: Use) -> Any:
     """What programs of layers differ in."""
     rows = use.rows
@@ -247,7 +252,7 @@ def elsewhere(
     flop["quantize"] = flop.get("quantize", 0.0) + work.search_flop(config, settings)
     flop["quantize"] += sum(use.count * _search(use) for use in uses(config, settings))
     size = stage_bytes(config, settings, evaluated)
-    rate, count = REACHED * device.float32, launches(config, settings)
+    count, narrow = launches(config, settings), narrow_flop(config, settings, flop)
     walks = 3 if settings.weight_groups else 1
     loaded = walks * model_bytes(config)
     stages = [
@@ -256,7 +261,8 @@ def elsewhere(
     ]
     for stage, own in flop.items():
         launched = count if stage == "quantize" else None
-        seconds = own / rate + size.get(stage, 0) / FILES + (launched or 0) * device.launch
+        seconds = product_seconds(own, narrow.get(stage, {}), device)
+        seconds += size.get(stage, 0) / FILES + (launched or 0) * device.launch
         stages.append(Stage(stage, own, size.get(stage, 0), launched, seconds))
     stored = most_stored_bytes(config, settings)
     stages.append(Stage("save", 0, stored, None, stored / FILES))
@@ -266,11 +272,14 @@ def elsewhere(
 def causes(stages: Iterable[Stage], device: Device) -> dict[str, float]:
     """Seconds on a device by what they go to."""
     stages = list(stages)
-    return {
-        "products": sum(stage.flop for stage in stages) / (REACHED * device.float32),
-        "files": sum(stage.num_bytes for stage in stages) / FILES,
-        "launches": sum(stage.launches or 0 for stage in stages) * device.launch,
-    }
+    files = sum(stage.num_bytes for stage in stages) / FILES
+    launched = sum(stage.launches or 0 for stage in stages) * device.launch
+    products = sum(
+        stage.seconds - stage.num_bytes / FILES - (stage.launches or 0) * device.launch
+        for stage in stages
+        if stage.flop
+    )
+    return {"products": products, "files": files, "launches": launched}
 
 
 def _search(use: Use) -> float:

@@ -62,6 +62,7 @@ class Rates:
       per_weight: seconds for each weight beside the products, by settings of a method.
       compile: seconds of one thread, by program.
       base_bytes: memory of this process with its compiled programs, without arrays.
+      program_bytes: what each program that quantizes layers left behind when it was compiled.
     """
 
     products: float = 0.0
@@ -73,6 +74,7 @@ class Rates:
     per_weight: dict[Any, float] = dataclasses.field(default_factory=dict)
     compile: dict[str, float] = dataclasses.field(default_factory=dict)
     base_bytes: int = 0
+    program_bytes: list[int] = dataclasses.field(default_factory=list)
 
 
 def measure(config: ModelConfig, settings: RunSettings, methods: list[Any]) -> Rates:
@@ -237,7 +239,7 @@ def _forward(rates: Rates, config: ModelConfig, settings: RunSettings) -> None:
     )
     rates.compile["block"] = compiling
     shape = _batch(block, e.batch_size, e.seqlen)
-    x = _inputs(block, *shape)
+    x = _inputs(block, *shape).astype(e.products)
     seconds, _ = _timed(lambda: block_forward(block, params, x))
     rates.by_stage["evaluate"] = flops.block_forward(block, *shape) / seconds
 
@@ -249,7 +251,7 @@ def _sums(rates: Rates, config: ModelConfig, settings: RunSettings) -> None:
     shape = _batch(block, c.batch_size, c.seqlen, _MOST_FLOP / 2)
     x = _inputs(block, *shape)
     states = FloatStates(x, x, x) if crosses else None
-    moments = init_moments(block, params, range(LAST), None, crosses)
+    moments = init_moments(block, params, range(LAST), None, crosses, c.products)
 
     def run():
         nonlocal moments
@@ -301,7 +303,7 @@ def _head(rates: Rates, config: ModelConfig, settings: RunSettings) -> None:
     }
     x = _inputs(small, batch, tokens)
     ids = jnp.zeros((batch, tokens), jnp.int32)
-    both = small, outer, x
+    both = small, outer, x.astype(e.products)
     seconds, compiling = _timed(lambda: token_figures(*both, *both, ids))
     chunk = pair_chunk(small, batch)
     rates.by_stage["head"] = 2 * flops.head_forward(small, batch, tokens, chunk) / seconds
@@ -348,7 +350,9 @@ def _layer(
     def run():
         return jax.tree.leaves(quantize_layers([problem])[0])
 
+    before = resident_bytes()
     seconds, compiling = _timed(run, 2)
+    rates.program_bytes.append(max(0, resident_bytes() - before))
     products = chosen.flops(rows, cols) / rates.products
     rates.per_weight[chosen] = max(seconds - products, 0.1 * seconds) / (rows * cols)
     rates.compile[f"a layer, {method}"] = max(compiling, rates.compile.get(f"a layer, {method}", 0))

@@ -53,6 +53,9 @@ def _memory(plan: dict[str, Any]) -> str:
         where = "host and device" if plan["one_memory"] else place
         lines.append(f"memory, {where}: {_gib(size)} at most, in '{peak['phase']}'")
         lines += [f"  {name:<38s}{_gib(of):>12s}" for name, of in items]
+        if place == "host" and plan["compile_bytes"]:
+            more = f"{_gib(plan['compile_bytes'])} more that the compiler leaves behind"
+            lines.append(f"  and {more}, where no program is kept from earlier runs")
         room = plan["memory_room"]
         if room is not None and (plan["one_memory"] or place == "device"):
             verdict = "fits" if size <= room else "DOES NOT FIT"

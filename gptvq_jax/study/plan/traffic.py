@@ -3,6 +3,7 @@
 from typing import Any
 
 from gptvq_jax.config import RunSettings
+from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import opened_width
@@ -51,7 +52,8 @@ def stage_bytes(
                 whole = not settings.true_sequential or settings.tune.block
                 found["advance"] += int(stream * (2 if whole else 2 + inner))
     windows = evaluated or e.num_windows
-    found["evaluate"] = 2 * 2 * depth * 4 * windows * e.seqlen * hidden
+    item = 4 if e.products == FLOAT32 else 2
+    found["evaluate"] = 2 * 2 * depth * item * windows * e.seqlen * hidden
     return {stage: size for stage, size in found.items() if size}
 
 

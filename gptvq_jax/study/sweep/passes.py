@@ -72,7 +72,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
         key |= {"curves": _curves(settings)}
         found.append(Pass(GRADIENTS, key, settings, tuple(found)))
     if c.inputs == "float" and not settings.true_sequential and not c.statistics:
-        key = {**found[-1].key, "pass": MOMENTS, "blocks": blocks}
+        key = {**found[-1].key, "pass": MOMENTS, "blocks": blocks, "products": c.products}
         key |= {"groups": c.gradient_groups, "power": c.gradient_power if c.gradient_groups else 0}
         found.append(Pass(MOMENTS, key, settings, tuple(found)))
     return found
@@ -89,7 +89,8 @@ def _curves(settings: RunSettings) -> dict[str, Any] | None:
         "run": {n: getattr(settings, n) for n in ("method", "damping", "seed", "num_blocks")},
         "recipe": settings.recipe,
         "weights": {
-            n: getattr(c, n) for n in ("gradient_groups", "gradient_power", "expert_tokens")
+            n: getattr(c, n)
+            for n in ("gradient_groups", "gradient_power", "expert_tokens", "products")
         },
     }
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from tiny_run import model_dir, text_files, tiny_config  # noqa: F401 - fixtures
 
+from gptvq_jax.config import from_config
 from gptvq_jax.console.config_file import load_config
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.study.plan import plan, predict, table
@@ -57,6 +58,7 @@ def test_what_does_not_fit_is_said():
         "memory": [{"phase": "quantize", "name": "block", "where": "device", "num_bytes": 2 << 30}],
         "one_memory": False,
         "base_bytes": 0,
+        "compile_bytes": 0,
         "memory_room": 1 << 30,
     }
     assert "DOES NOT FIT: 1.00 GiB are there" in table._memory(found)
@@ -102,3 +104,47 @@ def test_bad_input(tiny_config):  # noqa: F811
         make_plan(tiny_config, "tiny", "h100", like="llama9")
     found = make_plan(tiny_config, "tiny", "h100", like="smollm2_135m")
     assert found["blocks"] == 30 and "the published smollm2_135m" in found["assumptions"][0]
+
+
+def test_narrow_products_take_their_own_rate(tiny_config):  # noqa: F811
+    """A stage's FLOP stay; its seconds of products fall by the ratio of the rates."""
+    tiny_config.calibration.asymmetry, device = 0.25, DEVICES["h100"]
+    faster = device.bfloat16 / device.float32
+
+    def planned(**fields):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+        found = make_plan(config, "tiny", "h100", like="smollm2_135m")
+        return {stage["name"]: stage for stage in found["stages"]}, found
+
+    plain, _ = planned()
+    of_evaluation, found = planned(evaluation__products="bfloat16")
+    before, after = (plans["evaluate"] for plans in (plain, of_evaluation))
+    assert after["flop"] == before["flop"] and 2 * after["num_bytes"] == before["num_bytes"]
+    products = [s["seconds"] - s["num_bytes"] / predict.FILES for s in (before, after)]
+    assert products[0] / products[1] == pytest.approx(faster)
+    assert any("models evaluated in bfloat16" in line for line in found["assumptions"])
+    seconds = {}
+    for how in ("float32", "bfloat16", "bfloat16x3"):
+        stages, found = planned(calibration__products=how)
+        seconds[how] = stages["hessians"]["seconds"]
+        assert stages["evaluate"] == plain["evaluate"]
+    sums = seconds["float32"] - seconds["bfloat16"]  # what is saved of them
+    of_sums = sums / (1 - 1 / faster)
+    saved = seconds["float32"] - seconds["bfloat16x3"]
+    assert saved == pytest.approx(of_sums * (1 - 3 / faster)) and of_sums > 0
+    solved, _ = planned(solve_products="bfloat16x3")
+    assert solved["quantize"]["seconds"] < plain["quantize"]["seconds"]
+    assert found["causes"]["products"] > 0
+
+
+def test_each_program_that_is_not_measured_leaves_as_much_as_the_median():
+    settings = from_config(load_config("smollm2_135m_2d"))
+    config, _ = model_shapes("x", "smollm2_135m")
+    every = [*predict.uses(config, settings), *predict.quick_uses(config, settings)]
+    programs = {predict._program(use) for use in every}
+    rates = Rates(program_bytes=[300, 70, 80])
+    assert len(programs) > 3
+    assert predict.compile_bytes(config, settings, rates) == 80 * (len(programs) - 3)
+    assert predict.compile_bytes(config, settings, Rates(program_bytes=[9] * 99)) == 0
+    assert predict.compile_bytes(config, settings, Rates()) == 0
