@@ -14,6 +14,7 @@ from gptvq_jax.core.vq_tensor import VQTensor, pack_codes
 from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.moves.uniform import factored, uniform_fit
+from gptvq_jax.ops.columns import choose_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ def gptq(
         uniform_fit(2**settings.bits, settings.symmetric),
         key,
         block_size=settings.block_size,
+        native=choose_columns(grid, 2**settings.bits, settings.block_size),
     )
     return VQTensor(
         codes=pack_codes(result.codes[None], settings.bits, grid),
