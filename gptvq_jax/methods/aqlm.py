@@ -30,6 +30,7 @@ from gptvq_jax.moves.rounds import repeat
 from gptvq_jax.moves.scales import RowScales, refit_row_scales, row_norms
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import pad_identity, sweep, whitening
+from gptvq_jax.ops.columns import choose_columns
 
 STARTS = ("product", "residual")
 CODEBOOK_UPDATES = ("least_squares", "adam")
@@ -237,14 +238,16 @@ def _product_start(target, hinv_chol, scale, grid, key, settings):
     """
     books = settings.num_codebooks
     part = grid.dim // books
+    of_parts = dataclasses.replace(grid, dim=part)
     swept = sweep(
         target,
         hinv_chol,
-        dataclasses.replace(grid, dim=part),
+        of_parts,
         _fit(settings, grid),
         key,
         block_size=settings.block_size,
         normalize=lambda strip: RowScales(jnp.broadcast_to(scale, strip.shape)),
+        native=choose_columns(of_parts, settings.codebook_size, settings.block_size),
     )
     pads = [(m * part, grid.dim - (m + 1) * part) for m in range(books)]
     centroids = [jnp.pad(swept.centroids, ((0, 0), (0, 0), (0, 0), pad)) for pad in pads]

@@ -42,6 +42,7 @@ from gptvq_jax.moves.scales import (
 )
 from gptvq_jax.moves.seed import SEEDS
 from gptvq_jax.moves.sweep import SweepResult, pad_identity, sweep
+from gptvq_jax.ops.columns import choose_columns
 
 
 class Counts(NamedTuple):
@@ -200,6 +201,7 @@ def _sweep(target, hinv_chol, grid, key, first_strip, counts, settings, rows) ->
         block_size=settings.block_size,
         exact_metric=settings.exact_metric,
         normalize=normalize,
+        native=choose_columns(grid, settings.codebook_size, settings.block_size),
     )
 
 
@@ -229,6 +231,10 @@ def _polish(problem: _Problem, centroids, rows, codes):
             rows, residual = refit_row_scales(residual, whole, rows)
         return _State(centroids, rows, codes, residual)
 
+    native = "jax"
+    if settings.beam == 1:
+        native = choose_columns(grid, settings.codebook_size, settings.block_size)
+
     def one_round(state: _State) -> _State:
         stored = problem.stored(state.centroids)
         codes, residual = recode(
@@ -240,6 +246,7 @@ def _polish(problem: _Problem, centroids, rows, codes):
             grid,
             beam=settings.beam,
             block_size=settings.block_size,
+            native=native,
         )
         return update(stored, state.rows, codes, residual)
 

@@ -16,6 +16,7 @@ from gptvq_jax.methods.check_fields import field_check
 from gptvq_jax.methods.devices import quantize_rows
 from gptvq_jax.moves.sweep import pad_identity, sweep
 from gptvq_jax.moves.uniform import factored, uniform_fit
+from gptvq_jax.ops.columns import choose_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ def _gptq(weight, first_strip, hinv_chol, key, settings, grid) -> VQTensor:
         uniform_fit(2**settings.bits, settings.symmetric),
         key,
         block_size=settings.block_size,
+        native=choose_columns(grid, 2**settings.bits, settings.block_size),
     )
     return VQTensor(
         codes=pack_codes(result.codes[None], settings.bits, grid),

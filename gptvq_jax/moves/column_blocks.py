@@ -40,6 +40,7 @@ def walk(
     count: int | None = None,
     carry: Any = None,
     axis: int = 0,
+    whole: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
     """Takes a coder through blocks of columns.
 
@@ -51,6 +52,7 @@ def walk(
       first, count: the first column, and how many blocks from there; None: all of them.
       carry: for the coder of the first block.
       axis: of the columns in `values`.
+      whole: the coder takes values and matrix as they are, and cuts the block out itself.
 
     Returns:
       Values, the carry of the last block, and what was found, (count, ...).
@@ -63,7 +65,8 @@ def walk(
         start = first + index * block
         rows = lax.dynamic_slice_in_dim(matrix, start, block)
         square = lax.dynamic_slice_in_dim(rows, start, block, axis=1)
-        coded = code(start, lax.dynamic_slice_in_dim(values, start, block, axis), square, carry)
+        local = lax.dynamic_slice_in_dim(values, start, block, axis)
+        coded = code(start, *((values, matrix) if whole else (local, square)), carry)
         if coded.local is not None:
             rows = jnp.where(column >= start + block, rows, 0.0)
         change = jnp.moveaxis(coded.change, axis, 0)

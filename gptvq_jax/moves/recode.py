@@ -20,6 +20,8 @@ from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.nearest import lookup
 from gptvq_jax.moves.refit import decode
 from gptvq_jax.moves.residual import Residual
+from gptvq_jax.ops.column_frame import Block
+from gptvq_jax.ops.columns import KERNELS
 
 
 def recode(
@@ -34,6 +36,7 @@ def recode(
     beam: int = 1,
     block_size: int = 128,
     movable: jax.Array | None = None,
+    native: str = "jax",
 ) -> tuple[jax.Array, Residual]:
     """Codes (M, S * c / D, G * r) whose loss is at most that of the codes given, in every row.
 
@@ -48,6 +51,9 @@ def recode(
         is at most that with 1, in every row.
       block_size: columns per lazy update of the gradient.
       movable: (S * c / D, G * r) bool, vectors that may get other codes; None: all of them.
+      native: "jax", or a kernel that the caller knows to run here: "pallas_tpu", "pallas_gpu"
+        (`ops.columns.choose_columns`), for one codebook and a beam of 1. Its sums run in another
+        order.
 
     Returns:
       Codes, and their residual.
@@ -123,7 +129,27 @@ def recode(
         change = decode(centroids, new, scales, grid) - decode(centroids, codes, scales, grid)
         return new, Residual(error - change, image)
 
-    return lax.fori_loop(0, passes, one_pass, (codes, residual))
+    def kernel_pass(_, state):
+        codes, (error, image) = state
+
+        def block_step(start, image, hessian, codes):
+            of, tables = (block, start, image, hessian), (inverse, factor, h_diagonal)
+            block_of = Block(*of, tables, centroids[0], scales, grid.strip_cols)
+            codes, delta = KERNELS[native].recode(block_of, codes)
+            return Coded(delta, None, carry=codes)
+
+        image, new, _ = walk(image, hessian, block_step, block, carry=codes[0], whole=True)
+        new = new[None]
+        change = decode(centroids, new, scales, grid) - decode(centroids, codes, scales, grid)
+        return new, Residual(error - change, image)
+
+    if native != "jax" and (beam, len(centroids)) != (1, 1):
+        raise NotImplementedError(
+            f"{native=} takes one codebook and a beam of 1, not {len(centroids)} and {beam}; "
+            "leave native out"
+        )
+    one = one_pass if native == "jax" else kernel_pass
+    return lax.fori_loop(0, passes, one, (codes, residual))
 
 
 def _trace_back(origins, values, axis, last=None):

@@ -18,7 +18,10 @@ from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.moves.column_blocks import Coded, walk
 from gptvq_jax.moves.em import GroupData
 from gptvq_jax.moves.nearest import lookup, nearest
+from gptvq_jax.moves.refit import decode
 from gptvq_jax.moves.scales import StripScales
+from gptvq_jax.ops.column_frame import Block
+from gptvq_jax.ops.columns import KERNELS
 
 # Codebooks (G, K, D) for the vectors of one column strip, drawn or fitted when it is reached, with
 # a random key for each of its G groups.
@@ -79,6 +82,7 @@ def sweep(
     block_size: int = 128,
     exact_metric: bool = True,
     normalize: Normalize | None = None,
+    native: str = "jax",
 ) -> SweepResult:
     """Quantizes a weight column by column with error feedback.
 
@@ -94,6 +98,9 @@ def sweep(
       block_size: columns per lazy update, at most a strip.
       exact_metric: assign codes in the metric of the whole D x D block; False: its diagonal.
       normalize: makes block scales of a column strip, or None.
+      native: "jax", or a kernel that the caller knows to run here: "pallas_tpu", "pallas_gpu"
+        (`ops.columns.choose_columns`). Its sums run in another order, and U must be 0 below the
+        diagonal.
     """
     dim, rows = grid.dim, grid.strip_rows
     weight = weight.reshape(grid.padded_cols, grid.row_strips, rows)
@@ -103,7 +110,8 @@ def sweep(
     block = grid.block_cols(block_size)
     row_strips = first_strip + jnp.arange(grid.row_strips)
 
-    def strip_step(weight, strip):
+    def fitted(weight, strip):
+        """First column of a strip, its codebooks, and its scales: as found, and of each vector."""
         start = strip * grid.strip_cols
         current = lax.dynamic_slice_in_dim(weight, start, grid.strip_cols)
         first = start // dim
@@ -119,6 +127,10 @@ def sweep(
         data = GroupData(points, whiten, point_weight)
         of_strip = jax.random.fold_in(key, strip)
         centroids = fit(data, jax.vmap(partial(jax.random.fold_in, of_strip))(row_strips))
+        return start, centroids, scales, per_vector
+
+    def strip_step(weight, strip):
+        start, centroids, scales, per_vector = fitted(weight, strip)
         weight, loss, codes = walk(
             weight,
             hinv_chol,
@@ -151,6 +163,32 @@ def sweep(
         error = error.reshape(local.shape)
         return Coded(error, codes, local, loss + jnp.sum(jnp.square(error)))
 
+    def kernel_strip(state, strip):
+        weight, *found = state  # columns that are coded hold nothing of use any more
+        start, centroids, scales, per_vector = fitted(weight.reshape(-1, *row_mask.shape), strip)
+        scale = None if scales is None else per_vector.reshape(len(per_vector), -1)
+
+        def coder(start, weight, hinv_chol, found):
+            of, tables = (block, start, weight, hinv_chol), (metric, feedback)
+            block_of = Block(*of, tables, centroids[None], scale, grid.strip_cols)
+            *found, error = KERNELS[native].sweep(block_of, *found, grid.rows)
+            return Coded(error, None, carry=found)
+
+        count = grid.strip_cols // block
+        weight, found, _ = walk(
+            weight, hinv_chol, coder, block, first=start, count=count, carry=found, whole=True
+        )
+        return (weight, *found), (centroids, scales)
+
+    if native != "jax":
+        shape = grid.padded_cols // dim, grid.padded_rows
+        state = weight.reshape(grid.padded_cols, -1), jnp.zeros(shape, jnp.int32)
+        (_, codes, loss), (centroids, scales) = lax.scan(
+            kernel_strip, (*state, jnp.zeros(shape[1])), jnp.arange(grid.col_strips)
+        )
+        stacked = scales and jax.vmap(lambda s: s.per_vector(dim))(scales).reshape(shape)
+        quantized = decode(centroids[None], codes[None], stacked, grid)
+        return SweepResult(codes, centroids, scales, quantized, jnp.sum(loss))
     weight, (codes, centroids, scales, loss) = lax.scan(
         strip_step, weight, jnp.arange(grid.col_strips)
     )

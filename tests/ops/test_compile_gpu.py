@@ -16,9 +16,16 @@ from jax.sharding import (
     AbstractMesh,
     use_abstract_mesh,
 )
+from launches import launches
 from real_shapes import FORMATS, abstract_tensor, first_device, placed, trellis_tensor
 
 from gptvq_jax.core.vq_tensor import BlockScales
+from gptvq_jax.methods.gptvq_settings import GPTVQSettings
+from gptvq_jax.moves.em import GroupData, em
+from gptvq_jax.moves.recode import recode
+from gptvq_jax.moves.residual import Residual
+from gptvq_jax.moves.seed import kmeans_plus_plus
+from gptvq_jax.moves.sweep import sweep
 from gptvq_jax.moves.viterbi import search_streams
 from gptvq_jax.ops import pallas_gpu, xla
 from gptvq_jax.ops.gpu import trellis
@@ -175,3 +182,100 @@ def test_viterbi_compiles_at_every_rate(bits, rows, streams, known):
     # Costs stay on the chip; the way back takes a byte for each minimum, of the lowest rate most.
     way_back = streams * rows * 2 ** (bits - 1)
     assert program.memory_analysis().temp_size_in_bytes <= way_back + 16 * streams * rows + 4096
+
+
+# Llama-2-70B's widest layer. `study.plan.traffic` has the counts that are held here.
+TWO = GPTVQSettings(dim=2, bits=2.0, group_size=2048)
+FOUR = GPTVQSettings(dim=4, bits=2.0, group_size=65536)
+ROWS, COLS = 8192, 28672
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def strip_of(settings):
+    """Data of one column strip, as abstract arrays, and its codebooks."""
+    grid = settings.grid(ROWS, COLS)
+    groups, positions, dim, rows = grid.row_strips, grid.strip_vectors, grid.dim, grid.strip_rows
+    data = GroupData(
+        floats(groups, positions, dim, rows),
+        floats(positions, dim, dim),
+        floats(groups, positions, rows),
+    )
+    return data, floats(groups, settings.codebook_size, dim)
+
+
+@pytest.mark.parametrize("settings", [TWO, FOUR], ids=["2d", "4d"])
+def test_a_sweep_launches_a_few_kernels_for_each_block(settings):
+    """Not some for each vector: 14336 in 2D. One is ours, one the product."""
+    grid = settings.grid(ROWS, COLS)
+    weight, square = floats(COLS, ROWS), floats(COLS, COLS)
+    books = floats(grid.row_strips, settings.codebook_size, grid.dim)
+
+    def swept(weight, hinv_chol, books):
+        result = sweep(
+            *(weight, hinv_chol, grid, lambda data, keys: books, jax.random.key(0)),
+            native="pallas_gpu",
+        )
+        return result.codes, result.centroids, result.loss
+
+    program = compiled(swept, weight, square, books)
+    text = program.as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+    blocks, strips = COLS // 128, COLS // 256
+    assert launches(text) <= 5 * blocks + 6 * strips + 32
+    # Nothing of the size of the weight or of U is copied, but for the weight that changes.
+    assert program.memory_analysis().temp_size_in_bytes < 1.1 * 4 * ROWS * COLS
+
+
+@pytest.mark.parametrize("settings", [TWO, FOUR], ids=["2d", "4d"])
+def test_a_recode_launches_a_few_kernels_for_each_block(settings):
+    grid = settings.grid(ROWS, COLS)
+    weight, square = floats(COLS, ROWS), floats(COLS, COLS)
+    books = floats(1, grid.col_strips, grid.row_strips, settings.codebook_size, grid.dim)
+    codes = jax.ShapeDtypeStruct((1, COLS // grid.dim, ROWS), jnp.int32)
+
+    def recoded(error, image, hessian, books, codes):
+        residual = Residual(error, image)
+        return recode(residual, hessian, books, codes, None, grid, native="pallas_gpu")
+
+    text = compiled(recoded, weight, weight, square, books, codes).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+    assert launches(text) <= 5 * (COLS // 128) + 32
+
+
+def test_the_kernel_takes_scales_and_blocks_of_other_widths():
+    """96 columns, which fill no power of two, and rows that fill no program."""
+    settings = GPTVQSettings(dim=2, bits=2.0, group_size=2048, max_group_cols=192, block_size=96)
+    grid = settings.grid(1000, 1536)
+    shape = grid.padded_cols, grid.padded_rows
+    books = floats(1, grid.col_strips, grid.row_strips, settings.codebook_size, grid.dim)
+    vectors = shape[0] // grid.dim
+    codes = jax.ShapeDtypeStruct((1, vectors, shape[1]), jnp.int32)
+
+    def recoded(error, image, hessian, books, codes, scales):
+        residual, options = Residual(error, image), {"block_size": 96, "native": "pallas_gpu"}
+        return recode(residual, hessian, books, codes, scales, grid, **options)
+
+    assert grid.block_cols(96) == 96
+    arrays = floats(*shape), floats(*shape), floats(shape[0], shape[0]), books, codes
+    compiled(recoded, *arrays, floats(vectors, shape[1]))
+
+
+def test_a_seed_launches_a_few_kernels():
+    """One for each step of a bisection it was: 84."""
+    data, _ = strip_of(TWO)
+
+    def seeds(*data):
+        keys = jax.random.split(jax.random.key(0), TWO.grid(ROWS, COLS).row_strips)
+        return kmeans_plus_plus(GroupData(*data), TWO.codebook_size, keys)
+
+    assert launches(compiled(seeds, *data).as_text()) <= 17 * TWO.codebook_size
+
+
+@pytest.mark.parametrize(("settings", "most"), [(TWO, 51), (FOUR, 76)], ids=["2d", "4d"])
+def test_a_step_of_em_launches_some_dozen_kernels(settings, most):
+    data, books = strip_of(settings)
+    text = compiled(lambda data, books: em(data, books, 20), data, books).as_text()
+    assert launches(text) <= 20 * most

@@ -10,6 +10,8 @@ from real_shapes import FORMATS, abstract_tensor, first_device, placed, trellis_
 
 from gptvq_jax.moves.viterbi import search_streams
 from gptvq_jax.ops import pallas_tpu
+from gptvq_jax.ops.column_frame import Block
+from gptvq_jax.ops.tpu import columns
 
 pytest.importorskip("libtpu")
 
@@ -123,3 +125,29 @@ def test_viterbi_compiles_at_every_rate(bits, rows, streams, known, name):
     # Neither costs nor the way back are outside of the chip's own memory: padded streams at most.
     padded = 4 * (streams + 7) * (rows + 127)
     assert program.memory_analysis().temp_size_in_bytes <= 8 * padded + 8 * 2**bits
+
+
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+@pytest.mark.parametrize(("dim", "size", "groups"), [(2, 16, 128), (4, 256, 4)])
+def test_a_block_of_columns_compiles(dim, size, groups, name):
+    cols, rows = 512, 1024
+    vectors = cols // dim
+
+    def floats(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def swept(start, values, matrix, tables, books, codes, loss):
+        block = Block(128, start, values, matrix, tables, books, None, 256)
+        return columns.sweep(block, codes, loss, rows)
+
+    def recoded(start, values, matrix, tables, books, codes, scale):
+        block = Block(128, start, values, matrix, tables, books, scale, 256)
+        return columns.recode(block, codes)
+
+    table, books = floats(vectors, dim, dim), floats(1, groups, size, dim)
+    codes = jax.ShapeDtypeStruct((vectors, rows), jnp.int32)
+    shared = jax.ShapeDtypeStruct((), jnp.int32), floats(cols, rows), floats(cols, cols)
+    for move, tables, last in [(swept, 2, floats(rows)), (recoded, 3, floats(vectors, rows))]:
+        args = placed((*shared, (table,) * tables, books, codes, last), chip(name))
+        program = jax.jit(move).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+        assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1

@@ -121,7 +121,8 @@ def _there(
         "else is float32",
         f"a kernel takes {device.launch * 1e6:g} us from one to the next, and its own time is in "
         "the products",
-        "launches are those of the programs of today, one for each vector of columns and step"
+        "launches are those of programs compiled for an H100: blocks of columns by one kernel; "
+        "refits, residuals and packing, some hundred for each layer, are not counted"
         if counted
         else "launches of this method are not known and not counted",
         f"files and weights are read and written at {predict.FILES / 1e9:g} GB/s",

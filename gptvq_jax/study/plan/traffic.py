@@ -7,17 +7,22 @@ from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import opened_width
+from gptvq_jax.ops.gpu import columns
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_float, wants_middle
 from gptvq_jax.run.work import used_settings
 
-# An estimate. XLA's programs for an H100 launch 1.7 million kernels for a layer of 8192 x 28672 in
-# 2D with 16 centroids, and 5.2 million in 4D with 256. How these are shared by each vector of a
-# sweep or a recode, each centroid of a strip that k-means++ draws, and each step of EM of a strip
-# was not counted; those for a vector and for a step are taken to grow with the groups of 16
-# centroids that a search goes through.
-OF_A_VECTOR, OF_A_SEED, OF_A_STEP = (14.0, 2.53), 84.0, (424.0, 22.4)
+# Kernels in XLA's programs for an H100, counted by tests/ops/test_compile_gpu.py for a layer of
+# 8192 x 28672 in 2D with 16 centroids, and in 4D with 256. By the kernel for a block of columns, a
+# sweep and a recode launch 5 for each block, and a sweep 6 more for each strip.
+OF_A_BLOCK, OF_A_STRIP = 5.0, 6.0
+# Of k-means++ for each centroid of a strip; of a step of EM of a strip, which grows with the groups
+# of 16 centroids that a search goes through.
+OF_A_SEED, OF_A_STEP = 15.5, (50.2, 1.67)
 _CHUNK = 16
+# Of a sweep or recode that takes no kernel, for each vector: an estimate, from programs in which
+# vectors, seeds and steps were not counted apart.
+OF_A_VECTOR = 14.0, 2.53
 
 
 def stage_bytes(
@@ -64,10 +69,26 @@ def layer_launches(settings: Any, rows: int, cols: int) -> float | None:
     grid = settings.grid(rows, cols)
     more = max(0, -(-settings.codebook_size // _CHUNK) - 1)
     vectors, strips = grid.padded_cols // grid.dim, grid.col_strips
-    passes = 1 + settings.polish_rounds
-    size = vectors * passes * (OF_A_VECTOR[0] + more * OF_A_VECTOR[1])
+    block = grid.block_cols(settings.block_size)
+    by_vector = vectors * (OF_A_VECTOR[0] + more * OF_A_VECTOR[1])
+    by_block = grid.padded_cols / block * OF_A_BLOCK
+    swept, coded = by_vector, by_vector
+    if takes_kernel(settings, rows, cols):
+        swept, coded = by_block + strips * OF_A_STRIP, by_block if settings.beam == 1 else by_vector
+    size = swept + settings.polish_rounds * coded
     size += strips * settings.codebook_size * OF_A_SEED * (settings.seed == "kmeans++")
     return size + strips * settings.em_iterations * (OF_A_STEP[0] + more * OF_A_STEP[1])
+
+
+def takes_kernel(settings: GPTVQSettings, rows: int, cols: int) -> bool:
+    """Whether the kernel for a block of columns on a GPU has room for a layer."""
+    grid = settings.grid(rows, cols)
+    block, shape = grid.block_cols(settings.block_size), (grid.padded_cols, grid.padded_rows)
+    try:
+        columns.check(block, grid.dim, settings.codebook_size, shape)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def launches(config: ModelConfig, settings: RunSettings) -> float | None:
