@@ -45,6 +45,8 @@ _PREFERRED = {
     "tpu": ("pallas_tpu", "xla"),
     "gpu": ("cuda", "pallas_gpu", "xla"),
 }
+# Left by 'auto' to those who ask by name: tables may cost more than they save (docs/kernels.md).
+_DOUBTFUL = {("pallas_gpu", TrellisTensor)}
 _CODES = {VQTensor: "codes of centroids", TrellisTensor: "trellis codes"}
 _static = partial(dataclasses.field, metadata={"static": True})
 
@@ -151,6 +153,7 @@ def unsupported(tensor: QuantizedTensor, implementation: str) -> str | None:
 def _choose(tensor: QuantizedTensor, implementation: str) -> str:
     if implementation == "auto":
         preferred = _PREFERRED.get(jax.default_backend(), ("xla",))
+        preferred = [name for name in preferred if (name, type(tensor)) not in _DOUBTFUL]
         reasons = {name: unsupported(tensor, name) for name in preferred}
         name = next(name for name in preferred if reasons[name] is None)
         passed_over = "".join(f"; not {n}: {why}" for n, why in reasons.items() if why)

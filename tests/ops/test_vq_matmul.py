@@ -103,9 +103,10 @@ def test_auto_on_a_gpu_goes_from_cuda_to_triton_and_says_why(monkeypatch, logged
     assert entry._choose(tensor_of("2d 2 bit"), "auto") == "cuda"
     assert entry._choose(tensor_of("2d 3 bit"), "auto") == "pallas_gpu"
     assert "not cuda: it takes one codebook with codes of 4 bits" in logged[1]
+    assert entry._choose(tensor_of("trellis, 8 bits"), "auto") == "xla"
     monkeypatch.setattr(cuda_build, "_load_once", lambda: "it needs nvcc and there is none here")
     assert entry._choose(tensor_of("2d 2 bit"), "auto") == "pallas_gpu"
-    assert "auto chose pallas_gpu" in logged[2] and "not cuda: it needs nvcc" in logged[2]
+    assert "auto chose pallas_gpu" in logged[3] and "not cuda: it needs nvcc" in logged[3]
 
 
 def test_cpu_without_a_compiler_names_the_fix(no_compiler):

@@ -139,7 +139,8 @@ GPTVQ_DEVICE void thread_sums(const Problem& p, int tile, int first, int thread,
     const float scale = p.scales[group];
     GPTVQ_UNROLL for (int n = 0; n < Batch; n++) {
       const int row = first + n < p.batch ? first + n : p.batch - 1;
-      const float step = scale * p.x_scales[int64_t{row} * p.col_strips + strip] / kDigitBase;
+      const float step = scale * p.x_scales[int64_t{row} * p.col_strips + strip] *
+                         (1.0f / kDigitBase);
       GPTVQ_UNROLL for (int r = 0; r < Rows; r++) {
         // Two digits as one integer: at most 16 D weights, so below 2^28.
         float dot = static_cast<float>(dots[n][r][0] * kDigitBase + dots[n][r][1]);

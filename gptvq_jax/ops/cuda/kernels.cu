@@ -86,7 +86,7 @@ ffi::Error run(const Problem& p, Stream) {
 
 template <int D, int Rows, int Q>
 ffi::Error for_batch(const Problem& p, Stream stream) {
-  constexpr int kMost = D * Q <= 4 ? 4 : 2;  // rows of x: more, and registers would not do
+  constexpr int kMost = D <= 2 && Q == 2 ? 4 : 2;  // rows of x: more, and registers would not do
   return p.batch == 1 ? run<D, Rows, Q, 1>(p, stream) : run<D, Rows, Q, kMost>(p, stream);
 }
 
