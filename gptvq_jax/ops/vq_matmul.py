@@ -35,11 +35,18 @@ IMPLEMENTATIONS = {
     "xla": (None, "jnp, fused by the compiler"),
     "pallas_tpu": ("tpu", "Pallas kernel for TPUs"),
     "pallas_gpu": ("gpu", "Pallas kernel for NVIDIA GPUs"),
+    "cuda": ("gpu", "CUDA C++ kernel for NVIDIA GPUs"),
     "cpu": ("cpu", "C++ kernel, float32 activations"),
     "cpu_int8": ("cpu", "C++ kernel, activations rounded to int8 with one scale per row"),
 }
-# What 'auto' tries, in this order. On a GPU nothing has been measured to beat the compiler.
-_PREFERRED = {"cpu": ("cpu", "xla"), "tpu": ("pallas_tpu", "xla")}
+# What 'auto' tries, in this order.
+_PREFERRED = {
+    "cpu": ("cpu", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+    "gpu": ("cuda", "pallas_gpu", "xla"),
+}
+# Left by 'auto' to those who ask by name: tables may cost more than they save (docs/kernels.md).
+_DOUBTFUL = {("pallas_gpu", TrellisTensor)}
 _CODES = {VQTensor: "codes of centroids", TrellisTensor: "trellis codes"}
 _static = partial(dataclasses.field, metadata={"static": True})
 
@@ -146,6 +153,7 @@ def unsupported(tensor: QuantizedTensor, implementation: str) -> str | None:
 def _choose(tensor: QuantizedTensor, implementation: str) -> str:
     if implementation == "auto":
         preferred = _PREFERRED.get(jax.default_backend(), ("xla",))
+        preferred = [name for name in preferred if (name, type(tensor)) not in _DOUBTFUL]
         reasons = {name: unsupported(tensor, name) for name in preferred}
         name = next(name for name in preferred if reasons[name] is None)
         passed_over = "".join(f"; not {n}: {why}" for n, why in reasons.items() if why)
@@ -174,5 +182,6 @@ def _say_once(say: Callable[[str], None], message: str) -> None:
 
 def _module(implementation: str):
     # Imported on use: kernels for hardware that is not there cost nothing.
-    name = {"cpu": "cpu.exact", "cpu_int8": "cpu.int8"}.get(implementation, implementation)
+    files = {"cpu": "cpu.exact", "cpu_int8": "cpu.int8", "cuda": "cuda.products"}
+    name = files.get(implementation, implementation)
     return importlib.import_module(f"gptvq_jax.ops.{name}")

@@ -8,6 +8,7 @@ from base import decoded, relative_error, tensor_of
 
 from gptvq_jax.ops import vq_matmul as entry
 from gptvq_jax.ops.cpu import build
+from gptvq_jax.ops.cuda import build as cuda_build
 from gptvq_jax.ops.vq_matmul import make_kernel, vq_matmul
 
 
@@ -56,8 +57,8 @@ def test_no_implementation_ignores_row_scales(name):
 
 
 def test_an_unknown_implementation_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="'cuda'.*auto, reference, xla"):
-        vq_matmul(jnp.ones((1, 512)), tensor_of("2d 2 bit"), implementation="cuda")
+    with pytest.raises(ValueError, match="'metal'.*auto, reference, xla"):
+        vq_matmul(jnp.ones((1, 512)), tensor_of("2d 2 bit"), implementation="metal")
 
 
 def test_columns_must_match():
@@ -70,7 +71,7 @@ def test_integers_are_refused():
         vq_matmul(jnp.ones((1, 512), jnp.int32), tensor_of("2d 2 bit"), implementation="xla")
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "cuda"])
 def test_hardware_that_is_not_there_is_refused(name):
     with pytest.raises(NotImplementedError, match=f"'{name}' cannot run: it needs a .PU.*'xla'"):
         make_kernel(tensor_of("2d 2 bit"), name)
@@ -93,6 +94,19 @@ def test_auto_falls_back_where_there_is_no_compiler_and_says_so_once(no_compiler
         assert make_kernel(tensor_of(case)).implementation == "xla"
     assert len(logged) == 1
     assert "auto chose xla" in logged[0] and "not cpu: it needs a C++ compiler" in logged[0]
+
+
+def test_auto_on_a_gpu_goes_from_cuda_to_triton_and_says_why(monkeypatch, logged):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cuda_build, "_load_once", lambda: None)
+    entry._logged.clear()
+    assert entry._choose(tensor_of("2d 2 bit"), "auto") == "cuda"
+    assert entry._choose(tensor_of("2d 3 bit"), "auto") == "pallas_gpu"
+    assert "not cuda: it takes one codebook with codes of 4 bits" in logged[1]
+    assert entry._choose(tensor_of("trellis, 8 bits"), "auto") == "xla"
+    monkeypatch.setattr(cuda_build, "_load_once", lambda: "it needs nvcc and there is none here")
+    assert entry._choose(tensor_of("2d 2 bit"), "auto") == "pallas_gpu"
+    assert "auto chose pallas_gpu" in logged[3] and "not cuda: it needs nvcc" in logged[3]
 
 
 def test_cpu_without_a_compiler_names_the_fix(no_compiler):

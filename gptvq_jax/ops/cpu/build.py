@@ -64,6 +64,8 @@ _TARGETS = (
 )
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
+_WHAT = "the C++ compiler"
+_HINT = "g++ 11 or clang++ 14 will do; set CXX to choose another"
 _SECONDS = 300
 _INSTRUCTIONS = re.compile(r"#define __((?:AVX|SSE|FMA|F16C|BMI|ARM_FEATURE_)\w*?)__? 1\b")
 _chosen_flags: tuple[str, ...] = ()
@@ -167,13 +169,31 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     for source in sources:
         key.update(source.read_bytes())
     target = cache / f"kernels-{key.hexdigest()[:20]}.so"
+    include = ["-isystem", jax.ffi.include_dir()]
+    command = [compiler, *flags, *include, str(sources[0])]
+    return build_once(target, command, "the CPU kernels", _WHAT, _HINT)
+
+
+def build_once(target: Path, command: list[str], made: str, what: str, hint: str) -> Path:
+    """Has a compiler make the library `target`, unless it is there.
+
+    Args:
+      target: in a directory that is made if missing.
+      command: all but the name of what it makes.
+      made: what the command makes, for who waits.
+      what: the compiler, for who reads that it failed.
+      hint: what to do then.
+
+    Raises:
+      NotImplementedError: the compiler fails, or its directory cannot be written.
+    """
     if not target.exists():
-        include = ["-isystem", jax.ffi.include_dir()]
+        cache = target.parent
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with _alone(cache / "lock"):
                 if not target.exists():  # nor made by the process that was waited for
-                    _compile([compiler, *flags, *include, str(sources[0])], target)
+                    _compile(command, target, made, what, hint)
         except OSError as error:
             raise NotImplementedError(
                 f"the kernels cannot be written to {cache} ({error.strerror}); set {VARIABLE} to a "
@@ -183,14 +203,15 @@ def build(cache: Path, extra_flags: tuple[str, ...] = ()) -> Path:
 
 
 def _defines(compiler: str, flags: tuple[str, ...]) -> str:
-    return _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    command = [compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    return run_compiler(command, _WHAT, _HINT)
 
 
-def _compile(command: list[str], target: Path) -> None:
-    print(f"compiling the CPU kernels with {command[0]}, once ...", file=sys.stderr, flush=True)
+def _compile(command: list[str], target: Path, made: str, what: str, hint: str) -> None:
+    print(f"compiling {made} with {command[0]}, once ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
-        _run([*command, "-o", str(built)])
+        run_compiler([*command, "-o", str(built)], what, hint)
         built.replace(target)
 
 
@@ -213,16 +234,14 @@ def find_compiler() -> str:
     )
 
 
-def _run(command: list[str]) -> str:
+def run_compiler(command: list[str], what: str, hint: str) -> str:
+    """What a compiler prints. Raises NotImplementedError with its first error and a hint."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotImplementedError(f"the C++ compiler failed: {first_line(error)}") from error
+        raise NotImplementedError(f"{what} failed: {first_line(error)}") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         line = next((line for line in lines if "error" in line), lines[0])
-        raise NotImplementedError(
-            f"the C++ compiler {command[0]} failed: {line.strip()} (g++ 11 or clang++ 14 will do; "
-            "set CXX to choose another)"
-        )
+        raise NotImplementedError(f"{what} {command[0]} failed: {line.strip()} ({hint})")
     return done.stdout
