@@ -249,6 +249,11 @@ EFFECTS = {
     "python scripts/make_synthetic.py --like=llama2_70b --blocks=2 --output=out": has(
         "llama2_70b", "out", 2, 0
     ),
+    "python scripts/check_device.py": has(
+        ["device", "kernels", "decode", "block_7b", "block_70b", "smoke"],
+        10.0,
+        Path("device-report.json"),
+    ),
     "python scripts/ablate.py": has(["layers", "model"]),
     "python scripts/torture.py": lambda call: has(100, 0)(SimpleNamespace(args=call.args[1:])),
 }
@@ -320,6 +325,9 @@ def call(monkeypatch, tmp_path):
             job("study.plan.plan", "make_plan")
             monkeypatch.setattr("gptvq_jax.study.plan.table.plan_text", lambda plan: "")
             job("study.synthetic", "make_synthetic")
+            job("study.check_device", "check", {})
+            monkeypatch.setattr("gptvq_jax.study.check_device.failed", lambda report: [])
+            monkeypatch.setattr("gptvq_jax.study.check_device_table.table", lambda report: "")
             job("study.sweep.start", "sweep", [])
             benchmarks(module)
             module.main(sys.argv)
