@@ -23,7 +23,9 @@ class ModelFlags:
             "implementation",
             None,
             "Of products with packed weights: cpu (exact), cpu_int8 (activations rounded), xla, "
-            "... or auto, the default: on a CPU cpu_int8 where it hardly changes the perplexity.",
+            "cuda (NVIDIA GPUs, built with nvcc), pallas_gpu, pallas_tpu, reference, or auto, the "
+            "default: on a CPU cpu_int8 where it hardly changes the perplexity, on a GPU cuda "
+            "where nvcc builds it and it reads the format.",
         )
         self._dtype = flags.DEFINE_enum(
             "dtype",

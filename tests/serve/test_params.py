@@ -70,7 +70,8 @@ def test_a_layer_that_an_implementation_does_not_have_is_named(tmp_path):
     checkpoint = PackedCheckpoint(write_checkpoint(tmp_path / "tied", TIED))
     with pytest.raises(NotImplementedError, match="^layers_0/self_attn/._proj: .* use 'xla'"):
         packed_params(checkpoint, "cpu_int8")
-    with pytest.raises(
-        NotImplementedError, match="^vq_matmul implementation 'pallas_gpu' .* needs a GPU"
-    ):
-        packed_params(checkpoint, "pallas_gpu")
+    for name in ("pallas_gpu", "cuda"):
+        with pytest.raises(
+            NotImplementedError, match=f"^vq_matmul implementation '{name}' .* needs a GPU"
+        ):
+            packed_params(checkpoint, name)
