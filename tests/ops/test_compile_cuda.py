@@ -1,7 +1,7 @@
 """The CUDA kernels compiled and disassembled for a GPU that is not there: needs nvcc, not a GPU.
 
 pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl \
-    nvidia-cuda-cuobjdump && python -m pytest THIS_FILE -m slow
+    nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm && python -m pytest THIS_FILE -m slow
 """
 
 import ctypes
