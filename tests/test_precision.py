@@ -185,7 +185,7 @@ OF_MOVE = {
         outliers=STREAMS[0, 0] > 2,
     ),
     "first_scale": dict(target=STREAMS[0], weight=STREAMS[0], rate=jnp.int32(2)),
-    "best_scale": dict(coded=STREAMS[0, 0], target=STREAMS[0, 0], weight=STREAMS[0, 0]),
+    "best_scale": dict(windows=COLUMNS.windows[0], target=STREAMS[0, 0], weight=STREAMS[0, 0]),
     "overlaps": dict(windows=COLUMNS.windows[0], rate=jnp.int32(2)),
     "search_column": dict(
         target=STREAMS[0, 0], weight=STREAMS[0, 0], scale=jnp.float32(1), rate=jnp.int32(2)
@@ -201,7 +201,7 @@ OF_MOVE = {
         squared=lambda books: moves.refit.decode(books, CODES, None, GRID),
     ),
     "walk": dict(
-        values=jnp.ones((C, R)), matrix=jnp.ones((C, C)), block=2,
+        values=jnp.ones((C, R)), matrix=jnp.ones((C, C)), block=2, whole=False,
         code=lambda start, local, square, carry: Coded(local, local[0], carry=carry),
     ),
     "viterbi": dict(target=STREAMS[0], weight=STREAMS[0], rate=2),

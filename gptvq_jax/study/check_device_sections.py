@@ -22,10 +22,10 @@ from gptvq_jax.models.published import published
 from gptvq_jax.ops.vq_matmul import IMPLEMENTATIONS, make_kernel, unsupported
 from gptvq_jax.run.memory_check import host_memory
 from gptvq_jax.study import decode_benchmark as bench
+from gptvq_jax.study.decode_formats import FORMATS, random_quantized
 from gptvq_jax.study.layer_benchmark import DAMPING, VQ_SETTINGS, quantize_with
 from gptvq_jax.study.matmul_rate import SHAPES, best_rate, matmul_rate
 from gptvq_jax.study.sample_layers import random_layer
-from gptvq_jax.study.sample_tensors import TrellisFormat, random_tensor
 
 _KERNEL_SHAPE = (256, 512)  # rows that no kernel's tile divides are tested elsewhere
 _MOST_ERROR = {"float32": 1e-5, "bfloat16": 2e-2, "cpu_int8": 2e-2}
@@ -70,12 +70,12 @@ def kernels(seconds: float, formats: Sequence[str] | None = None) -> dict[str, A
       ValueError: one is wrong; says which.
     """
     end, rows, left = time.monotonic() + 0.9 * seconds, [], []
-    names = formats or [name for name in bench.FORMATS if name not in _NOT_CHECKED]
+    names = formats or [name for name in FORMATS if name not in _NOT_CHECKED]
     for name in names:
         if time.monotonic() > end:
             left.append(name)
             continue
-        tensor = _random(bench.FORMATS[name])
+        tensor = random_quantized(name, *_KERNEL_SHAPE)
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             weight = np.asarray(jax.tree.map(jnp.asarray, tensor).dequantize(), np.float64)
         for implementation in IMPLEMENTATIONS:
@@ -86,13 +86,6 @@ def kernels(seconds: float, formats: Sequence[str] | None = None) -> dict[str, A
         worst = "; ".join("{name} {implementation} {dtype}: {error:.1e}".format(**r) for r in wrong)
         raise ValueError(f"{len(wrong)} of {len(rows)} products are wrong: {worst}")
     return {"rows": rows, "not_in_time": left}
-
-
-def _random(fmt: Any) -> Any:
-    rows, cols = _KERNEL_SHAPE
-    if isinstance(fmt, TrellisFormat):
-        return fmt.random(rows, cols)
-    return random_tensor(fmt, fmt.grid(rows, cols))
 
 
 def _errors(name: str, tensor: Any, weight: np.ndarray, implementation: str) -> list[dict]:
@@ -119,7 +112,7 @@ def decode(seconds: float, shapes: Sequence[tuple[int, int]] | None = None) -> d
     on_cpu, platform = jax.default_backend() == "cpu", jax.default_backend()
     own = [name for name, (of, _) in IMPLEMENTATIONS.items() if of == platform]
     implementations = ["auto"] if on_cpu else [*own, "xla"]
-    names = [name for name in _DECODED if name in bench.FORMATS]
+    names = [name for name in _DECODED if name in FORMATS]
     dense = ["float32"] if on_cpu else ["float32", "bfloat16"]
     chosen = bench.contenders(names, implementations, dense)
     wanted = shapes or ([(4096, 4096)] if on_cpu else [(4096, 4096), (8192, 28672)])

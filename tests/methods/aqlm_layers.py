@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from gptvq_jax.core.vq_tensor import dequantize
-from gptvq_jax.methods.aqlm import AQLMSettings, quantize
+from gptvq_jax.methods.aqlm import AQLMSettings, _quantize
 
 ROWS, COLS, DIM = 16, 44, 8  # 5.5 vectors
 BASE = dict(num_codebooks=2, code_bits=4, dim=DIM, seed="kmeans++", beam=1, block_size=16)
@@ -28,7 +28,8 @@ def program(options):
 
     def run(weight, hessian, hinv_chol, key, numbers):
         traced = ref.with_numbers(settings, numbers)
-        return quantize.__wrapped__(weight, hessian, hinv_chol, key, traced)
+        grid = settings.grid(*weight.shape)
+        return _quantize.__wrapped__(weight, 0, hessian, hinv_chol, key, traced, grid)
 
     return jax.jit(run)
 

@@ -9,6 +9,7 @@ from jaxpr_flops import count
 from gptvq_jax.core.check_tensor import check_tensor, check_values
 from gptvq_jax.core.hessian import factorize
 from gptvq_jax.core.metrics import relative_error
+from gptvq_jax.core.row_axis import ALL_HERE
 from gptvq_jax.core.trellis_tensor import TrellisTensor
 from gptvq_jax.core.vq_tensor import VQTensor
 from gptvq_jax.methods import gptvq, trellis, trellis_budget
@@ -164,8 +165,10 @@ def test_flops_are_those_of_the_program(levels):
     weight, square = floats(rows, cols), floats(cols, cols)
     of_layer = jax.eval_shape(trellis_budget._beyond, weight, square, floats())
     rates = jax.ShapeDtypeStruct((cols,), jnp.int32)
-    arguments = weight, square, square, of_layer, rates, jax.ShapeDtypeStruct((), jnp.int32)
-    counted = count(lambda *a: trellis._code(*a, settings, "jax"), *arguments, trips=passes)
+    own = weight, of_layer.outliers, of_layer.row_scales, floats(rows)
+    shared = square, square, rates, jax.ShapeDtypeStruct((), jnp.int32)
+    static = trellis._shape_of(settings), settings.rows_of_stream(rows), "jax", ALL_HERE
+    counted = count(lambda *a: trellis._code(*a, *static), *own, *shared, trips=passes)
     assert settings.flops(rows, cols) <= counted < 1.002 * settings.flops(rows, cols)
 
 

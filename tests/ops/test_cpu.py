@@ -27,12 +27,12 @@ class TestInt8(MatmulTests):
     supported = tuple(case for case in CASES if not case.startswith(_NOT_INT8))
     float32_error = 1e-2  # of rounding x
 
-    def test_rows_with_large_activations_stay_exact(self):
-        """One digit would cost the small ones; of rows without large ones it is enough."""
+    def test_rows_with_large_activations_have_two_digits(self):
+        """One would cost the small ones 0.3 here; of rows without large ones it is enough."""
         fmt = FORMATS["2d_2.25"]
         tensor = random_tensor(fmt, fmt.grid(64, 1024))
         x = np.random.default_rng(0).normal(size=(2, 1024)).astype(np.float32)
         exact, rounded = (make_kernel(tensor, name) for name in ("cpu", "cpu_int8"))
         assert not np.array_equal(jnp.asarray(x) @ exact, jnp.asarray(x) @ rounded)
         x[1, 300] = 200
-        np.testing.assert_array_equal(jnp.asarray(x) @ exact, jnp.asarray(x) @ rounded)
+        np.testing.assert_allclose(jnp.asarray(x) @ rounded, jnp.asarray(x) @ exact, atol=5e-3)
