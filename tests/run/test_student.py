@@ -160,7 +160,7 @@ assert len(student._spread.mesh.devices) == {devices}, student._spread
 states = student.states()
 kl, found = student.gradients(states, tokens, reference)
 again, finite = student.update(states, found, {rates})
-again, _ = student.gradients(again, tokens, reference, tokens.size)
+again, _ = student.gradients(again, tokens, reference)
 sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(found)]
 print(json.dumps([float(kl.sum()), float(again.sum()), sums]))
 """

@@ -230,10 +230,9 @@ def test_weights_with_true_sequential_and_an_asymmetric_target(quantize, source)
         for name, (error, signal) in found.items():
             assert rows[name][field] == pytest.approx(error / signal, rel=1e-3)
     _, plain, _ = quantize("symmetric", **given)
-    for name in LINEAR_GROUPS[0]:  # before them the two models are the same
-        same = pytest.approx(plain[name]["relative_error"], rel=1e-3)
+    for name in LINEAR_GROUPS[0]:  # before them the two models are the same but for rounding,
+        same = pytest.approx(plain[name]["relative_error"], rel=0.02)  # which may turn a few codes
         assert rows[name]["relative_error"] == same
     for name in LINEAR_GROUPS[1]:
-        assert rows[name]["relative_error"] != pytest.approx(
-            plain[name]["relative_error"], rel=0.01
-        )
+        other = pytest.approx(plain[name]["relative_error"], rel=0.04)
+        assert rows[name]["relative_error"] != other
