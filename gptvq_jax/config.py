@@ -48,6 +48,8 @@ class CalibrationSettings:
     # its block; 0: as many as its layer has inputs
     products: str = "float32"  # of Hessians: 'float32', 'bfloat16' (of rounded inputs) or
     # 'bfloat16x3', all summed in float32
+    model_products: str = "float32"  # of the model on this text: 'float32', or 'bfloat16', with
+    # such activations; gradients and the tuning of blocks are float32
     statistics: str = ""  # a file of scripts/calibrate.py with the Hessians, in place of a text
 
     @property
@@ -280,6 +282,8 @@ class RunSettings:
         check(c.held_out >= 0, "calibration.held_out", "0 (none) or a number of windows")
         _check_mixture(c, check)
         check(c.products in PRODUCTS, "calibration.products", f"one of {', '.join(PRODUCTS)}")
+        of_model, dtypes = "calibration.model_products", (FLOAT32, BFLOAT16)
+        check(c.model_products in dtypes, of_model, f"one of {', '.join(dtypes)}")
         check(c.inputs in ("quantized", "float"), "calibration.inputs", "'quantized' or 'float'")
         check(0 <= c.asymmetry <= 1, "calibration.asymmetry", "from 0 to 1")
         check(
@@ -318,7 +322,6 @@ class RunSettings:
             check(a.bits_per_value == 0, "allocation.bits_per_value", unweighted)
         check(e.num_windows >= 0, "evaluation.num_windows", "at least 0")
         check(e.seqlen >= 2, "evaluation.seqlen", "at least 2")
-        dtypes = (FLOAT32, BFLOAT16)
         check(e.products in dtypes, "evaluation.products", f"one of {', '.join(dtypes)}")
         check(e.batch_size >= 1, "evaluation.batch_size", "at least 1")
 

@@ -42,6 +42,7 @@ def table2_config(model: str, dim: int, bits: str) -> config_dict.ConfigDict:
     set_index_bits(config, width)
     config.uniform.group_size = round(16 / (float(bits.removesuffix("b")) - width))
     _set_text(config, "wikitext2", num_windows=128, seqlen=2048)
+    _set_products(config)
     return config
 
 
@@ -122,6 +123,13 @@ def set_index_bits(config: config_dict.ConfigDict, bits: float) -> None:
         config.aqlm.num_codebooks = round(bits)  # of 8-bit codes for 8 weights
         if config.aqlm.dim % config.aqlm.num_codebooks:
             config.aqlm.start = "residual"
+
+
+def _set_products(config: config_dict.ConfigDict) -> None:
+    """The model in half precision, as in the papers: what layers read is bfloat16 then, and so are
+    the products of Hessians without a loss."""
+    config.calibration.model_products = config.calibration.products = "bfloat16"
+    config.evaluation.products, config.solve_products = "bfloat16", "bfloat16x3"
 
 
 def _set_text(config: config_dict.ConfigDict, dataset: str, num_windows: int, seqlen: int) -> None:

@@ -278,7 +278,7 @@ def closing_outputs(
     """
     ((name,),) = config.layers.stages[stage]
     if config.family.norms[stage] is None:
-        outputs = after - before
+        outputs = after.astype(jnp.float32) - before.astype(jnp.float32)
         if config.residual_scale != 1:
             outputs = outputs / config.residual_scale
         bias = get_layer(block_params, name).get("bias")

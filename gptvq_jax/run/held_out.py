@@ -97,19 +97,23 @@ def run_windows(
         i for stage in crossed_stages(config, sums.fitted) for i in states(config, stage)
     }
     both = [spread.partial_sums(of) for of in sums]
-    shared = spread.on_all((block, float_block))
+    shared, products = spread.on_all((block, float_block)), calibration.model_products
     for part in window_batches(calibration):
         which = int(part.start >= calibration.num_windows)
-        inner = None if files.inner is None else on_device(files.inner[part])
+        x = files.x[part]
+        inner = None if files.inner is None else on_device(files.inner[part], products)
         reference = None
         if wanted_states:
+            # Nothing aims at the windows held out: what stands in for their states is not read.
             read = (
-                on_device(files.reference[i][part]) if i in wanted_states else None
-                for i in range(3)
+                on_device(np.zeros_like(x) if which else file[part], products)
+                if i in wanted_states
+                else None
+                for i, file in enumerate(files.reference)
             )
             reference = FloatStates(*read)
         of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
-        windows = on_device(files.x[part]), inner, of_part, reference
+        windows = on_device(x, products), inner, of_part, reference
         windows += (spread.real(part.stop - part.start),)
         (x, inner), both[which] = spread.run(
             _step, (config, start, stop), shared, windows, both[which]

@@ -310,7 +310,9 @@ def _finetune(settings: RunSettings, when) -> None:
 def _calibration(c: CalibrationSettings, when) -> None:
     when(
         bool(c.statistics),
-        " ".join(f"calibration.{field}" for field in (*CALIBRATION_TEXT, "products")),
+        " ".join(
+            f"calibration.{field}" for field in (*CALIBRATION_TEXT, "products", "model_products")
+        ),
         "with calibration.statistics, whose text is that of the file; set it in "
         "scripts/calibrate.py",
     )

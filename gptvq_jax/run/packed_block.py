@@ -32,6 +32,7 @@ from gptvq_jax.run.calibrate import (
     Owner,
     crossed_stages,
     moment_flops,
+    opens_again,
     owners,
 )
 from gptvq_jax.run.context import Context
@@ -123,7 +124,8 @@ class PackedBlock:
         for stage, groups in enumerate(self._config.layers.stages):
             opened, group = stage in CLOSING, list(chain(*groups))
             out, shape = nullcontext(), None
-            if stage:
+            kept = stage and not (stage == LAST - 1 and opens_again())
+            if kept:
                 cols = opened_width(self._config, stage - 1) if opened else at.x.shape[2]
                 name = _INNER if opened else _HALF
                 shape = (*at.x.shape[:2], cols)
@@ -131,12 +133,12 @@ class PackedBlock:
             with out as writer:
                 start = max(0, stage - 1)
                 sums = self._run(at, start, stage, self._sums([stage]), writer)
-            if opened:
+            if opened and kept:
                 at = at._replace(inner=self._files.read(_INNER, self._index))
-            elif stage:
+            elif kept:
                 at = at._replace(x=self._files.read(_HALF, self._index), inner=None)
             self._quantize(group, sums)
-        return LAST - 1, at
+        return LAST - 1 if kept else LAST - 2, at
 
     def _sums(self, stages: Sequence[int]) -> Sums:
         c, crosses = self._context.settings.calibration, self._reference is not None

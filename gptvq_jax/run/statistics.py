@@ -32,7 +32,7 @@ from gptvq_jax.run.walk import walk
 from gptvq_jax.run.workdir import WorkDir
 
 # What they depend on.
-_OF_CALIBRATION = (*CALIBRATION_TEXT, "products")
+_OF_CALIBRATION = (*CALIBRATION_TEXT, "products", "model_products")
 _FIELDS = ("model", "num_blocks", *(f"calibration.{name}" for name in _OF_CALIBRATION))
 
 

@@ -91,14 +91,15 @@ def calibration_protocol(c: CalibrationSettings) -> dict[str, Any]:
     Returns:
       "context", tokens of a window; "seed"; "texts", of each its "dataset", and its "windows" that
       are fitted and "held_out_windows"; "bos", where each window begins with that token;
-      "products", where those of Hessians are not of float32.
+      "products" and "model_products", where those of Hessians and of the model are not of float32.
     """
     texts = [
         {"dataset": name, "windows": fitted, "held_out_windows": held_out}
         for name, (fitted, held_out) in c.mixture.items()
     ]
     more = {"bos": True} if c.bos else {}
-    more |= {"products": c.products} if c.products != FLOAT32 else {}
+    of = {"products": c.products, "model_products": c.model_products}
+    more |= {name: products for name, products in of.items() if products != FLOAT32}
     return {"context": c.seqlen, "seed": c.seed, "texts": texts, **more}
 
 
@@ -110,6 +111,8 @@ def calibration_text(protocol: dict[str, Any]) -> str:
     kept = sum(text["held_out_windows"] for text in protocol["texts"])
     bos = "; each begins with BOS" if protocol.get("bos") else ""
     products = f"; Hessians of {protocol['products']}" if "products" in protocol else ""
+    if "model_products" in protocol:
+        products += f"; the model in {protocol['model_products']}"
     return " and ".join(parts) + (f"; {kept} {size} held out" if kept else "") + bos + products
 
 

@@ -23,7 +23,7 @@ from gptvq_jax.models.stages import STAGES, expert_of
 from gptvq_jax.moves.viterbi import TRACE_BACK
 from gptvq_jax.rule_settings import Format, choices, is_open
 from gptvq_jax.rules import DENSE, INT8
-from gptvq_jax.run.calibrate import closes, window_batches
+from gptvq_jax.run.calibrate import closes, opens_again, window_batches
 from gptvq_jax.run.compare import pair_chunk
 from gptvq_jax.run.curves import num_windows, to_measure
 from gptvq_jax.run.formats import (
@@ -40,7 +40,10 @@ OF_A_STEP = 5  # per window and row: a comparison; a difference, its weighted sq
 
 
 def run_flop(
-    config: ModelConfig, settings: RunSettings, evaluated: int | None = None
+    config: ModelConfig,
+    settings: RunSettings,
+    evaluated: int | None = None,
+    platform: str | None = None,
 ) -> dict[str, float]:
     """FLOP of a run's products by stage; stages that compute nothing are left out.
 
@@ -48,12 +51,13 @@ def run_flop(
       config: of the model.
       settings: of the run.
       evaluated: windows of the held-out text, where the settings take all of a text.
+      platform: of `opens_again`.
     """
     found = {
         "forward": forward_flop(config, settings),
         "gradients": gradients_flop(config, settings),
         "allocation": allocation_flop(config, settings),
-        **calibration_flop(config, settings),
+        **calibration_flop(config, settings, platform),
         "quantize": quantize_flop(config, settings),
         "tune": tune_flop(config, settings),
         "embed": outer_flop(config, settings),
@@ -137,8 +141,10 @@ def measured_candidates(
     return found
 
 
-def calibration_flop(config: ModelConfig, settings: RunSettings) -> dict[str, float]:
-    """Of stages "hessians" and "advance"."""
+def calibration_flop(
+    config: ModelConfig, settings: RunSettings, platform: str | None = None
+) -> dict[str, float]:
+    """Of stages "hessians" and "advance"; `platform` is that of `opens_again`."""
     c = settings.calibration
     found = {"hessians": 0.0, "advance": 0.0}
     if c.statistics:
@@ -146,7 +152,8 @@ def calibration_flop(config: ModelConfig, settings: RunSettings) -> dict[str, fl
     shape, last = (c.all_windows, c.seqlen), num_quantized(settings, config)
     tokens, crosses = c.all_windows * c.seqlen, wants_middle(settings)
     by_stage = settings.true_sequential
-    start = LAST - 1 if by_stage and not settings.tune.block else 0
+    last_stage = LAST - 2 if opens_again(platform) else LAST - 1
+    start = last_stage if by_stage and not settings.tune.block else 0
     for index in range(last):
         block = config.of_block(index)
         runs = [(max(0, s - 1), s, [s]) for s in range(LAST)]

@@ -35,7 +35,7 @@ def test_a_run_counts_what_was_said(tiny_config, tmp_path):  # noqa: F811
         row = summary["stages"][stage]
         moved = row["bytes_read"] + row["bytes_written"]
         # Of arrays that are read once; with an asymmetric target some are read again.
-        assert 0.45 * moved < stage_bytes(config, settings)[stage] < 1.1 * moved, stage
+        assert 0.45 * moved < stage_bytes(config, settings)[stage].moved < 1.1 * moved, stage
     assert settings.allocation.bits_per_value and search_flop(config, settings) == 0
 
 

@@ -20,6 +20,7 @@ class Device(NamedTuple):
       memory: bytes.
       launch: seconds of a kernel that has nothing to do.
       host_link: bytes/s from the host.
+      host_memory: bytes, of a machine with this one chip.
     """
 
     title: str
@@ -30,28 +31,32 @@ class Device(NamedTuple):
     memory: float
     launch: float
     host_link: float
+    host_memory: float
 
 
 DEVICES = {
     # NVIDIA H100 Tensor Core GPU data sheet, SXM: 67 TFLOP/s FP32, 1979 BF16 with sparsity, which
-    # doubles it; 3.35 TB/s, 80 GB; PCIe 5 x16.
+    # doubles it; 3.35 TB/s, 80 GB; PCIe 5 x16. The host is Google Cloud's a3-highgpu-1g: 234 GB.
     "h100": Device(
         "NVIDIA H100 SXM",
-        *(67e12, "FP32 without tensor cores", 989.5e12, 3.35e12, 80e9, GPU_LAUNCH, 64e9),
+        *(67e12, "FP32 without tensor cores", 989.5e12, 3.35e12, 80e9, GPU_LAUNCH, 64e9, 234e9),
     ),
     # NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB: 19.5 TFLOP/s FP32, 312 BF16, 2.039 TB/s;
-    # PCIe 4 x16.
+    # PCIe 4 x16. The host is a2-ultragpu-1g: 170 GB.
     "a100": Device(
         "NVIDIA A100 SXM 80GB",
-        *(19.5e12, "FP32 without tensor cores", 312e12, 2.039e12, 80e9, GPU_LAUNCH, 32e9),
+        *(19.5e12, "FP32 without tensor cores", 312e12, 2.039e12, 80e9, GPU_LAUNCH, 32e9, 170e9),
     ),
     # Google Cloud, "TPU v5e": 197 TFLOP/s bf16, 819 GB/s, 16 GB. Six bf16 products make a float32
-    # one at precision "highest".
+    # one at precision "highest". The host is ct5lp-hightpu-1t: 48 GB.
     "v5e": Device(
-        "TPU v5e", 197e12 / 6, "bf16 in six passes", 197e12, 819e9, 16e9, TPU_LAUNCH, 32e9
+        "TPU v5e",
+        *(197e12 / 6, "bf16 in six passes", 197e12, 819e9, 16e9, TPU_LAUNCH, 32e9, 48e9),
     ),
-    # Google Cloud, "TPU v6e": 918 TFLOP/s bf16, 1638 GB/s, 32 GB.
+    # Google Cloud, "TPU v6e": 918 TFLOP/s bf16, 1638 GB/s, 32 GB. The host is ct6e-standard-1t:
+    # 176 GB.
     "v6e": Device(
-        "TPU v6e", 918e12 / 6, "bf16 in six passes", 918e12, 1638e9, 32e9, TPU_LAUNCH, 64e9
+        "TPU v6e",
+        *(918e12 / 6, "bf16 in six passes", 918e12, 1638e9, 32e9, TPU_LAUNCH, 64e9, 176e9),
     ),
 }

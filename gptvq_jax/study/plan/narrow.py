@@ -26,23 +26,38 @@ def narrow_flop(
       flop: of all stages, as work.run_flop counts.
     """
     c, found = settings.calibration, {}
+    sums = _sums_flop(config, settings) if "hessians" in flop else 0.0
+    if c.model_products != FLOAT32:
+        for stage in ("forward", "hessians", "advance"):
+            own = flop.get(stage, 0.0) - (sums if stage == "hessians" else 0.0)
+            _add(found, stage, c.model_products, own)
     if c.products != FLOAT32:
-        tokens, crosses = c.all_windows * c.seqlen, wants_middle(settings)
-        blocks = config.block_counts(num_quantized(settings, config)).items()
-        sums = sum(
-            n * work.moments_flop(block, settings, tokens, range(work.LAST), crosses)
-            for block, n in blocks
-        )
         of_curves = work.gradients_flop(config, without_budget(settings))
-        found["hessians"] = {c.products: sums if "hessians" in flop else 0.0}
-        found["gradients"] = {c.products: flop.get("gradients", of_curves) - of_curves}
+        _add(found, "hessians", c.products, sums)
+        _add(found, "gradients", c.products, flop.get("gradients", of_curves) - of_curves)
     if settings.solve_products != FLOAT32 and wants_middle(settings):
         layers = linear_layers(settings, config).items()
         coded = [shape for layer, shape in layers if layer_format(settings, *layer).coder]
-        found["quantize"] = {settings.solve_products: 2.0 * sum(unit(*s) for s in coded)}
+        _add(found, "quantize", settings.solve_products, 2.0 * sum(unit(*s) for s in coded))
     if settings.evaluation.products != FLOAT32:
-        found["evaluate"] = {settings.evaluation.products: flop.get("evaluate", 0.0)}
+        _add(found, "evaluate", settings.evaluation.products, flop.get("evaluate", 0.0))
     return found
+
+
+def _sums_flop(config: ModelConfig, settings: RunSettings) -> float:
+    """Of the moments of the pass that quantizes."""
+    tokens = settings.calibration.all_windows * settings.calibration.seqlen
+    blocks = config.block_counts(num_quantized(settings, config)).items()
+    crosses = wants_middle(settings)
+    return sum(
+        n * work.moments_flop(block, settings, tokens, range(work.LAST), crosses)
+        for block, n in blocks
+    )
+
+
+def _add(found: dict[str, dict[str, float]], stage: str, products: str, flop: float) -> None:
+    of_stage = found.setdefault(stage, {})
+    of_stage[products] = of_stage.get(products, 0.0) + flop
 
 
 def product_seconds(flop: float, narrow: Mapping[str, float], device: Device) -> float:

@@ -111,30 +111,38 @@ def _there(
     assumptions: list[str],
     device: devices.Device,
 ) -> dict[str, Any]:
-    stages = predict.elsewhere(shapes, settings, windows, device)
+    common = _common(shapes, settings, name, windows, "gpu", False)
+    base = _UNKNOWN_BASE + _text_bytes(shapes, settings)
+    in_memory = base + common["memory_peaks"]["host"]["bytes"] + common["disk_peak"]["bytes"]
+    kept = in_memory <= predict.KEPT_PART * device.host_memory
+    stages = predict.elsewhere(shapes, settings, windows, device, kept)
     counted = next((s.launches for s in stages if s.name == "quantize"), None)
     assumptions += [
         f"float32 products reach {devices.REACHED:.0%} of {device.float32 / 1e12:.3g} TFLOP/s "
         f"({device.basis}), bfloat16 ones as much of {device.bfloat16 / 1e12:.3g}",
-        f"Hessians are multiplied in {settings.calibration.products}, asymmetric targets solved "
-        f"in {settings.solve_products}, models evaluated in {settings.evaluation.products}; all "
-        "else is float32",
+        f"Hessians are multiplied in {settings.calibration.products}, the model on the calibration "
+        f"text in {settings.calibration.model_products}, asymmetric targets solved in "
+        f"{settings.solve_products}, models evaluated in {settings.evaluation.products}; all else "
+        "is float32",
         f"a kernel takes {device.launch * 1e6:g} us from one to the next, and its own time is in "
         "the products",
         "launches are those of programs compiled for an H100: blocks of columns by one kernel; "
         "refits, residuals and packing, some hundred for each layer, are not counted"
         if counted
         else "launches of this method are not known and not counted",
-        f"files and weights are read and written at {predict.FILES / 1e9:g} GB/s",
+        f"weights are read, and files written that a resumed run needs, at "
+        f"{predict.FILES / 1e9:g} GB/s",
+        _files_text(device, in_memory, kept),
+        f"activations go to the device and back at {device.host_link / 1e9:g} GB/s",
         "all rounds and epochs run, none stops early; programs are compiled already",
         "one chip, the model streamed through it a block at a time",
     ]
     return {
-        **_common(shapes, settings, name, windows, "gpu", False),
+        **common,
         "device": device.title,
         "basis": PUBLISHED,
         "assumptions": assumptions,
-        "base_bytes": _UNKNOWN_BASE + _text_bytes(shapes, settings),
+        "base_bytes": base,
         "memory_room": int(device.memory),
         "rates": {
             "product_tflops": device.float32 / 1e12,
@@ -147,6 +155,20 @@ def _there(
         "compile_bytes": 0,
         "causes": predict.causes(stages, device),
     }
+
+
+def _files_text(device: devices.Device, size: float, kept: bool) -> str:
+    """Whether the host's memory has room for the files beside its arrays, and what follows."""
+    room, part = f"{device.host_memory / 1e9:.0f} GB", f"{predict.KEPT_PART:.0%}"
+    if kept:
+        return (
+            f"a host of {room}, {part} of which keep {size / 1e9:.0f} GB of arrays and files: "
+            f"other files are copied in memory, at {predict.KEPT_FILES / 1e9:g} GB/s"
+        )
+    return (
+        f"a host of {room}, {part} of which do not keep {size / 1e9:.0f} GB of arrays and files: "
+        f"all are read and written at {predict.FILES / 1e9:g} GB/s"
+    )
 
 
 def _common(

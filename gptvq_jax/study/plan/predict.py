@@ -20,7 +20,7 @@ from gptvq_jax.run.forward import wants_middle
 from gptvq_jax.study.plan.devices import Device
 from gptvq_jax.study.plan.narrow import narrow_flop, product_seconds, without_budget
 from gptvq_jax.study.plan.rates import Rates
-from gptvq_jax.study.plan.traffic import launches, stage_bytes
+from gptvq_jax.study.plan.traffic import Traffic, launches, stage_bytes
 from gptvq_jax.study.random_model import model_bytes
 
 # Assumed of this machine too, from runs on 2 cores of an AMD EPYC (Zen 5, AVX-512).
@@ -32,9 +32,12 @@ STORED_BLOCK = 0.03  # ... and seconds of each of its trees
 KEPT_PROGRAM = 0.8  # seconds to read a layer's compiled program, which more than one core does ...
 KEPT_OTHERS = 2.0  # ... and all others
 LAYER = 0.07  # seconds of a layer beside the program that quantizes it: targets, errors, codes' use
-FILES = 2e9  # bytes/s of the disk of a machine that is not here; an assumption
+# Assumed of a machine that is not here: bytes/s of its disk, and of files that its memory keeps;
+# the part of its memory that may be full of them.
+FILES, KEPT_FILES, KEPT_PART = 2e9, 6e9, 0.8
 # Bytes of text that are tokenized: those of the packages and data sets themselves.
 TEXT_BYTES = {"wikipedia": 6.8e6, "wikitext2": 12.2e6, "ptb": 5.5e6, "c4": 20e6, "news": 1e6}
+ELSEWHERE = "gpu"  # the platform of a machine that is not here: no CPU
 _OF_SEARCH = 3  # operations of each centroid and weight: a difference, its square, a comparison
 
 
@@ -46,6 +49,7 @@ class Stage(NamedTuple):
     num_bytes: float
     launches: float | None
     seconds: float
+    of_files: float = 0.0  # of these, on a device that is not here
 
 
 class Use(NamedTuple):
@@ -180,7 +184,7 @@ def here(config: ModelConfig, settings: RunSettings, evaluated: int, rates: Rate
     idle = _dense_bytes(config, settings) / DECODED  # blocks that nothing else is done to meanwhile
     stages.append(Stage("load block", 0, 0, None, idle))
     for stage, own in seconds.items():
-        moved = size.get(stage, 0)
+        moved = size[stage].moved if stage in size else 0
         stages.append(Stage(stage, flop.get(stage, 0), moved, None, own + moved / rates.files))
     stored = most_stored_bytes(config, settings)
     saving = stored / STORED + STORED_BLOCK * (config.num_hidden_layers + 2)
@@ -245,41 +249,62 @@ def _program(use: Use) -> Any:
 
 
 def elsewhere(
-    config: ModelConfig, settings: RunSettings, evaluated: int, device: Device
+    config: ModelConfig, settings: RunSettings, evaluated: int, device: Device, kept: bool
 ) -> list[Stage]:
-    """The stages on a device as published, programs compiled already."""
-    flop = work.run_flop(config, settings, evaluated)
+    """The stages on a device as published, programs compiled already.
+
+    Args:
+      config: of the model.
+      settings: of the run.
+      evaluated: windows of the held-out text.
+      device: with its host.
+      kept: whether the host's memory keeps the files of activations: reading one then is a copy.
+    """
+    flop = work.run_flop(config, settings, evaluated, ELSEWHERE)
     flop["quantize"] = flop.get("quantize", 0.0) + work.search_flop(config, settings)
     flop["quantize"] += sum(use.count * _search(use) for use in uses(config, settings))
-    size = stage_bytes(config, settings, evaluated)
+    size = stage_bytes(config, settings, evaluated, ELSEWHERE)
     count, narrow = launches(config, settings), narrow_flop(config, settings, flop)
     walks = 3 if settings.weight_groups else 1
     loaded = walks * model_bytes(config)
     stages = [
         Stage("read text", 0, 0, None, text_seconds(settings)),
-        Stage("read weights", 0, loaded, None, loaded / min(FILES, device.host_link)),
+        _reading("read weights", loaded, min(FILES, device.host_link)),
     ]
     for stage, own in flop.items():
         launched = count if stage == "quantize" else None
         seconds = product_seconds(own, narrow.get(stage, {}), device)
-        seconds += size.get(stage, 0) / FILES + (launched or 0) * device.launch
-        stages.append(Stage(stage, own, size.get(stage, 0), launched, seconds))
+        moved = size.get(stage, Traffic(0, 0))
+        of_files = moved_seconds(moved, device, kept)
+        seconds += of_files + (launched or 0) * device.launch
+        stages.append(Stage(stage, own, moved.moved, launched, seconds, of_files))
     stored = most_stored_bytes(config, settings)
-    stages.append(Stage("save", 0, stored, None, stored / FILES))
+    stages.append(_reading("save", stored, FILES))
     return [*stages, Stage("start and report", 0, 0, None, START)]
+
+
+def _reading(name: str, size: float, rate: float) -> Stage:
+    return Stage(name, 0, size, None, size / rate, size / rate)
 
 
 def causes(stages: Iterable[Stage], device: Device) -> dict[str, float]:
     """Seconds on a device by what they go to."""
     stages = list(stages)
-    files = sum(stage.num_bytes for stage in stages) / FILES
+    files = sum(stage.of_files for stage in stages)
     launched = sum(stage.launches or 0 for stage in stages) * device.launch
     products = sum(
-        stage.seconds - stage.num_bytes / FILES - (stage.launches or 0) * device.launch
+        stage.seconds - stage.of_files - (stage.launches or 0) * device.launch
         for stage in stages
         if stage.flop
     )
     return {"products": products, "files": files, "launches": launched}
+
+
+def moved_seconds(moved: Traffic, device: Device, kept: bool) -> float:
+    """Of files between the disk, the host's memory and the device, one after the other."""
+    copied = moved.moved - moved.awaited
+    on_host = copied / (KEPT_FILES if kept else FILES) + moved.awaited / FILES
+    return on_host + moved.moved / device.host_link
 
 
 def _search(use: Use) -> float:

@@ -1,6 +1,6 @@
 """Bytes of activations that stages read and write, and kernels that quantizing launches."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptvq_jax.config import RunSettings
 from gptvq_jax.core.products import FLOAT32
@@ -8,6 +8,7 @@ from gptvq_jax.methods.gptvq_settings import GPTVQSettings
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.shapes import opened_width
 from gptvq_jax.ops.gpu import columns
+from gptvq_jax.run.calibrate import opens_again
 from gptvq_jax.run.formats import layer_format, linear_layers, num_quantized
 from gptvq_jax.run.forward import wants_float, wants_middle
 from gptvq_jax.run.work import used_settings
@@ -25,41 +26,59 @@ _CHUNK = 16
 OF_A_VECTOR = 14.0, 2.53
 
 
+class Traffic(NamedTuple):
+    """Bytes of files that a stage reads and writes, as the stopwatch counts them."""
+
+    moved: int
+    awaited: int  # of them: written, and waited for until the disk has them
+
+
 def stage_bytes(
-    config: ModelConfig, settings: RunSettings, evaluated: int | None = None
-) -> dict[str, int]:
-    """Bytes of files that each stage reads and writes, as the stopwatch counts them.
+    config: ModelConfig,
+    settings: RunSettings,
+    evaluated: int | None = None,
+    platform: str | None = None,
+) -> dict[str, Traffic]:
+    """Of each stage that has any.
 
     Args:
       config: of the model.
       settings: of the run.
       evaluated: windows of the held-out text, where the settings take all of a text.
+      platform: of `calibrate.opens_again`.
     """
     c, e, hidden = settings.calibration, settings.evaluation, config.hidden_size
     depth, last = config.num_hidden_layers, num_quantized(settings, config)
     stream, middle = 2 * c.all_windows * c.seqlen * hidden, wants_middle(settings)
-    found = dict.fromkeys(("forward", "gradients", "hessians", "advance", "evaluate"), 0)
+    stages = "forward", "gradients", "hessians", "advance", "evaluate"
+    found, awaited = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
     if settings.weight_groups or wants_float(settings):
         blocks = depth if settings.weight_groups else last
         found["forward"] = stream * (blocks * (2 + middle) + 1)
+        awaited["forward"] = stream * (blocks * (1 + middle) + 1)
     if settings.weight_groups:
         found["gradients"] = stream * (3 * depth + 2)
+        awaited["gradients"] = stream * (depth + 1)
     if not c.statistics:
         for index in range(last):
             block = config.of_block(index)
             q, inner = (opened_width(block, stage) / hidden for stage in (0, 2))
-            crossed = 6 * middle  # entrance, middle and exit, for the stages that want them
+            inner *= not opens_again(platform)
+            # Entrance, middle and exit of the float model, for the stages that want them.
+            fitted = c.num_windows / c.all_windows * middle
             if settings.true_sequential:
-                found["hessians"] += int(stream * (4 + q + crossed + q + 1 + inner))
+                found["hessians"] += int(stream * (4 + q + 6 * fitted + q + 1 + inner))
             else:
-                found["hessians"] += int(stream * (1 + 3 * middle))
+                found["hessians"] += int(stream * (1 + 3 * fitted))
             if index + 1 < last and c.inputs == "quantized":
                 whole = not settings.true_sequential or settings.tune.block
                 found["advance"] += int(stream * (2 if whole else 2 + inner))
+                awaited["advance"] += stream
     windows = evaluated or e.num_windows
     item = 4 if e.products == FLOAT32 else 2
-    found["evaluate"] = 2 * 2 * depth * item * windows * e.seqlen * hidden
-    return {stage: size for stage, size in found.items() if size}
+    awaited["evaluate"] = 2 * depth * item * windows * e.seqlen * hidden
+    found["evaluate"] = 2 * awaited["evaluate"]
+    return {stage: Traffic(size, awaited[stage]) for stage, size in found.items() if size}
 
 
 def layer_launches(settings: Any, rows: int, cols: int) -> float | None:

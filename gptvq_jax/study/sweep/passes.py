@@ -56,7 +56,7 @@ def passes_of(settings: RunSettings, source: ModelSource) -> list[Pass]:
     """The passes that a run needs, in their order, as it would make them alone."""
     c, e = settings.calibration, settings.evaluation
     blocks = num_quantized(settings, source.config)
-    text = {name: getattr(c, name) for name in (*CALIBRATION_TEXT, "statistics")}
+    text = {name: getattr(c, name) for name in (*CALIBRATION_TEXT, "model_products", "statistics")}
     key = {
         "pass": FLOAT,
         "model": settings.model,

@@ -9,13 +9,14 @@ from tiny_run import model_dir, text_files, tiny_config  # noqa: F401 - fixtures
 from gptvq_jax.config import from_config
 from gptvq_jax.console.config_file import load_config
 from gptvq_jax.methods.gptvq_settings import GPTVQSettings
+from gptvq_jax.run.work import run_flop
 from gptvq_jax.study.plan import plan, predict, table
 from gptvq_jax.study.plan.devices import DEVICES
 from gptvq_jax.study.plan.plan import make_plan
 from gptvq_jax.study.plan.rates import Rates, divided, probe_config
 from gptvq_jax.study.plan.shapes import model_shapes
 from gptvq_jax.study.plan.table import plan_text
-from gptvq_jax.study.plan.traffic import layer_launches
+from gptvq_jax.study.plan.traffic import layer_launches, stage_bytes
 
 
 def test_launches_are_those_of_the_programs_that_were_counted():
@@ -68,6 +69,39 @@ def test_a_slower_device_and_more_text_take_longer(tiny_config):  # noqa: F811
     before = planned()["disk_peak"]["bytes"]
     tiny_config.calibration.num_windows = 2560
     assert planned()["seconds"] > seconds["h100"] and planned()["disk_peak"]["bytes"] > before
+
+
+def test_files_that_the_host_keeps_are_copied_in_memory(tiny_config):  # noqa: F811
+    """Until there are more of them than it has room for; what is waited for goes to the disk."""
+    settings, (config, _) = from_config(tiny_config), model_shapes("x", "smollm2_135m")
+    moved, device = stage_bytes(config, settings, 4)["evaluate"], DEVICES["h100"]
+    assert moved.moved == 2 * moved.awaited > 0
+    of_disk = predict.moved_seconds(moved, device, False) - moved.moved / device.host_link
+    assert of_disk == pytest.approx(moved.moved / predict.FILES)
+    kept = predict.moved_seconds(moved, device, True)
+    saved = moved.awaited / predict.FILES - moved.awaited / predict.KEPT_FILES
+    assert predict.moved_seconds(moved, device, False) - kept == pytest.approx(saved)
+    texts = []
+    for windows in (4, 10_000_000):
+        tiny_config.calibration.num_windows = windows
+        found = make_plan(tiny_config, "tiny", "h100", like="smollm2_135m")
+        texts.append(" ".join(found["assumptions"]))
+    assert "80% of which keep" in texts[0] and "80% of which do not keep" in texts[1]
+
+
+def test_an_accelerator_opens_the_feed_forward_twice_and_keeps_no_file_of_it():
+    settings, (config, _) = (
+        from_config(load_config("llama2_70b_2d")),
+        model_shapes("x", "llama2_70b"),
+    )
+    here, there = (stage_bytes(config, settings, 4, where) for where in ("cpu", "gpu"))
+    c = settings.calibration
+    file = 2 * c.all_windows * c.seqlen * 28672
+    assert here["hessians"].moved - there["hessians"].moved == 80 * file
+    assert here["advance"].moved - there["advance"].moved == 79 * file
+    flop = {where: run_flop(config, settings, 4, where)["advance"] for where in ("cpu", "gpu")}
+    gate_and_up = 2 * 2 * 8192 * 28672 * c.all_windows * c.seqlen * 79
+    assert flop["gpu"] - flop["cpu"] == gate_and_up
 
 
 def test_what_does_not_fit_is_said():
@@ -139,7 +173,7 @@ def test_narrow_products_take_their_own_rate(tiny_config):  # noqa: F811
     of_evaluation, found = planned(evaluation__products="bfloat16")
     before, after = (plans["evaluate"] for plans in (plain, of_evaluation))
     assert after["flop"] == before["flop"] and 2 * after["num_bytes"] == before["num_bytes"]
-    products = [s["seconds"] - s["num_bytes"] / predict.FILES for s in (before, after)]
+    products = [s["seconds"] - s["of_files"] for s in (before, after)]
     assert products[0] / products[1] == pytest.approx(faster)
     assert any("models evaluated in bfloat16" in line for line in found["assumptions"])
     seconds = {}
@@ -151,6 +185,15 @@ def test_narrow_products_take_their_own_rate(tiny_config):  # noqa: F811
     of_sums = sums / (1 - 1 / faster)
     saved = seconds["float32"] - seconds["bfloat16x3"]
     assert saved == pytest.approx(of_sums * (1 - 3 / faster)) and of_sums > 0
+    of_model, found = planned(calibration__model_products="bfloat16")
+    assert any("the model on the calibration text in bfloat16" in s for s in found["assumptions"])
+    for stage in ("forward", "advance"):
+        products = [s[stage]["seconds"] - s[stage]["of_files"] for s in (plain, of_model)]
+        assert products[0] / products[1] == pytest.approx(faster)
+    less = plain["hessians"]["seconds"] - of_model["hessians"]["seconds"]
+    both, _ = planned(calibration__model_products="bfloat16", calibration__products="bfloat16")
+    saved = plain["hessians"]["seconds"] - both["hessians"]["seconds"]
+    assert 0 < less == pytest.approx(saved - sums)
     solved, _ = planned(solve_products="bfloat16x3")
     assert solved["quantize"]["seconds"] < plain["quantize"]["seconds"]
     assert found["causes"]["products"] > 0
