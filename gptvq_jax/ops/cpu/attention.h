@@ -33,21 +33,23 @@ inline void rotate(const AttentionShape& a, const float* cosine, const float* si
     }
 }
 
-// Of one head of keys, and the `group` heads of queries that share it.
+// Of one head of queries, and the keys and values (positions, head_dim) that it sees.
 inline void attend(const AttentionShape& a, const float* q, const float* k, const float* v,
-                   int64_t position, float* scores, float* y) {
-  const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
+                   int64_t position, float* y) {
+  constexpr int T = 4;
+  const int64_t dim = a.head_dim;
   const int64_t first = a.window ? std::max<int64_t>(0, position + 1 - a.window) : 0;
   const int64_t count = position + 1 - first;
-  for (int64_t s = 0; s < count; s++)
-    for (int64_t h = 0; h < group; h++) {
-      const float score = inner_product(q + h * dim, k + (first + s) * dim, dim) * a.scale;
-      scores[h * count + s] = a.softcap ? a.softcap * std::tanh(score / a.softcap) : score;
-    }
-  for (int64_t h = 0; h < group; h++) {
-    softmax(scores + h * count, count);
-    weighted_sum(scores + h * count, v + first * dim, count, dim, y + h * dim);
-  }
+  k += first * dim, v += first * dim;
+  std::vector<float> scores(count);
+  int64_t s = 0;
+  for (; s + T <= count; s += T) inner_products<T>(q, k + s * dim, dim, dim, &scores[s]);
+  for (; s < count; s++) scores[s] = inner_product(q, k + s * dim, dim);
+  for (float& score : scores) score *= a.scale;
+  if (a.softcap)
+    for (float& score : scores) score = a.softcap * std::tanh(score / a.softcap);
+  softmax(scores.data(), count);
+  weighted_sum(scores.data(), v, count, dim, y);
 }
 
 // Turns q (batch, heads, head_dim) and k (batch, kv_heads, head_dim), stores k and v in the caches
@@ -57,7 +59,7 @@ template <class Pool>
 void attention(const AttentionShape& a, float* q, float* k, const float* v,
                const int32_t* positions, const float* frequencies, Pool& pool, float* k_cache,
                float* v_cache, float* y) {
-  const int64_t group = a.heads / a.kv_heads, rows = a.batch * a.kv_heads;
+  const int64_t group = a.heads / a.kv_heads, next = a.max_len * a.head_dim;
   std::vector<float> cosine(a.pairs), sine(a.pairs);
   int64_t longest = 0;
   for (int64_t n = 0; n < a.batch; n++) {
@@ -69,18 +71,20 @@ void attention(const AttentionShape& a, float* q, float* k, const float* v,
     rotate(a, cosine.data(), sine.data(), a.kv_heads, k + n * a.kv_size());
     longest = std::max<int64_t>(longest, positions[n] + 1);
   }
-  auto of_row = [&](int64_t row) {
-    const int64_t position = positions[row / a.kv_heads], to = row * a.max_len * a.head_dim;
-    std::copy_n(k + row * a.head_dim, a.head_dim, k_cache + to + position * a.head_dim);
-    std::copy_n(v + row * a.head_dim, a.head_dim, v_cache + to + position * a.head_dim);
-    std::vector<float> scores(group * (position + 1));
-    attend(a, q + row * group * a.head_dim, k_cache + to, v_cache + to, position, scores.data(),
-           y + row * group * a.head_dim);
+  for (int64_t row = 0; row < a.batch * a.kv_heads; row++) {
+    const int64_t to = row * next + positions[row / a.kv_heads] * a.head_dim;
+    std::copy_n(k + row * a.head_dim, a.head_dim, k_cache + to);
+    std::copy_n(v + row * a.head_dim, a.head_dim, v_cache + to);
+  }
+  auto of_head = [&](int64_t head) {
+    const int64_t at = head * a.head_dim, of = head / group * next;
+    attend(a, q + at, k_cache + of, v_cache + of, positions[head / a.heads], y + at);
   };
-  constexpr int64_t kWorthThreads = 1 << 15;  // multiplications
-  if (rows * longest * group * a.head_dim > kWorthThreads) parallel(pool, rows, of_row);
+  constexpr int64_t kWorthThreads = 1 << 16;  // multiplications
+  const int64_t heads = a.batch * a.heads;
+  if (heads * longest * a.head_dim > kWorthThreads) parallel(pool, heads, of_head);
   else
-    for (int64_t row = 0; row < rows; row++) of_row(row);
+    for (int64_t head = 0; head < heads; head++) of_head(head);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "simd.h"
+
 namespace {
 
 constexpr int kWide = 16;  // partial sums, side by side
@@ -42,6 +44,29 @@ inline float inner_product(const float* a, const float* b, int64_t count) {
     for (int lane = 0; lane < kWide; lane++) parts[lane] += a[i + lane] * b[i + lane];
   for (; i < count; i++) sum += a[i] * b[i];
   return sum + sum_of(parts);
+}
+
+// The same of `a` and T rows that are `next` apart: their lanes are summed together.
+template <int T>
+inline void inner_products(const float* a, const float* rows, int64_t next, int64_t count,
+                           float* y) {
+  constexpr int64_t lanes = sizeof(simd::Floats) / sizeof(float);
+  const auto load = [](const float* from) {
+    simd::Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  };
+  simd::Floats total[T];
+  for (simd::Floats& value : total) value = simd::zero();
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const simd::Floats x = load(a + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) total[t] = simd::fma(x, load(rows + t * next + i), total[t]);
+  }
+  simd::sums(total, y);
+  for (; i < count; i++)
+    for (int t = 0; t < T; t++) y[t] += a[i] * rows[t * next + i];
 }
 
 // x to its root mean square, and times `scale`.
