@@ -37,7 +37,7 @@ template <int T, int Q, int B, int D, int P>
       sum[t][q] = in_order(dot_table(sum[t][q], signed_weight, load(digit)));
     }
   };
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int t = 0; t < T; t++) {
     read(p + t * row, found[t]);
     __builtin_prefetch(p + (4 * T + t) * row);  // of the rows that come next
@@ -94,13 +94,13 @@ template <int Q, int B, int D, int P>
 void tiles(const Format& f, const Digits<Q>& digits, const Reader<B, P>& read,
            CodeRows& codes, const Planes<B, D>& planes, int64_t row, int64_t end, int64_t n,
            float* y) {
-  constexpr int T = 4;
-  for (int64_t count; row < end; row += count) {
-    count = end - row >= T ? T : 1;
-    const Rows rows = codes.rows(row, count);
-    if (count == T) tile<T, Q, B, D, P>(f, digits, read, planes, rows, n, y + n * f.rows + row);
-    else tile<1, Q, B, D, P>(f, digits, read, planes, rows, n, y + n * f.rows + row);
-  }
+  const auto of_rows = [&]<int T>() {
+    for (; row + T <= end; row += T)
+      tile<T, Q, B, D, P>(f, digits, read, planes, codes.rows(row, T), n, y + n * f.rows + row);
+  };
+  if constexpr (Q < 3 && kTile > 4) of_rows.template operator()<kTile>();
+  of_rows.template operator()<4>();
+  of_rows.template operator()<1>();
 }
 
 // y = x W^T with activations of Q digits, in items of some rows of W.

@@ -2,6 +2,7 @@
 //
 //   kLanes        bytes in a vector
 //   kFewRegisters 16 of them, not 32
+//   kTile         rows whose sums and codes stay in registers, of weights in 1 or 2 digits
 //   kBias, kTableBias
 //                 what is added to int8 weights where `dot`, or `dot_table`, wants unsigned ones
 //   kMagnitudes   where `dot_table` takes magnitudes of activations, 0 to 127, and weights in which
@@ -84,6 +85,13 @@ struct PlainSplit {
 namespace simd {
 template <int T>
 void sums(const Floats (&v)[T], float* y) {
-  for (int t = 0; t < T; t++) y[t] = sum(v[t]);
+  if constexpr (T > 4 && T % 4 == 0) {
+    for (int t = 0; t < T; t += 4) {
+      const Floats four[4] = {v[t], v[t + 1], v[t + 2], v[t + 3]};
+      sums(four, y + t);
+    }
+  } else {
+    for (int t = 0; t < T; t++) y[t] = sum(v[t]);
+  }
 }
 }  // namespace simd

@@ -4,6 +4,7 @@
 
 namespace simd {
 constexpr bool kFewRegisters = true;
+constexpr int kTile = 4;
 constexpr int kLanes = 32, kSlack = 16;
 using Bytes = __m256i;
 using Ints = __m256i;

@@ -4,6 +4,7 @@
 
 namespace simd {
 constexpr bool kFewRegisters = false;
+constexpr int kTile = 8;
 constexpr int kLanes = 64, kSlack = 0;
 constexpr uint8_t kBias = 128, kTableBias = kBias;
 constexpr bool kMagnitudes = false;

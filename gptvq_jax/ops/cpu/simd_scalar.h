@@ -4,6 +4,7 @@
 
 namespace simd {
 constexpr bool kFewRegisters = false;
+constexpr int kTile = 4;
 constexpr int kLanes = 16, kSlack = 1;
 constexpr uint8_t kBias = 0, kTableBias = kBias;
 constexpr bool kMagnitudes = false;
