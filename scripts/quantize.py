@@ -20,14 +20,16 @@ from gptvq_jax.console import cli  # isort: skip  Ctrl-C is one line from here o
 from absl import flags
 
 from gptvq_jax.console.device_flags import define_devices
+from gptvq_jax.console.host_flags import define_hosts
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default: runs/<config name>.")
-_DEVICES = define_devices()
+_DEVICES, _HOSTS = define_devices(), define_hosts()
 flags.mark_flag_as_required("config")
 
 
 def main(_) -> None:
+    _HOSTS.join()
     from gptvq_jax.core.mesh import use_devices
     from gptvq_jax.run.job import quantize
 

@@ -104,6 +104,7 @@ from absl import logging as absl_logging  # noqa: E402
 
 from gptvq_jax.console.flag_values import in_words  # noqa: E402
 from gptvq_jax.console.freed_memory import return_freed_memory  # noqa: E402
+from gptvq_jax.console.host_flags import lost_others  # noqa: E402
 from gptvq_jax.console.repeatable import ask_for_repeatable_results  # noqa: E402
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script that asked for it
@@ -150,6 +151,7 @@ def run(main: Callable[[list[str]], Any], doc: str | None = None) -> None:
                 leave(_INTERRUPTED, "interrupted")
             if isinstance(error, BrokenPipeError):
                 leave(_BROKEN_PIPE)
+            error = lost_others(error) or error
             if not isinstance(error, _USER_ERRORS) or flags.FLAGS.verbosity > 0:
                 raise
             print_error(error)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from gptvq_jax.console import compile_time
 from gptvq_jax.console.compile_time import CompileTime
+from gptvq_jax.files import sharing
 
 _FORMAT = "{l_bar}{bar}| {count} [{elapsed}, ETA {left}{postfix}]"
 _LEAST = 0.01  # of the time so far: where less of it was no compilation, it tells nothing of a step
@@ -118,7 +119,7 @@ class Progress:
         self._at_least = False
         self.seconds_left: float | None = None
         self._eta, self._lock = Eta(clock, compiling), threading.Lock()
-        self._bar = _Bar(*self._texts(), total=1.0, desc=description)
+        self._bar = _Bar(*self._texts(), total=1.0, desc=description, disable=not sharing.writes())
 
     def __enter__(self):
         return self

@@ -1,8 +1,11 @@
-"""The devices of this process as a mesh of one axis, which every pass spreads its work over.
+"""The devices as a mesh of one axis, which every pass spreads its work over: those of this process,
+and, where several processes work together (`jax.distributed`), those of all.
 
 `jax.jit(jax.shard_map(...))` on such a mesh is what `jax.pmap` is made of today. One device is a
 mesh too: of size 1.
 """
+
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -26,7 +29,18 @@ def use_devices(count: int) -> None:
     _chosen[:] = [count] if count else []
 
 
-def local_mesh() -> Mesh:
-    """Of the devices that this process works on."""
+def work_mesh() -> Mesh:
+    """Of all devices that work together, those of one process side by side."""
+    return _mesh(range(jax.process_count()))
+
+
+def own_mesh() -> Mesh:
+    """Of the devices of this process."""
+    return _mesh([jax.process_index()])
+
+
+def _mesh(processes: Sequence[int]) -> Mesh:
+    by_process = [[d for d in jax.devices() if d.process_index == p] for p in processes]
     count = _chosen[0] if _chosen else len(jax.local_devices())
-    return jax.make_mesh((count,), (AXIS,), (AxisType.Auto,), devices=jax.local_devices()[:count])
+    devices = [device for own in by_process for device in own[:count]]
+    return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)

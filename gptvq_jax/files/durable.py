@@ -1,17 +1,20 @@
 """Files that are there whole or not at all, after a kill, a full disk or a power loss.
 
 A file is written under another name; its content goes to the disk before its name does, and the
-name before anything that counts on it.
+name before anything that counts on it. Where several processes share the directory (sharing.py),
+one of them writes, while all are at the same write.
 """
 
 import contextlib
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptvq_jax.files import sharing
 from gptvq_jax.files.disk_space import naming_full_disk
 
 
@@ -28,13 +31,21 @@ def replacing(path: Path, num_bytes: int = 0) -> Iterator[Path]:
     Raises:
       FullDiskError: the disk is full.
     """
+    if not sharing.writes():  # what another process writes is written here too, and forgotten
+        with tempfile.TemporaryDirectory(prefix="gptvq-") as scratch:
+            yield Path(scratch) / path.name
+        sharing.meet()
+        sharing.meet()
+        return
     partial = path.with_name(f"{path.name}.partial")
     try:
         with naming_full_disk(path, num_bytes):
             make_directory(path.parent)
             yield partial
             sync(partial)
+            sharing.meet()
             rename(partial, path)
+            sharing.meet()
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -57,6 +68,10 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       FullDiskError: the disk is full.
     """
     text = "".join(json.dumps(row) + "\n" for row in rows)
+    sharing.by_writer(lambda: _append(path, text))
+
+
+def _append(path: Path, text: str) -> None:
     with naming_full_disk(path, len(text)), open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:
@@ -70,8 +85,12 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def drop_partial(directory: Path) -> None:
     """Removes what a killed process was writing in a directory."""
-    for path in directory.glob("*.partial"):
-        path.unlink()
+
+    def drop() -> None:
+        for path in directory.glob("*.partial"):
+            path.unlink()
+
+    sharing.by_writer(drop)
 
 
 def make_directory(path: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptvq_jax.core.grid import GroupGrid, over_devices
+from gptvq_jax.core.mesh import own_mesh
 from gptvq_jax.core.vq_tensor import VQTensor
 
 Tree = Any
@@ -53,15 +55,45 @@ def run(
 ) -> list[Tree]:
     """Host arrays of what `program` makes, by device; its arguments may be anywhere."""
     of_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-    own = jax.device_put(own, of_device)
-    shared = jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
-    found = jax.device_get(program(function, static, mesh, own, shared))
+    own = put(own, of_device)
+    shared = put(shared, NamedSharding(mesh, PartitionSpec()))
+    found = program(function, static, mesh, own, shared)
+    if of_device.is_fully_addressable:
+        found = jax.device_get(found)
+    else:
+        found = multihost_utils.process_allgather(found, tiled=True)
     return [jax.tree.map(lambda x, k=k: x[k], found) for k in range(mesh.size)]
+
+
+def put(tree: Tree, sharding: NamedSharding) -> Tree:
+    """Arrays on the devices of a mesh; where some are other processes', each process has them."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def parts(array: Any) -> jax.Array:
+        if getattr(array, "sharding", None) == sharding:
+            return array
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            data = parts(jax.random.key_data(array))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(lambda x: parts(x if hasattr(x, "dtype") else np.asarray(x)), tree)
 
 
 def first_of(mesh: Mesh, count: int) -> Mesh:
     """The first devices of a mesh of one axis."""
     return Mesh(mesh.devices[:count], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def enough(mesh: Mesh, parts: int) -> Mesh:
+    """The mesh, or that of this process where parts are too few for all devices.
+
+    A program has work for all processes or for one: then each of them does the same.
+    """
+    each = -(-parts // mesh.size)
+    return mesh if jax.process_count() == 1 or -(-parts // each) == mesh.size else own_mesh()
 
 
 def cut_rows(rows: jax.Array, devices: int, each: int, value: float = 0.0) -> jax.Array:
@@ -88,6 +120,7 @@ def quantize_rows(
       grid: of the whole.
       shared: tuple of pytrees.
     """
+    mesh = enough(mesh, grid.rows if grid.row_strips == 1 else grid.row_strips)
     part, used = over_devices(grid, mesh.size, mesh.axis_names[0])
     strips = 0 if part.shared else part.row_strips
     own = cut_rows(weight, used, part.rows), strips * np.arange(used)
@@ -107,6 +140,7 @@ def quantize_parts(
     Arguments are those of `quantize_rows`, and parts those of `GPTVQSettings.parts`.
     """
     grid, first_rows = parts
+    mesh = enough(mesh, len(first_rows))
     rounds = -(-len(first_rows) // mesh.size)
     used = -(-len(first_rows) // rounds)
     weights = weight.reshape(len(first_rows), grid.rows, -1)

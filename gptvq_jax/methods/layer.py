@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gptvq_jax.core import flops, metrics
 from gptvq_jax.core.grid import GroupGrid
 from gptvq_jax.core.hessian import Factor, asymmetric_target, zero_dead
-from gptvq_jax.core.mesh import local_mesh
+from gptvq_jax.core.mesh import work_mesh
 from gptvq_jax.core.products import FLOAT32
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
 from gptvq_jax.core.vq_tensor import FactoredCodebook, VQTensor, concat_rows
@@ -58,7 +58,7 @@ def quantize_layers(problems: Sequence[Problem]) -> list[QuantizedTensor]:
     Raises:
       ValueError: a weight is too large for the format, or a result is not finite.
     """
-    mesh = local_mesh()
+    mesh = work_mesh()
     # A sample of a layer's rows is one of a CPU's parts: several devices have nothing to share.
     sampled = any(problem.part_grid is not None for problem in problems)
     alone = mesh.size == 1 or sampled and _on_cpu()

@@ -102,6 +102,7 @@ def _code_on(mesh: Mesh, own, shared, settings: TrellisSettings, stream_rows: in
     """What `_code` gives, by devices that have as many streams each, or one that is padding."""
     rows, cols = own[0].shape
     streams = -(-rows // stream_rows)
+    mesh = devices.enough(mesh, streams)
     each = -(-streams // mesh.size)
     used = -(-streams // each)
     axis = RowAxis(mesh.axis_names[0], streams * stream_rows)

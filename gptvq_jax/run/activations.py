@@ -7,6 +7,7 @@ meets a full disk or a file cut short, it kills the process.
 
 import contextlib
 import errno
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from gptvq_jax.files import durable, sharing
 from gptvq_jax.files.durable import replacing
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -58,25 +60,34 @@ class Activations:
 
 
 class Writer:
-    """Fills a file: `out[2:4] = values` rounds to its dtype, bfloat16 or float32."""
+    """Fills a file: `out[2:4] = values` rounds to its dtype, bfloat16 or float32.
+
+    Where several processes share the directory, all of them fill it: one begins, the others join.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype = BFLOAT16):
         self.shape, self.dtype = shape, dtype
-        self._file = open(path, "wb")  # noqa: SIM115 - held until close
+        if not sharing.writes():
+            sharing.meet()
+        self._file = open(path, "wb" if sharing.writes() else "r+b")  # noqa: SIM115 - until close
         try:
             self._start = self._begin()
         except BaseException:
-            self.close()
+            self._file.close()
             raise
+        if sharing.writes():
+            sharing.meet()
 
     def _begin(self) -> int:
         """Writes the header and takes the room of the rest; returns where that starts."""
         shape, descr = tuple(map(int, self.shape)), _STORED[self.dtype].str
-        header = {"descr": descr, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        self._file.flush()
-        start = self._file.tell()
-        _reserve(self._file.fileno(), start + num_bytes(self.shape, self.dtype))
+        header, text = {"descr": descr, "fortran_order": False, "shape": shape}, io.BytesIO()
+        np.lib.format.write_array_header_1_0(text, header)
+        start = text.tell()
+        if sharing.writes():
+            self._file.write(text.getvalue())
+            self._file.flush()
+            _reserve(self._file.fileno(), start + num_bytes(self.shape, self.dtype))
         return start
 
     def __setitem__(self, part: slice, values) -> None:
@@ -88,7 +99,9 @@ class Writer:
         self._file.write(values.view(_STORED[self.dtype]))
 
     def close(self) -> None:
+        """Returns once all processes have filled their parts."""
         self._file.close()
+        sharing.meet()
 
 
 @contextlib.contextmanager
@@ -98,11 +111,32 @@ def writing(path: Path, shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> I
     Raises:
       FullDiskError: there is no room for the whole of it.
     """
-    with (
-        replacing(path, num_bytes(shape, dtype)) as partial,
-        contextlib.closing(Writer(partial, shape, dtype)) as out,
-    ):
+    size = num_bytes(shape, dtype)
+    if sharing.count() == 1:
+        with replacing(path, size) as partial, _closed(Writer(partial, shape, dtype)) as out:
+            yield out
+        return
+    # All write to the file that one of them gives its name, once it has it on the disk.
+    with _closed(Writer(path.with_name(f"{path.name}.partial"), shape, dtype)) as out:
         yield out
+    sharing.by_writer(lambda: _finish(path))
+
+
+@contextlib.contextmanager
+def _closed(out: Writer) -> Iterator[Writer]:
+    """Closes it; where an error leaves the block nobody is waited for."""
+    try:
+        yield out
+    except BaseException:
+        out._file.close()
+        raise
+    out.close()
+
+
+def _finish(path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    durable.sync(partial)
+    durable.rename(partial, path)
 
 
 def file_bytes(shape: tuple[int, ...], dtype: np.dtype = BFLOAT16) -> int:

@@ -41,14 +41,15 @@ def write_figures(
     configs = model.config, reference.config
     with model.stopwatch.stage("evaluate"):
         for part in model.batches():
-            tokens = model.windows[part]
+            own = spread.mine(part)
+            tokens = model.windows[own]
             for config in configs:
                 size = pair_chunk(config, len(tokens))
                 model.stopwatch.flops(flops.head_forward(config, *tokens.shape, size))
-            windows = outputs[part], of_reference[part], tokens
-            out[part] = np.asarray(spread.run(_figures, configs, heads, windows)[0])
+            windows = outputs[own], of_reference[own], tokens
+            out[own] = np.asarray(spread.run(_figures, configs, heads, windows, part=part)[0])
             if progress is not None:
-                progress.advance(steps=len(tokens))
+                progress.advance(steps=part.stop - part.start)
 
 
 def _figures(static, heads, windows, sums):

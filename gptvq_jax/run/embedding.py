@@ -10,6 +10,7 @@ import numpy as np
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.llama import Params, scale_embeddings
 from gptvq_jax.run.activations import Writer
+from gptvq_jax.run.spread import mine
 
 
 def rows_of(config: ModelConfig, outer: Params, tokens: np.ndarray) -> np.ndarray:
@@ -34,7 +35,8 @@ def rows_of(config: ModelConfig, outer: Params, tokens: np.ndarray) -> np.ndarra
 
 def write_embeddings(config: ModelConfig, outer: Params, tokens: np.ndarray, out: Writer) -> None:
     """Fills `out` (n, T, hidden), the inputs of block 0 on tokens (n, T), a window at a time."""
-    for i in range(len(tokens)):
+    own = mine(slice(0, len(tokens)))
+    for i in range(own.start, own.stop):
         out[i : i + 1] = rows_of(config, outer, tokens[i : i + 1])
 
 

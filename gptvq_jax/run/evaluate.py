@@ -140,12 +140,12 @@ class Evaluation:
             block = spread.on_all(block)
             with self.files.write(stream, index + 1, self._shape, dtype) as out:
                 for part in self.batches():
-                    out[part] = np.asarray(self._forward(index, block, inputs[part]))
+                    out[spread.mine(part)] = np.asarray(self._forward(index, block, inputs, part))
 
-    def _forward(self, index: int, block: Params, x: np.ndarray) -> jax.Array:
-        config = self.config.of_block(index)
+    def _forward(self, index: int, block: Params, inputs: Any, part: slice) -> jax.Array:
+        config, x = self.config.of_block(index), inputs[spread.mine(part)]
         self.stopwatch.flops(flops.block_forward(config, *x.shape[:2]))
-        return spread.run(_block_forward, (config,), block, x)[0]
+        return spread.run(_block_forward, (config,), block, x, part=part)[0]
 
     def outputs(self) -> Any:
         """Those of the last block after the walk, (n, T, hidden), which slices of windows give."""
@@ -165,8 +165,8 @@ class Evaluation:
         """Of windows."""
         devices = spread.num_devices()
         size = max(self._batch_size // devices, 1) * devices
-        starts = range(0, len(self.windows), size)
-        return (slice(start, start + size) for start in starts)
+        count = len(self.windows)
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def losses(self, progress: Progress | None = None) -> np.ndarray:
         """Negative log-likelihood of tokens 2..T of every window (n, T - 1), after the walk.
@@ -174,16 +174,18 @@ class Evaluation:
         Args:
           progress: of windows.
         """
-        outputs, head, losses = self.outputs(), spread.on_all(self.head()), []
+        outputs, head = self.outputs(), spread.on_all(self.head())
+        losses = np.zeros((len(self.windows), self.windows.shape[1] - 1), np.float32)
         with self.stopwatch.stage("evaluate"):
             for part in self.batches():
-                tokens = self.windows[part]
+                own = spread.mine(part)
+                tokens = self.windows[own]
                 self.stopwatch.flops(flops.head_forward(self.config, *tokens.shape))
-                of_part, _ = spread.run(_nll, (self.config,), head, (outputs[part], tokens))
-                losses.append(np.asarray(of_part))
+                windows = outputs[own], tokens
+                losses[own] = spread.run(_nll, (self.config,), head, windows, part=part)[0]
                 if progress is not None:
-                    progress.advance(steps=len(tokens))
-        return np.concatenate(losses)
+                    progress.advance(steps=part.stop - part.start)
+        return spread.joined(losses)
 
 
 def _block_forward(static, block, x, sums):

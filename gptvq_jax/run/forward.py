@@ -77,12 +77,13 @@ class Forward:
             with files.write(STREAM, index + 1, x.shape) as out, middle as halfway:
                 block = spread.on_all(block)
                 for part in window_batches(settings.calibration):
-                    windows = on_device(x[part], settings.calibration.model_products)
-                    (between, y), _ = spread.run(_halves, (config,), block, windows)
+                    own = spread.mine(part)
+                    windows = on_device(x[own], settings.calibration.model_products)
+                    (between, y), _ = spread.run(_halves, (config,), block, windows, part=part)
                     stopwatch.flops(flops.block_forward(config, *y.shape[:2]))
-                    out[part] = finite(y, what)
+                    out[own] = finite(y, what)
                     if halfway is not None:
-                        halfway[part] = between
+                        halfway[own] = between
 
 
 def _halves(static, block, x, sums):

@@ -135,12 +135,13 @@ class Backward:
             x = workdir.streams.read(forward.STREAM, depth)
             with workdir.streams.write(STREAM, depth, x.shape) as out:
                 for part in window_batches(settings.calibration):
-                    tokens = self._tokens[part]
+                    own = spread.mine(part)
+                    tokens = self._tokens[own]
                     progress.note(f"gradient of the loss, window {part.start} of {len(x)}")
                     stopwatch.flops(flops.head_backward(source.config, *tokens.shape))
-                    windows = on_device(x[part]), tokens
-                    dx, _ = spread.run(_head_backward, (source.config,), outer, windows)
-                    out[part] = finite(dx, "head: the gradient of the loss")
+                    windows, static = (on_device(x[own]), tokens), (source.config,)
+                    dx, _ = spread.run(_head_backward, static, outer, windows, part=part)
+                    out[own] = finite(dx, "head: the gradient of the loss")
 
     def visit(self, index: int, block: Params) -> None:
         """Takes the gradient from a block's exit to its entrance."""
@@ -163,7 +164,7 @@ class Backward:
         files, groups = self._context.files, self._num_groups
         x, gradient = files.read(forward.STREAM, index), files.read(STREAM, index + 1)
         weights = {
-            name: np.empty(shape, np.int32 if name == token_weights.ROUTES else np.float32)
+            name: np.zeros(shape, np.int32 if name == token_weights.ROUTES else np.float32)
             for name, shape in token_weights.shapes(config, x.shape[:2], groups).items()
         }
         # Where the layers are quantized without weights, their curves are measured without.
@@ -177,18 +178,18 @@ class Backward:
             power = c.gradient_power if c.gradient_groups else 0.0
             block = spread.on_all(block)
             for part in window_batches(c):
-                counts = part.start < sampled
-                windows = on_device(x[part]), on_device(gradient[part])
-                windows += (spread.real(part.stop - part.start),)
+                counts, own = part.start < sampled, spread.mine(part)
+                windows = on_device(x[own]), on_device(gradient[own]), spread.real(part)
                 shared = block, power, counts
                 (dx, of_batch), moments = spread.run(
-                    _block_backward, (config, groups), shared, windows, moments
+                    _block_backward, (config, groups), shared, windows, moments, part=part
                 )
                 self._context.stopwatch.flops(_backward_flops(config, moments, dx.shape, counts))
-                out[part] = finite(dx, f"block {index}: the gradient of the loss")
+                out[own] = finite(dx, f"block {index}: the gradient of the loss")
                 for name, weight in weights.items():
                     what = f"block {index}: the squared gradient of {name}"
-                    weight[part] = finite(of_batch[name], what)
+                    weight[own] = finite(of_batch[name], what)
+        weights = {name: spread.joined(weight) for name, weight in weights.items()}
         return weights, spread.total(moments)
 
 

@@ -100,26 +100,26 @@ def run_windows(
     shared, products = spread.on_all((block, float_block)), calibration.model_products
     for part in window_batches(calibration):
         which = int(part.start >= calibration.num_windows)
-        x = files.x[part]
-        inner = None if files.inner is None else on_device(files.inner[part], products)
+        own = spread.mine(part)
+        x = files.x[own]
+        inner = None if files.inner is None else on_device(files.inner[own], products)
         reference = None
         if wanted_states:
             # Nothing aims at the windows held out: what stands in for their states is not read.
             read = (
-                on_device(np.zeros_like(x) if which else file[part], products)
+                on_device(np.zeros_like(x) if which else file[own], products)
                 if i in wanted_states
                 else None
                 for i, file in enumerate(files.reference)
             )
             reference = FloatStates(*read)
-        of_part = None if weights is None else {n: jnp.asarray(weights[n][part]) for n in wanted}
-        windows = on_device(x, products), inner, of_part, reference
-        windows += (spread.real(part.stop - part.start),)
+        of_part = None if weights is None else {n: jnp.asarray(weights[n][own]) for n in wanted}
+        windows = on_device(x, products), inner, of_part, reference, spread.real(part)
         (x, inner), both[which] = spread.run(
-            _step, (config, start, stop), shared, windows, both[which]
+            _step, (config, start, stop), shared, windows, both[which], part=part
         )
         if out is not None:
-            out[part] = x if inner is None else inner
+            out[own] = x if inner is None else inner
     fitted, held_out = map(spread.total, both)
     return Sums(fitted, held_out._replace(crosses={}))  # which nobody reads
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -23,6 +24,7 @@ from gptvq_jax.run.device_memory import explained
 from gptvq_jax.run.disk import check_disk
 from gptvq_jax.run.evaluate import Evaluation, precision_text
 from gptvq_jax.run.formats import check_formats, check_given, num_quantized
+from gptvq_jax.run.hosts import check_same
 from gptvq_jax.run.memory_check import check_memory
 from gptvq_jax.run.overrides import settle
 from gptvq_jax.run.passes import quantize_model
@@ -82,6 +84,12 @@ def quantize(
     key = {**to_dict(settings), "weights": source.fingerprint}
     if settings.calibration.statistics:
         key["statistics"] = Statistics(settings.calibration.statistics).digest
+    check_same(key)
+    if jax.process_count() > 1 and settings.tune.model:
+        raise ValueError(
+            "tune.model is the work of one process; leave out --distributed, or tune afterwards by "
+            "gptvq_jax finetune"
+        )
     with explained(stopwatch), WorkDir(workdir_path, key) as workdir:
         summary = workdir.summary()
         if summary is None:

@@ -1,9 +1,12 @@
-"""A batch of windows over the devices of this process: each takes its share through one program.
+"""A batch of windows over devices: each takes its share through one program.
 
 The program is `jax.jit` of `jax.shard_map`, which is what `jax.pmap` is made of today. Parameters
 are on all devices. A sum over tokens is kept apart on each, as a leading axis of the partial sums,
 and added up once, by `total`: a batch costs no communication. Where devices do not divide a batch,
 windows of zeros fill it, which nothing counts. On one device a function is called as it is.
+
+Several processes share a batch too: each reads the windows of its own devices, `mine`, and gets
+what is made of them.
 """
 
 import functools
@@ -14,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptvq_jax.core.mesh import AXIS, local_mesh
+from gptvq_jax.core.mesh import AXIS, work_mesh
+from gptvq_jax.methods.devices import put
 
 Tree = Any
 # (static, shared, windows, sums) -> what it makes of the windows, and the sums.
@@ -26,7 +31,7 @@ Function = Callable[[tuple, Tree, Tree, Tree], tuple[Tree, Tree]]
 
 def num_devices() -> int:
     """That a batch is spread over."""
-    return local_mesh().size
+    return work_mesh().size
 
 
 def padding(count: int) -> int:
@@ -34,10 +39,32 @@ def padding(count: int) -> int:
     return -count % num_devices()
 
 
-def real(count: int) -> np.ndarray | None:
-    """1 for each of `count` windows and 0 for each that fills the batch; None: nothing does."""
-    missing = padding(count)
-    return np.repeat(np.float32([1, 0]), [count, missing]) if missing else None
+def mine(part: slice) -> slice:
+    """The windows of a batch that this process has: all of them, where it is alone."""
+    share = _share(part.stop - part.start)
+    start = min(part.start + jax.process_index() * share, part.stop)
+    return slice(start, min(start + share, part.stop))
+
+
+def real(part: slice) -> np.ndarray | None:
+    """1 for each window of `mine` and 0 for each that fills the batch; None: nothing does."""
+    count, own = part.stop - part.start, mine(part)
+    if not padding(count):
+        return None
+    here = own.stop - own.start
+    return np.repeat(np.float32([1, 0]), [here, _share(count) - here])
+
+
+def joined(array: np.ndarray) -> np.ndarray:
+    """Of an array with windows first, of which each process has filled its own, others being 0."""
+    if jax.process_count() == 1:
+        return array
+    return multihost_utils.process_allgather(array).sum(0, dtype=array.dtype)
+
+
+def _share(count: int) -> int:
+    """Windows of each process in a batch of `count`, those that fill it included."""
+    return (count + padding(count)) // jax.process_count()
 
 
 def line(*counts: int) -> str | None:
@@ -47,52 +74,75 @@ def line(*counts: int) -> str | None:
         return None
     missing = sum(map(padding, counts))
     filled = f"; {missing} windows of zeros fill the last batches" if missing else ""
-    return f"{devices} devices share the rows of every layer and the windows of every batch{filled}"
+    processes = jax.process_count()
+    who = f"{devices} devices" + (f" of {processes} processes" if processes > 1 else "")
+    return f"{who} share the rows of every layer and the windows of every batch{filled}"
 
 
 def on_all(tree: Tree) -> Tree:
     """Parameters on all devices; as they are where there is one."""
-    mesh = local_mesh()
-    return tree if mesh.size == 1 else jax.device_put(tree, NamedSharding(mesh, P()))
+    mesh = work_mesh()
+    return tree if mesh.size == 1 else put(tree, NamedSharding(mesh, P()))
 
 
-def run(function: Function, static: tuple, shared: Tree, windows: Tree, sums: Tree = None) -> Any:
+def run(
+    function: Function,
+    static: tuple,
+    shared: Tree,
+    windows: Tree,
+    sums: Tree = None,
+    *,
+    part: slice,
+) -> Any:
     """Takes a batch through a function.
 
     Args:
       function: of a module, by which it is known; its outputs have the windows first.
       static: what a program is compiled for.
       shared: arrays that all windows need, best as `on_all` has put them.
-      windows: arrays with an axis of windows first, of equal length; Nones among them.
+      windows: arrays with an axis of windows first, those of `mine(part)`; Nones among them.
       sums: that the function adds to, as `partial_sums` has made them; they are given up.
+      part: the batch among all windows.
 
     Returns:
       Its outputs, of as many windows, and the sums.
     """
-    mesh = local_mesh()
+    mesh = work_mesh()
     if mesh.size == 1:
         return function(static, shared, windows, sums)
-    count = len(jax.tree.leaves(windows)[0])
-    spread = NamedSharding(mesh, P(AXIS))
-    parts = jax.tree.map(lambda array: jax.device_put(_filled(array), spread), windows)
+    place, share, own = NamedSharding(mesh, P(AXIS)), _share(part.stop - part.start), mine(part)
+
+    def placed(array: Any) -> jax.Array:
+        filled = _filled(array, share)
+        if place.is_fully_addressable:
+            return jax.device_put(filled, place)
+        return jax.make_array_from_process_local_data(place, np.asarray(filled))
+
+    parts = jax.tree.map(placed, windows)
     made, sums = _program(function, static, mesh)(on_all(shared), parts, sums)
-    return jax.tree.map(lambda array: array[:count], made), sums
+    return jax.tree.map(lambda array: _own(array)[: own.stop - own.start], made), sums
+
+
+def _own(array: jax.Array) -> jax.Array | np.ndarray:
+    """What the devices of this process have of an array, one behind the other."""
+    if array.is_fully_addressable:
+        return array
+    parts = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in parts])
 
 
 def partial_sums(sums: Tree) -> Tree:
     """Zeros in the shape of some sums, for each device its own; `sums` themselves on one."""
-    mesh = local_mesh()
+    mesh = work_mesh()
     if mesh.size == 1:
         return sums
-    place = NamedSharding(mesh, P(AXIS))
-    return jax.tree.map(
-        lambda of: jax.device_put(np.zeros((mesh.size, *of.shape), of.dtype), place), sums
-    )
+    zeros = jax.tree.map(lambda of: np.zeros((mesh.size, *of.shape), of.dtype), sums)
+    return put(zeros, NamedSharding(mesh, P(AXIS)))
 
 
 def total(sums: Tree) -> Tree:
     """Partial sums added up: one `psum`, on the first device."""
-    mesh = local_mesh()
+    mesh = work_mesh()
     if mesh.size == 1:
         return sums
     return jax.tree.map(lambda array: array.addressable_data(0), _total(mesh)(sums))
@@ -121,8 +171,8 @@ def _over(mesh: Mesh, function: Callable, in_specs: tuple, out_specs: Any) -> Ca
     )
 
 
-def _filled(array: Any) -> Any:
-    missing = padding(len(array))
+def _filled(array: Any, share: int) -> Any:
+    missing = share - len(array)
     if not missing:
         return array
     module = np if isinstance(array, np.ndarray) else jnp

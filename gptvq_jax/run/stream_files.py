@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptvq_jax.files import durable
+from gptvq_jax.files import durable, sharing
 from gptvq_jax.run.activations import BFLOAT16, Activations, Writer, writing
 from gptvq_jax.run.stream_store import StreamStore
 
@@ -23,7 +23,7 @@ class StreamFiles(StreamStore):
 
         Nobody else may write there meanwhile.
         """
-        durable.make_directory(directory)
+        sharing.by_writer(lambda: durable.make_directory(directory))
         durable.drop_partial(directory)
         return cls(directory)
 
@@ -51,4 +51,10 @@ class StreamFiles(StreamStore):
         return sorted(int(path.name.partition(".")[0]) for path in found)
 
     def remove(self, stream: str, point: int) -> None:
-        self.path(stream, point).unlink()
+        sharing.by_writer(self.path(stream, point).unlink)
+
+    def drop(self, stream: str, keep: range = range(0)) -> None:
+        sharing.by_writer(lambda: super(StreamFiles, self).drop(stream, keep))
+
+    def drop_behind(self, stream: str, point: int, step: int) -> None:
+        sharing.by_writer(lambda: super(StreamFiles, self).drop_behind(stream, point, step))

@@ -26,7 +26,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptvq_jax.console.stopwatch import Stopwatch
-from gptvq_jax.core.mesh import AXIS, local_mesh
+from gptvq_jax.core.mesh import AXIS, own_mesh
 from gptvq_jax.methods import leaf_steps
 from gptvq_jax.methods.leaf_steps import LeafState, Rates
 from gptvq_jax.methods.trainable import Parameters, Unpacked, unpack
@@ -76,7 +76,7 @@ class Student:
     ):
         self.config, self._stopwatch = checkpoint.config, stopwatch
         self._micro_batch = micro_batch
-        devices = local_mesh().devices.flat
+        devices = own_mesh().devices.flat
         mesh = Mesh(devices[: math.gcd(len(devices), micro_batch)], (AXIS,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._spread = NamedSharding(mesh, PartitionSpec(AXIS))

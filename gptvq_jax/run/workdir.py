@@ -44,7 +44,7 @@ from absl import logging
 
 from gptvq_jax.config import difference
 from gptvq_jax.console.errors import first_line
-from gptvq_jax.files import durable
+from gptvq_jax.files import durable, sharing
 from gptvq_jax.files.disk_space import FullDiskError, check_room, directory_bytes, naming_full_disk
 from gptvq_jax.run.activations import Activations
 from gptvq_jax.run.stream_files import StreamFiles
@@ -73,6 +73,10 @@ class WorkDir:
     def __init__(self, path: str | Path, config: dict[str, Any]):
         self.path = Path(path)
         self._tunes = bool(config.get("tune", {}).get("model"))
+        self._lock = None
+        sharing.by_writer(lambda: self._open(config))
+
+    def _open(self, config: dict[str, Any]) -> None:
         self._check_kind()
         try:
             with naming_full_disk(self.path):
@@ -99,14 +103,15 @@ class WorkDir:
     def __exit__(self, kind, *_):
         try:
             # A run that was refused for its text, say, must not be in the way of the corrected one.
-            if kind is not None and not self.begun():
+            if kind is not None and self._lock is not None and not self.begun():
                 (self.path / "config.json").unlink(missing_ok=True)
         finally:
             self.close()
 
     def close(self) -> None:
         """Lets other processes use the directory."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _claim(self) -> None:
         try:
@@ -142,8 +147,7 @@ class WorkDir:
 
     def drop_tuning(self) -> None:
         """Forgets it."""
-        if self.tuning.exists():
-            shutil.rmtree(self.tuning)
+        sharing.by_writer(lambda: _remove(self.tuning))
 
     @property
     def _activations(self) -> Path:
@@ -211,8 +215,7 @@ class WorkDir:
     def drop_evaluations(self) -> None:
         """Forgets the streams of the held-out text; other names of their files stay."""
         for model in ("float", "quantized"):
-            if (self._evaluation / model).exists():
-                shutil.rmtree(self._evaluation / model)
+            sharing.by_writer(lambda of=self._evaluation / model: _remove(of))
 
     @property
     def _evaluation(self) -> Path:
@@ -334,6 +337,11 @@ class WorkDir:
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows, all of them or none."""
         durable.append_lines(self.path / "metrics.jsonl", rows)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
 
 
 class Streams(StreamFiles):

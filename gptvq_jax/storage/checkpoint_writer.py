@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from gptvq_jax.files import durable
+from gptvq_jax.files import durable, sharing
 from gptvq_jax.files.disk_space import FullDiskError, naming_full_disk
 from gptvq_jax.models.config import ModelConfig
 from gptvq_jax.models.tokenizer_files import save_tokenizer
@@ -41,6 +41,9 @@ class CheckpointWriter:
         check_dense_dtype(dense_dtype)
         self.directory = Path(directory).absolute()
         self.dense_dtype = dense_dtype
+        sharing.by_writer(self._open)
+
+    def _open(self) -> None:
         try:
             with naming_full_disk(self.directory):
                 durable.make_directory(self.directory / "blocks")
@@ -64,8 +67,7 @@ class CheckpointWriter:
         Raises:
           ValueError: a value is too large for its storage.
         """
-        self._reopen()
-        save_tree(self.directory / "outer", outer, self.dense_dtype)
+        self._save(self.directory / "outer", outer)
 
     def write_block(self, index: int, block: Mapping[str, Any]) -> None:
         """Stores block `index` (from 0), replacing what an interrupted run left of it.
@@ -74,18 +76,25 @@ class CheckpointWriter:
           block: nested dict of one decoder block; each 'kernel' is a QuantizedTensor of the
             (out, in) weight or a dense (in, out) array.
         """
-        self._reopen()
-        save_tree(block_path(self.directory, index), block, self.dense_dtype)
+        self._save(block_path(self.directory, index), block)
+
+    def _save(self, path: Path, tree: Mapping[str, Any]) -> None:
+        sharing.by_writer(self._reopen)
+        save_tree(path, tree, self.dense_dtype)
 
     def write_tokenizer(
         self, tokenizer: Any, companions: Mapping[str, bytes] | None = None
     ) -> None:
         """Stores a transformers tokenizer, and files that came with it (ModelSource.companions)."""
-        self._reopen()
-        directory = self.directory / "tokenizer"
-        with naming_full_disk(directory):
-            save_tokenizer(tokenizer, directory, companions or {})
-            durable.sync_tree(directory)
+
+        def save() -> None:
+            self._reopen()
+            directory = self.directory / "tokenizer"
+            with naming_full_disk(directory):
+                save_tokenizer(tokenizer, directory, companions or {})
+                durable.sync_tree(directory)
+
+        sharing.by_writer(save)
 
     def has_outer(self) -> bool:
         """Whether `write_outer` has come to its end; a warning says if its sums are wrong now."""
@@ -109,7 +118,7 @@ class CheckpointWriter:
             wrong = damage(path)
             if wrong:
                 logging.warning("block %d is made again: %s", index - 1, wrong.partition(";")[0])
-                shutil.rmtree(path)
+                sharing.by_writer(lambda: shutil.rmtree(path))
                 return index - 1
         return index
 

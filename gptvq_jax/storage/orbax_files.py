@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from gptvq_jax.console.errors import first_line
@@ -34,11 +35,13 @@ class OrbaxError(ValueError):
 def save(path: Path, arrays: Tree) -> None:
     """Writes a nested dict of host arrays to a new directory, in one that exists.
 
+    Of several processes that share it all call this, with the same arrays, and one writes.
+
     Raises:
       OSError: the disk is full.
       OrbaxError: the files cannot be written.
     """
-    _call(lambda plain: ocp.save(plain, arrays), path)
+    _call(lambda plain: ocp.save(plain, arrays), path, contextlib.nullcontext())
 
 
 def describe(path: Path) -> Tree:
@@ -65,13 +68,17 @@ def load(path: Path) -> Tree:
     return found
 
 
-def _call(job: Callable[[Path], Any], path: Path) -> Any:
+def _call(
+    job: Callable[[Path], Any],
+    path: Path,
+    processes: contextlib.AbstractContextManager | None = None,
+) -> Any:
     """job(path), of which a failure is one line and nothing else.
 
     Orbax logs what it cannot parse, its threads print the errors that it raises in the caller too,
     and what is still under way when it gives up prints tracebacks of its own.
     """
-    with _plain_path(path.parent) as plain, _silence():
+    with _plain_path(path.parent) as plain, _silence(), processes or _alone():
         _ignore_late_work()
         before = set(threading.enumerate())
         try:
@@ -114,6 +121,18 @@ def _silence() -> Iterator[None]:
     finally:
         threading.excepthook = before
         logging.disable(disabled)
+
+
+def _alone() -> contextlib.AbstractContextManager:
+    """Orbax reads without waiting for other processes, in whichever thread and order they do."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    here = jax.process_index()
+    return ocp.Context(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+        )
+    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from gptvq_jax.console.json_file import read_own_object
 from gptvq_jax.core.quantized_tensor import QuantizedTensor
-from gptvq_jax.files import durable
+from gptvq_jax.files import durable, sharing
 from gptvq_jax.files.disk_space import check_room, naming_full_disk
 from gptvq_jax.storage import orbax_files
 from gptvq_jax.storage.tensor_io import (
@@ -77,15 +77,12 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
 
     size = sum(array.nbytes for array in jax.tree.leaves(stored))
     check_room(directory, size)
-    if directory.exists():
-        (directory / RECORD).unlink(missing_ok=True)  # first: a kill must not leave it alone
-        durable.sync(directory)
-        shutil.rmtree(directory)
+    sharing.by_writer(lambda: _drop(directory))
     try:
         with naming_full_disk(directory, size):
-            durable.make_directory(directory)
+            sharing.by_writer(lambda: durable.make_directory(directory))
             orbax_files.save(directory / ARRAYS, traverse_util.unflatten_dict(stored, sep="/"))
-            durable.sync_tree(directory)
+            sharing.by_writer(lambda: durable.sync_tree(directory))
             record = {
                 "format_version": FORMAT_VERSION,
                 "quantized": quantized,
@@ -94,10 +91,19 @@ def save_tree(directory: Path, tree: Mapping[str, Any], dense_dtype: str) -> Rec
             }
             write_json(directory / RECORD, record)
     except BaseException:
-        if not is_stored(directory):  # Ctrl-C behind the last rename must not undo a block
+        # Ctrl-C behind the last rename must not undo a block.
+        if sharing.writes() and not is_stored(directory):
             shutil.rmtree(directory, ignore_errors=True)
         raise
     return record
+
+
+def _drop(directory: Path) -> None:
+    """What an earlier run has left there; its record first: a kill must not leave it alone."""
+    if directory.exists():
+        (directory / RECORD).unlink(missing_ok=True)
+        durable.sync(directory)
+        shutil.rmtree(directory)
 
 
 def read_record(directory: Path) -> Record | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptvq_jax.core.hessian import Factor
-from gptvq_jax.core.mesh import local_mesh, use_devices
+from gptvq_jax.core.mesh import use_devices, work_mesh
 from gptvq_jax.core.quantized_tensor import dequantize_compiled
 from gptvq_jax.methods import aqlm, devices, gptvq, gptvq_settings, trellis, uniform
 from gptvq_jax.methods.aqlm import AQLMSettings
@@ -100,7 +100,7 @@ def compare(method, settings, rows: int, in_parts: bool) -> dict:
     more = {} if parts is None else {"parts": parts}
     one, flop = measured(of_one)
     many, flop_of_each = measured(
-        lambda: quantize(*arrays, KEY, settings, mesh=local_mesh(), **more)
+        lambda: quantize(*arrays, KEY, settings, mesh=work_mesh(), **more)
     )
     leaves = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
     losses = [
@@ -153,5 +153,5 @@ if __name__ == "__main__":
     aqlm._quantize = Counted(aqlm._quantize, 0, 2)
     uniform._gptq = Counted(uniform._gptq, 0, 2)
     trellis._code = Counted(trellis._code, 0, 4)
-    assert local_mesh().size == 8
+    assert work_mesh().size == 8
     print(json.dumps({name: compare(*CASES[name]) for name in sys.argv[1:]} or layers()))

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptvq_jax.core.grid import GroupGrid, over_devices
-from gptvq_jax.core.mesh import AXIS, local_mesh
+from gptvq_jax.core.mesh import AXIS, work_mesh
 from gptvq_jax.core.row_axis import RowAxis
 from gptvq_jax.core.trellis_table import gaussian_levels
 from gptvq_jax.core.trellis_tensor import table_values
@@ -173,6 +173,6 @@ def flop(move: str, mesh: Mesh) -> float:
 
 if __name__ == "__main__":
     nearest._UNROLL = 4  # as in the fixture short_programs
-    mesh = local_mesh()
+    mesh = work_mesh()
     assert mesh.size == 8
     print(json.dumps({move: flop(move, mesh) / flop(move, first_of(mesh, 1)) for move in MOVES}))

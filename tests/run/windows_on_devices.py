@@ -13,7 +13,7 @@ import numpy as np
 from tiny_families import write_model
 
 from gptvq_jax.config import CalibrationSettings
-from gptvq_jax.core.mesh import local_mesh, use_devices
+from gptvq_jax.core.mesh import use_devices, work_mesh
 from gptvq_jax.models.open import open_source
 from gptvq_jax.run import forward, gradients, held_out, spread, token_weights
 from gptvq_jax.run.calibrate import LAST, batches, init_moments, step
@@ -25,6 +25,9 @@ SEVEN = CalibrationSettings(num_windows=7, held_out=3, batch_size=4)
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+ALL = slice(0, 7)  # seven windows in one batch
 
 
 def weights_of(config, windows, groups=2):
@@ -49,8 +52,9 @@ def backward(source, power):
     x, dy = random(7, 16, 48), random(7, 16, 48, seed=1)
     of_tokens = weights_of(config, 7) if power else None
     sums = spread.partial_sums(init_moments(config, block, range(LAST), of_tokens))
-    shared, windows = (block, power, True), (x, dy, spread.real(7))
-    made, sums = spread.run(gradients._block_backward, (config, 2), shared, windows, sums)
+    shared, windows = (block, power, True), (x, dy, spread.real(ALL))
+    static = config, 2
+    made, sums = spread.run(gradients._block_backward, static, shared, windows, sums, part=ALL)
     return made, spread.total(sums)
 
 
@@ -61,19 +65,21 @@ def losses(source):
 
 
 def halves(source):
-    return spread.run(forward._halves, (source.config,), source.block(0), random(7, 16, 48))[0]
+    config, block = source.config, source.block(0)
+    return spread.run(forward._halves, (config,), block, random(7, 16, 48), part=ALL)[0]
 
 
 def head(source):
     windows = random(7, 16, 48), np.full((7, 16), 5, np.int32)
-    return spread.run(gradients._head_backward, (source.config,), source.outer(), windows)[0]
+    config, outer = source.config, source.outer()
+    return spread.run(gradients._head_backward, (config,), outer, windows, part=ALL)[0]
 
 
 def both(make, *arguments):
     found = []
     for count in (1, 8):
         use_devices(count)
-        assert local_mesh().size == count
+        assert work_mesh().size == count
         found.append(jax.tree.map(np.asarray, make(*arguments)))
     return found
 
@@ -95,7 +101,7 @@ def flops(source):
     empty = init_moments(config, block, range(LAST))
     one = step.lower(config, block, x, None, 0, LAST, empty).compile().cost_analysis()
     use_devices(8)
-    program = spread._program(held_out._step, (config, 0, LAST), local_mesh())
+    program = spread._program(held_out._step, (config, 0, LAST), work_mesh())
     shared, sums = spread.on_all((block, None)), spread.partial_sums(empty)
     parts = (x, None, None, None, None)
     eight = program.lower(shared, parts, sums).compile().cost_analysis()
@@ -107,7 +113,7 @@ def main(directory, name):
     assert [part.stop - part.start for part in batches(7, 4, 8)] == [7]
     assert [part.stop - part.start for part in batches(48, 20, 8)] == [16, 16, 16]
     use_devices(8)
-    assert spread.padding(7) == 1 and spread.real(8) is None
+    assert spread.padding(7) == 1 and spread.real(slice(0, 8)) is None and spread.mine(ALL) == ALL
     source = open_source(str(write_model(Path(directory) / name, name)))
     check("moments", *both(moments, source, None))
     check("losses", *both(losses, source))
