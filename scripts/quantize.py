@@ -29,10 +29,13 @@ flags.mark_flag_as_required("config")
 
 
 def main(_) -> None:
-    _HOSTS.join()
+    place = _HOSTS.place()
     from gptvq_jax.core.mesh import use_devices
+    from gptvq_jax.run.hosts import join_hosts
     from gptvq_jax.run.job import quantize
 
+    if place is not None:
+        join_hosts(*place)
     use_devices(_DEVICES.value)
     workdir = _WORKDIR.value or f"runs/{cli.config_name('config')}"
     quantize(_CONFIG.value, workdir, given=cli.given_fields(), command=cli.command_line())

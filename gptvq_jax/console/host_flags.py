@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
 
 from absl import flags
 
@@ -43,18 +42,19 @@ class Hosts:
             "process_id", None, "Of this one, from 0; default: as the cluster says.", 0
         )
 
-    def join(self) -> None:
-        """Joins the other processes, where --distributed asks for them.
+    def place(self) -> tuple[str | None, int | None, int | None] | None:
+        """The coordinator, how many processes there are, and the number of this one, for
+        run.hosts.join_hosts; None without --distributed.
 
         Raises:
-          ValueError: the flags do not fit each other, or the others did not come.
+          ValueError: the flags do not fit each other.
         """
         named = (self._coordinator, self._count, self._index)
         given = [f"--{flag.name}" for flag in named if flag.value is not None]
         if not self._distributed.value:
             if given:
                 raise ValueError(f"{given[0]} has no effect without --distributed; add it")
-            return
+            return None
         if 0 < len(given) < len(named):
             missing = next(f"--{flag.name}" for flag in named if flag.value is None)
             raise ValueError(f"{given[0]} needs {missing} beside it, or leave all three out")
@@ -67,9 +67,7 @@ class Hosts:
             sys.stdout.flush()
             os._exit(_watch())
         _die_with_parent()
-        from gptvq_jax.run.hosts import join_hosts
-
-        join_hosts(*(flag.value for flag in named))
+        return self._coordinator.value, self._count.value, self._index.value
 
 
 def lost_others(error: BaseException) -> ValueError | None:
@@ -99,6 +97,6 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def define_hosts() -> Any:
-    """Defines the flags; `join` of what is returned does what they say."""
+def define_hosts() -> Hosts:
+    """Defines the flags."""
     return Hosts()
