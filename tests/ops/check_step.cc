@@ -1,5 +1,6 @@
 // Runs what a step has beside its products with packed weights, in the instruction set that it is
 // compiled for and without JAX: the threads, int8 rows, exponentials. Exits with 1 on an error.
+#include "attention.h"
 #include "int8_rows.h"
 #include "parallel.h"
 #include "vector_math.h"
@@ -129,6 +130,31 @@ void check_sums() {
   }
 }
 
+// Of `heads` that share keys and values, with a softcap and a window, in double precision.
+void check_attention(int64_t heads, int64_t dim, int64_t position, int64_t window) {
+  std::mt19937 random(dim + position);
+  const AttentionShape a{1, heads, 1, dim, 64, window, 0.3f, 5, 0, 1};
+  std::vector<float> q(heads * dim), k(64 * dim), v(64 * dim), y(heads * dim, 9.0f);
+  for (auto* values : {&q, &k, &v})
+    for (float& x : *values) x = std::normal_distribution<float>()(random);
+  for (int64_t h = 0; h < heads; h++)
+    attend(a, q.data() + h * dim, k.data(), v.data(), position, y.data() + h * dim);
+  const int64_t first = window ? std::max<int64_t>(0, position + 1 - window) : 0;
+  for (int64_t h = 0; h < heads; h++) {
+    std::vector<double> expected(dim);
+    double total = 0;
+    for (int64_t s = first; s <= position; s++) {
+      double score = 0;
+      for (int64_t i = 0; i < dim; i++) score += double(q[h * dim + i]) * k[s * dim + i];
+      const double weight = std::exp(5 * std::tanh(score * a.scale / 5));
+      for (int64_t i = 0; i < dim; i++) expected[i] += weight * v[s * dim + i];
+      total += weight;
+    }
+    for (int64_t i = 0; i < dim; i++)
+      expect(std::abs(expected[i] / total - y[h * dim + i]) < 1e-5, "attention");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -137,6 +163,10 @@ int main() {
   check_rows(700, 1024, 2);
   check_exponential();
   check_sums();
+  for (const int64_t heads : {1, 3, 5, 6})
+    for (const int64_t dim : {5, 16, 64, 128})
+      for (const int64_t window : {0, 6}) check_attention(heads, dim, 41, window);
+  check_attention(2, 64, 0, 0);
   std::printf("%s: %s\n", SIMD_NAME, good ? "good" : "not good");
   return good ? 0 : 1;
 }
