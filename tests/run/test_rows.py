@@ -11,7 +11,7 @@ import pytest
 from documented import REPOSITORY
 from tiny_run import config_file, model_dir, text_files  # noqa: F401 - fixtures
 
-from gptvq_jax.core.mesh import local_mesh, use_devices
+from gptvq_jax.core.mesh import use_devices, work_mesh
 from gptvq_jax.storage.checkpoint import PackedCheckpoint
 
 MORE = (
@@ -62,7 +62,7 @@ def test_the_same_checkpoint_on_four_devices_and_on_one_of_them(model_dir, text_
 
 @pytest.mark.parametrize("count", [-1, 2])
 def test_devices_that_are_not_there(count):
-    there = local_mesh().size
+    there = work_mesh().size
     with pytest.raises(ValueError, match=f"devices={count * there} must be 1 to {there}, .*or 0"):
         use_devices(count * there)
-    assert local_mesh().size == there
+    assert work_mesh().size == there
