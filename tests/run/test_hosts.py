@@ -113,13 +113,13 @@ def test_two_processes_find_what_two_devices_of_one_find(config, together, tmp_p
         assert same > 0.98, (name, same)
     errors = [relative_errors(path) for path in (tmp_path / "alone", workdir)]
     for name, error in errors[0].items():
-        assert errors[1][name] == pytest.approx(error, rel=0.3), name
+        assert errors[1][name] == pytest.approx(error, rel=0.5), name
     assert np.mean(list(errors[1].values())) == pytest.approx(
-        np.mean(list(errors[0].values())), rel=0.05
+        np.mean(list(errors[0].values())), rel=0.1
     )
     ours, theirs = summary(tmp_path / "alone"), summary(workdir)
     assert theirs["perplexity_float"] == pytest.approx(ours["perplexity_float"], rel=1e-5)
-    assert theirs["perplexity_quantized"] == pytest.approx(ours["perplexity_quantized"], rel=0.05)
+    assert theirs["perplexity_quantized"] == pytest.approx(ours["perplexity_quantized"], rel=0.1)
     assert "2 devices of 2 processes share the rows of every layer" in said
     assert "perplexity" in said and "perplexity" not in nothing and "quantize:" not in quiet
     for name in ("checkpoint/manifest.json", "report.png", "command.txt", "evaluation/figures.npy"):

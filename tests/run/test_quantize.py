@@ -138,8 +138,11 @@ def test_a_feed_forward_that_is_opened_twice_is_the_same_but_for_a_rounding(quan
     _, again, _ = quantize("again", num_blocks=2, true_sequential=True)
     assert written and wide not in written
     for (block, name), row in kept.items():
-        rel = 1e-6 if block == 0 else 0.2  # the second block reads what was rounded or not
-        assert again[block, name]["relative_error"] == pytest.approx(row["relative_error"], rel)
+        if block == 0:  # the second block reads what was rounded or not
+            same = pytest.approx(row["relative_error"], rel=1e-6)
+            assert again[block, name]["relative_error"] == same
+    means = [np.mean([row["relative_error"] for row in of.values()]) for of in (kept, again)]
+    assert means[1] == pytest.approx(means[0], rel=0.1)
 
 
 @pytest.mark.parametrize("tuned", [False, True])

@@ -38,8 +38,9 @@ def test_products_of_a_run_are_those_of_its_config(model_dir, text_files, tmp_pa
     for found in (rounded, narrow):
         assert all(a != b for a, b in zip(plain, found, strict=True))
     assert plain != solved
-    for found in (rounded, narrow, solved):
-        np.testing.assert_allclose(found, plain, rtol=0.2)
+    for found in (rounded, narrow, solved):  # which a code more or less moves by a tenth
+        np.testing.assert_allclose(found, plain, rtol=0.4)
+        assert np.mean(found) == pytest.approx(np.mean(plain), rel=0.1)
     assert summary["evaluation"].endswith("multiplied in float32")
     assert "Hessians" not in summary["calibration"]
     assert of_rounded["calibration"].endswith("; Hessians of bfloat16")
